@@ -1,0 +1,169 @@
+"""The biLM, plain: what every faster path is measured against.
+
+Legend: N rows (tokens and boundaries of all sentences), B sentences, L LSTM layers, C cells, P projection.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bilm_model.char_cnn import CharCnn
+from bilm_model.config import BilmConfig
+from bilm_model.highway import Highway
+from bilm_model.lstm import ClippedProjectedLstm
+from bilm_model.packing import Packing
+from bilm_model.precision import affine
+
+
+@dataclass(frozen=True, eq=False)
+class BilmState:
+    """What a biLM remembers of each sentence.
+
+    Attributes:
+        h: (L, 2, B, P) recurrent outputs; directions are forward, backward.
+        c: (L, 2, B, C) cells.
+    """
+
+    h: Tensor
+    c: Tensor
+
+
+class TokenEncoder(nn.Module):
+    """Characters -> a token's vector before the LSTMs, the same wherever the token stands."""
+
+    def __init__(self, config: BilmConfig) -> None:
+        super().__init__()
+        self.char_cnn = CharCnn(config)
+        self.highways = nn.ModuleList(Highway(config.n_filters) for _ in range(config.n_highway))
+        self.projection_weight: nn.Parameter | None = None
+        self.projection_bias: nn.Parameter | None = None
+        if config.has_cnn_projection:
+            self.projection_weight = nn.Parameter(torch.empty(config.projection_dim, config.n_filters))
+            self.projection_bias = nn.Parameter(torch.empty(config.projection_dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Character ids (N, 50) -> (N, P)."""
+        x = self.char_cnn(ids)
+        for highway in self.highways:
+            x = highway(x)
+        return x if self.projection_weight is None else affine(x, self.projection_weight, self.projection_bias)
+
+
+class Direction(nn.Module):
+    """The LSTM layers of one direction; the two directions meet only in the result."""
+
+    def __init__(self, config: BilmConfig) -> None:
+        super().__init__()
+        self._skip = config.use_skip_connections
+        self.layers = nn.ModuleList(ClippedProjectedLstm(config) for _ in range(config.n_layers))
+
+    def forward(self, x: Tensor, packing: Packing, h: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """X (N, P) packed, h (L, B, P), c (L, B, C) -> each layer's output (N, P) packed, the next h and c."""
+        outputs: list[Tensor] = []
+        ends = []
+        for layer, layer_h, layer_c in zip(self.layers, h, c, strict=True):
+            y, *end = layer(x, packing, layer_h, layer_c)
+            ends.append(end)
+            # The sum is what the next layer reads and what is returned; the recurrence doesn't see it.
+            x = x + y if self._skip and outputs else y
+            outputs.append(x)
+        return outputs, torch.stack([h for h, _ in ends]), torch.stack([c for _, c in ends])
+
+
+class Bilm(nn.Module):
+    """A bidirectional language model over characters (ELMo; Peters et al. 2018)."""
+
+    def __init__(self, config: BilmConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = TokenEncoder(config)
+        self.directions = nn.ModuleList(Direction(config) for _ in ("forward", "backward"))
+
+    @classmethod
+    def parameter_shapes(cls, config: BilmConfig) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter of such a biLM, by name; nothing is allocated."""
+        with torch.device("meta"):
+            return {name: tuple(parameter.shape) for name, parameter in cls(config).named_parameters()}
+
+    @classmethod
+    def from_tensors(cls, config: BilmConfig, tensors: Mapping[str, Tensor]) -> "Bilm":
+        """A biLM of these parameters (by name; the tensors are used, not copied), in evaluation mode."""
+        with torch.device("meta"):
+            bilm = cls(config)
+        bilm.load_state_dict(dict(tensors), assign=True)
+        return bilm.requires_grad_(False).eval()
+
+    def forward(self, ids: Tensor, lengths: list[int], state: BilmState | None = None) -> tuple[Tensor, BilmState]:
+        """Embeds sentences laid end to end.
+
+        Args:
+            ids: (N, 50) character ids, boundaries included, sentence after sentence.
+            lengths: rows of each sentence, N together; a sentence may have none.
+            state: to go on from; None: zero.
+
+        Returns:
+            The layers, (L + 1, N, 2·P), boundaries included; and the state after each sentence.
+        """
+        return self.contextualize(self.encoder(ids), lengths, state)
+
+    def contextualize(
+        self, tokens: Tensor, lengths: list[int], state: BilmState | None = None
+    ) -> tuple[Tensor, BilmState]:
+        """Like `forward`, from the tokens' vectors (N, P)."""
+        packing = Packing.of(lengths, tokens.device)
+        state = state or self.zero_state(len(lengths))
+        h, c = state.h[:, :, packing.order], state.c[:, :, packing.order]
+        columns, ends = [], []
+        for d, (direction, places) in enumerate(zip(self.directions, packing.directions(), strict=True)):
+            outputs, *end = direction(tokens[places], packing, h[:, d], c[:, d])
+            inverse = torch.argsort(places)
+            columns.append(torch.stack([tokens, *(output[inverse] for output in outputs)]))
+            ends.append(end)
+        h, c = (torch.stack(parts, dim=1)[:, :, packing.inverse_order] for parts in zip(*ends, strict=True))
+        return torch.cat(columns, dim=-1), BilmState(h, c)
+
+    def zero_state(self, n_sentences: int) -> BilmState:
+        """The state before any text."""
+        shape = (self.config.n_layers, 2, n_sentences)
+        zeros = self.encoder.char_cnn.embedding.new_zeros
+        return BilmState(zeros(*shape, self.config.projection_dim), zeros(*shape, self.config.cell_dim))
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters as published: without the zero row that stands for 'no token here'."""
+        return sum(parameter.numel() for parameter in self.parameters()) - self.config.char_dim
+
+    def to_bfloat16_products(self) -> "Bilm":
+        """Rounds the weights of all products to bfloat16, in place; see `precision`."""
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() > 1 and not name.endswith("embedding"):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        return self
+
+
+@torch.no_grad()
+def initialize(bilm: Bilm, generator: torch.Generator) -> Bilm:
+    """Fills a biLM with random weights, in place, as bilm-tf starts its training.
+
+    Uniform over ±√(3 / fan-in) for every matrix (variance 1 / fan-in), zero biases, −2 for the highways' gates so that
+    they begin by carrying their input on.
+    """
+    for name, parameter in bilm.named_parameters():
+        if name.endswith("gate_bias"):
+            parameter.fill_(-2.0)
+        elif "bias" in name:
+            parameter.zero_()
+        elif name.endswith("embedding"):
+            parameter.uniform_(-1.0, 1.0, generator=generator)[0] = 0.0
+        else:
+            bound = (3.0 / parameter[0].numel()) ** 0.5
+            parameter.uniform_(-bound, bound, generator=generator)
+    return bilm
+
+
+def random_bilm(config: BilmConfig, seed: int = 0) -> Bilm:
+    """A biLM with random weights, the same for the same seed."""
+    return initialize(Bilm(config), torch.Generator().manual_seed(seed)).requires_grad_(False).eval()

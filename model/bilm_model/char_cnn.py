@@ -1,0 +1,35 @@
+"""Convolutions over the characters of each token.
+
+Legend: N tokens, S characters of a token (50), F filters of all widths, E size of a character's embedding.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from bilm_model.characters import CHARACTER_COUNT
+from bilm_model.config import BilmConfig
+from bilm_model.precision import convolve
+
+
+class CharCnn(nn.Module):
+    """Character ids -> one number a filter: its largest response anywhere in the token, then the activation.
+
+    Source: `_ElmoCharacterEncoder` of AllenNLP. In-word padding is embedded and convolved like any character.
+    """
+
+    def __init__(self, config: BilmConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(CHARACTER_COUNT, config.char_dim))
+        shapes = [(count, config.char_dim, width) for width, count in config.filters]
+        self.kernels = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in shapes)
+        self.biases = nn.ParameterList(nn.Parameter(torch.empty(count)) for _, count in config.filters)
+        self._activate = torch.relu if config.activation == "relu" else torch.tanh
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (N, S) -> (N, F)."""
+        characters = self.embedding[ids].transpose(1, 2)  # (N, E, S)
+        peaks = [
+            convolve(characters, kernel).max(dim=-1).values + bias
+            for kernel, bias in zip(self.kernels, self.biases, strict=True)
+        ]
+        return self._activate(torch.cat(peaks, dim=-1))

@@ -1,0 +1,112 @@
+"""A token becomes 50 character ids: its UTF-8 bytes between two marks. Pure.
+
+Source: `ELMoCharacterMapper` of AllenNLP and `UnicodeCharsVocabulary` of bilm-tf. There, ids run from 0 to 260 (bytes,
+then the five marks), and 1 is added at the end so that 0 can stand for 'no token here'. Here the marks have their
+final values from the start.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bilm_model.errors import CharacterError
+
+MAX_CHARACTERS = 50
+"""Character ids of a token."""
+MAX_TOKEN_BYTES = MAX_CHARACTERS - 2
+"""Bytes of a token that are read; begin and end of word take the other two places."""
+CHARACTER_COUNT = 262
+"""Different character ids: 256 bytes, five marks, and 0."""
+
+NO_TOKEN = 0
+_BYTE_SHIFT = 1
+BEGIN_SENTENCE = 256 + _BYTE_SHIFT
+END_SENTENCE = 257 + _BYTE_SHIFT
+BEGIN_WORD = 258 + _BYTE_SHIFT
+END_WORD = 259 + _BYTE_SHIFT
+PADDING = 260 + _BYTE_SHIFT
+
+CharacterIds = NDArray[np.int16]
+"""Character ids, shape (tokens, MAX_CHARACTERS)."""
+
+BEGIN_TOKEN, END_TOKEN = "<S>", "</S>"
+
+
+def _boundary_row(mark: int) -> CharacterIds:
+    row = np.full(MAX_CHARACTERS, PADDING, dtype=np.int16)
+    row[:3] = BEGIN_WORD, mark, END_WORD
+    row.setflags(write=False)
+    return row
+
+
+_BOUNDARY_ROWS = {BEGIN_TOKEN: _boundary_row(BEGIN_SENTENCE), END_TOKEN: _boundary_row(END_SENTENCE)}
+
+
+def token_bytes(token: str) -> bytes:
+    """The UTF-8 bytes of a token.
+
+    Raises:
+        CharacterError: if the token is empty, or holds half of a surrogate pair and so has no UTF-8 form.
+    """
+    if not token:
+        raise CharacterError("a token is empty")
+    try:
+        return token.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CharacterError(f"a token is not valid Unicode: {error.reason}") from error
+
+
+def is_truncated(token: str) -> bool:
+    """Whether the token has more bytes than are read."""
+    # No character takes more than 4 bytes: most tokens needn't be encoded to know.
+    return len(token) * 4 > MAX_TOKEN_BYTES and len(token_bytes(token)) > MAX_TOKEN_BYTES
+
+
+def token_ids(token: str) -> CharacterIds:
+    """The character ids of one token, shape (MAX_CHARACTERS,).
+
+    A token longer than `MAX_TOKEN_BYTES` is cut there, in the middle of a character if need be, as the published
+    models were trained. "<S>" and "</S>" are the sentence boundaries.
+
+    Raises:
+        CharacterError: as `token_bytes`.
+    """
+    if token in _BOUNDARY_ROWS:
+        return _BOUNDARY_ROWS[token]
+    data = token_bytes(token)[:MAX_TOKEN_BYTES]
+    row = np.full(MAX_CHARACTERS, PADDING, dtype=np.int16)
+    row[0] = BEGIN_WORD
+    row[1 : 1 + len(data)] = np.frombuffer(data, dtype=np.uint8)
+    row[1 : 1 + len(data)] += _BYTE_SHIFT
+    row[1 + len(data)] = END_WORD
+    return row
+
+
+def character_ids(tokens: Iterable[str]) -> CharacterIds:
+    """The character ids of several tokens, shape (tokens, MAX_CHARACTERS).
+
+    Raises:
+        CharacterError: as `token_bytes`.
+    """
+    rows = [token_ids(token) for token in tokens]
+    return np.stack(rows) if rows else np.zeros((0, MAX_CHARACTERS), dtype=np.int16)
+
+
+def with_boundaries(tokens: Sequence[str]) -> tuple[str, ...]:
+    """A sentence as the model reads it; one without tokens has no boundaries either."""
+    return (BEGIN_TOKEN, *tokens, END_TOKEN) if tokens else ()
+
+
+def check_ids(ids: CharacterIds) -> None:
+    """Makes sure that every id has a row in the embedding.
+
+    On a GPU an index error is an assertion of the device that ends the process's use of it: so look here, on the host.
+
+    Raises:
+        CharacterError: naming the first bad id and its place.
+    """
+    if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < CHARACTER_COUNT):
+        place = np.argwhere((ids < 0) | (ids >= CHARACTER_COUNT))[0]
+        found = ids[tuple(place)]
+        raise CharacterError(f"character id at {tuple(map(int, place))}: expected 0 to 261, found {found}")

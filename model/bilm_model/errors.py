@@ -1,0 +1,21 @@
+"""The errors that this package raises on purpose."""
+
+
+class ModelError(Exception):
+    """Base of all errors below."""
+
+
+class ConfigError(ModelError):
+    """Options that describe no biLM; the message names the key."""
+
+
+class WeightsError(ModelError):
+    """A weight file that is damaged or doesn't fit its options; the message names key, expected and found."""
+
+
+class CharacterError(ModelError, ValueError):
+    """A token or a character id that the model can't take."""
+
+
+class StateError(ModelError, ValueError):
+    """A state that didn't come from this model, or not whole."""

@@ -1,0 +1,68 @@
+"""The projected, clipped LSTM of the published biLMs.
+
+Legend: N packed rows (all steps of all sentences), R rows of a step, B sentences, C cells, P projection, I input.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from bilm_model.config import BilmConfig
+from bilm_model.packing import Packing
+from bilm_model.precision import affine
+
+FORGET_BIAS = 1.0
+"""Added to the forget gate at run time; the files don't hold it."""
+
+
+class ClippedProjectedLstm(nn.Module):
+    """One layer of one direction.
+
+    Source: `LstmCellWithProjection` of AllenNLP. `nn.LSTM(proj_size=…)` has neither of the clips, and in the published
+    models both bind. Gates are stored in the order input, candidate, forget, output.
+    """
+
+    def __init__(self, config: BilmConfig) -> None:
+        super().__init__()
+        self._cell_clip, self._proj_clip = config.cell_clip, config.proj_clip
+        self.input_weight = nn.Parameter(torch.empty(4 * config.cell_dim, config.projection_dim))
+        self.recurrent_weight = nn.Parameter(torch.empty(4 * config.cell_dim, config.projection_dim))
+        self.bias = nn.Parameter(torch.empty(4 * config.cell_dim))
+        self.projection: nn.Parameter | None = None
+        if config.has_lstm_projection:
+            self.projection = nn.Parameter(torch.empty(config.projection_dim, config.cell_dim))
+
+    def forward(self, x: Tensor, packing: Packing, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the layer over all steps.
+
+        Args:
+            x: (N, I), packed.
+            packing: of these sentences.
+            h: (B, P) recurrent output before the first step, in the packing's order.
+            c: (B, C) cells before the first step, likewise.
+
+        Returns:
+            The outputs (N, P), packed; h and c after each sentence's last step.
+        """
+        # The input's half of the gates is known for all steps at once: one product reads the weights once.
+        gates_x = torch.split(affine(x, self.input_weight, self.bias), list(packing.step_sizes))
+        outputs = []
+        for gates, n_rows in zip(gates_x, packing.step_sizes, strict=True):
+            h_step, c_step = self.step(gates, h[:n_rows], c[:n_rows])
+            outputs.append(h_step)
+            h, c = _replace_first(h, h_step), _replace_first(c, c_step)
+        return torch.cat(outputs) if outputs else x.new_zeros(0, h.shape[-1]), h, c
+
+    def step(self, gates_x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: the input's half of the gates (R, 4·C), h (R, P), c (R, C) -> the next h and c."""
+        i, j, f, o = (gates_x + affine(h, self.recurrent_weight)).chunk(4, dim=-1)
+        c = torch.sigmoid(f + FORGET_BIAS) * c + torch.sigmoid(i) * torch.tanh(j)
+        c = c.clamp(-self._cell_clip, self._cell_clip)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        if self.projection is not None:
+            h = affine(h, self.projection).clamp(-self._proj_clip, self._proj_clip)
+        return h, c
+
+
+def _replace_first(rows: Tensor, first: Tensor) -> Tensor:
+    """Sentences that have ended keep their rows."""
+    return first if len(first) == len(rows) else torch.cat([first, rows[len(first) :]])

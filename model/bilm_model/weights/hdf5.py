@@ -1,0 +1,171 @@
+"""The published weight file: HDF5 as bilm-tf wrote it and AllenNLP reads it.
+
+Foreign conventions, all undone here: matrices multiply from the right (x·W), so each is the transpose of ours;
+convolution kernels have the axes (1, width, in, out); the row of character id 0 is missing; and in a highway the gate
+called 'carry' is the one that lets the *transformed* value through, that is, the transform gate of the literature.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from bilm_model.bilm import Bilm
+from bilm_model.config import BilmConfig
+from bilm_model.errors import WeightsError
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """How a stored array relates to ours: the order of axes that makes theirs of ours."""
+
+    permutation: tuple[int, ...]
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(shape[axis] for axis in self.permutation)
+
+    def to_stored(self, ours: Tensor) -> Tensor:
+        return ours.permute(self.permutation)
+
+    def from_stored(self, theirs: Tensor) -> Tensor:
+        return theirs.permute(tuple(int(axis) for axis in np.argsort(self.permutation)))
+
+
+class _Kernel(_Axes):
+    """A kernel: ours (out, in, width), theirs (1, width, in, out)."""
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (1, *super().stored_shape(shape))
+
+    def to_stored(self, ours: Tensor) -> Tensor:
+        return super().to_stored(ours).unsqueeze(0)
+
+    def from_stored(self, theirs: Tensor) -> Tensor:
+        return super().from_stored(theirs.squeeze(0))
+
+
+class _Embedding(_Axes):
+    """The characters: theirs lack the row of 'no token here', which is zero."""
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0] - 1, shape[1])
+
+    def to_stored(self, ours: Tensor) -> Tensor:
+        return ours[1:]
+
+    def from_stored(self, theirs: Tensor) -> Tensor:
+        return torch.cat([theirs.new_zeros(1, theirs.shape[1]), theirs])
+
+
+_VECTOR, _MATRIX = _Axes((0,)), _Axes((1, 0))
+_KERNEL, _EMBEDDING = _Kernel((2, 1, 0)), _Embedding((0, 1))
+
+
+def names(config: BilmConfig) -> Iterator[tuple[str, str, _Axes]]:
+    """The table: (key in the file, name of ours, axes) for every parameter of such a biLM."""
+    yield "char_embed", "encoder.char_cnn.embedding", _EMBEDDING
+    for k in range(len(config.filters)):
+        yield f"CNN/W_cnn_{k}", f"encoder.char_cnn.kernels.{k}", _KERNEL
+        yield f"CNN/b_cnn_{k}", f"encoder.char_cnn.biases.{k}", _VECTOR
+    for k in range(config.n_highway):
+        for theirs, ours in (("carry", "gate"), ("transform", "transform")):
+            yield f"CNN_high_{k}/W_{theirs}", f"encoder.highways.{k}.{ours}_weight", _MATRIX
+            yield f"CNN_high_{k}/b_{theirs}", f"encoder.highways.{k}.{ours}_bias", _VECTOR
+    if config.has_cnn_projection:
+        yield "CNN_proj/W_proj", "encoder.projection_weight", _MATRIX
+        yield "CNN_proj/b_proj", "encoder.projection_bias", _VECTOR
+    for d in range(2):
+        for k in range(config.n_layers):
+            cell, layer = f"RNN_{d}/RNN/MultiRNNCell/Cell{k}/LSTMCell", f"directions.{d}.layers.{k}"
+            yield f"{cell}/W_0", f"{layer}.gates", _MATRIX
+            yield f"{cell}/B", f"{layer}.bias", _VECTOR
+            if config.has_lstm_projection:
+                yield f"{cell}/W_P_0", f"{layer}.projection", _MATRIX
+
+
+def read(path: Path, config: BilmConfig) -> dict[str, Tensor]:
+    """Reads a published weight file.
+
+    Returns:
+        float32 tensors by our parameters' names.
+
+    Raises:
+        WeightsError: if the file can't be read, a key is missing or unknown, has another shape than the options
+            demand, or holds values that are not finite numbers.
+    """
+    expected = Bilm.parameter_shapes(config)
+    tensors = {}
+    try:
+        with h5py.File(path, "r") as file:
+            _refuse_unknown_keys(file, path, config)
+            for key, name, axes in names(config):
+                shape = axes.stored_shape(_joined_shape(expected, name))
+                tensors.update(_ours(name, axes.from_stored(_read_dataset(file, path, key, shape)), config))
+    except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for a file that is damaged
+        raise WeightsError(f"{path}: not a readable HDF5 file: {error}") from error
+    return tensors
+
+
+def write(path: Path, config: BilmConfig, tensors: dict[str, Tensor]) -> None:
+    """Writes float32 tensors, by our parameters' names, as a published weight file."""
+    with h5py.File(path, "w") as file:
+        for key, name, axes in names(config):
+            file[key] = axes.to_stored(_theirs(name, tensors)).float().contiguous().numpy()
+
+
+# W_0 holds the input's and the recurrent half of the gates, one above the other; ours are two matrices, because the
+# two halves are computed at different times.
+
+
+def _joined_shape(shapes: dict[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    if not name.endswith(".gates"):
+        return shapes[name]
+    stem = name.removesuffix(".gates")
+    (rows, inputs), (_, recurrent) = shapes[f"{stem}.input_weight"], shapes[f"{stem}.recurrent_weight"]
+    return (rows, inputs + recurrent)
+
+
+def _ours(name: str, tensor: Tensor, config: BilmConfig) -> dict[str, Tensor]:
+    if not name.endswith(".gates"):
+        return {name: tensor.contiguous()}
+    stem, inputs = name.removesuffix(".gates"), config.projection_dim
+    return {
+        f"{stem}.input_weight": tensor[:, :inputs].contiguous(),
+        f"{stem}.recurrent_weight": tensor[:, inputs:].contiguous(),
+    }
+
+
+def _theirs(name: str, tensors: dict[str, Tensor]) -> Tensor:
+    if not name.endswith(".gates"):
+        return tensors[name]
+    stem = name.removesuffix(".gates")
+    return torch.cat([tensors[f"{stem}.input_weight"], tensors[f"{stem}.recurrent_weight"]], dim=1)
+
+
+def _read_dataset(file: h5py.File, path: Path, key: str, shape: tuple[int, ...]) -> Tensor:
+    dataset = file.get(key)
+    if not isinstance(dataset, h5py.Dataset):
+        raise WeightsError(f"{path}: {key}: missing, expected shape {shape}")
+    if dataset.shape != shape:
+        raise WeightsError(f"{path}: {key}: expected shape {shape}, found {dataset.shape}")
+    if not np.issubdtype(dataset.dtype, np.floating):
+        raise WeightsError(f"{path}: {key}: expected floating-point numbers, found {dataset.dtype}")
+    array = dataset[()].astype(np.float32)
+    if not np.isfinite(array).all():
+        raise WeightsError(f"{path}: {key}: holds values that are not finite numbers")
+    return torch.from_numpy(array)
+
+
+def _refuse_unknown_keys(file: h5py.File, path: Path, config: BilmConfig) -> None:
+    """A weight that the options don't mention means that the options belong to another model."""
+    known = {key for key, _, _ in names(config)}
+    found: list[str] = []
+    file.visititems(lambda key, item: found.append(key) if isinstance(item, h5py.Dataset) else None)
+    # bilm-tf's training leaves its own softmax and counters beside the biLM's weights
+    unknown = sorted(key for key in found if key not in known and key.split("/")[0] in {k.split("/")[0] for k in known})
+    if unknown:
+        raise WeightsError(f"{path}: {unknown[0]}: not part of the model that the options describe")

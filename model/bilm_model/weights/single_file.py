@@ -1,0 +1,92 @@
+"""Our own weight file: one safetensors file with everything a server needs.
+
+Tensors are named as the parameters of `Bilm`, all float32 or all float16. The metadata holds `format`, `options` (the
+published options as JSON) and `version` (see `content_version`).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from bilm_model.bilm import Bilm
+from bilm_model.config import BilmConfig, from_options, to_options
+from bilm_model.errors import ConfigError, WeightsError
+from bilm_model.weights.version import content_version
+
+FORMAT = "bilm-serve/1"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def read(path: Path) -> tuple[BilmConfig, dict[str, Tensor], str]:
+    """Reads a file.
+
+    Returns:
+        The structure, float32 tensors by our parameters' names, and the version.
+
+    Raises:
+        WeightsError: if the file can't be read, isn't ours, has a tensor too many or too few or of the wrong shape or
+            format, or its content doesn't hash to the version it names.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            config, version = _read_metadata(path, file.metadata() or {})
+            tensors = _read_tensors(path, file, Bilm.parameter_shapes(config))
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file: {error}") from error
+    found = content_version(config, tensors)
+    if found != version:
+        raise WeightsError(f"{path}: version: expected {version} (metadata), found {found} (content): damaged")
+    return config, tensors, version
+
+
+def write(path: Path, config: BilmConfig, tensors: Mapping[str, Tensor], dtype: str = "float32") -> str:
+    """Writes float32 tensors, rounded to `dtype` ("float32" or "float16"); returns the version of what was written.
+
+    Raises:
+        WeightsError: if a value is too large for the format.
+    """
+    stored = {name: tensor.to(_DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
+    for name, tensor in stored.items():
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{name}: holds values that {dtype} can't hold")
+    version = content_version(config, stored)
+    metadata = {"format": FORMAT, "options": json.dumps(to_options(config)), "version": version}
+    # not `save_file`, which leaves a file that only its owner may read
+    path.write_bytes(save(stored, metadata=metadata))
+    return version
+
+
+def _read_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[BilmConfig, str]:
+    for key in ("format", "options", "version"):
+        if key not in metadata:
+            raise WeightsError(f"{path}: metadata {key}: missing; was this file written by bilm-convert?")
+    if metadata["format"] != FORMAT:
+        raise WeightsError(f"{path}: metadata format: expected {FORMAT}, found {metadata['format']}")
+    try:
+        return from_options(json.loads(metadata["options"])), metadata["version"]
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise WeightsError(f"{path}: metadata options: {error}") from error
+
+
+def _read_tensors(path: Path, file: safe_open, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    found = set(file.keys())
+    for name in sorted(found - shapes.keys()):
+        raise WeightsError(f"{path}: {name}: not part of the model that the options describe")
+    tensors = {}
+    for name, shape in shapes.items():
+        if name not in found:
+            raise WeightsError(f"{path}: {name}: missing, expected shape {shape}")
+        tensor = file.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise WeightsError(f"{path}: {name}: expected shape {shape}, found {tuple(tensor.shape)}")
+        if tensor.dtype not in _DTYPES.values():
+            raise WeightsError(f"{path}: {name}: expected float32 or float16, found {tensor.dtype}")
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{path}: {name}: holds values that are not finite numbers")
+        tensors[name] = tensor.float()
+    return tensors
