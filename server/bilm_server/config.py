@@ -1,0 +1,144 @@
+"""The server's configuration: the same choices by flag, by environment (`BILM_…`) and by a TOML file, in that order."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+MAX_REQUEST_BYTES = 4 * 2**20
+"""Largest request message; parsing holds the event loop, so it is not for the user to raise."""
+MAX_RESPONSE_BYTES = 16 * 2**20
+"""Largest response message, likewise."""
+
+
+class ConfigurationError(Exception):
+    """Bad values; the message has one a line."""
+
+
+class ServerConfig(BaseSettings):
+    """Everything that can be chosen. Frozen, parsed once, passed down."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BILM_",
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        cli_prog_name="bilm-serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+    )
+
+    config: Path | None = Field(None, description="TOML file with any of these choices, named as the flags with _")
+    model: str = Field(
+        "",
+        description="a .safetensors file, a folder with options.json and weights.hdf5, a .hdf5 file with --options, or "
+        "random:tiny|small|medium|original for tests; empty: the model that ships",
+    )
+    options: Path | None = Field(None, description="the options.json that goes with a .hdf5 file")
+    served_model_name: str = Field("", description="name that requests may give; empty: of the file or folder")
+    listen: str = Field("127.0.0.1:50051", description="HOST:PORT (port 0: any free one) or unix:PATH")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the products; sums are in float32")
+    threads: int = Field(0, ge=0, description="CPU threads of the model; 0: one a core")
+    tokenizer: Literal["moses", "whitespace"] = Field("moses", description="for raw text")
+    tokenizer_language: str = Field("en", min_length=2, description="whose rules Moses follows: en, de, ko, ja, …")
+    reflection: bool = Field(False, description="offer server reflection")
+
+    max_batch_tokens: int = Field(2048, ge=1, description="tokens computed together")
+    max_sentences_per_request: int = Field(1024, ge=1, description="sentences in one Embed")
+    max_tokens_per_request: int = Field(16384, ge=1, description="tokens in one Embed")
+    max_tokens_per_sentence: int = Field(32768, ge=1, description="tokens in one sentence")
+    max_waiting_tokens: int = Field(65536, ge=1, description="tokens admitted and not answered, of Embed calls")
+    max_waiting_mib: int = Field(512, ge=1, description="MiB of answers admitted and not sent, of Embed calls")
+    max_stream_tokens: int = Field(65536, ge=1, description="the same for all streams together")
+    max_stream_mib: int = Field(1024, ge=1, description="the same for all streams together")
+    max_stream_items_in_flight: int = Field(64, ge=1, description="items that one stream reads ahead of its results")
+
+    drain_delay_s: float = Field(
+        4.0, ge=0, description="seconds between NOT_SERVING and refusing new calls: check interval × fall + 1"
+    )
+    grace_s: float = Field(30.0, ge=0, description="seconds that calls in flight get to finish after that")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log lines")
+    log_format: Literal["text", "json"] = Field("text", description="of the log lines")
+
+    @field_validator("listen")
+    @classmethod
+    def _check_listen(cls, value: str) -> str:
+        if value.startswith("unix:"):
+            if len(value) > len("unix:"):
+                return value
+            raise ValueError("a Unix socket needs a path, as in unix:/run/bilm.sock")
+        host, separator, port = value.rpartition(":")
+        if not (separator and host and port.isdecimal() and int(port) <= 65535):
+            raise ValueError("expected HOST:PORT or unix:PATH")
+        return value
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> "ServerConfig":
+        pairs = [
+            ("max_tokens_per_request", "max_waiting_tokens", 1),
+            ("max_tokens_per_sentence", "max_stream_tokens", 1),
+        ]
+        for small, large, unit in pairs:
+            if getattr(self, small) > getattr(self, large) * unit:
+                raise ValueError(f"{small} ({getattr(self, small)}) must not exceed {large} ({getattr(self, large)})")
+        if self.max_waiting_mib * 2**20 < MAX_RESPONSE_BYTES:
+            raise ValueError(f"max_waiting_mib must be at least {MAX_RESPONSE_BYTES // 2**20}, one response")
+        return self
+
+
+def load_config(argv: list[str]) -> ServerConfig:
+    """Reads flags, environment and TOML file.
+
+    Raises:
+        ConfigurationError: listing every bad value.
+        SystemExit: for --help, or a flag that doesn't exist.
+    """
+    toml_file = _toml_file(argv)
+
+    class _Sources(ServerConfig):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            *_unused: Any,
+            **_also_unused: Any,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            toml = [TomlConfigSettingsSource(settings_cls, toml_file)] if toml_file else []
+            return (env_settings, *toml)
+
+    try:
+        return _Sources(_cli_parse_args=argv)
+    except (SettingsError, ValueError) as error:  # a TOML file that doesn't parse is a ValueError, and so is …
+        if isinstance(error, ValidationError):  # … this, which lists
+            lines = [f"{_name(item['loc'])}{item['msg']} (found {item['input']!r})" for item in error.errors()]
+            raise ConfigurationError("\n".join(line.replace("Value error, ", "") for line in lines)) from error
+        raise ConfigurationError(f"{toml_file or 'environment'}: {error}") from error
+
+
+def _toml_file(argv: list[str]) -> Path | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=os.environ.get("BILM_CONFIG"))
+    name = parser.parse_known_args(argv)[0].config
+    if name is None:
+        return None
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigurationError(f"config: no such file: {path}")
+    return path
+
+
+def _name(place: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, place)) + ": " if place else ""

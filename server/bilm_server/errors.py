@@ -1,0 +1,93 @@
+"""Every way to refuse, in one table: a stable reason, its status, and whether a retry can help."""
+
+from enum import StrEnum
+from typing import Final
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+DOMAIN: Final = "bilm-serve"
+PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
+STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
+NEVER_RETRY: Final = -1
+
+
+class Reason(StrEnum):
+    """Reasons, as they stand in `google.rpc.ErrorInfo`. Never renamed."""
+
+    MALFORMED_REQUEST = "MALFORMED_REQUEST"
+    MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+    MODEL_VERSION_MISMATCH = "MODEL_VERSION_MISMATCH"
+    OPTIONS_MISSING = "OPTIONS_MISSING"
+    LAYERS_INVALID = "LAYERS_INVALID"
+    POOLING_INVALID = "POOLING_INVALID"
+    DATA_TYPE_INVALID = "DATA_TYPE_INVALID"
+    MIX_INVALID = "MIX_INVALID"
+    SENTENCES_MISSING = "SENTENCES_MISSING"
+    TOO_MANY_SENTENCES = "TOO_MANY_SENTENCES"
+    TOO_MANY_TOKENS = "TOO_MANY_TOKENS"
+    RESPONSE_TOO_LARGE = "RESPONSE_TOO_LARGE"
+    STREAM_ORDER = "STREAM_ORDER"
+    ID_IN_USE = "ID_IN_USE"
+    SENTENCE_MISSING = "SENTENCE_MISSING"
+    SENTENCE_TOO_LONG = "SENTENCE_TOO_LONG"
+    TOKEN_EMPTY = "TOKEN_EMPTY"
+    TEXT_NOT_TOKENIZABLE = "TEXT_NOT_TOKENIZABLE"
+    STATE_INVALID = "STATE_INVALID"
+    POOLING_EMPTY = "POOLING_EMPTY"
+    OVERLOADED = "OVERLOADED"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    SHUTTING_DOWN = "SHUTTING_DOWN"
+    INTERNAL = "INTERNAL"
+
+
+_CODES: Final = {
+    Reason.MODEL_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    Reason.MODEL_VERSION_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.RESPONSE_TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Reason.SHUTTING_DOWN: grpc.StatusCode.UNAVAILABLE,
+    Reason.INTERNAL: grpc.StatusCode.INTERNAL,
+}
+
+
+class RefusalError(Exception):
+    """A request or a sentence that is refused; the message is meant for the caller and never quotes their text.
+
+    Attributes:
+        reason: why.
+        retry_after_ms: for RESOURCE_EXHAUSTED, when to try again; `NEVER_RETRY` where that can't help.
+    """
+
+    def __init__(self, reason: Reason, message: str, retry_after_ms: int = NEVER_RETRY) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_ms = retry_after_ms
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        """The gRPC status; INVALID_ARGUMENT for everything that the table doesn't name."""
+        return _CODES.get(self.reason, grpc.StatusCode.INVALID_ARGUMENT)
+
+    def status(self) -> status_pb2.Status:
+        """As `google.rpc.Status`, with the reason among the details."""
+        info = any_pb2.Any()
+        info.Pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN))
+        return status_pb2.Status(code=code_pb2.Code.Value(self.code.name), message=str(self), details=[info])
+
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """What goes with the status of a whole call.
+
+        Every RESOURCE_EXHAUSTED carries a pushback, because clients list that code as retryable.
+        """
+        details: tuple[str, str | bytes] = (STATUS_DETAILS_KEY, self.status().SerializeToString())
+        if self.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return (details,)
+        return (details, (PUSHBACK_KEY, str(self.retry_after_ms)))
+
+
+def internal_error() -> RefusalError:
+    """What callers hear of an error that is ours: nothing of the inside."""
+    return RefusalError(Reason.INTERNAL, "internal error; the server's log has the details")

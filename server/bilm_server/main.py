@@ -1,0 +1,66 @@
+"""`bilm-serve`: reads the configuration, loads the model, serves until it is told to stop."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+
+from bilm_model.errors import ModelError
+
+from bilm_server.config import ConfigurationError, ServerConfig, load_config
+from bilm_server.lifecycle import BindError, Server
+from bilm_server.logs import configure_logs
+from bilm_server.served_model import load_served_model
+
+_log = logging.getLogger("bilm_server.main")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the server.
+
+    Returns:
+        0 after SIGTERM or SIGINT, 1 if it couldn't start, 2 for a bad configuration.
+    """
+    try:
+        config = load_config(sys.argv[1:] if argv is None else argv)
+    except ConfigurationError as error:
+        for line in str(error).splitlines():
+            print(f"bilm-serve: {line}", file=sys.stderr)
+        return 2
+    configure_logs(config.log_level, config.log_format)
+    try:
+        asyncio.run(_run(config))
+    except (BindError, ModelError) as error:
+        print(f"bilm-serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _run(config: ServerConfig) -> None:
+    model = load_served_model(config)
+    _log.info(
+        "model %s, version %s, %s, %s, tokenizer %s",
+        model.name, model.version, model.precision, model.engine.backend, model.tokenizer.name,
+    )  # fmt: skip
+    server = Server(config, model)
+    _stop_on_signals(server)
+    try:
+        await server.start()
+        await server.serve()
+        await server.drain()
+    finally:
+        await server.stop()
+
+
+def _stop_on_signals(server: Server) -> None:
+    """The first signal drains; a second one ends the process as it would without us."""
+    loop = asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        loop.remove_signal_handler(number)
+        server.ask_to_stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(NotImplementedError):  # on Windows
+            loop.add_signal_handler(number, stop, number)

@@ -1,0 +1,84 @@
+"""From results to the wire."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from bilm_api.v1 import embed_pb2
+from google.protobuf.duration_pb2 import Duration
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bilm_server.inference import Outcome
+from bilm_server.requests import DataType, PreparedSentence, Wanted
+from bilm_server.served_model import ServedModel
+
+STREAM_MESSAGE_BYTES = 2**20
+"""Size of the vectors in one message of a stream; serialising one must not hold the event loop."""
+
+_WIRE_TYPES: dict[DataType, tuple[torch.dtype, embed_pb2.DataType]] = {
+    "float32": (torch.float32, embed_pb2.DATA_TYPE_FLOAT32),
+    "float16": (torch.float16, embed_pb2.DATA_TYPE_FLOAT16),
+    "bfloat16": (torch.bfloat16, embed_pb2.DATA_TYPE_BFLOAT16),
+}
+
+
+def wire_array(vectors: Tensor, data_type: DataType) -> NDArray[np.generic]:
+    """Numbers in the format of the wire, on the host; bfloat16, which numpy lacks, as the uint16 of its bits."""
+    # Copied even where nothing changes: a slice of the batch would keep the whole batch in memory
+    converted = vectors.to(_WIRE_TYPES[data_type][0], copy=True, memory_format=torch.contiguous_format).cpu()
+    array = (converted.view(torch.int16) if data_type == "bfloat16" else converted).numpy()
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def embedding(sentence: PreparedSentence, outcome: Outcome, wanted: Wanted, model: ServedModel) -> embed_pb2.Embedding:
+    """The whole embedding of a sentence."""
+    return _embedding_rows(sentence, outcome, wanted, model, slice(0, None), last=True)
+
+
+def stream_rows(
+    sentence: PreparedSentence, outcome: Outcome, wanted: Wanted, model: ServedModel
+) -> Iterator[embed_pb2.EmbeddingRows]:
+    """A sentence's embedding, in row ranges that fit a message."""
+    total = 1 if wanted.pooled else len(sentence.tokens)
+    step = total if wanted.pooled else max(1, STREAM_MESSAGE_BYTES // wanted.row_bytes(model))
+    for first in range(0, max(total, 1), max(step, 1)):
+        last = first + step >= total
+        rows = slice(0, None) if wanted.pooled else slice(first, first + step)
+        part = _embedding_rows(sentence, outcome, wanted, model, rows, last=last)
+        yield embed_pb2.EmbeddingRows(embedding=part, first_row=first, total_rows=total, last=last)
+
+
+def usage(outcomes: Iterable[tuple[PreparedSentence, Outcome]], model: ServedModel) -> embed_pb2.Usage:
+    """What these sentences cost."""
+    found = list(outcomes)
+    batches = {outcome.batch for _, outcome in found}
+    return embed_pb2.Usage(
+        queue_time=_duration(max((outcome.queue_s for _, outcome in found), default=0.0)),
+        inference_time=_duration(sum(batch.inference_s for batch in batches)),
+        tokens=sum(len(sentence.tokens) for sentence, _ in found),
+        model_version=model.version,
+    )
+
+
+def _embedding_rows(
+    sentence: PreparedSentence, outcome: Outcome, wanted: Wanted, model: ServedModel, rows: slice, *, last: bool
+) -> embed_pb2.Embedding:
+    vectors = outcome.vectors if wanted.pooled else outcome.vectors[..., rows, :]
+    with_state = last and sentence.return_state and outcome.state is not None
+    return embed_pb2.Embedding(
+        tokens=() if wanted.omit_tokens else sentence.tokens[rows],
+        token_starts=sentence.starts[rows],
+        token_ends=sentence.ends[rows],
+        truncated=sentence.truncated,
+        tensor=embed_pb2.Tensor(
+            data=vectors.tobytes(), shape=vectors.shape, data_type=_WIRE_TYPES[wanted.data_type][1]
+        ),
+        state=model.states.encode(*outcome.state) if with_state and outcome.state else b"",
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

@@ -1,0 +1,62 @@
+"""The model as the service sees it: loaded, on its device, with its tokenizer."""
+
+from dataclasses import dataclass
+
+import torch
+from bilm_model.bilm import Bilm
+from bilm_model.config import BilmConfig
+from bilm_model.engine.batch import BatchEngine
+from bilm_model.engine.device import resolve_device
+from bilm_model.engine.state import StateCodec
+from bilm_model.weights.loading import load
+
+from bilm_server.config import ServerConfig
+from bilm_server.tokenizer import Tokenizer, new_tokenizer
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model and what belongs to it.
+
+    Attributes:
+        name: as requests may give it.
+        version: a hash of weights and options.
+        config: its structure.
+        parameter_count: its size.
+        precision: of its products.
+        engine: runs it.
+        tokenizer: for raw text.
+        states: writes and reads its states.
+    """
+
+    name: str
+    version: str
+    config: BilmConfig
+    parameter_count: int
+    precision: str
+    engine: BatchEngine
+    tokenizer: Tokenizer
+    states: StateCodec
+
+
+def load_served_model(config: ServerConfig) -> ServedModel:
+    """Loads what the configuration names.
+
+    Raises:
+        ModelError: if that can't be served.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    loaded = load(config.model, config.options)
+    bilm: Bilm = loaded.bilm
+    return ServedModel(
+        name=config.served_model_name or loaded.name,
+        version=loaded.version,
+        config=bilm.config,
+        parameter_count=bilm.parameter_count,
+        precision=config.precision,
+        engine=BatchEngine(bilm, device, config.precision),
+        tokenizer=new_tokenizer(config.tokenizer, config.tokenizer_language),
+        states=StateCodec(bilm.config, loaded.version),
+    )

@@ -1,0 +1,202 @@
+"""The RPC methods: check, admit, compute, answer."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+from bilm_api.v1 import embed_pb2, embed_pb2_grpc
+from bilm_model.characters import MAX_TOKEN_BYTES
+
+import bilm_server
+from bilm_server import responses
+from bilm_server.admission import Admission, Cost
+from bilm_server.config import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, ServerConfig
+from bilm_server.errors import Reason, RefusalError
+from bilm_server.inference import Call, InferenceThread, Job, Outcome
+from bilm_server.requests import PreparedSentence, Wanted, check_model, parse_options, prepare_sentence
+from bilm_server.served_model import ServedModel
+from bilm_server.stream import StreamSession
+
+R = TypeVar("R")
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+# Smaller conversions take less than handing them to another thread and back.
+_INLINE_BYTES = 16 * 1024
+_NO_DEADLINE_S = float("inf")
+_MIN_PUSHBACK_MS, _MAX_PUSHBACK_MS = 20, 10_000
+
+Prepared = PreparedSentence | RefusalError
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What the methods work with.
+
+    Attributes:
+        config: the server's.
+        model: the only one.
+        inference: computes.
+        conversions: threads for conversions that would hold the event loop.
+        admission: of Embed calls.
+        stream_admission: of all streams' items.
+    """
+
+    config: ServerConfig
+    model: ServedModel
+    inference: InferenceThread
+    conversions: Executor
+    admission: Admission
+    stream_admission: Admission
+
+    async def convert(self, n_bytes: int, function: Callable[[], R]) -> R:
+        """Runs a conversion, in another thread if it is large."""
+        if n_bytes <= _INLINE_BYTES:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self.conversions, function)
+
+    def retry_after_ms(self) -> int:
+        """When there will be room again: the time that half of what waits takes."""
+        seconds = self.admission.used.tokens / self.inference.tokens_per_s / 2
+        return max(_MIN_PUSHBACK_MS, min(_MAX_PUSHBACK_MS, int(1000 * seconds)))
+
+
+class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
+    """`bilm_api.v1.EmbedService`."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    async def Embed(  # type: ignore[override] # noqa: N802 - the contract's name; bytes, see CallInterceptor
+        self, request: embed_pb2.EmbedRequest, context: "Context"
+    ) -> bytes | embed_pb2.EmbedResponse:
+        """All sentences of a request, answered together; a large answer comes serialised already."""
+        parts = self._parts
+        check_model(request.model, request.expected_model_version, parts.model)
+        _check_counts(request, parts.config)
+        wanted = parse_options(request.options, parts.model)
+        prepared = await parts.convert(request.ByteSize(), lambda: _prepare_all(request, wanted, parts))
+        cost = _cost(prepared, wanted, parts)
+        with parts.admission.admit(cost, parts.retry_after_ms()):
+            outcomes = await _compute_all(prepared, wanted, _new_call(context), parts)
+            return await parts.convert(
+                cost.answer_bytes, lambda: _response(prepared, outcomes, wanted, parts.model, cost.answer_bytes)
+            )
+
+    async def EmbedStream(  # type: ignore[override] # noqa: N802 - grpc.aio also takes a coroutine that writes
+        self, request_iterator: AsyncIterator[embed_pb2.EmbedStreamRequest], context: "Context"
+    ) -> None:
+        """Sentences as they come."""
+        call = _new_call(context)
+        try:
+            await StreamSession(self._parts, call, context.write).run(request_iterator)
+        finally:
+            self._parts.inference.abandon(call)
+
+    async def GetModel(  # noqa: N802 - the contract's name
+        self, request: embed_pb2.GetModelRequest, context: "Context"
+    ) -> embed_pb2.GetModelResponse:
+        """What is served, and within which limits."""
+        model, config = self._parts.model, self._parts.config
+        check_model(request.model, request.expected_model_version, model)
+        return embed_pb2.GetModelResponse(
+            name=model.name,
+            version=model.version,
+            layer_count=model.config.layer_count,
+            width=model.config.width,
+            cell_size=model.config.cell_dim,
+            parameter_count=model.parameter_count,
+            precision=model.precision,
+            backend=model.engine.backend,
+            tokenizer=model.tokenizer.name,
+            max_token_bytes=MAX_TOKEN_BYTES,
+            state_bytes=model.states.n_bytes,
+            limits=embed_pb2.Limits(
+                max_sentences_per_request=config.max_sentences_per_request,
+                max_tokens_per_request=config.max_tokens_per_request,
+                max_tokens_per_sentence=config.max_tokens_per_sentence,
+                max_request_bytes=MAX_REQUEST_BYTES,
+                max_response_bytes=MAX_RESPONSE_BYTES,
+                max_stream_items_in_flight=config.max_stream_items_in_flight,
+            ),
+            server_version=bilm_server.__version__,
+        )
+
+
+def _new_call(context: "Context") -> Call:
+    remaining_s = context.time_remaining()
+    return Call(_NO_DEADLINE_S if remaining_s is None else time.monotonic() + remaining_s)
+
+
+def _check_counts(request: embed_pb2.EmbedRequest, config: ServerConfig) -> None:
+    if not request.HasField("options"):
+        raise RefusalError(Reason.OPTIONS_MISSING, "options: not set")
+    if not request.sentences:
+        raise RefusalError(Reason.SENTENCES_MISSING, "sentences: none")
+    if len(request.sentences) > config.max_sentences_per_request:
+        found, limit = len(request.sentences), config.max_sentences_per_request
+        raise RefusalError(Reason.TOO_MANY_SENTENCES, f"sentences: {found} are more than {limit}")
+
+
+def _prepare_all(request: embed_pb2.EmbedRequest, wanted: Wanted, parts: Parts) -> list[Prepared]:
+    prepared: list[Prepared] = []
+    for sentence in request.sentences:
+        try:
+            prepared.append(prepare_sentence(sentence, wanted, parts.model, parts.config.max_tokens_per_sentence))
+        except RefusalError as error:
+            prepared.append(error)
+    return prepared
+
+
+def _cost(prepared: list[Prepared], wanted: Wanted, parts: Parts) -> Cost:
+    sentences = [sentence for sentence in prepared if isinstance(sentence, PreparedSentence)]
+    tokens = sum(len(sentence.tokens) for sentence in sentences)
+    if tokens > parts.config.max_tokens_per_request:
+        limit = parts.config.max_tokens_per_request
+        raise RefusalError(Reason.TOO_MANY_TOKENS, f"{tokens} tokens are more than {limit}")
+    answer_bytes = sum(sentence.answer_bytes(wanted, parts.model) for sentence in sentences)
+    if answer_bytes > MAX_RESPONSE_BYTES:
+        raise RefusalError(
+            Reason.RESPONSE_TOO_LARGE,
+            f"the answer would have about {answer_bytes} bytes, more than {MAX_RESPONSE_BYTES}: send fewer sentences, "
+            "ask for less of them (layers, pooling, data_type), or use EmbedStream",
+        )
+    return Cost(tokens, answer_bytes)
+
+
+async def _compute_all(
+    prepared: list[Prepared], wanted: Wanted, call: Call, parts: Parts
+) -> list[Outcome | RefusalError]:
+    jobs = [
+        Job(sentence, wanted, sentence.state, sentence.return_state, call)
+        for sentence in prepared
+        if isinstance(sentence, PreparedSentence)
+    ]
+    try:
+        outcomes = iter(await asyncio.gather(*map(parts.inference.submit, jobs)))
+    finally:
+        parts.inference.abandon(call)
+    return [sentence if isinstance(sentence, RefusalError) else next(outcomes) for sentence in prepared]
+
+
+def _response(
+    prepared: list[Prepared],
+    outcomes: list[Outcome | RefusalError],
+    wanted: Wanted,
+    model: ServedModel,
+    answer_bytes: int,
+) -> bytes | embed_pb2.EmbedResponse:
+    results, done = [], []
+    for sentence, outcome in zip(prepared, outcomes, strict=True):
+        if isinstance(sentence, RefusalError):
+            results.append(embed_pb2.EmbedResult(error=sentence.status()))
+        elif isinstance(outcome, Outcome):
+            done.append((sentence, outcome))
+            embedding = responses.embedding(sentence, outcome, wanted, model)
+            results.append(embed_pb2.EmbedResult(embedding=embedding))
+    response = embed_pb2.EmbedResponse(results=results, usage=responses.usage(done, model))
+    return response.SerializeToString() if answer_bytes > _INLINE_BYTES else response
