@@ -61,7 +61,10 @@ class BilmConfig:
         _check(self.activation in get_args(Activation), "activation", f"one of {get_args(Activation)}", self.activation)
         # bilm-tf then projects nothing, and the token layer and the LSTM layers, of other widths, can't be stacked
         _check(
-            self.projection_dim <= self.cell_dim, "projection_dim", f"at most dim, {self.cell_dim}", self.projection_dim
+            self.projection_dim <= self.cell_dim,
+            "projection_dim",
+            f"at most {self.cell_dim} (dim)",
+            self.projection_dim,
         )
         for name in ("cell_clip", "proj_clip"):
             _check(0 < getattr(self, name) < float("inf"), name, "a positive number", getattr(self, name))

@@ -32,7 +32,7 @@ class ScalarMix:
 
     def __call__(self, layers: Tensor) -> Tensor:
         """Layers (L, T, D) -> (T, D)."""
-        if self.layer_norm:
+        if self.layer_norm and layers.numel():
             variance, mean = torch.var_mean(layers, dim=(1, 2), keepdim=True, correction=0)
             layers = (layers - mean) / torch.sqrt(variance + _LAYER_NORM_EPSILON)
         shares = torch.softmax(torch.tensor(self.weights, device=layers.device, dtype=layers.dtype), dim=0)

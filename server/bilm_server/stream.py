@@ -23,6 +23,7 @@ class StreamSession:
 
     def __init__(self, parts: "Parts", call: Call, write: Write) -> None:
         self._parts, self._call, self._write = parts, call, write
+        self._writing = asyncio.Lock()  # grpc takes one message at a time
         self._room = asyncio.Semaphore(parts.config.max_stream_items_in_flight)
         self._ids: set[int] = set()
         self._n_items = 0
@@ -139,7 +140,11 @@ class StreamSession:
         model = self._parts.model
         for rows in responses.stream_rows(sentence, outcome, wanted, model):
             usage = responses.usage([(sentence, outcome)], model) if rows.last else None
-            await self._write(embed_pb2.EmbedStreamResponse(id=item_id, rows=rows, usage=usage))
+            await self._send(embed_pb2.EmbedStreamResponse(id=item_id, rows=rows, usage=usage))
 
     async def _write_error(self, item_id: int, error: RefusalError) -> None:
-        await self._write(embed_pb2.EmbedStreamResponse(id=item_id, error=error.status()))
+        await self._send(embed_pb2.EmbedStreamResponse(id=item_id, error=error.status()))
+
+    async def _send(self, message: embed_pb2.EmbedStreamResponse) -> None:
+        async with self._writing:
+            await self._write(message)

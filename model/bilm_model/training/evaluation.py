@@ -9,6 +9,7 @@ from bilm_model.training.corpus import Text, windows
 from bilm_model.training.objective import BilmObjective
 
 _STEPS = 64
+_MAX_STREAMS, _MIN_STREAM_TOKENS = 16, 1024
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Perplexity:
 
 
 @torch.no_grad()
-def perplexity(objective: BilmObjective, text: Text, streams: int) -> Perplexity:
-    """Reads a text in so many streams, the state carried from window to window, without dropout."""
+def perplexity(objective: BilmObjective, text: Text) -> Perplexity:
+    """Reads a text in up to 16 long streams, the state carried from window to window, without dropout."""
     objective.eval()
+    streams = max(1, min(_MAX_STREAMS, len(text.tokens) // _MIN_STREAM_TOKENS))
     state = objective.bilm.zero_state(streams)
     sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     forward, backward = windows(text, streams, _STEPS), windows(text.reversed(), streams, _STEPS)

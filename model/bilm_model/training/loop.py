@@ -19,7 +19,6 @@ from bilm_model.training.recipe import Optimisation, Recipe
 from bilm_model.weights import single_file
 
 MODEL_FILE, SOFTMAX_FILE, LOG_FILE = "model.safetensors", "softmax.pt", "log.jsonl"
-EVALUATION_STREAMS = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,6 @@ def train(recipe: Recipe, train_path: Path, valid_path: Path, out: Path, device:
         CorpusError: if a text can't be used.
     """
     started = time.monotonic()
-    torch.manual_seed(recipe.seed)
     lines = read_lines(train_path)
     vocabulary = Vocabulary.of(lines)
     text = index_text(lines, vocabulary)
@@ -60,13 +58,14 @@ def train(recipe: Recipe, train_path: Path, valid_path: Path, out: Path, device:
         begun = time.monotonic()
         loss = _epoch(step, text, recipe.optimisation, f"epoch {epoch}/{recipe.optimisation.epochs}")
         speed = len(text.tokens) / (time.monotonic() - begun)
-        found = perplexity(objective, valid, EVALUATION_STREAMS)
+        found = perplexity(objective, valid)
         _save(objective, vocabulary, out)
         _log(out, EpochReport(epoch, loss, found, speed, (time.monotonic() - started) / 60))
 
 
 def new_objective(recipe: Recipe, vocabulary: Vocabulary) -> BilmObjective:
-    """The untrained biLM of a recipe, with its softmax."""
+    """The untrained biLM of a recipe, with its softmax; seeds torch's random numbers."""
+    torch.manual_seed(recipe.seed)
     bilm = initialize(Bilm(recipe.architecture), torch.Generator().manual_seed(recipe.seed))
     optimisation = recipe.optimisation
     return BilmObjective(bilm, len(vocabulary.words), optimisation.softmax_cutoffs, optimisation.dropout)

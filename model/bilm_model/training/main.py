@@ -8,7 +8,7 @@ from bilm_model.engine.device import resolve_device
 from bilm_model.errors import ModelError
 from bilm_model.training.corpus import index_text, read_lines
 from bilm_model.training.evaluation import perplexity
-from bilm_model.training.loop import EVALUATION_STREAMS, MODEL_FILE, load_objective, train
+from bilm_model.training.loop import MODEL_FILE, load_objective, train
 from bilm_model.training.recipe import read_recipe
 
 
@@ -32,7 +32,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     objective, vocabulary = load_objective(read_recipe(arguments.recipe), arguments.run_folder)
-    found = perplexity(objective, index_text(read_lines(arguments.text), vocabulary), EVALUATION_STREAMS)
+    found = perplexity(objective, index_text(read_lines(arguments.text), vocabulary))
     print(f"perplexity: forward {found.forward:.1f}, backward {found.backward:.1f}, mean {found.mean:.1f}")
 
 

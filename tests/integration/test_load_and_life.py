@@ -1,0 +1,335 @@
+"""Overload, giving up, health, shutdown: what happens around a request."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from bilm_api.v1 import embed_pb2, embed_pb2_grpc
+from bilm_server.compute import ModelCompute
+from bilm_server.inference import Computed, Job
+from grpc_health.v1 import health_pb2
+from integration_support import PLAIN, RunningServer, health_stub, tokens
+from test_embed import refusal
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICES = ("", "bilm_api.v1.EmbedService")
+
+
+class Gate:
+    """Holds the model's thread until it is opened, and keeps what was computed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.entered = threading.Event(), threading.Event()
+        self.batches: list[list[str]] = []
+        original = ModelCompute.run
+
+        def run(compute: ModelCompute, jobs: Sequence[Job], abandoned: Callable[[], bool]) -> list[Computed] | None:
+            self.batches.append([job.sentence.tokens[0] for job in jobs])
+            self.entered.set()
+            assert self.open.wait(20)
+            return original(compute, jobs, abandoned)
+
+        monkeypatch.setattr(ModelCompute, "run", run)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open.set()
+
+
+def one(word: str, **fields: Any) -> embed_pb2.EmbedRequest:
+    return embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(word)], **fields)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """For what has no event of its own: the far end of a real connection."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.002)
+
+
+def test_callers_are_batched_together_and_an_idle_server_does_not_wait(
+    gate: Gate, start: Callable[..., RunningServer]
+) -> None:
+    server = start()
+    stub = server.stub()
+    calls = [stub.Embed.future(one("first"))]
+    assert gate.entered.wait(10)  # at once, alone
+    calls += [stub.Embed.future(one(f"w{i}")) for i in range(10)]
+    wait_until(lambda: server.server._parts.admission.used.tokens == 11)
+    gate.open.set()
+    for call in calls:
+        call.result(10)
+    assert gate.batches[0] == ["first"]
+    assert sorted(gate.batches[1]) == sorted(f"w{i}" for i in range(10))
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_work_that_nobody_waits_for_is_not_done(gate: Gate, start: Callable[..., RunningServer], how: str) -> None:
+    server = start()
+    stub = server.stub()
+    used = server.server._parts.admission
+    first = stub.Embed.future(one("first"))
+    assert gate.entered.wait(10)
+    doomed = stub.Embed.future(one("doomed"), timeout=0.2 if how == "deadline" else None)
+    wait_until(lambda: used.used.tokens == 2 or how == "deadline")
+    if how == "cancel":
+        doomed.cancel()
+    else:
+        assert doomed.exception(10).code() == grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[union-attr]
+    wait_until(lambda: used.used.tokens == 1)
+    gate.open.set()
+    first.result(10)
+    stub.Embed(one("last"))
+    assert gate.batches == [["first"], ["last"]]
+
+
+def test_a_batch_is_left_when_everybody_has_gone(gate: Gate, start: Callable[..., RunningServer]) -> None:
+    server = start()
+    stub = server.stub()
+    doomed = stub.Embed.future(one("doomed"))
+    assert gate.entered.wait(10)
+    doomed.cancel()
+    wait_until(lambda: server.server._parts.admission.used.tokens == 0)
+    gate.open.set()
+    assert stub.Embed(one("next")).results[0].HasField("embedding")
+
+
+def test_overload_is_refused_at_once_with_a_time_to_come_back(gate: Gate, start: Callable[..., RunningServer]) -> None:
+    server = start("--max-waiting-tokens", "100", "--max-tokens-per-request", "100")
+    stub = server.stub()
+    waiting = stub.Embed.future(embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*["w"] * 95)]))
+    assert gate.entered.wait(10)
+    with pytest.raises(grpc.RpcError) as error:
+        stub.Embed(embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*["w"] * 6)]))
+    code, why, metadata = refusal(error.value)
+    assert (code, why) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+    assert 20 <= int(metadata["grpc-retry-pushback-ms"]) <= 10_000
+    gate.open.set()
+    waiting.result(10)
+    stub.Embed(embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*["w"] * 6)]))
+
+
+def test_health_answers_while_the_model_is_busy(gate: Gate, start: Callable[..., RunningServer]) -> None:
+    server = start()
+    call = server.stub().Embed.future(one("busy"))
+    assert gate.entered.wait(10)
+    health = health_stub(server.channel())
+    for service in SERVICES:
+        assert health.Check(health_pb2.HealthCheckRequest(service=service), timeout=1).status == SERVING
+    with pytest.raises(grpc.RpcError) as error:
+        health.Check(health_pb2.HealthCheckRequest(service="other"))
+    assert error.value.code() == grpc.StatusCode.NOT_FOUND
+    gate.open.set()
+    call.result(10)
+
+
+def test_a_failure_is_internal_and_says_nothing_of_the_inside(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelCompute, "run", lambda *_: 1 / 0)
+        with pytest.raises(grpc.RpcError) as error:
+            server.stub().Embed(one("w"))
+    assert refusal(error.value)[:2] == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    assert "division" not in str(error.value.details())
+    assert server.stub().Embed(one("w")).results[0].HasField("embedding")
+
+
+def test_health_follows_the_model(start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start()
+    updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+    assert next(updates).status == SERVING
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelCompute, "run", lambda *_: 1 / 0)
+        patch.setattr(ModelCompute, "probe", lambda *_: 1 / 0)
+        with pytest.raises(grpc.RpcError):
+            server.stub().Embed(one("w"))
+        assert next(updates).status == NOT_SERVING
+    assert next(updates).status == SERVING  # found out by itself: a balancer would send nothing
+    updates.cancel()
+
+
+def test_not_serving_before_the_warm_up(start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def probe(compute: ModelCompute) -> None:
+        channel = grpc.insecure_channel(targets[0])
+        seen.extend(
+            health_stub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status
+            for service in SERVICES
+        )
+        channel.close()
+
+    targets: list[str] = []
+    original = RunningServer.start
+
+    def start_and_tell(running: RunningServer) -> None:
+        bind = running.server._bind
+        running.server._bind = lambda grpc_server: targets.append(bind(grpc_server)) or targets[0]  # type: ignore[method-assign, assignment, func-returns-value]
+        original(running)
+
+    monkeypatch.setattr(ModelCompute, "probe", probe)
+    monkeypatch.setattr(RunningServer, "start", start_and_tell)
+    start()
+    assert seen == [NOT_SERVING, NOT_SERVING]
+
+
+def test_reflection_is_there_only_when_asked_for(start: Callable[..., RunningServer]) -> None:
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub
+
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    with_it = stub(start("--reflection").channel())
+    (response,) = with_it.ServerReflectionInfo(iter([request]))
+    names = {service.name for service in response.list_services_response.service}
+    assert {"bilm_api.v1.EmbedService", "grpc.health.v1.Health"} <= names
+    without = stub(start().channel())
+    with pytest.raises(grpc.RpcError) as error:
+        list(without.ServerReflectionInfo(iter([request])))
+    assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+# ---- the process ----
+
+
+@contextmanager
+def process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process and where it listens, once it is SERVING."""
+    command = [sys.executable, "-m", "bilm_server", "--model", "random:tiny", "--drain-delay-s", "0", *flags]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    try:
+        target = ""
+        for line in child.stderr:
+            if found := re.search(r"listening on (\S+)", line):
+                target = found.group(1)
+            if "health: SERVING" in line:
+                break
+        else:
+            raise AssertionError(f"the server ended with {child.wait()}")
+        drain = threading.Thread(target=child.stderr.read)
+        drain.start()
+        yield child, target
+    finally:
+        child.kill()
+        child.wait()
+        drain.join()
+        child.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_ends_with_0(number: signal.Signals) -> None:
+    with process("--listen", "127.0.0.1:0") as (child, target), grpc.insecure_channel(target) as channel:
+        stub = embed_pb2_grpc.EmbedServiceStub(channel)
+        in_flight = stub.Embed.future(
+            embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*["w"] * 8000), tokens("b")])
+        )
+        updates = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(updates).status == SERVING
+        child.send_signal(number)
+        assert next(updates).status == NOT_SERVING
+        assert in_flight.result(20).results[1].HasField("embedding")
+        updates.cancel()
+        assert child.wait(20) == 0
+
+
+def test_the_grace_time_bounds_the_drain() -> None:
+    server = process("--listen", "127.0.0.1:0", "--grace-s", "0.2")
+    with server as (child, target), grpc.insecure_channel(target) as channel:
+        never_ending = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(never_ending).status == SERVING
+        begun = time.monotonic()
+        child.terminate()
+        assert child.wait(20) == 0
+        assert time.monotonic() - begun < 10
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    with process("--listen", f"unix:{tmp_path}/s") as (_, target), grpc.insecure_channel(target) as channel:
+        assert embed_pb2_grpc.EmbedServiceStub(channel).Embed(one("w")).results[0].HasField("embedding")
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bilm_server", *flags], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_taken_port_is_an_error(server: RunningServer) -> None:
+    found = run("--model", "random:tiny", "--listen", server.target)
+    assert found.returncode == 1
+    assert f"can't listen on {server.target}" in found.stderr
+
+
+def test_a_model_that_is_not_there_is_an_error() -> None:
+    found = run("--model", "/nowhere/model.safetensors")
+    assert (found.returncode, found.stderr.strip()) == (
+        1,
+        "bilm-serve: /nowhere/model.safetensors: no such file or folder",
+    )
+
+
+def test_a_device_that_is_not_there_is_an_error() -> None:
+    found = run("--model", "random:tiny", "--device", "cuda:77")
+    assert found.returncode == 1
+    assert "cuda:77" in found.stderr
+
+
+def test_log_lines_can_be_json_and_never_hold_text() -> None:
+    import json
+
+    with ThreadPoolExecutor(1) as pool:
+        command = [sys.executable, "-m", "bilm_server", "--model", "random:tiny", "--listen", "127.0.0.1:0"]
+        child = subprocess.Popen([*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True)
+        assert child.stderr is not None
+        lines = []
+        for line in child.stderr:
+            lines.append(json.loads(line))
+            if lines[-1]["message"] == "health: SERVING":
+                break
+        target = next(m["message"].split()[-1] for m in lines if m["message"].startswith("listening on"))
+        rest = pool.submit(child.stderr.read)
+        with grpc.insecure_channel(target) as channel:
+            embed_pb2_grpc.EmbedServiceStub(channel).Embed(one("confidential"))
+        os.kill(child.pid, signal.SIGTERM)
+        os.kill(child.pid, signal.SIGTERM)
+        child.wait(20)
+        text = rest.result(20)
+    assert '"message": "Embed OK' in text
+    assert "confidential" not in text
+    assert all(json.loads(line) for line in text.splitlines())
+    child.stderr.close()
+
+
+async def test_stop_may_be_called_twice_and_before_start() -> None:
+    from bilm_server.config import load_config
+    from bilm_server.lifecycle import Server
+    from bilm_server.served_model import load_served_model
+
+    config = load_config(["--model", "random:tiny", "--listen", "127.0.0.1:0"])
+    never_started = Server(config, load_served_model(config))
+    await never_started.stop()
+    server = Server(config, load_served_model(config))
+    await server.start()
+    waiting = asyncio.create_task(server.serve())
+    server.ask_to_stop()
+    await waiting
+    await server.stop()
+    await server.stop()

@@ -1,0 +1,163 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from bilm_model.bilm import random_bilm
+from bilm_model.config import SIZES
+from bilm_model.errors import ModelError, WeightsError
+from bilm_model.weights import hdf5, single_file
+from bilm_model.weights.convert import main
+from bilm_model.weights.loading import load
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    single_file.write(path, SIZES["tiny"], random_bilm(SIZES["tiny"]).state_dict())
+    return path
+
+
+def test_there_and_back_is_the_same_model(golden: Path, tmp_path: Path) -> None:
+    single, folder = tmp_path / "model.safetensors", tmp_path / "folder"
+    assert main([str(golden), str(single)]) == 0
+    assert main([str(single), str(folder)]) == 0
+    with h5py.File(golden / "weights.hdf5") as before, h5py.File(folder / "weights.hdf5") as after:
+        for key, _, _ in hdf5.names(load(str(golden)).bilm.config):
+            assert np.array_equal(before[key][()], after[key][()]), key
+    assert load(str(golden)).version == load(str(single)).version == load(str(folder)).version
+
+
+def test_float16_rounds_and_is_another_version(golden: Path, tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    assert main([str(golden), str(path), "--dtype", "float16"]) == 0
+    exact, rounded = load(str(golden)), load(str(path))
+    assert exact.version != rounded.version
+    for name, tensor in exact.bilm.state_dict().items():
+        assert torch.equal(tensor.half().float(), rounded.bilm.state_dict()[name])
+
+
+def test_two_files(golden: Path, tmp_path: Path) -> None:
+    weights, options = tmp_path / "elmo_weights.hdf5", tmp_path / "elmo_options.json"
+    shutil.copy(golden / "weights.hdf5", weights)
+    shutil.copy(golden / "options.json", options)
+    assert load(str(weights), options).version == load(str(golden)).version
+    assert load(str(tmp_path)).version == load(str(golden)).version
+    with pytest.raises(WeightsError, match="--options"):
+        load(str(weights))
+
+
+def test_an_output_is_not_overwritten_unasked(single: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.safetensors"
+    output.write_text("precious")
+    assert main([str(single), str(output)]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert output.read_text() == "precious"
+
+
+def _delete(file: h5py.File) -> None:
+    del file["CNN_proj/W_proj"]
+
+
+def _reshape(file: h5py.File) -> None:
+    del file["CNN/b_cnn_0"]
+    file["CNN/b_cnn_0"] = np.zeros(3, np.float32)
+
+
+def _poison(file: h5py.File) -> None:
+    file["char_embed"][3, 1] = np.nan
+
+
+def _add(file: h5py.File) -> None:
+    file["CNN_high_0/W_extra"] = np.zeros(3, np.float32)
+
+
+def _integers(file: h5py.File) -> None:
+    shape = file["char_embed"].shape
+    del file["char_embed"]
+    file["char_embed"] = np.zeros(shape, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_delete, r"CNN_proj/W_proj: missing, expected shape \(124, 16\)"),
+        (_reshape, r"CNN/b_cnn_0: expected shape \(4,\), found \(3,\)"),
+        (_poison, "char_embed: holds values that are not finite"),
+        (_add, "CNN_high_0/W_extra: not part of the model"),
+        (_integers, "char_embed: expected floating-point numbers, found int32"),
+    ],
+)
+def test_damage_to_published_weights_is_named(
+    damage: Callable[[h5py.File], None], message: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(Path(__file__).parents[2] / "data" / "golden" / "relu-2highway", folder)
+    with h5py.File(folder / "weights.hdf5", "r+") as file:
+        damage(file)
+    with pytest.raises(WeightsError, match=message):
+        load(str(folder))
+
+
+def test_a_cut_off_published_file(golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden, tmp_path / "model")
+    path = tmp_path / "model" / "weights.hdf5"
+    path.write_bytes(path.read_bytes()[:-4000])
+    with pytest.raises(WeightsError, match="weights.hdf5"):
+        load(str(tmp_path / "model"))
+
+
+def _rewritten(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save
+
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors, metadata)
+    path.write_bytes(save(tensors, metadata=metadata))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t.pop("encoder.projection_bias"), r"encoder.projection_bias: missing, expected shape \(8,\)"),
+        (lambda t, m: t.update(extra=torch.zeros(1)), "extra: not part of the model"),
+        (
+            lambda t, m: t.update({"encoder.projection_bias": torch.zeros(9)}),
+            r"encoder.projection_bias: expected shape \(8,\), found \(9,\)",
+        ),
+        (lambda t, m: t["encoder.projection_bias"].fill_(float("nan")), "projection_bias: holds values that are not"),
+        (lambda t, m: t["encoder.projection_bias"].add_(1.0), "version: expected .* damaged"),
+        (lambda t, m: t.update({"encoder.projection_bias": torch.zeros(8, dtype=torch.int32)}), "expected float32"),
+        (lambda t, m: m.pop("options"), "metadata options: missing"),
+        (lambda t, m: m.update(format="other/9"), "metadata format: expected bilm-serve/1, found other/9"),
+        (lambda t, m: m.update(options="{"), "metadata options"),
+        (lambda t, m: m.update(options=json.dumps({"lstm": {}})), "char_cnn: missing"),
+    ],
+)
+def test_damage_to_our_file_is_named(
+    change: Callable[[dict[str, torch.Tensor], dict[str, str]], None], message: str, single: Path
+) -> None:
+    _rewritten(single, change)
+    with pytest.raises(WeightsError, match=message):
+        load(str(single))
+
+
+def test_a_cut_off_file_of_ours(single: Path) -> None:
+    single.write_bytes(single.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="not a readable safetensors file"):
+        load(str(single))
+
+
+@pytest.mark.parametrize("source", ["/nowhere", "random:huge", "random:"])
+def test_what_does_not_exist(source: str) -> None:
+    with pytest.raises(ModelError, match=source):
+        load(source)
+
+
+def test_random_weights_are_the_same_each_time() -> None:
+    assert load("random:tiny").version == load("random:tiny").version

@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+from bilm_server.config import ConfigurationError, ServerConfig, load_config
+from bilm_server.main import main
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ServerConfig.model_fields:
+        monkeypatch.delenv(f"BILM_{name.upper()}", raising=False)
+
+
+def test_flag_before_environment_before_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "bilm.toml"
+    file.write_text('threads = 1\nmax_batch_tokens = 11\nlisten = "unix:/tmp/x"\n')
+    monkeypatch.setenv("BILM_MAX_BATCH_TOKENS", "22")
+    monkeypatch.setenv("BILM_THREADS", "2")
+    config = load_config(["--config", str(file), "--threads", "3"])
+    assert (config.threads, config.max_batch_tokens, config.listen) == (3, 22, "unix:/tmp/x")
+
+
+def test_the_file_may_be_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "bilm.toml"
+    file.write_text("reflection = true\n")
+    monkeypatch.setenv("BILM_CONFIG", str(file))
+    assert load_config([]).reflection
+    assert not load_config(["--no-reflection"]).reflection
+
+
+def test_defaults_are_safe() -> None:
+    config = load_config([])
+    assert config.listen.startswith("127.0.0.1:")
+    assert not config.reflection
+
+
+def test_every_error_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bilm.toml"
+    file.write_text('unknown_choice = 1\nlog_level = "loud"\n')
+    flags = ["--config", str(file), "--listen", "nowhere", "--device", "tpu", "--precision", "int8", "--threads", "-1"]
+    assert main(flags) == 2
+    lines = capsys.readouterr().err.splitlines()
+    for name in ("unknown_choice", "log_level", "listen", "device", "precision", "threads"):
+        assert any(line.startswith(f"bilm-serve: {name}: ") for line in lines), name
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-tokens-per-request", "70000"], "max_tokens_per_request .* must not exceed max_waiting_tokens"),
+        (["--max-tokens-per-sentence", "70000"], "max_tokens_per_sentence .* must not exceed max_stream_tokens"),
+        (["--max-waiting-mib", "15"], "max_waiting_mib must be at least 16"),
+        (["--listen", "unix:"], "a Unix socket needs a path"),
+        (["--listen", "h:70000"], "expected HOST:PORT"),
+        (["--config", "/nowhere.toml"], "no such file"),
+    ],
+)
+def test_what_does_not_go_together(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_config(flags)
+
+
+def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
+    file = tmp_path / "bilm.toml"
+    file.write_text("threads = = 1")
+    with pytest.raises(ConfigurationError, match="bilm.toml"):
+        load_config(["--config", str(file)])

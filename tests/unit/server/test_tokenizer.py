@@ -1,0 +1,58 @@
+import pytest
+from bilm_server.errors import RefusalError
+from bilm_server.tokenizer import SacremosesTokenizer, Tokenizer, WhitespaceTokenizer
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+MOSES, WHITESPACE = SacremosesTokenizer("en"), WhitespaceTokenizer()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "expected"),
+    [
+        (MOSES, "Hello, world! Don't wait...", ["Hello", ",", "world", "!", "Don", "'t", "wait", "..."]),
+        (MOSES, "<b> & [x] | “naïve”", ["<", "b", ">", "&", "[", "x", "]", "|", "“", "naïve", "”"]),  # no escaping
+        (SacremosesTokenizer("ko"), "서울은 수도이다.", ["서울은", "수도이다", "."]),
+        (WHITESPACE, " Hello,\tworld!\u3000é ", ["Hello,", "world!", "é"]),
+        (MOSES, "", []),
+        (WHITESPACE, " \n", []),
+    ],
+)
+def test_tokens_and_their_bytes(tokenizer: Tokenizer, text: str, expected: list[str]) -> None:
+    found = tokenizer(text)
+    assert list(found.tokens) == expected
+    data = text.encode()
+    assert [data[start:end].decode() for start, end in zip(found.starts, found.ends, strict=True)] == expected
+
+
+def test_control_characters_inside_a_token_are_part_of_its_place() -> None:
+    found = MOSES("a\x00b c")
+    assert found.tokens == ("ab", "c")
+    assert list(zip(found.starts, found.ends, strict=True)) == [(0, 3), (4, 5)]
+
+
+def test_what_the_tokenizer_changed_is_refused_not_misplaced() -> None:
+    with pytest.raises(RefusalError, match="changed characters"):
+        MOSES("DOTMULTI")  # a placeholder of the library's own
+
+
+@given(st.text())
+@example("a\u200d\u00adb ... .. DOTDOTMULTI")
+@example("İ i̇ ß ﬀ")
+def test_any_text_has_ordered_places_or_a_refusal(text: str) -> None:
+    for tokenizer in (MOSES, WHITESPACE):
+        try:
+            found = tokenizer(text)
+        except RefusalError:
+            continue
+        data, end = text.encode(), 0
+        for token, start, stop in zip(found.tokens, found.starts, found.ends, strict=True):
+            assert end <= start < stop <= len(data)
+            piece = data[start:stop].decode()
+            assert piece == token or [c for c in piece if c in token]
+            end = stop
+
+
+def test_names() -> None:
+    assert WHITESPACE.name == "whitespace"
+    assert MOSES.name.startswith("moses-en (sacremoses ")
