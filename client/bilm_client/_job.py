@@ -1,0 +1,173 @@
+"""One `embed` call as a state machine without I/O: which request next, and what its answer means."""
+
+from collections import deque
+
+import grpc
+from bilm_api.v1 import embed_pb2 as pb
+
+from bilm_client._inputs import Input
+from bilm_client._options import Options
+from bilm_client._plan import plan
+from bilm_client._settings import Settings
+from bilm_client._tensors import to_embedding
+from bilm_client.errors import (
+    MalformedResponseError,
+    ModelVersionError,
+    RequestTooLargeError,
+    SentenceError,
+    ServiceError,
+    sentence_error,
+    version_changed,
+)
+from bilm_client.results import Embedding, ModelInfo
+
+Outcome = Embedding | SentenceError
+
+PARTS_IN_FLIGHT = 4
+_TOO_MUCH = frozenset({"RESPONSE_TOO_LARGE", "TOO_MANY_TOKENS", "TOO_MANY_SENTENCES"})
+
+
+class EmbedJob:
+    """The sentences of one call on their way.
+
+    A driver takes parts with `take()`, sends `request(part)`, and hands back what came by `succeed` or `fail`, until
+    `take()` gives None with nothing under way; then it sends `oversized` by stream.
+    """
+
+    def __init__(self, inputs: list[Input], options: Options, settings: Settings) -> None:
+        self.inputs = inputs
+        self.options = options
+        self.oversized: list[int] = []
+        self._model = settings.model
+        self._expected = settings.expected_model_version
+        self._version = self._expected
+        self._parts: deque[range] = deque()
+        self._in_flight = 0
+        self._outcomes: dict[int, Outcome] = {}
+
+    @property
+    def version(self) -> str:
+        """The model version that answers must have; "" as long as any will do."""
+        return self._version
+
+    def plan(self, info: ModelInfo) -> None:
+        """Cut the sentences into parts.
+
+        Raises:
+            ValueError: The mix doesn't fit the model.
+            RequestTooLargeError: A sentence is larger than a request, with on_error="raise".
+        """
+        self.options.check_layer_count(info.layer_count)
+        planned = plan(self.inputs, self.options, info)
+        self._parts.extend(planned.parts)
+        self.oversized.extend(planned.oversized)
+        for index in planned.unsendable:
+            self.settle(index, _too_large(self.inputs[index], index, info))
+
+    def take(self) -> range | None:
+        """The next part to send, or None: wait for an answer first, or nothing is left."""
+        # Until the first answer has told the version, a second request could be answered by another one.
+        at_most = PARTS_IN_FLIGHT if self._version else 1
+        if not self._parts or self._in_flight >= at_most:
+            return None
+        self._in_flight += 1
+        return self._parts.popleft()
+
+    def request(self, part: range) -> pb.EmbedRequest:
+        """The message for a part."""
+        inputs = [self.inputs[index] for index in part]
+        # The client knows tokens that it sent, so the server need not send them back.
+        omit_tokens = all(source.tokens is not None for source in inputs)
+        return pb.EmbedRequest(
+            model=self._model,
+            expected_model_version=self._version,
+            options=self.options.to_proto(omit_tokens=omit_tokens),
+            sentences=[source.to_proto() for source in inputs],
+        )
+
+    def succeed(self, part: range, response: pb.EmbedResponse) -> None:
+        """Take the answer of a part.
+
+        Raises:
+            SentenceError: A sentence failed, with on_error="raise".
+            ModelVersionChangedError: Another version answered than before.
+            MalformedResponseError: The answer breaks the contract.
+        """
+        self._in_flight -= 1
+        self._version = agreed_version(self._version, response.usage.model_version)
+        if len(response.results) != len(part):
+            raise MalformedResponseError(f"expected {len(part)} results, got {len(response.results)}")
+        for index, result in zip(part, response.results, strict=True):
+            self.settle(index, self._outcome(index, result))
+
+    def fail(self, part: range, error: ServiceError) -> None:
+        """Take the failure of a part: one that was too much is cut in two, or goes by stream.
+
+        Raises:
+            ServiceError: `error`, where cutting can't help.
+        """
+        self._in_flight -= 1
+        if error.reason in _TOO_MUCH:
+            self._cut(part)
+        elif isinstance(error, ModelVersionError) and self._version != self._expected:
+            raise version_changed(self._version, "another one") from error
+        else:
+            raise error
+
+    def settle(self, index: int, outcome: Outcome) -> None:
+        """Record what became of a sentence.
+
+        Raises:
+            SentenceError: `outcome`, with on_error="raise".
+        """
+        if isinstance(outcome, SentenceError) and self.options.raises:
+            raise outcome
+        self._outcomes[index] = outcome
+
+    def results(self) -> list[Outcome]:
+        """One outcome for each sentence, in order."""
+        return [self._outcomes[index] for index in range(len(self.inputs))]
+
+    def _cut(self, part: range) -> None:
+        if len(part) == 1:
+            self.oversized.append(part.start)
+            return
+        middle = part.start + len(part) // 2
+        self._parts.extendleft((range(middle, part.stop), range(part.start, middle)))
+
+    def _outcome(self, index: int, result: pb.EmbedResult) -> Outcome:
+        match result.WhichOneof("outcome"):
+            case "embedding":
+                return to_embedding(result.embedding, self.inputs[index], self.options, self._version)
+            case "error":
+                return sentence_error(result.error, index)
+            case _:
+                raise MalformedResponseError(f"sentence {index} has no outcome")
+
+
+def agreed_version(expected: str, found: str) -> str:
+    """The version that all answers share; `expected` is "" before the first.
+
+    Raises:
+        ModelVersionChangedError: They differ.
+    """
+    if expected and found and expected != found:
+        raise version_changed(expected, found)
+    return expected or found
+
+
+def at_index(outcome: Outcome, index: int) -> Outcome:
+    """The outcome of a sentence that was number `index` of the call, whatever its number on its way."""
+    if isinstance(outcome, SentenceError):
+        return type(outcome)(outcome.message, index=index, reason=outcome.reason, code=outcome.code)
+    return outcome
+
+
+def _too_large(source: Input, index: int, info: ModelInfo) -> RequestTooLargeError:
+    limit = info.limits.max_request_bytes
+    return RequestTooLargeError(
+        f"about {source.request_bytes} bytes, and a request may have {limit}",
+        index=index,
+        reason="REQUEST_TOO_LARGE",
+        code=grpc.StatusCode.RESOURCE_EXHAUSTED,
+    )

@@ -1,0 +1,101 @@
+"""Cuts the sentences of a call into requests that fit the limits. Pure."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from bilm_client._inputs import Input
+from bilm_client._options import Options
+from bilm_client.results import ModelInfo
+
+# Names, versions, options and mix weights of a request; usage of a response.
+_MESSAGE_OVERHEAD_BYTES = 4096
+# Tags, lengths and shape of one result, and tag, length, start and end of one of its tokens, at most.
+_RESULT_OVERHEAD_BYTES = 64
+_TOKEN_OVERHEAD_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one sentence, or a whole request, takes of each limit."""
+
+    sentences: int
+    tokens: int
+    request_bytes: int
+    response_bytes: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.sentences + other.sentences,
+            self.tokens + other.tokens,
+            self.request_bytes + other.request_bytes,
+            self.response_bytes + other.response_bytes,
+        )
+
+    def fits(self, limit: "Cost") -> bool:
+        """Whether no limit is exceeded."""
+        return (
+            self.sentences <= limit.sentences
+            and self.tokens <= limit.tokens
+            and self.request_bytes <= limit.request_bytes
+            and self.response_bytes <= limit.response_bytes
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the sentences of a call travel, by index.
+
+    Attributes:
+        parts: Runs of sentences, one request each.
+        oversized: Sentences that fit no Embed alone and go by stream.
+        unsendable: Sentences that fit no request at all.
+    """
+
+    parts: tuple[range, ...]
+    oversized: tuple[int, ...]
+    unsendable: tuple[int, ...]
+
+
+def request_limit(info: ModelInfo) -> Cost:
+    """What one Embed may take at most."""
+    limits = info.limits
+    return Cost(
+        limits.max_sentences_per_request,
+        limits.max_tokens_per_request,
+        limits.max_request_bytes - _MESSAGE_OVERHEAD_BYTES,
+        limits.max_response_bytes - _MESSAGE_OVERHEAD_BYTES,
+    )
+
+
+def cost_of(source: Input, options: Options, info: ModelInfo) -> Cost:
+    """What one sentence takes; for text, from the estimate of its tokens."""
+    tokens = source.token_estimate
+    rows = 1 if options.pooled else tokens
+    tensor_bytes = rows * options.layers_returned(info.layer_count) * info.width * options.item_bytes
+    text_bytes = source.text_bytes + tokens * _TOKEN_OVERHEAD_BYTES
+    state_bytes = info.state_bytes if source.return_state else 0
+    response_bytes = tensor_bytes + text_bytes + state_bytes + _RESULT_OVERHEAD_BYTES
+    return Cost(1, tokens, source.request_bytes, response_bytes)
+
+
+def plan(inputs: Sequence[Input], options: Options, info: ModelInfo) -> Plan:
+    """Pack the sentences, in order, into as few requests as fit."""
+    limit = request_limit(info)
+    costs = [cost_of(source, options, info) for source in inputs]
+    unsendable = tuple(i for i, cost in enumerate(costs) if cost.request_bytes > limit.request_bytes)
+    apart = set(unsendable)
+    oversized = tuple(i for i, cost in enumerate(costs) if i not in apart and not cost.fits(limit))
+    return Plan(tuple(_pack(costs, apart | set(oversized), limit)), oversized, unsendable)
+
+
+def _pack(costs: Sequence[Cost], apart: set[int], limit: Cost) -> Iterator[range]:
+    first, total = 0, Cost(0, 0, 0, 0)
+    for index, cost in enumerate(costs):
+        if index not in apart and (total + cost).fits(limit):
+            total += cost
+            continue
+        if total.sentences:
+            yield range(first, index)
+        first, total = (index + 1, Cost(0, 0, 0, 0)) if index in apart else (index, cost)
+    if total.sentences:
+        yield range(first, len(costs))

@@ -1,0 +1,220 @@
+"""One `embed_stream` call as a state machine without I/O: what to send, in which order results leave, what to resend.
+
+A session outlives its connections. A driver reads input while there is `room`, sends what `add` gives (or, on a new
+connection, all that `opening` gives), hands every message to `receive`, takes results with `take`, and asks `broken`
+what to do when a connection ends.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from bilm_api.v1 import embed_pb2 as pb
+
+from bilm_client._inputs import Input
+from bilm_client._job import Outcome, agreed_version
+from bilm_client._options import Options
+from bilm_client._settings import Settings
+from bilm_client._tensors import Rows
+from bilm_client.errors import (
+    MalformedResponseError,
+    ModelVersionError,
+    SentenceError,
+    ServiceError,
+    sentence_error,
+    version_changed,
+)
+from bilm_client.policy import RetryPolicy, is_resumable
+from bilm_client.results import Embedding
+
+
+@dataclass(slots=True)
+class _Item:
+    """A sentence between its reading and the moment when nothing can need it any more."""
+
+    index: int
+    source: Input
+    asks_state: bool
+    rows: Rows | None = None
+    outcome: Outcome | None = None
+    done: bool = False
+    failed: bool = False
+
+
+class StreamSession:
+    """Sentences on their way through one or, after a break, several streams.
+
+    With `carry_state`, sentences stay in hand after their results have left, until a later state makes them
+    unnecessary: a new stream starts from the last state and reads them once more, and their second results are dropped.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        settings: Settings,
+        *,
+        window: int,
+        uniform: Callable[[], float],
+        carry_state: bool = False,
+        state_every: int = 0,
+        initial_state: bytes = b"",
+        version: str = "",
+    ) -> None:
+        self._options = options
+        self._model = settings.model
+        self._retry: RetryPolicy = settings.retry
+        self._window = window
+        self._uniform = uniform
+        self._carry = carry_state
+        self._every = state_every
+        self._expected = version or settings.expected_model_version
+        self._version = self._expected
+        self._items: dict[int, _Item] = {}
+        self._added = 0  # items read from the input
+        self._done = 0  # items with a result
+        self._next = 0  # the item whose result leaves next
+        self._checkpoint = 0  # the first item that `_state` precedes
+        self._state = initial_state
+        self._owes_state = False
+        self._failures = 0
+        self.ended = False  # no more input
+
+    @property
+    def room(self) -> bool:
+        """Whether another sentence may be read."""
+        return not self.ended and self._added - self._next < self._window
+
+    @property
+    def ready(self) -> bool:
+        """Whether `take` has a result."""
+        item = self._items.get(self._next)
+        return item is not None and item.outcome is not None
+
+    @property
+    def awaiting(self) -> bool:
+        """Whether a sentence that was read has no result yet."""
+        return self._done < self._added
+
+    @property
+    def finished(self) -> bool:
+        """Whether every result has left."""
+        return self.ended and self._next == self._added
+
+    def add(self, source: Input) -> pb.EmbedStreamRequest:
+        """Take a sentence in; the message for a stream that is open already."""
+        index = self._added
+        asks = source.return_state or self._at_interval(index) or self._owes_state
+        self._owes_state = False
+        self._items[index] = item = _Item(index, source, asks)
+        self._added += 1
+        return _item_message(item)
+
+    def opening(self) -> list[pb.EmbedStreamRequest]:
+        """The first messages of a new stream: the options, and every sentence that it has to see."""
+        start = pb.StreamStart(
+            model=self._model,
+            expected_model_version=self._version,
+            options=self._options.to_proto(),
+            carry_state=self._carry,
+        )
+        again = [item for item in self._items.values() if self._is_needed(item)]
+        for item in again:
+            item.rows = None
+        # States are asked for item by item: a count by the server would start anew with each stream.
+        states = [self._state if self._carry else None] + [None] * len(again)
+        items = [_item_message(item, state) for item, state in zip(again, states, strict=False)]
+        return [pb.EmbedStreamRequest(start=start), *items]
+
+    def receive(self, response: pb.EmbedStreamResponse) -> None:
+        """Take a message from the server.
+
+        Raises:
+            MalformedResponseError: It breaks the contract.
+            ModelVersionChangedError: Another version answered than before.
+            SentenceError: A sentence that had to be read again, to restore the state, failed this time.
+        """
+        item = self._items.get(response.id)
+        if item is None or (item.done and not (self._carry and item.index >= self._checkpoint)):
+            raise MalformedResponseError(f"a result for {response.id}, which isn't in flight")
+        self._version = agreed_version(self._version, response.usage.model_version)
+        outcome = self._outcome(item, response)
+        if outcome is not None:
+            self._settle(item, outcome)
+
+    def take(self) -> Outcome | None:
+        """The next result in input order, or None if it isn't there yet.
+
+        Raises:
+            SentenceError: The sentence failed, with on_error="raise".
+        """
+        item = self._items.get(self._next)
+        if item is None or item.outcome is None:
+            return None
+        outcome, item.outcome = item.outcome, None
+        self._next += 1
+        if not self._carry or item.failed or item.index < self._checkpoint:
+            del self._items[item.index]
+        if isinstance(outcome, SentenceError) and self._options.raises:
+            raise outcome
+        return outcome
+
+    def broken(self, error: ServiceError) -> float:
+        """Seconds to wait before the next connection.
+
+        Raises:
+            ServiceError: `error`, where another attempt can't help or none is left.
+        """
+        if isinstance(error, ModelVersionError) and self._version != self._expected:
+            raise version_changed(self._version, "another one") from error
+        self._failures += 1
+        if not is_resumable(error) or self._failures >= self._retry.max_attempts:
+            raise error
+        if error.pushback_ms is not None:
+            return error.pushback_ms / 1000
+        return self._retry.backoff_s(self._failures, self._uniform())
+
+    def _at_interval(self, index: int) -> bool:
+        return self._carry and (index + 1) % self._every == 0
+
+    def _is_needed(self, item: _Item) -> bool:
+        if not item.done:
+            return True
+        return self._carry and not item.failed and item.index >= self._checkpoint
+
+    def _outcome(self, item: _Item, response: pb.EmbedStreamResponse) -> Outcome | None:
+        match response.WhichOneof("outcome"):
+            case "error":
+                return sentence_error(response.error, item.index)
+            case "rows":
+                item.rows = item.rows or Rows(item.source, self._options)
+                return item.rows.embedding(self._version) if item.rows.add(response.rows) else None
+            case _:
+                raise MalformedResponseError(f"a message for {item.index} without an outcome")
+
+    def _settle(self, item: _Item, outcome: Outcome) -> None:
+        item.rows = None
+        if isinstance(outcome, Embedding):
+            outcome = self._keep_state(item, outcome)
+        elif item.done:
+            raise outcome  # the state that later sentences go on from can't be restored
+        if item.done:
+            return
+        item.done, item.outcome = True, outcome
+        item.failed = isinstance(outcome, SentenceError)
+        self._owes_state |= self._carry and item.failed and item.asks_state
+        self._done += 1
+        self._failures = 0  # only a first result is progress: reading again what was known could go on for ever
+
+    def _keep_state(self, item: _Item, embedding: Embedding) -> Embedding:
+        if self._carry and embedding.state is not None:
+            if any(not other.done for other in self._items.values() if other.index < item.index):
+                raise MalformedResponseError(f"with a carried state, {item.index} came before an earlier result")
+            self._checkpoint, self._state = item.index + 1, embedding.state
+            for index in [i for i in self._items if i < min(self._checkpoint, self._next)]:
+                del self._items[index]
+        wanted = item.source.return_state or self._at_interval(item.index)
+        return embedding if wanted else replace(embedding, state=None)
+
+
+def _item_message(item: _Item, state: bytes | None = None) -> pb.EmbedStreamRequest:
+    sentence = item.source.to_proto(state=state or None, return_state=item.asks_state)
+    return pb.EmbedStreamRequest(item=pb.StreamItem(id=item.index, sentence=sentence))

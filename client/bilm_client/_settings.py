@@ -1,0 +1,117 @@
+"""What a client was told once: parsed here, then passed down; and the deadline of one call."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import grpc
+
+from bilm_client.errors import DeadlineError
+from bilm_client.policy import Keepalive, RetryPolicy
+
+_MIB = 1024 * 1024
+MAX_SEND_BYTES = 4 * _MIB
+# The server cuts its messages to 16 MiB; the slack keeps a server that counts a little differently from costing a call.
+MAX_RECEIVE_BYTES = 17 * _MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A point in time on the monotonic clock; `math.inf`: none."""
+
+    at_s: float
+
+    @classmethod
+    def after(cls, timeout_s: float) -> Self:
+        """The deadline `timeout_s` seconds from now."""
+        return cls(time.monotonic() + timeout_s)
+
+    def remaining_s(self) -> float | None:
+        """Seconds left, as gRPC takes them (None: no deadline).
+
+        Raises:
+            DeadlineError: None is left.
+        """
+        if math.isinf(self.at_s):
+            return None
+        left_s = self.at_s - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineError("the deadline of the call has passed", code=grpc.StatusCode.DEADLINE_EXCEEDED)
+        return left_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of a client, checked; see `Client` for what they mean."""
+
+    target: str
+    model: str
+    expected_model_version: str
+    timeout_s: float
+    retry: RetryPolicy
+    keepalive: Keepalive
+    credentials: grpc.ChannelCredentials | None
+    token: str | None = field(repr=False)
+    metadata: Sequence[tuple[str, str | bytes]] = field(repr=False)
+    channel_options: Sequence[tuple[str, Any]]
+
+    def __post_init__(self) -> None:
+        for name in ("target", "model", "expected_model_version"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a str, got {type(getattr(self, name)).__name__}")
+        if not self.target:
+            raise ValueError("target must be an address such as 'localhost:50051', got ''")
+        check_timeout_s(self.timeout_s)
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token):
+            raise ValueError("token must be printable ASCII and not empty")  # never show the token itself
+
+    def deadline(self, timeout_s: float | None) -> Deadline:
+        """The deadline of a call that starts now; `timeout_s` None: the client's default."""
+        return Deadline.after(self._timeout_or_default_s(timeout_s))
+
+    def progress_timeout_s(self, timeout_s: float | None) -> float | None:
+        """The longest wait of a stream for its next result, None: for ever; `timeout_s` None: the client's default."""
+        wait_s = self._timeout_or_default_s(timeout_s)
+        return None if math.isinf(wait_s) else wait_s
+
+    def _timeout_or_default_s(self, timeout_s: float | None) -> float:
+        if timeout_s is None:
+            return self.timeout_s
+        check_timeout_s(timeout_s)
+        return timeout_s
+
+    def call_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """The metadata of every call."""
+        bearer = () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+        return (*bearer, *self.metadata)
+
+    def channel_arguments(self) -> list[tuple[str, Any]]:
+        """The arguments of the channel; those the caller gave replace ours."""
+        arguments = {
+            "grpc.max_receive_message_length": MAX_RECEIVE_BYTES,
+            "grpc.max_send_message_length": MAX_SEND_BYTES,
+            "grpc.keepalive_time_ms": round(self.keepalive.time_s * 1000),
+            "grpc.keepalive_timeout_ms": round(self.keepalive.timeout_s * 1000),
+            "grpc.keepalive_permit_without_calls": 1,
+            "grpc.http2.max_pings_without_data": 0,  # else an idle connection gets two pings and then none
+            "grpc.enable_retries": 1,
+            "grpc.per_rpc_retry_buffer_size": MAX_SEND_BYTES + _MIB,  # default 256 KiB: larger calls aren't retried
+            "grpc.service_config": self.retry.service_config(),
+            "grpc.service_config_disable_resolution": 1,
+        }
+        return list({**arguments, **dict(self.channel_options)}.items())
+
+
+def check_timeout_s(timeout_s: float) -> None:
+    """Check a number of seconds.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It isn't positive.
+    """
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
+        raise TypeError(f"timeout_s must be a number of seconds, got {timeout_s!r}")
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s must be positive (math.inf: no deadline), got {timeout_s!r}")

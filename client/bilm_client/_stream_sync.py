@@ -1,0 +1,121 @@
+"""Drives a stream session in the caller's thread, in which alone the caller's iterable is read."""
+
+from collections.abc import Callable, Generator, Iterator
+from queue import Empty, SimpleQueue
+
+import grpc
+from bilm_api.v1 import embed_pb2 as pb
+
+from bilm_client._connection import Connect, Connection, Delivery, Translate
+from bilm_client._inputs import Input
+from bilm_client._job import Outcome
+from bilm_client._session import StreamSession
+from bilm_client.errors import BilmError, DeadlineError, ServiceError
+
+
+class SyncStream:
+    """A session, its input and its present connection."""
+
+    def __init__(
+        self,
+        session: StreamSession,
+        inputs: Iterator[Input],
+        *,
+        connect: Connect,
+        translate: Translate,
+        wait: Callable[[float], object],
+        timeout_s: float | None,
+    ) -> None:
+        self._session = session
+        self._inputs = inputs
+        self._connect = connect
+        self._translate = translate
+        self._wait = wait
+        self._timeout_s = timeout_s
+        self._connection: Connection | None = None
+        self._deliveries: SimpleQueue[Delivery] = SimpleQueue()
+
+    def run(self) -> Generator[Outcome, None, None]:
+        """Yield the results in input order; closing the generator cancels the call."""
+        try:
+            while not self._session.finished:
+                self._feed()
+                while not self._session.ready and self._session.awaiting:
+                    self._receive(self._timeout_s)
+                outcome = self._session.take()
+                if outcome is not None:
+                    yield outcome
+            self._finish()
+        finally:
+            self._disconnect()
+
+    def _feed(self) -> None:
+        # At least one sentence is read for each result that leaves, else the server would run dry while ready
+        # results are handed out.
+        while self._session.room:
+            try:
+                source = next(self._inputs)
+            except StopIteration:
+                self._end_input()
+                return
+            message = self._session.add(source)
+            if self._connection is None:
+                self._open()
+            else:
+                self._connection.send(message)
+            self._receive(0)
+            if self._session.ready:
+                return
+
+    def _end_input(self) -> None:
+        self._session.ended = True
+        if self._connection is not None:
+            self._connection.half_close()
+
+    def _open(self) -> None:
+        self._deliveries = SimpleQueue()  # what an earlier connection still delivers must not be taken for this one's
+        opening = self._session.opening()
+        self._connection = Connection(self._connect, self._translate, opening, self._deliveries.put)
+        if self._session.ended:
+            self._connection.half_close()
+
+    def _receive(self, timeout_s: float | None) -> None:
+        """Take what has come; with a timeout above 0, wait for the first message."""
+        if self._connection is None:
+            self._open()
+        try:
+            while (response := self._poll(timeout_s)) is not None:
+                self._session.receive(response)
+                timeout_s = 0
+        except ServiceError as error:
+            self._disconnect()
+            self._wait(self._session.broken(error))
+            return
+        if timeout_s != 0:
+            raise DeadlineError(f"no result for {timeout_s} s", code=grpc.StatusCode.DEADLINE_EXCEEDED)
+
+    def _poll(self, timeout_s: float | None) -> pb.EmbedStreamResponse | None:
+        """The next message; None if none comes in `timeout_s` seconds (0: don't wait; None: for ever)."""
+        try:
+            delivery = self._deliveries.get(block=timeout_s != 0, timeout=timeout_s or None)
+        except Empty:
+            return None
+        if isinstance(delivery, BilmError):
+            raise delivery
+        if self._connection is not None:
+            self._connection.taken()
+        return delivery
+
+    def _finish(self) -> None:
+        # The last result is here; let the server end the call in good order rather than see it cancelled.
+        if self._connection is not None:
+            try:
+                self._poll(1.0)
+            except BilmError:
+                return
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection.join()
+            self._connection = None

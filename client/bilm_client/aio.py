@@ -1,0 +1,370 @@
+"""The asynchronous client: the same surface as `bilm_client.Client`, with awaits."""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
+
+import grpc
+from bilm_api.v1 import embed_pb2 as pb
+from bilm_api.v1 import embed_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from bilm_client import _surface
+from bilm_client._inputs import Input, Sentence
+from bilm_client._job import EmbedJob, Outcome, at_index
+from bilm_client._options import DTypeName, LayersName, OnError, PoolName, ScalarMix
+from bilm_client._session import StreamSession
+from bilm_client._settings import Deadline, Settings
+from bilm_client._stream_async import AsyncStream
+from bilm_client._surface import RETURN_STATE_EVERY, WINDOW, EmbedKeywords, StreamKeywords
+from bilm_client.client import new_channel
+from bilm_client.errors import (
+    BilmError,
+    ClientClosedError,
+    ModelVersionError,
+    SentenceError,
+    ServiceError,
+    service_error,
+)
+from bilm_client.policy import DEFAULT_KEEPALIVE, DEFAULT_RETRY, Keepalive, RetryPolicy
+from bilm_client.results import Embedding, HealthStatus, ModelInfo
+
+_T = TypeVar("_T")
+
+
+class AsyncClient:
+    """Embeds sentences through a bilm-serve server; many tasks of one event loop may use one client at once.
+
+    The channel opens with the first call and belongs to that call's loop. Close the client when it is done with, best
+    by `async with`.
+
+    Arguments and methods are those of `bilm_client.Client`.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        model: str = "",
+        expected_model_version: str = "",
+        timeout_s: float = 60.0,
+        retry: RetryPolicy = DEFAULT_RETRY,
+        keepalive: Keepalive = DEFAULT_KEEPALIVE,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        metadata: Sequence[tuple[str, str | bytes]] = (),
+        channel_options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        self._settings = Settings(
+            target=target,
+            model=model,
+            expected_model_version=expected_model_version,
+            timeout_s=timeout_s,
+            retry=retry,
+            keepalive=keepalive,
+            credentials=credentials,
+            token=token,
+            metadata=metadata,
+            channel_options=channel_options,
+        )
+        self._closed = False
+        self._channel: grpc.aio.Channel | None = None
+        self._stream_channel: grpc.Channel | None = None
+        self._embed_stub: embed_pb2_grpc.EmbedServiceAsyncStub | None = None
+        self._model_info: ModelInfo | None = None
+        self._uniform = random.random
+        self._sleep = asyncio.sleep
+
+    async def __aenter__(self) -> Self:
+        self._check_open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection and end the calls under way with ClientClosedError; again does nothing."""
+        self._closed = True
+        stream_channel, self._stream_channel = self._stream_channel, None
+        if stream_channel is not None:
+            stream_channel.close()
+        channel, self._channel, self._embed_stub = self._channel, None, None
+        if channel is not None:
+            await channel.close()
+
+    @overload
+    async def embed(
+        self,
+        sentences: str | Iterable[Sentence],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[EmbedKeywords],
+    ) -> list[Embedding]: ...
+    @overload
+    async def embed(
+        self, sentences: str | Iterable[Sentence], *, on_error: Literal["return"], **options: Unpack[EmbedKeywords]
+    ) -> list[Embedding | SentenceError]: ...
+    async def embed(
+        self,
+        sentences: str | Iterable[Sentence],
+        *,
+        layers: LayersName = "all",
+        pool: PoolName = "none",
+        dtype: DTypeName = "float32",
+        mix: ScalarMix | None = None,
+        l2_normalize: bool = False,
+        on_error: OnError = "raise",
+        states: Sequence[bytes | None] | None = None,
+        return_states: bool = False,
+        timeout_s: float | None = None,
+    ) -> list[Embedding] | list[Embedding | SentenceError]:
+        """Embed sentences, a few requests at a time, all by one version of the model.
+
+        Arguments, result and exceptions are those of `Client.embed`. Cancelling the task cancels its requests.
+        """
+        self._check_open()
+        job = _surface.embed_job(
+            self._settings,
+            sentences,
+            layers=layers,
+            pool=pool,
+            dtype=dtype,
+            mix=mix,
+            l2_normalize=l2_normalize,
+            on_error=on_error,
+            states=states,
+            return_states=return_states,
+        )
+        deadline = self._settings.deadline(timeout_s)
+        if not job.inputs:
+            return []
+        job.plan(self._model_info or await self._fetch_model_info(deadline))
+        await self._run_parts(job, deadline)
+        await self._run_oversized(job, deadline)
+        return job.results()
+
+    @overload
+    def embed_stream(
+        self,
+        sentences: Iterable[Sentence] | AsyncIterable[Sentence],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[StreamKeywords],
+    ) -> AsyncGenerator[Embedding, None]: ...
+    @overload
+    def embed_stream(
+        self,
+        sentences: Iterable[Sentence] | AsyncIterable[Sentence],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[StreamKeywords],
+    ) -> AsyncGenerator[Embedding | SentenceError, None]: ...
+    def embed_stream(
+        self,
+        sentences: Iterable[Sentence] | AsyncIterable[Sentence],
+        *,
+        layers: LayersName = "all",
+        pool: PoolName = "none",
+        dtype: DTypeName = "float32",
+        mix: ScalarMix | None = None,
+        l2_normalize: bool = False,
+        on_error: OnError = "raise",
+        return_states: bool = False,
+        carry_state: bool = False,
+        initial_state: bytes | None = None,
+        return_state_every: int = RETURN_STATE_EVERY,
+        window: int = WINDOW,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """Embed sentences as they come, in bounded memory, over connections that may break.
+
+        Arguments, results and exceptions are those of `Client.embed_stream`, and `sentences` may be an asynchronous
+        iterable too; it is read while results are awaited, never further ahead than `window`. Leaving the iterator
+        before its end cancels the call once it is closed: at once by `aclose()` (see `contextlib.aclosing`), else when
+        the event loop finalises it.
+        """
+        self._check_open()
+        _surface.check_iterable(sentences)
+        if not isinstance(sentences, Iterable | AsyncIterable):
+            raise TypeError(f"sentences must be an iterable of sentences, got {type(sentences).__name__}")
+        session = _surface.stream_session(
+            self._settings,
+            layers=layers,
+            pool=pool,
+            dtype=dtype,
+            mix=mix,
+            l2_normalize=l2_normalize,
+            on_error=on_error,
+            return_states=return_states,
+            carry_state=carry_state,
+            initial_state=initial_state,
+            return_state_every=return_state_every,
+            window=window,
+            uniform=self._uniform,
+        )
+        inputs = _parsed(sentences, return_states)
+        return self._stream(session, inputs, self._settings.progress_timeout_s(timeout_s))
+
+    async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
+        """Ask the server what it serves; as `Client.model_info`."""
+        return await self._fetch_model_info(self._settings.deadline(timeout_s))
+
+    async def health(self, service: str = "", *, timeout_s: float | None = None) -> HealthStatus:
+        """Ask the server how it is, in one attempt; as `Client.health`."""
+        stub: Any = health_pb2_grpc.HealthStub(self._open_channel())
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            response = await self._unary(stub.Check, request, self._settings.deadline(timeout_s))
+        except ServiceError as error:
+            if error.code is grpc.StatusCode.NOT_FOUND:
+                return HealthStatus.SERVICE_UNKNOWN
+            raise
+        return HealthStatus(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+    async def _run_parts(self, job: EmbedJob, deadline: Deadline) -> None:
+        tasks: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                while (part := job.take()) is not None:
+                    tasks.add(asyncio.ensure_future(self._run_part(job, part, deadline)))
+                if not tasks:
+                    return
+                done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run_part(self, job: EmbedJob, part: range, deadline: Deadline) -> None:
+        try:
+            response = await self._unary(self._stub().Embed, job.request(part), deadline)
+        except ServiceError as error:
+            job.fail(part, error)
+        else:
+            job.succeed(part, response)
+
+    async def _run_oversized(self, job: EmbedJob, deadline: Deadline) -> None:
+        if not job.oversized:
+            return
+        session = _surface.oversized_session(self._settings, job, self._uniform)
+        inputs = _as_async(job.inputs[index] for index in job.oversized)
+        indices = iter(job.oversized)
+        async with aclosing(self._stream(session, inputs, None, deadline)) as outcomes:
+            async for outcome in outcomes:
+                index = next(indices)
+                job.settle(index, at_index(outcome, index))
+
+    def _stream(
+        self,
+        session: StreamSession,
+        inputs: AsyncIterator[Input],
+        timeout_s: float | None,
+        deadline: Deadline | None = None,
+    ) -> AsyncGenerator[Outcome, None]:
+        def connect(requests: Iterator[pb.EmbedStreamRequest]) -> Any:
+            try:
+                return self._stream_stub().EmbedStream(requests, **self._call_arguments(deadline))
+            except ValueError as error:
+                raise self._translated(error) from error
+
+        return AsyncStream(
+            session, inputs, connect=connect, translate=self._translated, sleep=self._sleep, timeout_s=timeout_s
+        ).run()
+
+    async def _fetch_model_info(self, deadline: Deadline) -> ModelInfo:
+        request = pb.GetModelRequest(
+            model=self._settings.model, expected_model_version=self._settings.expected_model_version
+        )
+        self._model_info = info = ModelInfo.from_proto(await self._unary(self._stub().GetModel, request, deadline))
+        return info
+
+    async def _unary(self, method: Any, request: Any, deadline: Deadline) -> Any:
+        try:
+            call = method(request, **self._call_arguments(deadline))
+            return await call
+        except (grpc.RpcError, grpc.aio.UsageError) as error:
+            raise self._translated(error) from error
+        except asyncio.CancelledError:
+            # gRPC raises this for a call that ended CANCELLED as well as for a task that is being cancelled.
+            if _is_being_cancelled():
+                raise
+            raise self._translated(await _finished_call(call)) from None
+
+    def _call_arguments(self, deadline: Deadline | None) -> dict[str, Any]:
+        timeout_s = None if deadline is None else deadline.remaining_s()
+        return {"timeout": timeout_s, "metadata": self._settings.call_metadata()}
+
+    def _stub(self) -> "embed_pb2_grpc.EmbedServiceAsyncStub":
+        if self._embed_stub is None:
+            self._embed_stub = embed_pb2_grpc.EmbedServiceStub(self._open_channel())
+        return self._embed_stub
+
+    def _stream_stub(self) -> embed_pb2_grpc.EmbedServiceStub:
+        # A synchronous channel (see _connection); gRPC lets it share the other one's connection.
+        self._check_open()
+        if self._stream_channel is None:
+            self._stream_channel = new_channel(self._settings)
+        return embed_pb2_grpc.EmbedServiceStub(self._stream_channel)
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        self._check_open()
+        if self._channel is None:
+            self._channel = _new_channel(self._settings)
+        return self._channel
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClientClosedError("the client is closed")
+
+    def _translated(self, error: Any) -> BilmError:
+        """The package's exception for gRPC's, which says by UsageError or ValueError that the channel is closed."""
+        if self._closed:
+            return ClientClosedError("the client was closed during the call")
+        if isinstance(error, grpc.aio.UsageError | ValueError):
+            raise error
+        failure = service_error(error)
+        if isinstance(failure, ModelVersionError):
+            self._model_info = None
+        return failure
+
+
+def _new_channel(settings: Settings) -> grpc.aio.Channel:
+    arguments = settings.channel_arguments()
+    if settings.credentials is None:
+        return grpc.aio.insecure_channel(settings.target, arguments)
+    return grpc.aio.secure_channel(settings.target, settings.credentials, arguments)
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _finished_call(call: Any) -> grpc.aio.AioRpcError:
+    """The error of a call that has ended."""
+    return grpc.aio.AioRpcError(
+        await call.code(),
+        await call.initial_metadata(),
+        await call.trailing_metadata(),
+        details=await call.details(),
+    )
+
+
+async def _as_async(values: Iterable[_T] | AsyncIterable[_T]) -> AsyncIterator[_T]:
+    if isinstance(values, AsyncIterable):
+        async for value in values:
+            yield value
+    else:
+        for value in values:
+            yield value
+
+
+async def _parsed(sentences: Iterable[Sentence] | AsyncIterable[Sentence], return_state: bool) -> AsyncIterator[Input]:
+    index = 0
+    async for sentence in _as_async(sentences):
+        yield _surface.stream_input(sentence, index, return_state)
+        index += 1

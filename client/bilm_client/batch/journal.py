@@ -1,0 +1,174 @@
+"""What a run has done so far, in a file that survives a kill at any moment.
+
+HDF5 files don't: one that was being written may not open again. So results go to the end of a journal, each with a
+checksum, and the output is made from it when all are there. A record is a header (lengths and CRC-32 of what follows,
+little-endian), a description in JSON, the vectors' bytes and the state. A record that was cut off is dropped.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bilm_client.batch.settings import UsageError
+
+_HEADER = struct.Struct("<IQQI")  # lengths of description, vectors and state; CRC-32 of the three
+_MAX_DESCRIPTION_BYTES = 2**20
+
+
+class JournalBusyError(UsageError):
+    """Another run is at it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """The outcome of one line.
+
+    Attributes:
+        index: of the line.
+        n_tokens: embedded.
+        vectors: or None if the line failed.
+        reason: if it failed, the server's reason.
+        message: if it failed, what was wrong.
+        state: after the line, where the run carries states and has been given one.
+    """
+
+    index: int
+    n_tokens: int
+    vectors: NDArray[np.generic] | None
+    reason: str = ""
+    message: str = ""
+    state: bytes = b""
+
+
+@dataclass(eq=False)
+class Journal:
+    """An open journal; made by `create` or `reopen`.
+
+    Attributes:
+        path: of the file.
+        run: what the run is: input hash, options, model.
+    """
+
+    path: Path
+    run: dict[str, Any]
+    _file: BinaryIO = field(repr=False)
+
+    @classmethod
+    def create(cls, path: Path, run: dict[str, Any]) -> Self:
+        """Starts a journal; one that is there is lost."""
+        file = path.open("w+b")
+        _lock(file, path)
+        journal = cls(path, run, file)
+        journal._write(run, b"", b"")
+        journal.flush()
+        return journal
+
+    @classmethod
+    def reopen(cls, path: Path) -> Self:
+        """Opens a journal that a run left behind and cuts off what isn't whole.
+
+        Raises:
+            UsageError: if even its beginning is damaged.
+            JournalBusyError: if its run is still going on.
+        """
+        file = path.open("r+b")
+        _lock(file, path)
+        first = _read(file)
+        if first is None:
+            file.close()
+            raise UsageError(f"{path}: the journal's beginning is damaged; start anew with --overwrite")
+        journal = cls(path, first[0], file)
+        for _ in journal.records():
+            pass
+        journal._file.truncate()  # records() stopped at the end of the last whole one
+        return journal
+
+    def append(self, record: Record) -> None:
+        """Adds a record."""
+        description: dict[str, Any] = {"index": record.index, "n_tokens": record.n_tokens}
+        data = b""
+        if record.vectors is None:
+            description |= {"reason": record.reason, "message": record.message}
+        else:
+            description |= {"shape": record.vectors.shape, "dtype": record.vectors.dtype.str}
+            data = record.vectors.tobytes()
+        self._file.seek(0, os.SEEK_END)
+        self._write(description, data, record.state)
+
+    def flush(self) -> None:
+        """Hands everything to the operating system: a kill of this process loses nothing from here on."""
+        self._file.flush()
+
+    def records(self) -> Iterator[Record]:
+        """All records, from the start."""
+        self._file.flush()
+        self._file.seek(0)
+        _read(self._file)
+        while (found := _read(self._file)) is not None:
+            description, data, state = found
+            vectors = None
+            if "shape" in description:
+                vectors = np.frombuffer(data, description["dtype"]).reshape(description["shape"])
+            yield Record(
+                index=description["index"],
+                n_tokens=description["n_tokens"],
+                vectors=vectors,
+                reason=description.get("reason", ""),
+                message=description.get("message", ""),
+                state=state,
+            )
+
+    def rewind_to_state(self) -> None:
+        """Drops what came after the last state: from there, a run that carries states can go on."""
+        self._file.seek(0)
+        _read(self._file)
+        end = self._file.tell()
+        while (found := _read(self._file)) is not None:
+            if found[2]:
+                end = self._file.tell()
+        self._file.truncate(end)
+
+    def close(self) -> None:
+        """Closes the file, which stays."""
+        self._file.close()
+
+    def _write(self, description: dict[str, Any], data: bytes, state: bytes) -> None:
+        text = json.dumps(description).encode()
+        checksum = zlib.crc32(state, zlib.crc32(data, zlib.crc32(text)))
+        self._file.writelines((_HEADER.pack(len(text), len(data), len(state), checksum), text, data, state))
+
+
+def _read(file: BinaryIO) -> tuple[dict[str, Any], bytes, bytes] | None:
+    """The next record; None, and the place before it, if it isn't whole."""
+    start = file.tell()
+    size = os.fstat(file.fileno()).st_size
+    header = file.read(_HEADER.size)
+    if len(header) == _HEADER.size:
+        n_text, n_data, n_state, checksum = _HEADER.unpack(header)
+        # lengths that can't be are damage, not a reason to ask for so much memory
+        if n_text <= _MAX_DESCRIPTION_BYTES and start + _HEADER.size + n_text + n_data + n_state <= size:
+            text, data, state = file.read(n_text), file.read(n_data), file.read(n_state)
+            if zlib.crc32(state, zlib.crc32(data, zlib.crc32(text))) == checksum:
+                return json.loads(text), data, state
+    file.seek(start)
+    return None
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        import fcntl  # noqa: PLC0415 - not on Windows, which keeps a second writer out by itself
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise JournalBusyError(f"{path}: another run is writing it") from error

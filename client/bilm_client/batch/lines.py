@@ -1,0 +1,132 @@
+"""The input: a file of lines, read twice, once to know it and once to embed it."""
+
+import contextlib
+import hashlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from bilm_client.batch.settings import RunSettings, UsageError
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Line:
+    """A sentence of the input.
+
+    Attributes:
+        index: from 0; the key of its dataset.
+        text: without the white space around it.
+        error: why it can't be embedded, or "".
+    """
+
+    index: int
+    text: str
+    error: str = ""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens; of raw text a guess, the words."""
+        return len(self.text.split())
+
+
+@dataclass(frozen=True)
+class InputText:
+    """An input that has been looked through.
+
+    Attributes:
+        path: of the text; standard input has been copied to a file.
+        sha256: of its bytes, in hexadecimal digits.
+        n_lines: sentences to embed.
+        n_tokens: of all of them.
+    """
+
+    path: Path
+    sha256: str
+    n_lines: int
+    n_tokens: int
+
+    def lines(self) -> Iterator[Line]:
+        """The sentences in order; blank lines are left out."""
+        with self.path.open("rb") as file:
+            yield from _lines(file)
+
+
+@contextlib.contextmanager
+def open_input(settings: RunSettings) -> Iterator[InputText]:
+    """Looks through the input.
+
+    Raises:
+        UsageError: if it can't be read, has no sentence, or has lines that the settings don't allow; all are listed.
+    """
+    with contextlib.ExitStack() as stack:
+        path = stack.enter_context(_spooled(sys.stdin.buffer)) if settings.input == "-" else Path(settings.input)
+        try:
+            yield _scan(path, settings)
+        except OSError as error:
+            raise UsageError(f"input: {error}") from error
+
+
+@contextlib.contextmanager
+def _spooled(stream: BinaryIO) -> Iterator[Path]:
+    with tempfile.NamedTemporaryFile(prefix="bilm-embed-") as copy:
+        shutil.copyfileobj(stream, copy)
+        copy.flush()
+        yield Path(copy.name)
+
+
+def _scan(path: Path, settings: RunSettings) -> InputText:
+    blank: list[int] = []
+    bad_keys: list[int] = []
+    seen: set[bytes] = set()
+    n_lines = n_tokens = n_all = 0
+    with path.open("rb") as file:
+        for line in _lines(file):
+            blank += range(n_all, line.index)
+            n_all = line.index + 1
+            n_lines, n_tokens = n_lines + 1, n_tokens + line.n_tokens
+            if settings.use_sentence_keys:
+                digest = hashlib.sha256(line.text.encode("utf-8", "surrogateescape")).digest()[:16]
+                if "/" in line.text or line.text == "." or digest in seen:
+                    bad_keys.append(line.index)
+                seen.add(digest)
+        blank += range(n_all, _count_lines(path))
+    if blank and not settings.skip_blank:
+        raise UsageError(f"input: blank lines: {_numbers(blank)} (--skip-blank passes over them)")
+    if bad_keys:
+        raise UsageError(f"input: no keys, because of a / or a twin above: lines {_numbers(bad_keys)}")
+    if not n_lines:
+        raise UsageError("input: no sentence in it")
+    return InputText(path, _sha256(path), n_lines, n_tokens)
+
+
+def _lines(file: BinaryIO) -> Iterator[Line]:
+    for index, data in enumerate(file):
+        try:
+            text = data.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            yield Line(index, data.decode("utf-8", "replace").strip(), f"not UTF-8: {error.reason}")
+            continue
+        if text:
+            yield Line(index, text)
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _numbers(indices: list[int]) -> str:
+    """Line numbers for people, from 1."""
+    shown = ", ".join(str(index + 1) for index in indices[:_SHOWN])
+    return shown if len(indices) <= _SHOWN else f"{shown} and {len(indices) - _SHOWN} more"

@@ -1,0 +1,54 @@
+"""`bilm-embed`: from the command line to a run, and its end to an exit code."""
+
+import asyncio
+import sys
+
+from bilm_client.errors import BilmError
+
+_MISSING = "bilm-embed: needs the extra `files`: pip install 'bilm-serve[files]'"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Embeds a file.
+
+    Returns:
+        0 when the output is whole, 1 if the run stopped before (it can be resumed), 2 if it can't be run as asked for,
+        130 after Ctrl-C.
+    """
+    try:
+        from bilm_client.batch.lines import open_input  # noqa: PLC0415 - without the extra, say what to install
+        from bilm_client.batch.run import Summary, embed_file  # noqa: PLC0415
+        from bilm_client.batch.settings import UsageError, load_settings  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name in ("h5py", "pydantic", "pydantic_settings", "tqdm"):
+            return _fail(_MISSING, 2)
+        raise
+
+    def report(summary: Summary | None, output: object) -> None:
+        if summary is None:
+            print(f"{output}: whole already")
+            return
+        speed = summary.n_tokens / max(summary.seconds, 1e-9)
+        resumed = f", {summary.n_resumed:,} of them by an earlier run" if summary.n_resumed else ""
+        failed = f", {summary.n_failed:,} failed" if summary.n_failed else ""
+        print(
+            f"{output}: {summary.n_embedded:,} sentences{failed}{resumed}; "
+            f"{summary.n_tokens:,} tokens in {summary.seconds:.1f} s, {speed:,.0f} tokens/s"
+        )
+
+    try:
+        settings = load_settings(sys.argv[1:] if argv is None else argv)
+        with open_input(settings) as text:
+            report(asyncio.run(embed_file(settings, text)), settings.output)
+    except UsageError as error:
+        return _fail("\n".join(f"bilm-embed: {line}" for line in str(error).splitlines()), 2)
+    except (BilmError, OSError) as error:
+        return _fail(f"bilm-embed: {error}\nbilm-embed: the run stopped; what is done is kept, --resume goes on", 1)
+    except KeyboardInterrupt:
+        return _fail("bilm-embed: interrupted; what is done is kept, --resume goes on", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

@@ -1,0 +1,94 @@
+"""The output files, made from a journal in one go: there is never a partial one under the final name.
+
+HDF5 is laid out as by `allennlp elmo` (up to 0.9.0): one dataset a sentence under the line's index (or the sentence
+itself), and `sentence_to_index`, shape (1,), a JSON object from sentence to index. What the run was stands in the
+attribute `bilm_serve` of the root. An .npz has the same names as arrays.
+"""
+
+import contextlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from bilm_client.batch.settings import UsageError
+
+RUN_KEY = "bilm_serve"
+SENTENCES_KEY = "sentence_to_index"
+
+Write = Callable[[str, NDArray[np.generic]], None]
+
+
+@contextlib.contextmanager
+def new_output(path: Path, run: dict[str, Any]) -> Iterator[tuple[Write, Callable[[dict[str, str]], None]]]:
+    """Makes an output file; it appears under its name when the context has ended without an error.
+
+    Yields:
+        A function that writes a dataset, and one that writes `sentence_to_index`.
+    """
+    draft = path.with_name(path.name + ".part")
+    make = _npz if path.suffix == ".npz" else _hdf5
+    try:
+        with make(draft, run) as writers:
+            yield writers
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_run(path: Path) -> dict[str, Any] | None:
+    """What run made a whole output file; None if it wasn't made by this program.
+
+    Raises:
+        UsageError: if the file can't be read.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as file:
+                text = str(file[RUN_KEY]) if RUN_KEY in file else None
+        else:
+            with h5py.File(path, "r") as file:
+                text = file.attrs.get(RUN_KEY)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UsageError(f"output: {path} is there and can't be read: {error}") from error
+    return None if text is None else dict(json.loads(text))
+
+
+@contextlib.contextmanager
+def _hdf5(path: Path, run: dict[str, Any]) -> Iterator[tuple[Write, Callable[[dict[str, str]], None]]]:
+    with h5py.File(path, "w") as file:
+
+        def write(key: str, vectors: NDArray[np.generic]) -> None:
+            file.create_dataset(key, data=vectors)
+
+        def write_sentences(sentences: dict[str, str]) -> None:
+            dataset = file.create_dataset(SENTENCES_KEY, (1,), dtype=h5py.string_dtype())
+            dataset[0] = json.dumps(sentences)
+
+        yield write, write_sentences
+        file.attrs[RUN_KEY] = json.dumps(run)
+
+
+@contextlib.contextmanager
+def _npz(path: Path, run: dict[str, Any]) -> Iterator[tuple[Write, Callable[[dict[str, str]], None]]]:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+
+        def write(key: str, vectors: NDArray[np.generic]) -> None:
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, np.ascontiguousarray(vectors), allow_pickle=False)
+            archive.writestr(f"{key}.npy", buffer.getbuffer())
+
+        def write_sentences(sentences: dict[str, str]) -> None:
+            write(SENTENCES_KEY, np.array([json.dumps(sentences)]))
+
+        yield write, write_sentences
+        write(RUN_KEY, np.array(json.dumps(run)))

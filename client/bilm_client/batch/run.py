@@ -1,0 +1,341 @@
+"""A run: lines that are still to do go to the server, what comes back to the journal, at the end all to the output."""
+
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from tqdm import tqdm
+
+from bilm_client.aio import AsyncClient
+from bilm_client.batch.journal import Journal, Record
+from bilm_client.batch.lines import InputText, Line
+from bilm_client.batch.output import new_output, read_run
+from bilm_client.batch.settings import RunSettings, UsageError
+from bilm_client.errors import BilmError, DeadlineError, OverloadedError, SentenceError, UnavailableError
+from bilm_client.results import Embedding, ModelInfo
+
+_STATE_EVERY = 16
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
+_BAD_LINE = "LINE_INVALID"
+# What a restart or a busy hour of the server's looks like, once the client's own retries are used up.
+_PASSING = (UnavailableError, OverloadedError, DeadlineError)
+
+
+class BadLineError(BilmError):
+    """A line that can't be embedded, in a run that stops at the first."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended.
+
+    Attributes:
+        n_embedded: lines in the output.
+        n_failed: lines in the list of errors.
+        n_resumed: of both, those that an earlier run had done.
+        n_tokens: embedded by this run.
+        seconds: that this run took.
+    """
+
+    n_embedded: int
+    n_failed: int
+    n_resumed: int
+    n_tokens: int
+    seconds: float
+
+
+async def embed_file(settings: RunSettings, text: InputText) -> Summary | None:
+    """Embeds a file; None if the output was there already, made by the same run.
+
+    Raises:
+        UsageError: if what is there doesn't go together with what was asked for.
+        BadLineError: at the first bad line, where no list of errors was asked for.
+        BilmError: if the server refuses, or can't be reached for longer than the patience.
+    """
+    async with AsyncClient(settings.target, model=settings.model, timeout_s=settings.timeout_s) as client:
+        info = await _model_info(client, settings.patience_s)
+        run = {
+            "input_sha256": text.sha256,
+            "options": settings.recorded(),
+            "model": info.name,
+            "model_version": info.version,
+        }
+        if settings.output.exists() and not settings.overwrite:
+            _check_finished(settings, run)
+            return None
+    # From here on, a server with another model must refuse rather than mix its vectors in
+    async with AsyncClient(
+        settings.target, model=settings.model, expected_model_version=info.version, timeout_s=settings.timeout_s
+    ) as client:
+        with _Run(settings, text, run) as this:
+            await (this.embed_in_order(client) if settings.carry_state else this.embed_in_batches(client))
+            return this.finish()
+
+
+async def _model_info(client: AsyncClient, patience_s: float) -> ModelInfo:
+    patience = _Patience(patience_s)
+    while True:
+        try:
+            return await client.model_info()
+        except _PASSING as error:
+            await patience.wait(error)
+
+
+def _check_finished(settings: RunSettings, run: dict[str, Any]) -> None:
+    if not settings.resume:
+        raise UsageError(f"output: {settings.output} is there already (--overwrite replaces it)")
+    _check_same_run(settings.output, read_run(settings.output), run)
+
+
+def _check_same_run(path: Path, found: dict[str, Any] | None, run: dict[str, Any]) -> None:
+    if found == run:
+        return
+    differing = [key for key in run if (found or {}).get(key) != run[key]]
+    raise UsageError(f"{path}: made with another {', '.join(differing)}; can't be resumed (--overwrite starts anew)")
+
+
+class _Run:
+    """The journal and the list of errors of a run, while it is going on."""
+
+    def __init__(self, settings: RunSettings, text: InputText, run: dict[str, Any]) -> None:
+        self._settings, self._text, self._run = settings, text, run
+        self._patience = _Patience(settings.patience_s)
+        self._done: set[int] = set()
+        self._n_failed = self._n_tokens = 0
+        self._state: bytes | None = None
+        self._begun_s = time.monotonic()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self._journal = stack.enter_context(contextlib.closing(self._open_journal()))
+            self._errors = stack.enter_context(_open_errors(self._settings.errors))
+            self._replay()
+            self._n_resumed, self._n_tokens_before = len(self._done), self._n_tokens
+            bar = tqdm(total=self._text.n_tokens, initial=self._n_tokens, unit="tok", unit_scale=True)
+            self._bar = stack.enter_context(bar)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    async def embed_in_batches(self, client: AsyncClient) -> None:
+        """Several requests at a time, answered in any order."""
+        batches = self._batches()  # shared: each worker takes the next one
+
+        async def work() -> None:
+            for batch in batches:
+                await self._embed_batch(client, batch)
+
+        try:
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(self._settings.concurrency):
+                    workers.create_task(work())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def embed_in_order(self, client: AsyncClient) -> None:
+        """One line after another, each going on from the state of the one before."""
+        while True:
+            try:
+                await self._stream_remaining(client)
+            except _PASSING as error:
+                await self._patience.wait(error)
+                self._journal.rewind_to_state()
+                self._replay()
+            else:
+                return
+
+    def finish(self) -> Summary:
+        """Makes the output of the journal, which then goes away."""
+        self._journal.flush()
+        embedded: set[int] = set()
+        sentences = {line.index: line.text for line in self._text.lines()} if self._needs_sentences else {}
+        with new_output(self._settings.output, self._run) as (write, write_sentences):
+            for record in self._journal.records():
+                if record.vectors is not None:
+                    key = sentences[record.index] if self._settings.use_sentence_keys else str(record.index)
+                    write(key, record.vectors)
+                    embedded.add(record.index)
+            if not (self._settings.forget_sentences or self._settings.use_sentence_keys):
+                write_sentences({text: str(index) for index, text in sentences.items() if index in embedded})
+        self._journal.path.unlink()
+        return Summary(
+            n_embedded=len(embedded),
+            n_failed=self._n_failed,
+            n_resumed=self._n_resumed,
+            n_tokens=self._n_tokens - self._n_tokens_before,
+            seconds=time.monotonic() - self._begun_s,
+        )
+
+    @property
+    def _needs_sentences(self) -> bool:
+        return self._settings.use_sentence_keys or not self._settings.forget_sentences
+
+    # ---- what is there already ----
+
+    def _open_journal(self) -> Journal:
+        path = self._settings.output.with_name(self._settings.output.name + ".journal")
+        if self._settings.overwrite or not path.exists():
+            return Journal.create(path, self._run)
+        if not self._settings.resume:
+            raise UsageError(f"{path}: an interrupted run is there (--resume goes on, --overwrite starts anew)")
+        with contextlib.ExitStack() as stack:
+            journal = stack.enter_context(contextlib.closing(Journal.reopen(path)))
+            _check_same_run(path, journal.run, self._run)
+            if self._settings.carry_state:
+                journal.rewind_to_state()
+            stack.pop_all()
+        return journal
+
+    def _replay(self) -> None:
+        """Takes the journal for what has been done, and writes the list of errors anew from it."""
+        self._done.clear()
+        self._n_failed = self._n_tokens = 0
+        self._state = None
+        if self._errors is not None:
+            self._errors.seek(0)
+            self._errors.truncate()
+        for record in self._journal.records():
+            self._account(record)
+
+    def _account(self, record: Record) -> None:
+        self._done.add(record.index)
+        self._n_tokens += record.n_tokens
+        self._state = record.state or self._state
+        if record.vectors is None:
+            self._n_failed += 1
+            if self._errors is not None:
+                line = {"line": record.index + 1, "reason": record.reason, "message": record.message}
+                self._errors.write(json.dumps(line) + "\n")
+                self._errors.flush()
+
+    # ---- lines in, records out ----
+
+    def _remaining(self) -> Iterator[Line]:
+        return (line for line in self._text.lines() if line.index not in self._done)
+
+    def _batches(self) -> Iterator[list[Line]]:
+        batch: list[Line] = []
+        n_tokens = 0
+        for line in self._remaining():
+            if batch and n_tokens + line.n_tokens > self._settings.batch_tokens:
+                yield batch
+                batch, n_tokens = [], 0
+            batch.append(line)
+            n_tokens += line.n_tokens
+        if batch:
+            yield batch
+
+    async def _embed_batch(self, client: AsyncClient, batch: list[Line]) -> None:
+        good = [line for line in batch if not line.error]
+        for line in batch:
+            if line.error:
+                self._fail(line, _BAD_LINE, line.error)
+        while good:
+            try:
+                results = await client.embed(
+                    [self._sentence(line) for line in good],
+                    layers=self._settings.layers,
+                    pool=self._settings.pool,
+                    dtype=self._settings.dtype,
+                    on_error="return",
+                )
+            except _PASSING as error:
+                await self._patience.wait(error)
+            else:
+                self._patience.renew()
+                for line, result in zip(good, results, strict=True):
+                    self._keep(line, result)
+                break
+        self._journal.flush()
+
+    async def _stream_remaining(self, client: AsyncClient) -> None:
+        lines: list[Line] = []  # sent and not answered
+
+        def sentences() -> Iterator[str | list[str]]:
+            for line in self._remaining():
+                if line.error:
+                    self._fail(line, _BAD_LINE, line.error)
+                else:
+                    lines.append(line)
+                    yield self._sentence(line)
+
+        results = client.embed_stream(
+            sentences(),
+            layers=self._settings.layers,
+            pool=self._settings.pool,
+            dtype=self._settings.dtype,
+            on_error="return",
+            carry_state=True,
+            initial_state=self._state,
+            return_state_every=_STATE_EVERY,
+            timeout_s=self._settings.timeout_s,
+        )
+        async with contextlib.aclosing(results):
+            async for result in results:
+                self._patience.renew()
+                self._keep(lines.pop(0), result)
+                self._journal.flush()
+
+    def _sentence(self, line: Line) -> str | list[str]:
+        return line.text if self._settings.raw else line.text.split()
+
+    def _keep(self, line: Line, result: Embedding | SentenceError) -> None:
+        if isinstance(result, SentenceError):
+            self._fail(line, result.reason, str(result))
+            return
+        self._record(Record(line.index, len(result.tokens), result.vectors, state=result.state or b""), line)
+
+    def _fail(self, line: Line, reason: str, message: str) -> None:
+        if self._settings.errors is None:
+            raise BadLineError(f"line {line.index + 1}: {message} (--errors FILE lists bad lines and goes on)")
+        self._record(Record(line.index, 0, None, reason=reason, message=message), line)
+
+    def _record(self, record: Record, line: Line) -> None:
+        self._journal.append(record)
+        self._account(record)
+        self._bar.update(line.n_tokens)
+
+
+@contextlib.contextmanager
+def _open_errors(path: Path | None) -> Iterator[TextIO | None]:
+    if path is None:
+        yield None
+    else:
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+
+
+class _Patience:
+    """Goes on trying while the server is away, as it is for a while when it is restarted."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self.renew()
+
+    def renew(self) -> None:
+        """Something has worked."""
+        self._since_s: float | None = None
+        self._pause_s = _FIRST_PAUSE_S
+
+    async def wait(self, error: BilmError) -> None:
+        """Pauses, longer each time.
+
+        Raises:
+            BilmError: the given one, when nothing has worked for too long.
+        """
+        now_s = time.monotonic()
+        self._since_s = self._since_s or now_s
+        if now_s - self._since_s >= self._limit_s:
+            raise error
+        tqdm.write(f"bilm-embed: {error}; trying again", file=sys.stderr)
+        await asyncio.sleep(self._pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads callers, hides nothing
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)

@@ -1,0 +1,122 @@
+"""What can be chosen for a run: by flag, by environment (`BILM_…`) or by a TOML file, in that order."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+
+class UsageError(Exception):
+    """Something that can't be run as it was asked for; the message has one reason a line."""
+
+
+class RunSettings(BaseSettings):
+    """Turn text into vectors: one sentence a line in, one dataset a sentence out."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BILM_",
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        cli_prog_name="bilm-embed",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+    )
+
+    input: CliPositionalArg[str] = Field(description="UTF-8 text, one sentence a line; - reads standard input")
+    output: CliPositionalArg[Path] = Field(description="ends in .hdf5 or .h5 (layout of `allennlp elmo`) or .npz")
+
+    config: Path | None = Field(None, description="TOML file with any of these choices, named as the flags with _")
+    target: str = Field("127.0.0.1:50051", description="HOST:PORT or unix:PATH of the server")
+    model: str = Field("", description="name of the model; empty: the only one")
+    raw: bool = Field(False, description="the server tokenises; otherwise white space separates the tokens")
+    layers: Literal["all", "top", "average"] = Field("all", description="which layers")
+    pool: Literal["none", "mean", "max"] = Field("none", description="over the tokens of a sentence")
+    dtype: Literal["float32", "float16"] = Field("float32", description="number format of the datasets")
+    carry_state: bool = Field(False, description="read the file as one text: each line goes on from the one before")
+    use_sentence_keys: bool = Field(False, description="sentences as keys instead of line numbers")
+    forget_sentences: bool = Field(False, description="leave out the dataset sentence_to_index")
+    skip_blank: bool = Field(False, description="pass over blank lines; otherwise they are an error")
+    errors: Path | None = Field(
+        None, description="list bad lines here (JSON lines) and go on; otherwise the first one stops the run"
+    )
+    resume: bool = Field(False, description="go on with an interrupted run of the same input, options and model")
+    overwrite: bool = Field(False, description="start anew whatever is there")
+    batch_tokens: int = Field(2048, ge=1, description="tokens a request, about")
+    concurrency: int = Field(4, ge=1, description="requests under way")
+    timeout_s: float = Field(600.0, gt=0, description="seconds that one request may take")
+    patience_s: float = Field(600.0, ge=0, description="seconds to go on trying while the server can't be reached")
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "RunSettings":
+        if self.output.suffix not in (".hdf5", ".h5", ".npz"):
+            raise ValueError(f"output: expected a name that ends in .hdf5, .h5 or .npz, found {self.output}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+        return self
+
+    def recorded(self) -> dict[str, Any]:
+        """The choices that decide what a result looks like; a run can only be resumed with the same ones."""
+        names = ("raw", "layers", "pool", "dtype", "carry_state", "use_sentence_keys", "forget_sentences", "skip_blank")
+        return {name: getattr(self, name) for name in names}
+
+
+def load_settings(argv: list[str]) -> RunSettings:
+    """Reads flags, environment and TOML file.
+
+    Raises:
+        UsageError: listing every bad value.
+        SystemExit: for --help, or a flag that doesn't exist.
+    """
+    toml_file = _toml_file(argv)
+
+    class _Sources(RunSettings):
+        __doc__ = RunSettings.__doc__
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            *_unused: Any,
+            **_also_unused: Any,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            toml = [TomlConfigSettingsSource(settings_cls, toml_file)] if toml_file else []
+            return (env_settings, *toml)
+
+    try:
+        return _Sources(_cli_parse_args=argv)
+    except ValidationError as error:
+        raise UsageError("\n".join(map(_line, error.errors()))) from error
+    except (SettingsError, ValueError) as error:
+        raise UsageError(f"{toml_file or 'environment'}: {error}") from error
+
+
+def _toml_file(argv: list[str]) -> Path | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=os.environ.get("BILM_CONFIG"))
+    name = parser.parse_known_args(argv)[0].config
+    if name is None:
+        return None
+    path = Path(name)
+    if not path.is_file():
+        raise UsageError(f"config: no such file: {path}")
+    return path
+
+
+def _line(error: Any) -> str:
+    place = ".".join(map(str, error["loc"]))
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{place}: {message} (found {error['input']!r})" if place else message

@@ -1,0 +1,120 @@
+"""`bilm-health`: asks a server how it is. For container health checks and for people.
+
+Imports no numpy: a probe starts it every few seconds.
+"""
+
+import argparse
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+SERVING, NOT_SERVING, UNREACHABLE = 0, 1, 2
+_RECONNECT_PAUSE_S = 1.0
+_Status = health_pb2.HealthCheckResponse.ServingStatus
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments; None: those of the process.
+
+    Returns:
+        The exit code: 0 SERVING, 1 not serving or an unknown service, 2 unreachable or too slow.
+    """
+    args = _parser().parse_args(argv)
+    with _channel(args) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=args.service)
+        return _watch(stub, request) if args.watch else _check(stub, request, args.timeout_s)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bilm-health",
+        description="Ask a bilm-serve server for its health. Exit code: 0 serving, 1 not serving, 2 unreachable.",
+    )
+    default = os.environ.get("BILM_TARGET", "127.0.0.1:50051")
+    parser.add_argument("--target", default=default, metavar="HOST:PORT", help="the server (BILM_TARGET; %(default)s)")
+    parser.add_argument("--service", default="", metavar="NAME", help="a service of it; default: the whole server")
+    parser.add_argument("--watch", action="store_true", help="print each change until interrupted")
+    parser.add_argument("--timeout-s", type=_seconds, default=1.0, help="longest wait of a check (%(default)s)")
+    parser.add_argument("--tls", action="store_true", help="connect by TLS")
+    parser.add_argument("--ca-file", type=Path, metavar="PEM", help="certificates to trust; implies --tls")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return value
+
+
+@contextmanager
+def _channel(args: argparse.Namespace) -> Iterator[grpc.Channel]:
+    if args.tls or args.ca_file:
+        roots = args.ca_file.read_bytes() if args.ca_file else None
+        channel = grpc.secure_channel(args.target, grpc.ssl_channel_credentials(roots))
+    else:
+        channel = grpc.insecure_channel(args.target)
+    try:
+        yield channel
+    finally:
+        channel.close()
+
+
+def _check(stub: Any, request: health_pb2.HealthCheckRequest, timeout_s: float) -> int:
+    try:
+        response = stub.Check(request, timeout=timeout_s)
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.NOT_FOUND:
+            print("SERVICE_UNKNOWN")
+            return NOT_SERVING
+        print(f"UNREACHABLE {error.code().name}: {error.details()}", file=sys.stderr)
+        return UNREACHABLE
+    print(_Status.Name(response.status))
+    return _exit_code(response.status)
+
+
+def _watch(stub: Any, request: health_pb2.HealthCheckRequest) -> int:
+    last = UNREACHABLE
+    connected = True  # a loss is told once, however often the connection is tried again
+    pause = threading.Event()
+    try:
+        while True:
+            try:
+                for response in stub.Watch(request, wait_for_ready=not connected):
+                    connected, last = True, _exit_code(response.status)
+                    _tell(_Status.Name(response.status))
+            except grpc.RpcError as error:
+                last = UNREACHABLE
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    _tell(f"UNREACHABLE {error.code().name}")
+                    return last
+                if connected:
+                    _tell(f"UNREACHABLE {error.code().name}")
+                connected = False
+            pause.wait(_RECONNECT_PAUSE_S)
+    except KeyboardInterrupt:
+        return last
+
+
+def _exit_code(status: int) -> int:
+    return SERVING if status == health_pb2.HealthCheckResponse.SERVING else NOT_SERVING
+
+
+def _tell(text: str) -> None:
+    print(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

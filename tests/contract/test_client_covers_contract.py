@@ -1,0 +1,31 @@
+"""The client knows every field and every choice of the contract."""
+
+import dataclasses
+
+from bilm_api.v1 import embed_pb2 as pb
+from bilm_client._options import _DATA_TYPES, _LAYERS, _POOLING
+from bilm_client.policy import _RETRIED_METHODS, SERVICE_NAME
+from bilm_client.results import Limits, ModelInfo
+from google.protobuf.descriptor import EnumDescriptor
+
+
+def _choices(enum: EnumDescriptor) -> set[int]:
+    return {value.number for value in enum.values if not value.name.endswith("_UNSPECIFIED")}
+
+
+def test_every_choice_has_a_name() -> None:
+    enums = pb.DESCRIPTOR.enum_types_by_name
+    assert set(_LAYERS.values()) == _choices(enums["Layers"])
+    assert set(_POOLING.values()) == _choices(enums["Pooling"])
+    assert set(_DATA_TYPES.values()) == _choices(enums["DataType"])
+
+
+def test_model_info_has_every_field() -> None:
+    for message, kind in ((pb.GetModelResponse, ModelInfo), (pb.Limits, Limits)):
+        assert {field.name for field in dataclasses.fields(kind)} == set(message.DESCRIPTOR.fields_by_name)
+
+
+def test_retry_names_methods_that_exist() -> None:
+    service = pb.DESCRIPTOR.services_by_name["EmbedService"]
+    assert service.full_name == SERVICE_NAME
+    assert set(_RETRIED_METHODS) < set(service.methods_by_name)

@@ -1,0 +1,98 @@
+"""The fakes: the same surface, and vectors that behave."""
+
+import inspect
+
+import numpy as np
+import pytest
+from bilm_client import AsyncClient, Client, ClientClosedError, HealthStatus, ScalarMix, SentenceError
+from bilm_client.testing import FakeAsyncClient, FakeClient
+
+
+def surface(kind: type) -> dict[str, list[inspect.Parameter]]:
+    methods = {name: value for name, value in inspect.getmembers(kind, callable) if not name.startswith("_")}
+    return {name: list(inspect.signature(value).parameters.values()) for name, value in methods.items()}
+
+
+def test_all_clients_have_one_surface() -> None:
+    expected = surface(Client)
+    assert set(expected) == {"close", "embed", "embed_stream", "health", "model_info"}
+    assert surface(FakeClient) == expected
+    for kind in (AsyncClient, FakeAsyncClient):
+        found = surface(kind)
+        assert found.keys() == expected.keys()
+        for name, parameters in found.items():
+            for parameter, other in zip(parameters, expected[name], strict=True):
+                # an input may be asynchronous too: the one difference
+                differs = (name, parameter.name) == ("embed_stream", "sentences")
+                assert parameter.replace(annotation=None) == other.replace(annotation=None)
+                assert differs or parameter.annotation == other.annotation
+    assert inspect.signature(Client).parameters == inspect.signature(AsyncClient).parameters
+    assert inspect.signature(FakeClient).parameters == inspect.signature(FakeAsyncClient).parameters
+
+
+def test_vectors_depend_on_context_but_for_the_token_layer() -> None:
+    with FakeClient() as client:
+        river, money, again = client.embed([["river", "bank"], ["money", "bank"], ["river", "bank"]])
+    np.testing.assert_array_equal(river.vectors, again.vectors)
+    np.testing.assert_array_equal(river.vectors[0, 1], money.vectors[0, 1])
+    assert (river.vectors[1:, 1] != money.vectors[1:, 1]).any(axis=-1).all()
+    assert river.vectors[0, 0, :2].tolist() == [-0.22308349609375, -0.5302734375]
+
+
+def test_shapes_pooling_and_mix() -> None:
+    with FakeClient(layer_count=2, width=5) as client:
+        [every] = client.embed("a b c")
+        [top] = client.embed("a b c", layers="top")
+        [mean] = client.embed("a b c", pool="mean")
+        [average] = client.embed("a b c", layers="average")
+        [mix] = client.embed("a b c", layers="mix", mix=ScalarMix([0.0, 0.0], gamma=2.0))
+        [unit] = client.embed("a b c", layers="top", pool="max", l2_normalize=True)
+    assert every.vectors.shape == (2, 3, 5)
+    np.testing.assert_array_equal(top.vectors, every.vectors[-1])
+    np.testing.assert_allclose(mean.vectors, every.vectors.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(mix.vectors, 2 * average.vectors, rtol=1e-5, atol=1e-7)
+    assert np.linalg.norm(unit.vectors) == pytest.approx(1.0)
+
+
+def test_offsets_and_truncation() -> None:
+    with FakeClient() as client:
+        [result] = client.embed(" é x" + "y" * 48)
+    assert result.offsets == ((1, 3), (4, 53))
+    assert result.truncated
+
+
+def test_failures_in_both_ways_of_input() -> None:
+    with FakeClient(failures={"a b": "SENTENCE_TOO_LONG"}) as client:
+        results = client.embed(["a b", ["a", "b"], "fine"], on_error="return")
+        assert [isinstance(result, SentenceError) for result in results] == [True, True, False]
+        with pytest.raises(SentenceError):
+            client.embed("a b")
+        with pytest.raises(SentenceError, match="POOLING_EMPTY"):
+            client.embed([[]], pool="mean")
+
+
+def test_states_carry_the_context() -> None:
+    with FakeClient() as client:
+        first, second = client.embed_stream([["a"], ["b"]], carry_state=True, return_state_every=1)
+        [alone] = client.embed([["b"]])
+        [after] = client.embed([["b"]], states=[first.state])
+        assert (after.vectors != alone.vectors).any()
+        np.testing.assert_array_equal(after.vectors, second.vectors)
+        with pytest.raises(SentenceError, match="STATE_INVALID"):
+            client.embed(["b"], states=[b"else"])
+
+
+def test_health_and_closing() -> None:
+    client = FakeClient(health=HealthStatus.NOT_SERVING)
+    assert client.health() is HealthStatus.NOT_SERVING
+    client.close()
+    with pytest.raises(ClientClosedError):
+        client.embed("a")
+
+
+async def test_the_asynchronous_fake() -> None:
+    async with FakeAsyncClient(failures={"bad": "TOKEN_EMPTY"}) as client:
+        [result] = await client.embed("a b")
+        streamed = [one async for one in client.embed_stream(["a b", "bad"], on_error="return")]
+    assert isinstance(streamed[0], type(result))
+    assert isinstance(streamed[1], SentenceError)
