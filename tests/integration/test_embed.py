@@ -156,6 +156,14 @@ def test_carried_state_is_the_callers(golden_server: RunningServer, golden: Path
                 assert np.abs(array(result.embedding) - expected).max(initial=0.0) < 1e-5
 
 
+def test_bfloat16_products_on_request(start: Callable[..., RunningServer], server: RunningServer) -> None:
+    rounded = start("--precision", "bfloat16")
+    assert rounded.stub().GetModel(embed_pb2.GetModelRequest()).precision == "bfloat16"
+    found, exact = (array(embed(where, tokens("a", "word")).results[0].embedding) for where in (rounded, server))
+    cosine = (found * exact).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert 0.999 < cosine.min() < 1.0
+
+
 BAD_SENTENCES = {
     "TOKEN_EMPTY": tokens("a", "", "b"),
     "SENTENCE_MISSING": embed_pb2.Sentence(),

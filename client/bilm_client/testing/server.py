@@ -63,7 +63,8 @@ class ServerProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="bilm-")
         target = f"unix:{self._folder.name}/bilm.sock"
         self._stderr = (Path(self._folder.name) / "stderr").open("w+b")  # a pipe that nobody reads would fill up
-        command = [sys.executable, "-m", "bilm_server", "--model", self._model, "--listen", target, *self._arguments]
+        flags = ["--model", self._model, "--listen", target, "--drain-delay-s", "0"]  # no balancer to wait for
+        command = [sys.executable, "-m", "bilm_server", *flags, *self._arguments]
         self._process = subprocess.Popen(command, stderr=self._stderr, stdout=self._stderr)  # noqa: S603 - our own
         try:
             wait_until_serving(target, self._process, self._start_timeout_s)

@@ -1,0 +1,66 @@
+# On a machine with Python (3.11 or later), pip and make, each of these works by itself:
+#   make demo     serve the model that ships, embed a sample, show what came out
+#   make test     everything CI runs
+# PYTHON names the interpreter; pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, …) say where packages come from.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO_VENV := .venv-proto
+# The oldest tools whose output we support: their versions set the floors of grpcio and protobuf in pyproject.toml.
+PROTO_TOOLS := grpcio-tools==1.74.0 protobuf==6.33.6 googleapis-common-protos==1.76.0 mypy-protobuf==5.1.0
+DATA ?= ../shared/data/wikitext-2
+RUN ?= runs/wikitext2-mini
+
+.PHONY: demo serve test test-slow check proto bench train clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+serve: $(VENV)/.demo
+	$(BIN)/bilm-serve $(ARGS)
+
+test: check
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/.dev $(PROTO_VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PROTO_VENV)/bin/python proto/generate.py --check --image $(PROTO_VENV)/embed.binpb
+	$(BIN)/buf lint $(PROTO_VENV)/embed.binpb --config proto/buf.yaml
+
+proto: $(PROTO_VENV)/.installed
+	$(PROTO_VENV)/bin/python proto/generate.py
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/in_process_and_served.py
+
+train: $(VENV)/.dev
+	$(BIN)/bilm-train run model/bilm_model/pretrained/wikitext2-mini.toml \
+	  --train $(DATA)/train.txt --valid $(DATA)/valid.txt --out $(RUN)
+	$(BIN)/bilm-train eval model/bilm_model/pretrained/wikitext2-mini.toml $(RUN) $(DATA)/test.txt
+
+clean:
+	rm -rf $(VENV) $(PROTO_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-out
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or later; PYTHON=… names one")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,files]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/.demo
+
+$(PROTO_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/pip install --quiet $(PROTO_TOOLS)
+	touch $@

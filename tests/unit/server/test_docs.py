@@ -1,0 +1,49 @@
+"""Pages that list what the code has, held against the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+from bilm_client.batch.settings import RunSettings
+from bilm_server.config import ServerConfig
+from bilm_server.errors import Reason, RefusalError
+from pydantic_settings import BaseSettings
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_every_reason_is_documented_with_its_status() -> None:
+    documented = {}
+    for line in (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        for reason in re.findall(r"`([A-Z_]+)`", cells[1]) if len(cells) > 3 else ():
+            documented[reason] = cells[2].partition(",")[0]
+    assert documented == {reason: RefusalError(reason, "").code.name for reason in Reason}
+
+
+@pytest.mark.parametrize(("title", "settings"), [("bilm-serve", ServerConfig), ("bilm-embed", RunSettings)])
+def test_the_readme_lists_every_flag_with_its_default(title: str, settings: type[BaseSettings]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition(f"### `{title}`")[2].partition("\n#")[0]
+    listed = dict(re.findall(r"^\| `(--[a-z0-9-]+)` \| (.*?) \|", section, flags=re.MULTILINE))
+    expected = {}
+    for name, field in settings.model_fields.items():
+        if field.is_required():
+            continue
+        shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
+        expected[f"--{name.replace('_', '-')}"] = "" if shown in (None, "") or shown is False else f"`{shown}`"
+    assert listed == expected
+
+
+def test_every_module_is_in_the_architecture_page() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    missing = [
+        path
+        for root in ("model", "server", "client")
+        for path in sorted((ROOT / root).rglob("*.py"))
+        if path.stem not in ("__init__", "__main__")
+        and not any(part in ("training", "batch", "testing", "build") for part in path.parts[:-1])
+        and f"`{path.stem}`" not in page
+        and f".{path.stem}`" not in page
+    ]
+    assert not missing
