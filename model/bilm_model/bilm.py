@@ -5,16 +5,17 @@ Legend: N rows (tokens and boundaries of all sentences), B sentences, L LSTM lay
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from bilm_model.affine import Affine
 from bilm_model.char_cnn import CharCnn
 from bilm_model.config import BilmConfig
 from bilm_model.highway import Highway
 from bilm_model.lstm import ClippedProjectedLstm
 from bilm_model.packing import Packing
-from bilm_model.precision import affine
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,20 +36,16 @@ class TokenEncoder(nn.Module):
 
     def __init__(self, config: BilmConfig) -> None:
         super().__init__()
+        self.projection = Affine(config.n_filters, config.projection_dim) if config.has_cnn_projection else None
         self.char_cnn = CharCnn(config)
         self.highways = nn.ModuleList(Highway(config.n_filters) for _ in range(config.n_highway))
-        self.projection_weight: nn.Parameter | None = None
-        self.projection_bias: nn.Parameter | None = None
-        if config.has_cnn_projection:
-            self.projection_weight = nn.Parameter(torch.empty(config.projection_dim, config.n_filters))
-            self.projection_bias = nn.Parameter(torch.empty(config.projection_dim))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Character ids (N, 50) -> (N, P)."""
         x = self.char_cnn(ids)
         for highway in self.highways:
             x = highway(x)
-        return x if self.projection_weight is None else affine(x, self.projection_weight, self.projection_bias)
+        return x if self.projection is None else cast(Tensor, self.projection(x))
 
 
 class Direction(nn.Module):
@@ -136,7 +133,7 @@ class Bilm(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters()) - self.config.char_dim
 
     def to_bfloat16_products(self) -> "Bilm":
-        """Rounds the weights of all products to bfloat16, in place; see `precision`."""
+        """Rounds the weights of all products to bfloat16, in place; see `affine`."""
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() > 1 and not name.endswith("embedding"):
@@ -152,7 +149,7 @@ def initialize(bilm: Bilm, generator: torch.Generator) -> Bilm:
     they begin by carrying their input on.
     """
     for name, parameter in bilm.named_parameters():
-        if name.endswith("gate_bias"):
+        if name.endswith("gate.bias"):
             parameter.fill_(-2.0)
         elif "bias" in name:
             parameter.zero_()

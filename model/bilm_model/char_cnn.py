@@ -6,9 +6,9 @@ Legend: N tokens, S characters of a token (50), F filters of all widths, E size 
 import torch
 from torch import Tensor, nn
 
+from bilm_model.affine import convolve
 from bilm_model.characters import CHARACTER_COUNT
 from bilm_model.config import BilmConfig
-from bilm_model.precision import convolve
 
 
 class CharCnn(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bilm_model.precision import affine
+from bilm_model.affine import Affine, sigmoid
 
 
 class Highway(nn.Module):
@@ -11,13 +11,9 @@ class Highway(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.gate_weight = nn.Parameter(torch.empty(dim, dim))
-        self.gate_bias = nn.Parameter(torch.empty(dim))
-        self.transform_weight = nn.Parameter(torch.empty(dim, dim))
-        self.transform_bias = nn.Parameter(torch.empty(dim))
+        self.gate = Affine(dim, dim)
+        self.transform = Affine(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, dim) -> (N, dim)."""
-        gate = torch.sigmoid(affine(x, self.gate_weight, self.gate_bias))
-        transformed = torch.relu(affine(x, self.transform_weight, self.transform_bias))
-        return torch.lerp(x, transformed, gate)
+        return x + sigmoid(self.gate(x)) * (torch.relu(self.transform(x)) - x)

@@ -6,9 +6,9 @@ Legend: N packed rows (all steps of all sentences), R rows of a step, B sentence
 import torch
 from torch import Tensor, nn
 
+from bilm_model.affine import Affine, sigmoid
 from bilm_model.config import BilmConfig
 from bilm_model.packing import Packing
-from bilm_model.precision import affine
 
 FORGET_BIAS = 1.0
 """Added to the forget gate at run time; the files don't hold it."""
@@ -24,12 +24,11 @@ class ClippedProjectedLstm(nn.Module):
     def __init__(self, config: BilmConfig) -> None:
         super().__init__()
         self._cell_clip, self._proj_clip = config.cell_clip, config.proj_clip
-        self.input_weight = nn.Parameter(torch.empty(4 * config.cell_dim, config.projection_dim))
-        self.recurrent_weight = nn.Parameter(torch.empty(4 * config.cell_dim, config.projection_dim))
-        self.bias = nn.Parameter(torch.empty(4 * config.cell_dim))
-        self.projection: nn.Parameter | None = None
+        self.input = Affine(config.projection_dim, 4 * config.cell_dim)
+        self.recurrent = Affine(config.projection_dim, 4 * config.cell_dim, bias=False)
+        self.projection: Affine | None = None
         if config.has_lstm_projection:
-            self.projection = nn.Parameter(torch.empty(config.projection_dim, config.cell_dim))
+            self.projection = Affine(config.cell_dim, config.projection_dim, bias=False)
 
     def forward(self, x: Tensor, packing: Packing, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the layer over all steps.
@@ -44,7 +43,7 @@ class ClippedProjectedLstm(nn.Module):
             The outputs (N, P), packed; h and c after each sentence's last step.
         """
         # The input's half of the gates is known for all steps at once: one product reads the weights once.
-        gates_x = torch.split(affine(x, self.input_weight, self.bias), list(packing.step_sizes))
+        gates_x = torch.split(self.input(x), list(packing.step_sizes))
         outputs = []
         for gates, n_rows in zip(gates_x, packing.step_sizes, strict=True):
             h_step, c_step = self.step(gates, h[:n_rows], c[:n_rows])
@@ -54,12 +53,12 @@ class ClippedProjectedLstm(nn.Module):
 
     def step(self, gates_x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """One step: the input's half of the gates (R, 4·C), h (R, P), c (R, C) -> the next h and c."""
-        i, j, f, o = (gates_x + affine(h, self.recurrent_weight)).chunk(4, dim=-1)
-        c = torch.sigmoid(f + FORGET_BIAS) * c + torch.sigmoid(i) * torch.tanh(j)
+        i, j, f, o = (gates_x + self.recurrent(h)).chunk(4, dim=-1)
+        c = sigmoid(f + FORGET_BIAS) * c + sigmoid(i) * torch.tanh(j)
         c = c.clamp(-self._cell_clip, self._cell_clip)
-        h = torch.sigmoid(o) * torch.tanh(c)
+        h = sigmoid(o) * torch.tanh(c)
         if self.projection is not None:
-            h = affine(h, self.projection).clamp(-self._proj_clip, self._proj_clip)
+            h = self.projection(h).clamp(-self._proj_clip, self._proj_clip)
         return h, c
 
 

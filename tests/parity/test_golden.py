@@ -11,8 +11,6 @@ import pytest
 import torch
 from bilm_model.engine.batch import BatchEngine, EmbeddedSentence, Sentence
 from bilm_model.weights.loading import load
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 TOLERANCE = 1e-5
 
@@ -60,18 +58,3 @@ def test_carried_state_one_a_row(vectors: Golden) -> None:
         for j, embedded in enumerate(found):
             states[j] = (embedded.h.numpy(), embedded.c.numpy())
             assert _error(embedded, expected[j]) < TOLERANCE
-
-
-TINY = BatchEngine(load("random:tiny").bilm, torch.device("cpu"), "float32")
-SENTENCE = st.lists(st.text(min_size=1, max_size=60), max_size=12)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(SENTENCE, min_size=1, max_size=8))
-def test_any_company_gives_the_same_numbers(sentences: list[list[str]]) -> None:
-    together = TINY.run([Sentence(tokens) for tokens in sentences])
-    for tokens, embedded in zip(sentences, together, strict=True):
-        (alone,) = TINY.run([Sentence(tokens)])
-        assert embedded.layers.shape == (3, len(tokens) + 2 if tokens else 0, 16)
-        for found, expected in ((embedded.layers, alone.layers), (embedded.h, alone.h), (embedded.c, alone.c)):
-            assert torch.allclose(found, expected, rtol=0.0, atol=TOLERANCE)

@@ -9,7 +9,7 @@ import torch
 from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import BilmConfig, to_options
-from bilm_model.engine.batch import BatchEngine, Sentence
+from bilm_model.engine.batch import BatchEngine, Precision, Sentence
 from bilm_model.weights import hdf5
 from oracle import Oracle
 
@@ -29,7 +29,7 @@ CONFIGS = {
 SENTENCES = [["The", "cat"], ["대한민국", "x" * 60, "🙂", "<S>", "\x00"], ["a"] * 23]
 
 
-def _model(config: BilmConfig, folder: Path) -> tuple[Bilm, Oracle]:
+def _model(config: BilmConfig, folder: Path, precision: Precision = "float32") -> tuple[BatchEngine, Bilm, Oracle]:
     """Random weights and biases, through the published file, which the oracle reads with eyes of its own."""
     generator = torch.Generator().manual_seed(7)
     tensors = {
@@ -38,26 +38,26 @@ def _model(config: BilmConfig, folder: Path) -> tuple[Bilm, Oracle]:
     }
     path = folder / "weights.hdf5"
     hdf5.write(path, config, tensors)
-    return Bilm.from_tensors(config, hdf5.read(path, config)), Oracle(path, to_options(config))
+    engine = BatchEngine(Bilm.from_tensors(config, hdf5.read(path, config)), torch.device("cpu"), precision)
+    reference = Bilm.from_tensors(config, hdf5.read(path, config)).double()
+    return engine, reference, Oracle(path, to_options(config))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_agrees_with_the_oracle(config: BilmConfig, tmp_path: Path) -> None:
-    bilm, oracle = _model(config, tmp_path)
+    engine, reference, oracle = _model(config, tmp_path)
     expected = [oracle(tokens) for tokens in SENTENCES]
-    engine = BatchEngine(bilm, torch.device("cpu"), "float32")
     for embedded, numbers in zip(engine.run([Sentence(tokens) for tokens in SENTENCES]), expected, strict=True):
         assert np.abs(embedded.layers[:, 1:-1].numpy() - numbers).max() < 1e-5
     # In float64 nothing but the formulae can differ
     for tokens, numbers in zip(SENTENCES, expected, strict=True):
         ids = torch.from_numpy(character_ids(with_boundaries(tokens))).long()
-        layers, _ = bilm.double()(ids, [len(ids)])
+        layers, _ = reference(ids, [len(ids)])
         assert np.abs(layers[:, 1:-1].numpy() - numbers).max() < 1e-12
 
 
 def test_bfloat16_products_stay_close(tmp_path: Path) -> None:
-    bilm, oracle = _model(BASE, tmp_path)
-    engine = BatchEngine(bilm, torch.device("cpu"), "bfloat16")
+    engine, _, oracle = _model(BASE, tmp_path, "bfloat16")
     for tokens, embedded in zip(SENTENCES, engine.run([Sentence(tokens) for tokens in SENTENCES]), strict=True):
         found, expected = embedded.layers[:, 1:-1].double().numpy(), oracle(tokens)
         norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)

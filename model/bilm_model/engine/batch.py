@@ -3,7 +3,6 @@
 Legend: L layers with the token layer, T tokens, D width, N rows of the batch, P projection.
 """
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from bilm_model.bilm import Bilm, BilmState
 from bilm_model.characters import character_ids, check_ids, with_boundaries
+from bilm_model.engine.packed import pack_products
 from bilm_model.errors import ModelError
 
 Precision = Literal["float32", "bfloat16"]
@@ -64,6 +64,7 @@ class BatchEngine:
         """Takes a float32 biLM over; it is moved and rounded in place."""
         self._device = device
         self._bilm = (bilm.to_bfloat16_products() if precision == "bfloat16" else bilm).to(device)
+        self._packed = device.type == "cpu" and pack_products(self._bilm)
         self._abandoned: Callable[[], bool] = lambda: False
         for direction in self._bilm.directions:
             for layer in direction.get_submodule("layers").children():
@@ -74,7 +75,8 @@ class BatchEngine:
         """Device and implementation, for people to read."""
         if self._device.type == "cuda":
             return f"{self._device} ({torch.cuda.get_device_name(self._device)}, torch {torch.__version__})"
-        return f"cpu ({platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads)"
+        products = "prepacked oneDNN products" if self._packed else "plain products"
+        return f"cpu (torch {torch.__version__}, {products}, {torch.get_num_threads()} threads)"
 
     def warm_up(self) -> None:
         """Runs a real batch, so that the first caller doesn't pay for what torch does once.

@@ -73,18 +73,18 @@ def names(config: BilmConfig) -> Iterator[tuple[str, str, _Axes]]:
         yield f"CNN/b_cnn_{k}", f"encoder.char_cnn.biases.{k}", _VECTOR
     for k in range(config.n_highway):
         for theirs, ours in (("carry", "gate"), ("transform", "transform")):
-            yield f"CNN_high_{k}/W_{theirs}", f"encoder.highways.{k}.{ours}_weight", _MATRIX
-            yield f"CNN_high_{k}/b_{theirs}", f"encoder.highways.{k}.{ours}_bias", _VECTOR
+            yield f"CNN_high_{k}/W_{theirs}", f"encoder.highways.{k}.{ours}.weight", _MATRIX
+            yield f"CNN_high_{k}/b_{theirs}", f"encoder.highways.{k}.{ours}.bias", _VECTOR
     if config.has_cnn_projection:
-        yield "CNN_proj/W_proj", "encoder.projection_weight", _MATRIX
-        yield "CNN_proj/b_proj", "encoder.projection_bias", _VECTOR
+        yield "CNN_proj/W_proj", "encoder.projection.weight", _MATRIX
+        yield "CNN_proj/b_proj", "encoder.projection.bias", _VECTOR
     for d in range(2):
         for k in range(config.n_layers):
             cell, layer = f"RNN_{d}/RNN/MultiRNNCell/Cell{k}/LSTMCell", f"directions.{d}.layers.{k}"
             yield f"{cell}/W_0", f"{layer}.gates", _MATRIX
-            yield f"{cell}/B", f"{layer}.bias", _VECTOR
+            yield f"{cell}/B", f"{layer}.input.bias", _VECTOR
             if config.has_lstm_projection:
-                yield f"{cell}/W_P_0", f"{layer}.projection", _MATRIX
+                yield f"{cell}/W_P_0", f"{layer}.projection.weight", _MATRIX
 
 
 def read(path: Path, config: BilmConfig) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def _joined_shape(shapes: dict[str, tuple[int, ...]], name: str) -> tuple[int, .
     if not name.endswith(".gates"):
         return shapes[name]
     stem = name.removesuffix(".gates")
-    (rows, inputs), (_, recurrent) = shapes[f"{stem}.input_weight"], shapes[f"{stem}.recurrent_weight"]
+    (rows, inputs), (_, recurrent) = shapes[f"{stem}.input.weight"], shapes[f"{stem}.recurrent.weight"]
     return (rows, inputs + recurrent)
 
 
@@ -134,8 +134,8 @@ def _ours(name: str, tensor: Tensor, config: BilmConfig) -> dict[str, Tensor]:
         return {name: tensor.contiguous()}
     stem, inputs = name.removesuffix(".gates"), config.projection_dim
     return {
-        f"{stem}.input_weight": tensor[:, :inputs].contiguous(),
-        f"{stem}.recurrent_weight": tensor[:, inputs:].contiguous(),
+        f"{stem}.input.weight": tensor[:, :inputs].contiguous(),
+        f"{stem}.recurrent.weight": tensor[:, inputs:].contiguous(),
     }
 
 
@@ -143,7 +143,7 @@ def _theirs(name: str, tensors: dict[str, Tensor]) -> Tensor:
     if not name.endswith(".gates"):
         return tensors[name]
     stem = name.removesuffix(".gates")
-    return torch.cat([tensors[f"{stem}.input_weight"], tensors[f"{stem}.recurrent_weight"]], dim=1)
+    return torch.cat([tensors[f"{stem}.input.weight"], tensors[f"{stem}.recurrent.weight"]], dim=1)
 
 
 def _read_dataset(file: h5py.File, path: Path, key: str, shape: tuple[int, ...]) -> Tensor:

@@ -85,7 +85,7 @@ def test_perplexity_is_that_of_the_full_softmax() -> None:
         for t in range(len(part.tokens) - 1):
             x, ends = vectors[t : t + 1], []
             for k, layer in enumerate(objective.bilm.directions[direction].layers):  # type: ignore[arg-type]
-                y, c_k = layer.step(x @ layer.input_weight.T + layer.bias, h[k], c[k])
+                y, c_k = layer.step(layer.input(x), h[k], c[k])
                 ends.append((y, c_k))
                 x = x + y if k else y
             h, c = (torch.stack(parts) for parts in zip(*ends, strict=True))

@@ -1,0 +1,41 @@
+"""What the network is made of: products, and the one function that torch doesn't have as we need it.
+
+The one place that knows about reduced precision: products are in the weight's format, everything else in float32, so
+that bfloat16 costs the products' rounding only, not the recurrence's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Affine(nn.Module):
+    """x·weightᵀ (+ bias), the product in the weight's format, the sum in float32."""
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (N, in) -> (N, out), float32 where the weight is bfloat16, else in the weight's format."""
+        if self.weight.dtype != torch.bfloat16:
+            return F.linear(x, self.weight, self.bias)
+        y = F.linear(x.to(torch.bfloat16), self.weight).float()
+        return y if self.bias is None else y + self.bias
+
+
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """Valid correlation along the last axis: x (N, in, S), weight (out, in, width) -> (N, out, S - width + 1)."""
+    if weight.dtype != torch.bfloat16:
+        return F.conv1d(x, weight)
+    return F.conv1d(x.to(torch.bfloat16), weight).float()
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """The logistic function.
+
+    `torch.sigmoid` rounds the last few elements of an array differently from the rest, so that a row's bits would
+    depend on how many rows there are; `torch.tanh` doesn't.
+    """
+    return 0.5 + 0.5 * torch.tanh(0.5 * x)
