@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -83,18 +83,30 @@ class ServerConfig(BaseSettings):
             raise ValueError("expected HOST:PORT or unix:PATH")
         return value
 
-    @model_validator(mode="after")
-    def _check_limits(self) -> "ServerConfig":
-        pairs = [
-            ("max_tokens_per_request", "max_waiting_tokens", 1),
-            ("max_tokens_per_sentence", "max_stream_tokens", 1),
-        ]
-        for small, large, unit in pairs:
-            if getattr(self, small) > getattr(self, large) * unit:
-                raise ValueError(f"{small} ({getattr(self, small)}) must not exceed {large} ({getattr(self, large)})")
-        if self.max_waiting_mib * 2**20 < MAX_RESPONSE_BYTES:
-            raise ValueError(f"max_waiting_mib must be at least {MAX_RESPONSE_BYTES // 2**20}, one response")
-        return self
+    # Validators of single fields, also where two are meant: one of the whole would be silent while any field is bad.
+    @field_validator("max_waiting_tokens")
+    @classmethod
+    def _check_waiting_tokens(cls, value: int, info: ValidationInfo) -> int:
+        return _at_least(value, "max_tokens_per_request", info)
+
+    @field_validator("max_stream_tokens")
+    @classmethod
+    def _check_stream_tokens(cls, value: int, info: ValidationInfo) -> int:
+        return _at_least(value, "max_tokens_per_sentence", info)
+
+    @field_validator("max_waiting_mib")
+    @classmethod
+    def _check_waiting_mib(cls, value: int) -> int:
+        if value * 2**20 < MAX_RESPONSE_BYTES:
+            raise ValueError(f"must be at least {MAX_RESPONSE_BYTES // 2**20}, one response")
+        return value
+
+
+def _at_least(value: int, smaller: str, info: ValidationInfo) -> int:
+    least = info.data.get(smaller, value)
+    if value < least:
+        raise ValueError(f"must not be less than {smaller}, {least}")
+    return value
 
 
 def load_config(argv: list[str]) -> ServerConfig:
