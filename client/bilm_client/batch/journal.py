@@ -64,8 +64,9 @@ class Journal:
     @classmethod
     def create(cls, path: Path, run: dict[str, Any]) -> Self:
         """Starts a journal; one that is there is lost."""
-        file = path.open("w+b")
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
         _lock(file, path)
+        file.truncate()  # not before it is ours
         journal = cls(path, run, file)
         journal._write(run, b"", b"")
         journal.flush()
@@ -154,7 +155,8 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], bytes, bytes] | None:
     if len(header) == _HEADER.size:
         n_text, n_data, n_state, checksum = _HEADER.unpack(header)
         # lengths that can't be are damage, not a reason to ask for so much memory
-        if n_text <= _MAX_DESCRIPTION_BYTES and start + _HEADER.size + n_text + n_data + n_state <= size:
+        # (zeros are what a crash of the machine may leave, and their checksum fits)
+        if 0 < n_text <= _MAX_DESCRIPTION_BYTES and start + _HEADER.size + n_text + n_data + n_state <= size:
             text, data, state = file.read(n_text), file.read(n_data), file.read(n_state)
             if zlib.crc32(state, zlib.crc32(data, zlib.crc32(text))) == checksum:
                 return json.loads(text), data, state
@@ -169,6 +171,10 @@ def _lock(file: BinaryIO, path: Path) -> None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise BlockingIOError("finished, and removed it, in the meantime")
     except OSError as error:
         file.close()
+        if not isinstance(error, BlockingIOError):
+            raise
         raise JournalBusyError(f"{path}: another run is writing it") from error

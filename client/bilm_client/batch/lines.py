@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from bilm_client.batch.output import RUN_KEY
 from bilm_client.batch.settings import RunSettings, UsageError
 
 _SHOWN = 20
+_MAX_KEY_BYTES = 65_000  # a zip archive's names, and so an .npz's, end at 65,535
+_TAKEN_KEYS = (b".", RUN_KEY.encode())
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,26 @@ def open_input(settings: RunSettings) -> Iterator[InputText]:
         UsageError: if it can't be read, has no sentence, or has lines that the settings don't allow; all are listed.
     """
     with contextlib.ExitStack() as stack:
-        path = stack.enter_context(_spooled(sys.stdin.buffer)) if settings.input == "-" else Path(settings.input)
         try:
-            yield _scan(path, settings)
+            path = stack.enter_context(_seekable(settings.input))
+            text = _scan(path, settings)
         except OSError as error:
             raise UsageError(f"input: {error}") from error
+        yield text
+
+
+@contextlib.contextmanager
+def _seekable(name: str) -> Iterator[Path]:
+    """A file that can be read more than once: standard input and pipes are copied."""
+    path = Path(name)
+    if name == "-":
+        with _spooled(sys.stdin.buffer) as copy:
+            yield copy
+    elif path.is_fifo():
+        with path.open("rb") as pipe, _spooled(pipe) as copy:
+            yield copy
+    else:
+        yield path
 
 
 @contextlib.contextmanager
@@ -90,19 +108,26 @@ def _scan(path: Path, settings: RunSettings) -> InputText:
             blank += range(n_all, line.index)
             n_all = line.index + 1
             n_lines, n_tokens = n_lines + 1, n_tokens + line.n_tokens
-            if settings.use_sentence_keys:
-                digest = hashlib.sha256(line.text.encode("utf-8", "surrogateescape")).digest()[:16]
-                if "/" in line.text or line.text == "." or digest in seen:
+            if settings.use_sentence_keys and not line.error:
+                name = line.text.encode()
+                digest = hashlib.sha256(name).digest()[:16]
+                if not _is_key(name) or digest in seen:
                     bad_keys.append(line.index)
                 seen.add(digest)
         blank += range(n_all, _count_lines(path))
     if blank and not settings.skip_blank:
         raise UsageError(f"input: blank lines: {_numbers(blank)} (--skip-blank passes over them)")
     if bad_keys:
-        raise UsageError(f"input: no keys, because of a / or a twin above: lines {_numbers(bad_keys)}")
+        reasons = f"a / or NUL, more than {_MAX_KEY_BYTES} bytes, a name of our own, or a twin above"
+        raise UsageError(f"input: no keys ({reasons}): lines {_numbers(bad_keys)}")
     if not n_lines:
         raise UsageError("input: no sentence in it")
     return InputText(path, _sha256(path), n_lines, n_tokens)
+
+
+def _is_key(name: bytes) -> bool:
+    """Whether both kinds of output can have a dataset of this name."""
+    return not (b"/" in name or b"\0" in name or name in _TAKEN_KEYS or len(name) > _MAX_KEY_BYTES)
 
 
 def _lines(file: BinaryIO) -> Iterator[Line]:

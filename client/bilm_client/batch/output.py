@@ -84,7 +84,7 @@ def _npz(path: Path, run: dict[str, Any]) -> Iterator[tuple[Write, Callable[[dic
 
         def write(key: str, vectors: NDArray[np.generic]) -> None:
             buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, np.ascontiguousarray(vectors), allow_pickle=False)
+            np.lib.format.write_array(buffer, np.asarray(vectors, order="C"), allow_pickle=False)
             archive.writestr(f"{key}.npy", buffer.getbuffer())
 
         def write_sentences(sentences: dict[str, str]) -> None:

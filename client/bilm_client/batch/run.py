@@ -59,6 +59,7 @@ async def embed_file(settings: RunSettings, text: InputText) -> Summary | None:
         BadLineError: at the first bad line, where no list of errors was asked for.
         BilmError: if the server refuses, or can't be reached for longer than the patience.
     """
+    _check_not_there(settings)
     async with AsyncClient(settings.target, model=settings.model, timeout_s=settings.timeout_s) as client:
         info = await _model_info(client, settings.patience_s)
         run = {
@@ -67,8 +68,8 @@ async def embed_file(settings: RunSettings, text: InputText) -> Summary | None:
             "model": info.name,
             "model_version": info.version,
         }
-        if settings.output.exists() and not settings.overwrite:
-            _check_finished(settings, run)
+        if settings.resume and settings.output.exists() and not _journal_path(settings).exists():
+            _check_same_run(settings.output, read_run(settings.output), run)
             return None
     # From here on, a server with another model must refuse rather than mix its vectors in
     async with AsyncClient(
@@ -88,17 +89,30 @@ async def _model_info(client: AsyncClient, patience_s: float) -> ModelInfo:
             await patience.wait(error)
 
 
-def _check_finished(settings: RunSettings, run: dict[str, Any]) -> None:
-    if not settings.resume:
+def _journal_path(settings: RunSettings) -> Path:
+    return settings.output.with_name(settings.output.name + ".journal")
+
+
+def _check_not_there(settings: RunSettings) -> None:
+    if settings.resume or settings.overwrite:
+        return
+    if settings.output.exists():
         raise UsageError(f"output: {settings.output} is there already (--overwrite replaces it)")
-    _check_same_run(settings.output, read_run(settings.output), run)
+    if (journal := _journal_path(settings)).exists():
+        raise UsageError(f"{journal}: an interrupted run is there (--resume goes on, --overwrite starts anew)")
 
 
 def _check_same_run(path: Path, found: dict[str, Any] | None, run: dict[str, Any]) -> None:
     if found == run:
         return
-    differing = [key for key in run if (found or {}).get(key) != run[key]]
+    old, new = _flat(found or {}), _flat(run)
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     raise UsageError(f"{path}: made with another {', '.join(differing)}; can't be resumed (--overwrite starts anew)")
+
+
+def _flat(run: dict[str, Any]) -> dict[str, Any]:
+    options: dict[str, Any] = run.get("options", {})
+    return {key: value for key, value in run.items() if key != "options"} | options
 
 
 class _Run:
@@ -164,6 +178,8 @@ class _Run:
                     key = sentences[record.index] if self._settings.use_sentence_keys else str(record.index)
                     write(key, record.vectors)
                     embedded.add(record.index)
+            if len(embedded) + self._n_failed != self._text.n_lines:
+                raise UsageError(f"{self._journal.path}: not what the input has; one of the two has been changed")
             if not (self._settings.forget_sentences or self._settings.use_sentence_keys):
                 write_sentences({text: str(index) for index, text in sentences.items() if index in embedded})
         self._journal.path.unlink()
@@ -182,11 +198,9 @@ class _Run:
     # ---- what is there already ----
 
     def _open_journal(self) -> Journal:
-        path = self._settings.output.with_name(self._settings.output.name + ".journal")
-        if self._settings.overwrite or not path.exists():
+        path = _journal_path(self._settings)
+        if not (self._settings.resume and path.exists()):
             return Journal.create(path, self._run)
-        if not self._settings.resume:
-            raise UsageError(f"{path}: an interrupted run is there (--resume goes on, --overwrite starts anew)")
         with contextlib.ExitStack() as stack:
             journal = stack.enter_context(contextlib.closing(Journal.reopen(path)))
             _check_same_run(path, journal.run, self._run)
@@ -212,10 +226,11 @@ class _Run:
         self._state = record.state or self._state
         if record.vectors is None:
             self._n_failed += 1
-            if self._errors is not None:
-                line = {"line": record.index + 1, "reason": record.reason, "message": record.message}
-                self._errors.write(json.dumps(line) + "\n")
-                self._errors.flush()
+            if self._errors is None:  # an earlier run had a list, this one has none
+                raise _bad_line(record)
+            line = {"line": record.index + 1, "reason": record.reason, "message": record.message}
+            self._errors.write(json.dumps(line) + "\n")
+            self._errors.flush()
 
     # ---- lines in, records out ----
 
@@ -259,14 +274,18 @@ class _Run:
 
     async def _stream_remaining(self, client: AsyncClient) -> None:
         lines: list[Line] = []  # sent and not answered
+        last: list[Line] = []  # the bad line at which the run stops
 
         def sentences() -> Iterator[str | list[str]]:
             for line in self._remaining():
-                if line.error:
-                    self._fail(line, _BAD_LINE, line.error)
-                else:
+                if not line.error:
                     lines.append(line)
                     yield self._sentence(line)
+                elif self._errors is not None:
+                    self._fail(line, _BAD_LINE, line.error)
+                else:
+                    last.append(line)  # told when what was read before it has been answered and is kept
+                    return
 
         results = client.embed_stream(
             sentences(),
@@ -284,25 +303,33 @@ class _Run:
                 self._patience.renew()
                 self._keep(lines.pop(0), result)
                 self._journal.flush()
+        for line in last:
+            self._fail(line, _BAD_LINE, line.error)
 
     def _sentence(self, line: Line) -> str | list[str]:
         return line.text if self._settings.raw else line.text.split()
 
     def _keep(self, line: Line, result: Embedding | SentenceError) -> None:
         if isinstance(result, SentenceError):
-            self._fail(line, result.reason, str(result))
+            self._fail(line, result.reason or result.code.name, result.message)
             return
         self._record(Record(line.index, len(result.tokens), result.vectors, state=result.state or b""), line)
 
     def _fail(self, line: Line, reason: str, message: str) -> None:
-        if self._settings.errors is None:
-            raise BadLineError(f"line {line.index + 1}: {message} (--errors FILE lists bad lines and goes on)")
-        self._record(Record(line.index, 0, None, reason=reason, message=message), line)
+        record = Record(line.index, 0, None, reason=reason, message=message)
+        if self._errors is None:
+            raise _bad_line(record)
+        self._record(record, line)
 
     def _record(self, record: Record, line: Line) -> None:
         self._journal.append(record)
         self._account(record)
         self._bar.update(line.n_tokens)
+
+
+def _bad_line(record: Record) -> BadLineError:
+    hint = "--errors FILE lists bad lines and goes on"
+    return BadLineError(f"line {record.index + 1}: {record.reason}: {record.message} ({hint})")
 
 
 @contextlib.contextmanager

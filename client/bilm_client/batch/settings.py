@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -38,7 +38,7 @@ class RunSettings(BaseSettings):
     output: CliPositionalArg[Path] = Field(description="ends in .hdf5 or .h5 (layout of `allennlp elmo`) or .npz")
 
     config: Path | None = Field(None, description="TOML file with any of these choices, named as the flags with _")
-    target: str = Field("127.0.0.1:50051", description="HOST:PORT or unix:PATH of the server")
+    target: str = Field("127.0.0.1:50051", min_length=1, description="HOST:PORT or unix:PATH of the server")
     model: str = Field("", description="name of the model; empty: the only one")
     raw: bool = Field(False, description="the server tokenises; otherwise white space separates the tokens")
     layers: Literal["all", "top", "average"] = Field("all", description="which layers")
@@ -58,13 +58,23 @@ class RunSettings(BaseSettings):
     timeout_s: float = Field(600.0, gt=0, description="seconds that one request may take")
     patience_s: float = Field(600.0, ge=0, description="seconds to go on trying while the server can't be reached")
 
-    @model_validator(mode="after")
-    def _check_combinations(self) -> "RunSettings":
-        if self.output.suffix not in (".hdf5", ".h5", ".npz"):
-            raise ValueError(f"output: expected a name that ends in .hdf5, .h5 or .npz, found {self.output}")
-        if self.resume and self.overwrite:
+    # Of single fields, also where two are meant: a validator of the whole runs only once every field is good, and then
+    # a bad value would hide what it has to say.
+    @field_validator("output")
+    @classmethod
+    def _check_output(cls, value: Path) -> Path:
+        if value.suffix not in (".hdf5", ".h5", ".npz"):
+            raise ValueError("expected a name that ends in .hdf5, .h5 or .npz")
+        if not value.parent.is_dir():
+            raise ValueError("no such folder")
+        return value
+
+    @field_validator("overwrite")
+    @classmethod
+    def _check_overwrite(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("resume"):
             raise ValueError("resume and overwrite exclude each other")
-        return self
+        return value
 
     def recorded(self) -> dict[str, Any]:
         """The choices that decide what a result looks like; a run can only be resumed with the same ones."""

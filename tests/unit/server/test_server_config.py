@@ -50,11 +50,11 @@ def test_every_error_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (
             ["--max-tokens-per-request", "70000"],
-            "max_waiting_tokens: must not be less than max_tokens_per_request, 70000",
+            "max_waiting_tokens: must not be less than .*, 70000",
         ),
         (
             ["--max-tokens-per-sentence", "70000"],
-            "max_stream_tokens: must not be less than max_tokens_per_sentence, 70000",
+            "max_stream_tokens: must not be less than .*, 70000",
         ),
         (["--max-waiting-mib", "15"], "max_waiting_mib: must be at least 16"),
         (["--listen", "unix:"], "a Unix socket needs a path"),

@@ -1,0 +1,474 @@
+"""Interrupted runs of `bilm-embed`: what is left behind, how they go on, and when they mustn't."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+from bilm_client.batch import run as batch_run
+from bilm_client.batch.journal import Journal
+from bilm_client.batch.output import new_output
+from bilm_client.testing.server import wait_until_serving
+from integration_support import TINY, RunningServer, running
+from test_batch_support import (
+    REFUSED,
+    STOPPED,
+    Datasets,
+    Valve,
+    assert_same,
+    datasets,
+    embed,
+    embedding,
+    ended,
+    journal_of,
+    part_of,
+    wait_for_size,
+    write,
+)
+
+Start = Callable[..., RunningServer]
+
+N_LINES = 60
+HELD_AFTER = 25  # batches, and with the flags below lines
+MIDDLE_BYTES = 20_000  # of about 1,070 a line: at least one state has been written
+FLAGS = ("--batch-tokens", "1", "--concurrency", "1")
+BATCHES, CARRIED = pytest.param((), id="batches"), pytest.param(("--carry-state",), id="carried")
+TOLERANCE = 1e-6
+OTHER_MODEL = str(Path(__file__).parents[1] / "data" / "golden" / "tanh-3layers")
+NOWHERE = "unix:/nonexistent/socket"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write(tmp_path / "in.txt", *(f"this is line number {i}" for i in range(N_LINES)))
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.hdf5"
+
+
+@pytest.fixture
+def valve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Valve]:
+    valve = Valve(monkeypatch)
+    yield valve
+    valve.open()
+
+
+@pytest.fixture
+def listen() -> Iterator[str]:
+    """An address that outlives its server; short, as the path of a Unix socket has to be."""
+    with tempfile.TemporaryDirectory(prefix="bilm-") as folder:
+        yield f"unix:{folder}/socket"
+
+
+@pytest.fixture
+def uninterrupted(server: RunningServer, text: Path, tmp_path: Path) -> Callable[..., Datasets]:
+    def run(*flags: str) -> Datasets:
+        folder = tmp_path.with_name(tmp_path.name + "-uninterrupted")
+        folder.mkdir()
+        assert embed(server.target, text, folder / "out.hdf5", *flags) == 0
+        return datasets(folder / "out.hdf5")
+
+    return run
+
+
+@pytest.fixture
+def interrupt(server: RunningServer, text: Path, output: Path) -> Callable[..., None]:
+    """Leaves a journal behind, by a disk that is full when the output is written."""
+
+    def run(*flags: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", no_space)
+            assert embed(server.target, text, output, *FLAGS, *flags) == STOPPED
+        assert journal_of(output).exists()
+
+    return run
+
+
+def no_space(file: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def wait_for_line(process: subprocess.Popen[str], words: str) -> None:
+    """Waits until the run has said so on its standard error."""
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        if words in line:
+            return
+        seen.append(line)
+    raise AssertionError("".join(seen))
+
+
+def assert_whole(output: Path, expected: Datasets) -> None:
+    assert_same(datasets(output), expected, TOLERANCE)
+    assert sorted(path.name for path in output.parent.iterdir()) == ["in.txt", output.name]
+
+
+# ---- the client goes ----
+
+
+@pytest.mark.parametrize("flags", [BATCHES, CARRIED])
+def test_after_a_kill_of_the_client(  # noqa: PLR0917 - fixtures
+    valve: Valve,
+    start: Start,
+    text: Path,
+    output: Path,
+    flags: tuple[str, ...],
+    uninterrupted: Callable[..., Datasets],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server = start()
+    valve.let_through(HELD_AFTER)
+    with embedding(server.target, text, output, *FLAGS, *flags) as process:
+        wait_for_size(journal_of(output), MIDDLE_BYTES, process)
+        assert not output.exists()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not output.exists()
+    journal = Journal.reopen(journal_of(output))
+    assert 16 < sum(1 for _ in journal.records()) <= HELD_AFTER
+    journal.close()
+    valve.open()
+    assert embed(server.target, text, output, *FLAGS, *flags, "--resume") == 0
+    assert "of them by an earlier run" in capsys.readouterr().out
+    assert_whole(output, uninterrupted(*flags))
+
+
+def test_after_a_kill_that_cut_a_record(
+    server: RunningServer, interrupt: Callable[..., None], text: Path, output: Path, uninterrupted: Callable[..., Any]
+) -> None:
+    interrupt()
+    journal = journal_of(output)
+    os.truncate(journal, journal.stat().st_size - 100)
+    part_of(output).write_bytes(b"half an output")
+    assert embed(server.target, text, output, "--resume") == 0
+    assert_whole(output, uninterrupted())
+
+
+def test_an_interrupt_from_the_keyboard(valve: Valve, start: Start, text: Path, output: Path) -> None:
+    server = start()
+    valve.let_through(HELD_AFTER)
+    with embedding(server.target, text, output, *FLAGS) as process:
+        wait_for_size(journal_of(output), MIDDLE_BYTES, process)
+        process.send_signal(signal.SIGINT)
+        code, errors = ended(process)
+    assert code == 130
+    assert "--resume goes on" in errors
+    assert "Traceback" not in errors
+    assert journal_of(output).exists()
+    assert not output.exists()
+
+
+# ---- the server goes ----
+
+
+@contextmanager
+def server_process(listen: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "bilm_server", "--model", TINY, "--listen", listen, "--threads", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        wait_until_serving(listen, process, 60)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("flags", [BATCHES, CARRIED])
+def test_a_run_outlives_a_kill_and_restart_of_the_server(
+    listen: str, text: Path, output: Path, flags: tuple[str, ...], uninterrupted: Callable[..., Datasets]
+) -> None:
+    write(text, *(f"this is line number {i}" for i in range(400)))  # so many that the kill comes before the end
+    with ExitStack() as stack:
+        server = stack.enter_context(server_process(listen))
+        process = stack.enter_context(embedding(listen, text, output, *FLAGS, *flags, "--patience-s", "60"))
+        wait_for_size(journal_of(output), MIDDLE_BYTES, process)
+        server.kill()
+        wait_for_line(process, "trying again")
+        assert not output.exists()
+        stack.enter_context(running("--model", TINY, "--listen", listen))
+        assert ended(process)[0] == 0
+    assert_whole(output, uninterrupted(*flags))
+
+
+@contextmanager
+def stopping(server: ExitStack, valve: Valve) -> Iterator[None]:
+    """Stops a server while its model is held; the body waits for what the client makes of it."""
+    thread = threading.Thread(target=server.close)
+    thread.start()
+    try:
+        yield
+    finally:
+        valve.open()
+        thread.join()
+
+
+@pytest.mark.parametrize("flags", [BATCHES, CARRIED])
+def test_without_patience_a_run_stops_with_the_server_and_is_resumed(  # noqa: PLR0917 - fixtures
+    valve: Valve,
+    listen: str,
+    text: Path,
+    output: Path,
+    flags: tuple[str, ...],
+    uninterrupted: Callable[..., Datasets],
+) -> None:
+    server = ExitStack()
+    server.enter_context(running("--model", TINY, "--listen", listen))
+    valve.let_through(HELD_AFTER)
+    with embedding(listen, text, output, *FLAGS, *flags, "--patience-s", "0") as process:
+        wait_for_size(journal_of(output), MIDDLE_BYTES, process)
+        with stopping(server, valve):
+            code, errors = ended(process)
+    assert (code, "--resume goes on" in errors) == (STOPPED, True)
+    assert journal_of(output).exists()
+    assert not output.exists()
+    with running("--model", TINY, "--listen", listen):
+        assert embed(listen, text, output, *FLAGS, *flags, "--resume") == 0
+    assert_whole(output, uninterrupted(*flags))
+
+
+@pytest.mark.parametrize("flags", [BATCHES, CARRIED])
+def test_a_server_that_comes_back_with_another_model(  # noqa: PLR0917 - fixtures
+    valve: Valve,
+    listen: str,
+    text: Path,
+    output: Path,
+    flags: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = ("--listen", listen, "--served-model-name", "same")
+    server = ExitStack()
+    server.enter_context(running("--model", TINY, *where))
+    valve.let_through(HELD_AFTER)
+    with embedding(listen, text, output, *FLAGS, *flags, "--patience-s", "60") as process:
+        wait_for_size(journal_of(output), MIDDLE_BYTES, process)
+        with stopping(server, valve):
+            wait_for_line(process, "trying again")
+        with running("--model", OTHER_MODEL, *where):
+            code, errors = ended(process)
+            assert (code, "version" in errors) == (STOPPED, True)
+            assert embed(listen, text, output, *FLAGS, *flags, "--resume") == REFUSED
+    assert "made with another model_version;" in capsys.readouterr().err
+    assert not output.exists()
+
+
+# ---- going on, and not ----
+
+
+def test_an_output_that_cannot_be_written_is_made_later(
+    server: RunningServer,
+    text: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        assert embed(server.target, text, output) == STOPPED
+    errors = capsys.readouterr().err
+    assert os.strerror(errno.ENOSPC) in errors
+    assert "--resume goes on" in errors
+    assert not output.exists()
+    assert not part_of(output).exists()
+    assert embed(server.target, text, output, "--resume") == 0
+    assert f"{N_LINES} sentences, {N_LINES} of them by an earlier run; 0 tokens" in capsys.readouterr().out
+    assert len(datasets(output)) == N_LINES
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--layers", "top"], "layers"),
+        (["--carry-state", "--dtype", "float16"], "carry_state, dtype"),
+        (["--pool", "max", "--raw", "--skip-blank"], "pool, raw, skip_blank"),
+    ],
+)
+def test_other_options_do_not_go_on_with_it(  # noqa: PLR0917 - fixtures
+    server: RunningServer,
+    interrupt: Callable[..., None],
+    text: Path,
+    output: Path,
+    flags: list[str],
+    what: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    interrupt()
+    before = journal_of(output).read_bytes()
+    assert embed(server.target, text, output, "--resume", *flags) == REFUSED
+    assert f"made with another {what};" in capsys.readouterr().err
+    assert journal_of(output).read_bytes() == before
+    assert embed(server.target, text, output, "--resume") == 0  # batch size and the like may change
+    assert embed(server.target, text, output, "--resume", *flags) == REFUSED  # nor take it for theirs
+    assert f"made with another {what};" in capsys.readouterr().err
+
+
+def test_another_input_or_model_does_not_go_on_with_it(  # noqa: PLR0917 - fixtures
+    server: RunningServer,
+    start: Start,
+    interrupt: Callable[..., None],
+    text: Path,
+    output: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    interrupt()
+    assert embed(start("--model", OTHER_MODEL).target, text, output, "--resume") == REFUSED
+    assert "made with another model, model_version;" in capsys.readouterr().err
+    write(text, "something else")
+    assert embed(server.target, text, output, "--resume") == REFUSED
+    assert "made with another input_sha256;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["out.hdf5", "out.npz"])
+def test_a_whole_output(
+    server: RunningServer, text: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / name
+    assert embed(server.target, text, output) == 0
+    before = output.read_bytes()
+    assert embed(NOWHERE, text, output) == REFUSED
+    assert "is there already" in capsys.readouterr().err
+    assert embed(server.target, text, output, "--resume") == 0
+    assert "whole already" in capsys.readouterr().out
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["out.hdf5", "out.npz"])
+@pytest.mark.parametrize("content", ["of another program", "of no kind"])
+def test_a_file_that_is_not_ours_is_left_alone(
+    server: RunningServer, text: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    output = tmp_path / name
+    if content == "of no kind":
+        output.write_bytes(b"something precious")
+    elif name == "out.hdf5":
+        h5py.File(output, "w").close()
+    else:
+        shutil.make_archive(str(tmp_path / "other"), "zip", tmp_path, "in.txt")
+        (tmp_path / "other.zip").rename(output)
+    before = output.read_bytes()
+    assert embed(server.target, text, output) == REFUSED
+    assert embed(server.target, text, output, "--resume") == REFUSED
+    assert output.read_bytes() == before
+    assert embed(server.target, text, output, "--overwrite") == 0
+    assert len(datasets(output)) == N_LINES
+
+
+def test_a_journal_without_resume(
+    interrupt: Callable[..., None], text: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt()
+    before = journal_of(output).read_bytes()
+    assert embed(NOWHERE, text, output) == REFUSED
+    assert "an interrupted run is there" in capsys.readouterr().err
+    assert journal_of(output).read_bytes() == before
+
+
+def test_overwrite_starts_anew(
+    server: RunningServer, interrupt: Callable[..., None], text: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt()
+    assert embed(server.target, text, output, "--overwrite", "--layers", "top") == 0
+    assert "earlier run" not in capsys.readouterr().out
+    assert datasets(output)["0"].ndim == 2
+    assert embed(server.target, text, output, "--overwrite") == 0
+    assert datasets(output)["0"].ndim == 3
+    assert not journal_of(output).exists()
+
+
+def test_an_interrupted_overwrite_goes_on_too(
+    server: RunningServer, interrupt: Callable[..., None], text: Path, output: Path, uninterrupted: Callable[..., Any]
+) -> None:
+    assert embed(server.target, text, output, "--layers", "top") == 0
+    interrupt("--overwrite")
+    assert datasets(output)["0"].ndim == 2  # the old one, until the new one is whole
+    assert embed(server.target, text, output, "--resume") == 0
+    assert_whole(output, uninterrupted())
+
+
+def test_errors_of_an_earlier_run_stop_one_that_has_no_list(
+    server: RunningServer, text: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text.write_bytes(b"good\n\xff\ngood\n")
+    listed = ("--errors", str(tmp_path / "errors"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        assert embed(server.target, text, output, *listed) == STOPPED
+    assert embed(server.target, text, output, "--resume") == STOPPED
+    assert "line 2: LINE_INVALID" in capsys.readouterr().err
+    before = (tmp_path / "errors").read_text()
+    assert embed(server.target, text, output, "--resume", *listed) == 0
+    assert (tmp_path / "errors").read_text() == before != ""
+    assert datasets(output).keys() == {"0", "2"}
+
+
+def test_of_two_runs_at_once_the_second_is_refused(  # noqa: PLR0917 - fixtures
+    valve: Valve,
+    start: Start,
+    text: Path,
+    output: Path,
+    uninterrupted: Callable[..., Datasets],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server = start()
+    valve.let_through(HELD_AFTER)
+    with embedding(server.target, text, output, *FLAGS) as process:
+        wait_for_size(journal_of(output), MIDDLE_BYTES, process)
+        for flags, reason in [
+            ((), "an interrupted run is there"),
+            (("--resume",), "another run is writing it"),
+            (("--overwrite",), "another run is writing it"),
+        ]:
+            assert embed(server.target, text, output, *flags) == REFUSED
+            assert reason in capsys.readouterr().err
+        valve.open()
+        assert ended(process)[0] == 0
+    assert_whole(output, uninterrupted())
+
+
+def test_no_partial_file_has_the_final_name(
+    server: RunningServer, text: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+    original = new_output
+
+    @contextmanager
+    def watched(path: Path, run: dict[str, Any]) -> Iterator[Any]:
+        with original(path, run) as (write_dataset, write_sentences):
+
+            def look(key: str, vectors: Any) -> None:
+                write_dataset(key, vectors)
+                seen.append((output.exists(), part_of(output).exists()))
+
+            yield look, write_sentences
+        seen.append((output.exists(), part_of(output).exists()))
+
+    monkeypatch.setattr(batch_run, "new_output", watched)
+    assert embed(server.target, text, output) == 0
+    assert seen == [(False, True)] * N_LINES + [(True, False)]
+
+
+def test_a_journal_that_lacks_lines_makes_no_output(
+    server: RunningServer, text: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Journal.append
+
+    def append(journal: Journal, record: Any) -> None:
+        if record.index != 3:
+            original(journal, record)
+
+    monkeypatch.setattr(Journal, "append", append)
+    assert embed(server.target, text, output) == REFUSED
+    assert not output.exists()
+    assert not part_of(output).exists()

@@ -1,0 +1,113 @@
+"""What the tests of `bilm-embed` share; it has no tests of its own."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from bilm_client.batch.main import main
+from bilm_server.compute import ModelCompute
+from bilm_server.inference import Computed, Job
+from numpy.typing import NDArray
+
+Datasets = dict[str, NDArray[Any]]
+SENTENCES = "sentence_to_index"
+STOPPED, REFUSED = 1, 2
+
+
+class Valve:
+    """Lets so many batches through to the models of this process, and holds their threads otherwise."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._permits = threading.Semaphore(0)
+        self._open = False
+        original = ModelCompute.run
+
+        def run(compute: ModelCompute, jobs: Sequence[Job], abandoned: Callable[[], bool]) -> list[Computed] | None:
+            assert self._open or self._permits.acquire(timeout=60)
+            return original(compute, jobs, abandoned)
+
+        monkeypatch.setattr(ModelCompute, "run", run)
+
+    def let_through(self, batches: int) -> None:
+        self._permits.release(batches)
+
+    def open(self) -> None:
+        self._open = True
+        self._permits.release(1000)
+
+
+def embed(target: str, text: Path, output: Path, *flags: str) -> int:
+    return main([str(text), str(output), "--target", target, *flags])
+
+
+@contextmanager
+def embedding(target: str, text: Path, output: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """`bilm-embed` in a process of its own."""
+    command = [sys.executable, "-W", "error", "-m", "bilm_client.batch", str(text), str(output), "--target", target]
+    process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and standard error."""
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def journal_of(output: Path) -> Path:
+    return output.with_name(output.name + ".journal")
+
+
+def part_of(output: Path) -> Path:
+    return output.with_name(output.name + ".part")
+
+
+def wait_for_size(path: Path, size_bytes: int, process: subprocess.Popen[str]) -> None:
+    """Waits until a file has grown to so many bytes."""
+    deadline_s = time.monotonic() + 60
+    while not path.exists() or path.stat().st_size < size_bytes:
+        assert process.poll() is None, "the run ended before"
+        assert time.monotonic() < deadline_s, "it never grew"
+        time.sleep(0.002)
+
+
+def write(path: Path, *lines: str | Sequence[str]) -> Path:
+    texts = [line if isinstance(line, str) else " ".join(line) for line in lines]
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def datasets(path: Path) -> Datasets:
+    """The vectors of a file, by key; those of HDF5 only if they lie at its root."""
+    if path.suffix == ".npz":
+        with np.load(path) as archive:
+            return {key: archive[key] for key in archive if key not in (SENTENCES, "bilm_serve")}
+    with h5py.File(path) as file:
+        return {key: file[key][()] for key in file if key != SENTENCES}
+
+
+def run_of(path: Path) -> dict[str, Any]:
+    with h5py.File(path) as file:
+        return dict(json.loads(file.attrs["bilm_serve"]))
+
+
+def assert_same(found: Datasets, expected: Datasets, tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for key, vectors in expected.items():
+        assert found[key].dtype == vectors.dtype
+        np.testing.assert_allclose(found[key], vectors, rtol=0, atol=tolerance, err_msg=key)
