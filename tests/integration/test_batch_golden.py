@@ -6,8 +6,8 @@ from typing import Any
 
 import h5py
 import pytest
+from batch_support import SENTENCES, assert_same, datasets, embed, write
 from integration_support import RunningServer
-from test_batch_support import SENTENCES, assert_same, datasets, embed, write
 
 TOLERANCE = 1e-5
 

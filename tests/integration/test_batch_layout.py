@@ -11,10 +11,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
-from bilm_client import Client
-from bilm_client.batch.main import main
-from integration_support import RunningServer
-from test_batch_support import (
+from batch_support import (
     REFUSED,
     SENTENCES,
     STOPPED,
@@ -26,6 +23,9 @@ from test_batch_support import (
     run_of,
     write,
 )
+from bilm_client import Client
+from bilm_client.batch.main import main
+from integration_support import RunningServer
 
 LINES = ("The cat sat on the mat .", "Hello", "naïve café — 日本語")
 LENGTHS = {"0": 7, "1": 1, "2": 4}
@@ -262,14 +262,14 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(
 ) -> None:
     config = tmp_path / "embed.toml"
     config.write_text(f'target = "{server.target}"\nlayers = "top"\npool = "max"\ndtype = "float16"\n')
-    monkeypatch.setenv("BILM_POOL", "mean")
-    monkeypatch.setenv("BILM_DTYPE", "float16")
+    monkeypatch.setenv("BILM_EMBED_POOL", "mean")
+    monkeypatch.setenv("BILM_EMBED_DTYPE", "float16")
     output = tmp_path / "out.hdf5"
     assert main([str(text), str(output), "--config", str(config), "--dtype", "float32"]) == 0
     options = run_of(output)["options"]
     assert (options["layers"], options["pool"], options["dtype"]) == ("top", "mean", "float32")
-    monkeypatch.setenv("BILM_CONFIG", str(config))
-    monkeypatch.delenv("BILM_POOL")
+    monkeypatch.setenv("BILM_EMBED_CONFIG", str(config))
+    monkeypatch.delenv("BILM_EMBED_POOL")
     assert main([str(text), str(output), "--overwrite"]) == 0
     options = run_of(output)["options"]
     assert (options["layers"], options["pool"], options["dtype"]) == ("top", "max", "float16")

@@ -15,12 +15,7 @@ from typing import Any
 
 import h5py
 import pytest
-from bilm_client.batch import run as batch_run
-from bilm_client.batch.journal import Journal
-from bilm_client.batch.output import new_output
-from bilm_client.testing.server import wait_until_serving
-from integration_support import TINY, RunningServer, running
-from test_batch_support import (
+from batch_support import (
     REFUSED,
     STOPPED,
     Datasets,
@@ -35,6 +30,11 @@ from test_batch_support import (
     wait_for_size,
     write,
 )
+from bilm_client.batch import run as batch_run
+from bilm_client.batch.journal import Journal
+from bilm_client.batch.output import new_output
+from bilm_client.testing.server import wait_until_serving
+from integration_support import TINY, RunningServer, running
 
 Start = Callable[..., RunningServer]
 

@@ -215,6 +215,7 @@ def process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     command = [sys.executable, "-m", "bilm_server", "--model", "random:tiny", "--drain-delay-s", "0", *flags]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
+    drain = threading.Thread(target=child.stderr.read)  # a pipe that nobody reads would fill up
     try:
         target = ""
         for line in child.stderr:
@@ -224,13 +225,13 @@ def process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
                 break
         else:
             raise AssertionError(f"the server ended with {child.wait()}")
-        drain = threading.Thread(target=child.stderr.read)
         drain.start()
         yield child, target
     finally:
         child.kill()
         child.wait()
-        drain.join()
+        if drain.ident is not None:
+            drain.join()
         child.stderr.close()
 
 

@@ -54,21 +54,21 @@ class Journal:
 
     Attributes:
         path: of the file.
-        run: what the run is: input hash, options, model.
+        identity: what makes the run what it is: input hash, options, model.
     """
 
     path: Path
-    run: dict[str, Any]
+    identity: dict[str, Any]
     _file: BinaryIO = field(repr=False)
 
     @classmethod
-    def create(cls, path: Path, run: dict[str, Any]) -> Self:
+    def create(cls, path: Path, identity: dict[str, Any]) -> Self:
         """Starts a journal; one that is there is lost."""
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
         _lock(file, path)
         file.truncate()  # not before it is ours
-        journal = cls(path, run, file)
-        journal._write(run, b"", b"")
+        journal = cls(path, identity, file)
+        journal._write(identity, b"", b"")
         journal.flush()
         return journal
 

@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import json
-import random
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,15 +15,13 @@ from bilm_client.aio import AsyncClient
 from bilm_client.batch.journal import Journal, Record
 from bilm_client.batch.lines import InputText, Line
 from bilm_client.batch.output import new_output, read_run
+from bilm_client.batch.patience import PASSING, Patience
 from bilm_client.batch.settings import RunSettings, UsageError
-from bilm_client.errors import BilmError, DeadlineError, OverloadedError, SentenceError, UnavailableError
+from bilm_client.errors import BilmError, SentenceError
 from bilm_client.results import Embedding, ModelInfo
 
 _STATE_EVERY = 16
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 _BAD_LINE = "LINE_INVALID"
-# What a restart or a busy hour of the server's looks like, once the client's own retries are used up.
-_PASSING = (UnavailableError, OverloadedError, DeadlineError)
 
 
 class BadLineError(BilmError):
@@ -60,32 +56,32 @@ async def embed_file(settings: RunSettings, text: InputText) -> Summary | None:
         BilmError: if the server refuses, or can't be reached for longer than the patience.
     """
     _check_not_there(settings)
-    async with AsyncClient(settings.target, model=settings.model, timeout_s=settings.timeout_s) as client:
+    async with AsyncClient(settings.target, timeout_s=settings.timeout_s) as client:
         info = await _model_info(client, settings.patience_s)
-        run = {
+        identity = {
             "input_sha256": text.sha256,
             "options": settings.recorded(),
             "model": info.name,
             "model_version": info.version,
         }
         if settings.resume and settings.output.exists() and not _journal_path(settings).exists():
-            _check_same_run(settings.output, read_run(settings.output), run)
+            _check_same_run(settings.output, read_run(settings.output), identity)
             return None
     # From here on, a server with another model must refuse rather than mix its vectors in
     async with AsyncClient(
-        settings.target, model=settings.model, expected_model_version=info.version, timeout_s=settings.timeout_s
+        settings.target, expected_model_version=info.version, timeout_s=settings.timeout_s
     ) as client:
-        with _Run(settings, text, run) as this:
-            await (this.embed_in_order(client) if settings.carry_state else this.embed_in_batches(client))
-            return this.finish()
+        with _Run(settings, text, identity) as run:
+            await (run.embed_in_order(client) if settings.carry_state else run.embed_in_batches(client))
+            return run.finish()
 
 
 async def _model_info(client: AsyncClient, patience_s: float) -> ModelInfo:
-    patience = _Patience(patience_s)
+    patience = Patience(patience_s)
     while True:
         try:
             return await client.model_info()
-        except _PASSING as error:
+        except PASSING as error:
             await patience.wait(error)
 
 
@@ -102,25 +98,25 @@ def _check_not_there(settings: RunSettings) -> None:
         raise UsageError(f"{journal}: an interrupted run is there (--resume goes on, --overwrite starts anew)")
 
 
-def _check_same_run(path: Path, found: dict[str, Any] | None, run: dict[str, Any]) -> None:
-    if found == run:
+def _check_same_run(path: Path, found: dict[str, Any] | None, identity: dict[str, Any]) -> None:
+    if found == identity:
         return
-    old, new = _flat(found or {}), _flat(run)
+    old, new = _flat(found or {}), _flat(identity)
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     raise UsageError(f"{path}: made with another {', '.join(differing)}; can't be resumed (--overwrite starts anew)")
 
 
-def _flat(run: dict[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = run.get("options", {})
-    return {key: value for key, value in run.items() if key != "options"} | options
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    options: dict[str, Any] = identity.get("options", {})
+    return {key: value for key, value in identity.items() if key != "options"} | options
 
 
 class _Run:
     """The journal and the list of errors of a run, while it is going on."""
 
-    def __init__(self, settings: RunSettings, text: InputText, run: dict[str, Any]) -> None:
-        self._settings, self._text, self._run = settings, text, run
-        self._patience = _Patience(settings.patience_s)
+    def __init__(self, settings: RunSettings, text: InputText, identity: dict[str, Any]) -> None:
+        self._settings, self._text, self._identity = settings, text, identity
+        self._patience = Patience(settings.patience_s)
         self._done: set[int] = set()
         self._n_failed = self._n_tokens = 0
         self._state: bytes | None = None
@@ -132,7 +128,7 @@ class _Run:
             self._errors = stack.enter_context(_open_errors(self._settings.errors))
             self._replay()
             self._n_resumed, self._n_tokens_before = len(self._done), self._n_tokens
-            bar = tqdm(total=self._text.n_tokens, initial=self._n_tokens, unit="tok", unit_scale=True)
+            bar = tqdm(total=self._text.n_tokens, initial=self._n_tokens, unit="tok", unit_scale=True, disable=None)
             self._bar = stack.enter_context(bar)
             self._stack = stack.pop_all()
         return self
@@ -160,7 +156,7 @@ class _Run:
         while True:
             try:
                 await self._stream_remaining(client)
-            except _PASSING as error:
+            except PASSING as error:
                 await self._patience.wait(error)
                 self._journal.rewind_to_state()
                 self._replay()
@@ -172,7 +168,7 @@ class _Run:
         self._journal.flush()
         embedded: set[int] = set()
         sentences = {line.index: line.text for line in self._text.lines()} if self._needs_sentences else {}
-        with new_output(self._settings.output, self._run) as (write, write_sentences):
+        with new_output(self._settings.output, self._identity) as (write, write_sentences):
             for record in self._journal.records():
                 if record.vectors is not None:
                     key = sentences[record.index] if self._settings.use_sentence_keys else str(record.index)
@@ -200,10 +196,10 @@ class _Run:
     def _open_journal(self) -> Journal:
         path = _journal_path(self._settings)
         if not (self._settings.resume and path.exists()):
-            return Journal.create(path, self._run)
+            return Journal.create(path, self._identity)
         with contextlib.ExitStack() as stack:
             journal = stack.enter_context(contextlib.closing(Journal.reopen(path)))
-            _check_same_run(path, journal.run, self._run)
+            _check_same_run(path, journal.identity, self._identity)
             if self._settings.carry_state:
                 journal.rewind_to_state()
             stack.pop_all()
@@ -263,7 +259,7 @@ class _Run:
                     dtype=self._settings.dtype,
                     on_error="return",
                 )
-            except _PASSING as error:
+            except PASSING as error:
                 await self._patience.wait(error)
             else:
                 self._patience.renew()
@@ -339,30 +335,3 @@ def _open_errors(path: Path | None) -> Iterator[TextIO | None]:
     else:
         with path.open("w", encoding="utf-8") as file:
             yield file
-
-
-class _Patience:
-    """Goes on trying while the server is away, as it is for a while when it is restarted."""
-
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self.renew()
-
-    def renew(self) -> None:
-        """Something has worked."""
-        self._since_s: float | None = None
-        self._pause_s = _FIRST_PAUSE_S
-
-    async def wait(self, error: BilmError) -> None:
-        """Pauses, longer each time.
-
-        Raises:
-            BilmError: the given one, when nothing has worked for too long.
-        """
-        now_s = time.monotonic()
-        self._since_s = self._since_s or now_s
-        if now_s - self._since_s >= self._limit_s:
-            raise error
-        tqdm.write(f"bilm-embed: {error}; trying again", file=sys.stderr)
-        await asyncio.sleep(self._pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads callers, hides nothing
-        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)

@@ -1,4 +1,4 @@
-"""What can be chosen for a run: by flag, by environment (`BILM_…`) or by a TOML file, in that order."""
+"""What can be chosen for a run: by flag, by environment (`BILM_EMBED_…`) or by a TOML file, in that order."""
 
 import argparse
 import os
@@ -24,7 +24,7 @@ class RunSettings(BaseSettings):
     """Turn text into vectors: one sentence a line in, one dataset a sentence out."""
 
     model_config = SettingsConfigDict(
-        env_prefix="BILM_",
+        env_prefix="BILM_EMBED_",
         frozen=True,
         extra="forbid",
         validate_default=True,
@@ -39,7 +39,6 @@ class RunSettings(BaseSettings):
 
     config: Path | None = Field(None, description="TOML file with any of these choices, named as the flags with _")
     target: str = Field("127.0.0.1:50051", min_length=1, description="HOST:PORT or unix:PATH of the server")
-    model: str = Field("", description="name of the model; empty: the only one")
     raw: bool = Field(False, description="the server tokenises; otherwise white space separates the tokens")
     layers: Literal["all", "top", "average"] = Field("all", description="which layers")
     pool: Literal["none", "mean", "max"] = Field("none", description="over the tokens of a sentence")
@@ -116,7 +115,7 @@ def load_settings(argv: list[str]) -> RunSettings:
 
 def _toml_file(argv: list[str]) -> Path | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=os.environ.get("BILM_CONFIG"))
+    parser.add_argument("--config", default=os.environ.get("BILM_EMBED_CONFIG"))
     name = parser.parse_known_args(argv)[0].config
     if name is None:
         return None

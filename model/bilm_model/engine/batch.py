@@ -63,6 +63,9 @@ class BatchEngine:
     def __init__(self, bilm: Bilm, device: torch.device, precision: Precision) -> None:
         """Takes a float32 biLM over; it is moved and rounded in place."""
         self._device = device
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False  # on by default; it would keep 10 bits of the convolutions
+            torch.backends.cuda.matmul.allow_tf32 = False
         self._bilm = (bilm.to_bfloat16_products() if precision == "bfloat16" else bilm).to(device)
         self._packed = device.type == "cpu" and pack_products(self._bilm)
         self._abandoned: Callable[[], bool] = lambda: False

@@ -53,7 +53,7 @@ def whole(path: Path) -> Iterator[Journal]:
 
 
 def test_what_went_in_comes_out(whole: Journal) -> None:
-    assert whole.run == RUN
+    assert whole.identity == RUN
     first, second, third = whole.records()
     assert (first.index, first.n_tokens, first.state) == (0, 2, b"state 0")
     assert first.vectors is not None
@@ -128,7 +128,7 @@ def test_without_a_state_the_way_back_is_to_the_beginning(path: Path) -> None:
     journal = Journal.reopen(path)
     journal.rewind_to_state()
     assert as_tuples(journal) == []
-    assert journal.run == RUN
+    assert journal.identity == RUN
     journal.close()
 
 
