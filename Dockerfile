@@ -1,0 +1,60 @@
+# The service as an image. How to build and run it: docs/container.md.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+
+# What the project needs, in a layer that stays the same while only its own code changes
+FROM ${BASE_IMAGE} AS dependencies
+
+# The package index: pip reads these by themselves; without them, its own defaults
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+# A folder of wheels in the build context to choose from as well; it may be empty or absent
+ARG WHEELS=wheels
+
+WORKDIR /build
+COPY pyproject.toml constraints.txt ${WHEELS}/*.whl ./
+# An empty project of the same needs is installed with them, then taken away. Secrets are optional.
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=ca.pem \
+    mkdir proto model server client \
+    && touch README.md LICENSE \
+    && python -m venv --without-pip /opt/bilm \
+    && pip --python /opt/bilm/bin/python install --no-cache-dir --find-links . -c constraints.txt '.[server]' \
+    && pip --python /opt/bilm/bin/python uninstall --yes bilm-serve
+
+
+FROM dependencies AS project
+
+COPY README.md LICENSE ./
+COPY proto proto
+COPY model model
+COPY server server
+COPY client client
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=ca.pem \
+    pip wheel --no-cache-dir --no-deps --find-links . --wheel-dir /wheel . \
+    && pip --python /opt/bilm/bin/python install --no-cache-dir --no-index --no-deps --root /project /wheel/*.whl
+
+
+FROM ${BASE_IMAGE}
+
+LABEL org.opencontainers.image.title="bilm-serve" \
+      org.opencontainers.image.description="Contextual word embeddings (ELMo's biLM) as a gRPC service" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+RUN groupadd --gid 10001 bilm \
+    && useradd --uid 10001 --gid bilm --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin bilm
+
+COPY --from=dependencies /opt/bilm /opt/bilm
+COPY --from=project /project/opt/bilm /opt/bilm
+
+# Where the host has the NVIDIA runtime, it mounts the driver; CUDA's libraries come with torch
+ENV PATH=/opt/bilm/bin:$PATH \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    BILM_LISTEN=0.0.0.0:50051
+
+# By number, so that Kubernetes' runAsNonRoot can tell
+USER 10001:10001
+EXPOSE 50051
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["bilm-health", "--timeout-s", "3"]
+ENTRYPOINT ["bilm-serve"]
