@@ -129,6 +129,7 @@ class InferenceThread:
         self._healthy = True
         self._tokens_per_s = _INITIAL_TOKENS_PER_S
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._warm: asyncio.Future[None]
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
     @property
@@ -136,10 +137,16 @@ class InferenceThread:
         """Recent speed."""
         return self._tokens_per_s
 
-    def start(self) -> None:
-        """Starts the thread; results go to the running event loop."""
+    async def start(self) -> None:
+        """Starts the thread and waits until the model has computed something; results go to the running event loop.
+
+        Raises:
+            Exception: what the model raised, if it failed.
+        """
         self._loop = asyncio.get_running_loop()
+        self._warm = self._loop.create_future()
         self._thread.start()
+        await self._warm
 
     async def stop(self) -> None:
         """Ends the thread after the batch it is at; what still waits is refused."""
@@ -172,6 +179,13 @@ class InferenceThread:
     # ---- in the thread ----
 
     def _run(self) -> None:
+        try:
+            self._compute.probe()
+        except Exception as error:
+            failure = error
+            self._call_loop(lambda: self._warm.set_exception(failure))
+            return
+        self._call_loop(lambda: self._warm.set_result(None))
         while True:
             with self._wake:
                 timeout_s = None if self._healthy else _PROBE_INTERVAL_S

@@ -51,11 +51,10 @@ class Server:
     def __init__(self, config: ServerConfig, model: ServedModel) -> None:
         self._config = config
         self._health = HealthReporter(SERVICE_NAME)
-        self._compute = ModelCompute(model)
         self._parts = Parts(
             config=config,
             model=model,
-            inference=InferenceThread(self._compute, config.max_batch_tokens, self._health.report),
+            inference=InferenceThread(ModelCompute(model), config.max_batch_tokens, self._health.report),
             conversions=ThreadPoolExecutor(_CONVERSION_THREADS, "conversion"),
             admission=Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB),
             stream_admission=Admission(config.max_stream_tokens, config.max_stream_mib * _MIB),
@@ -70,7 +69,7 @@ class Server:
 
         Raises:
             BindError: if the address can't be listened on.
-            ModelError: if the warm-up pass fails.
+            Exception: what the warm-up pass raised.
         """
         self._stop_asked = asyncio.Event()
         self._grpc = self._new_grpc_server()
@@ -78,8 +77,7 @@ class Server:
         self.target = self._bind(self._grpc)
         await self._grpc.start()
         _log.info("listening on %s", self.target)
-        await asyncio.to_thread(self._compute.probe)
-        self._parts.inference.start()
+        await self._parts.inference.start()
         await self._health.set(True)
 
     async def serve(self) -> None:

@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"bilm-serve: {line}", file=sys.stderr)
         return 2
     configure_logs(config.log_level, config.log_format)
+    # Until the event loop takes over: process 1 of a container gets only those signals that it handles
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         asyncio.run(_run(config))
     except (BindError, ModelError) as error:

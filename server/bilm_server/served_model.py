@@ -1,5 +1,6 @@
 """The model as the service sees it: loaded, on its device, with its tokenizer."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +43,18 @@ class ServedModel:
 def load_served_model(config: ServerConfig) -> ServedModel:
     """Loads what the configuration names.
 
+    In a thread that ends with it: OpenMP keeps a team of workers for each thread that has computed anything, and once
+    there are more of them than cores, all of them sleep where they would spin. Measured on two cores: a sentence takes
+    39 ms instead of 23 ms in a process whose main thread has loaded the model.
+
     Raises:
         ModelError: if that can't be served.
     """
+    with ThreadPoolExecutor(1, "loading") as loading:
+        return loading.submit(_load, config).result()
+
+
+def _load(config: ServerConfig) -> ServedModel:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)

@@ -84,9 +84,14 @@ class BatchEngine:
     def warm_up(self) -> None:
         """Runs a real batch, so that the first caller doesn't pay for what torch does once.
 
+        To be called first in the thread that will call `run`.
+
         Raises:
             ModelError: if the results are not finite numbers.
         """
+        # Torch hands the process's number of threads to OpenMP in each thread only when asked for it there; oneDNN,
+        # which doesn't ask, would use all cores.
+        torch.get_num_threads()
         for embedded in self.run([Sentence(tokens) for tokens in _WARM_UP]):
             if not bool(torch.isfinite(embedded.layers).all()):
                 raise ModelError("the warm-up pass gave values that are not finite numbers")
