@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 SAMPLE = HERE / "sample.txt"
 LAYER = 1  # of 0, 1, 2; the middle one knows most about meaning in context
 # (line, word): each word is shown with its nearest neighbours in the other sentences
-SHOWN = ((1, "play"), (5, "play"), (15, "bank"), (18, "bank"), (31, "fire"), (29, "fire"), (60, "patietns"))
+SHOWN = ((4, "play"), (5, "play"), (10, "season"), (13, "season"), (15, "bank"), (18, "bank"), (60, "patietns"))
 N_NEIGHBOURS = 3
 QUIET = ("--log-level", "warning")
 

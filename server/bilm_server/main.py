@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         asyncio.run(_run(config))
-    except (BindError, ModelError) as error:
+    except (BindError, ConfigurationError, ModelError) as error:
         print(f"bilm-serve: {error}", file=sys.stderr)
         return 1
     return 0

@@ -49,6 +49,7 @@ def load_served_model(config: ServerConfig) -> ServedModel:
 
     Raises:
         ModelError: if that can't be served.
+        ConfigurationError: if its tokenizer doesn't know the language.
     """
     with ThreadPoolExecutor(1, "loading") as loading:
         return loading.submit(_load, config).result()

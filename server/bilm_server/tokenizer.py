@@ -6,8 +6,13 @@ from importlib.metadata import version
 from typing import Protocol
 
 from sacremoses import MosesTokenizer
+from sacremoses.corpus import NonbreakingPrefixes
 
+from bilm_server.config import ConfigurationError
 from bilm_server.errors import Reason, RefusalError
+
+# Those with abbreviations of their own, and those whose script has rules of its own.
+_LANGUAGES = {*NonbreakingPrefixes().available_langs.values(), "ja", "ko"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class SacremosesTokenizer:
     """The Moses tokenizer by sacremoses, nothing escaped."""
 
     def __init__(self, language: str) -> None:
+        if language not in _LANGUAGES:  # sacremoses would take English without a word
+            raise ConfigurationError(f"tokenizer_language: expected one of {', '.join(sorted(_LANGUAGES))}")
         self._tokenizer = MosesTokenizer(lang=language)
         self.name = f"moses-{language} (sacremoses {version('sacremoses')})"
 
@@ -63,7 +70,11 @@ class SacremosesTokenizer:
 
 
 def new_tokenizer(kind: str, language: str) -> Tokenizer:
-    """The tokenizer of a configuration."""
+    """The tokenizer of a configuration.
+
+    Raises:
+        ConfigurationError: if Moses doesn't know the language.
+    """
     return WhitespaceTokenizer() if kind == "whitespace" else SacremosesTokenizer(language)
 
 

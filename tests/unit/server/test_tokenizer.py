@@ -1,4 +1,5 @@
 import pytest
+from bilm_server.config import ConfigurationError
 from bilm_server.errors import RefusalError
 from bilm_server.tokenizer import SacremosesTokenizer, Tokenizer, WhitespaceTokenizer
 from hypothesis import example, given
@@ -51,6 +52,11 @@ def test_any_text_has_ordered_places_or_a_refusal(text: str) -> None:
             piece = data[start:stop].decode()
             assert piece == token or [c for c in piece if c in token]
             end = stop
+
+
+def test_an_unknown_language_is_not_taken_for_english() -> None:
+    with pytest.raises(ConfigurationError, match="tokenizer_language: expected one of"):
+        SacremosesTokenizer("xx")
 
 
 def test_names() -> None:
