@@ -88,6 +88,10 @@ class RefusalError(Exception):
         return (details, (PUSHBACK_KEY, str(self.retry_after_ms)))
 
 
+class CallerGoneError(Exception):
+    """A result could not be sent, because the call is over for its caller; there is nobody to tell."""
+
+
 def internal_error() -> RefusalError:
     """What callers hear of an error that is ours: nothing of the inside."""
     return RefusalError(Reason.INTERNAL, "internal error; the server's log has the details")

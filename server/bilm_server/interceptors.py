@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from bilm_server.errors import Reason, RefusalError, internal_error
+from bilm_server.errors import CallerGoneError, Reason, RefusalError, internal_error
 
 _log = logging.getLogger("bilm_server.errors")
 _access_log = logging.getLogger("bilm_server.access")
@@ -63,6 +63,8 @@ def _guard(method: str, behavior: Behavior, check: Callable[[Any], Any]) -> Beha
         except RefusalError as error:
             code = error.code
             await context.abort(code, str(error), error.trailing_metadata())
+        except CallerGoneError:
+            code = grpc.StatusCode.CANCELLED
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise

@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
+import grpc
 from bilm_api.v1 import embed_pb2
 
 from bilm_server import responses
 from bilm_server.admission import Cost
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import CallerGoneError, Reason, RefusalError
 from bilm_server.inference import Call, Job, Outcome
 from bilm_server.requests import PreparedSentence, State, Wanted, check_model, parse_options, prepare_sentence
 
@@ -34,6 +35,7 @@ class StreamSession:
 
         Raises:
             RefusalError: what ends the stream as a whole.
+            CallerGoneError: if there is nobody to send results to.
         """
         start = await self._read_start(requests)
         wanted = parse_options(start.options, self._parts.model)
@@ -147,4 +149,7 @@ class StreamSession:
 
     async def _send(self, message: embed_pb2.EmbedStreamResponse) -> None:
         async with self._writing:
-            await self._write(message)
+            try:
+                await self._write(message)
+            except grpc.aio.InternalError as error:  # that's how grpc tells before it cancels the handler
+                raise CallerGoneError from error

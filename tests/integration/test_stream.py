@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,17 @@ def test_the_server_reads_no_further_than_it_answers(start: Callable[..., Runnin
     assert ids == set(range(n_items))
     assert n_tokens <= most <= 4 * n_tokens
     assert admission.used.tokens == 0
+
+
+def test_a_caller_that_leaves_is_no_error(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    sentence = tokens(*["w"] * 50)
+    admission = server.server._parts.stream_admission
+    for _ in range(20):
+        call = server.stub().EmbedStream(iter([start_message(), *(item(i, sentence) for i in range(30))]))
+        next(call)
+        call.cancel()
+    deadline = time.monotonic() + 10
+    while admission.used.tokens:
+        assert time.monotonic() < deadline, "the server still works for callers that have left"
+        time.sleep(0.002)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
