@@ -16,8 +16,9 @@ from bilm_server.config import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, ServerConf
 from bilm_server.health import HealthReporter
 from bilm_server.inference import InferenceThread
 from bilm_server.interceptors import CallInterceptor
+from bilm_server.parts import Parts
 from bilm_server.served_model import ServedModel
-from bilm_server.service import EmbedService, Parts
+from bilm_server.service import EmbedService
 
 SERVICE_NAME = embed_pb2.DESCRIPTOR.services_by_name["EmbedService"].full_name
 

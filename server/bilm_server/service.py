@@ -2,10 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
@@ -13,56 +11,21 @@ from bilm_model.characters import MAX_TOKEN_BYTES
 
 import bilm_server
 from bilm_server import responses
-from bilm_server.admission import Admission, Cost
+from bilm_server.admission import Cost
 from bilm_server.config import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, ServerConfig
 from bilm_server.errors import Reason, RefusalError
-from bilm_server.inference import Call, InferenceThread, Job, Outcome
+from bilm_server.inference import Call, Job, Outcome
+from bilm_server.parts import INLINE_BYTES, Parts
 from bilm_server.requests import PreparedSentence, Wanted, check_model, parse_options, prepare_sentence
 from bilm_server.served_model import ServedModel
 from bilm_server.stream import StreamSession
 
-R = TypeVar("R")
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
-# Smaller conversions take less than handing them to another thread and back.
-_INLINE_BYTES = 16 * 1024
 _NO_DEADLINE_S = float("inf")
-_MIN_PUSHBACK_MS, _MAX_PUSHBACK_MS = 20, 10_000
 
 Prepared = PreparedSentence | RefusalError
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """What the methods work with.
-
-    Attributes:
-        config: the server's.
-        model: the only one.
-        inference: computes.
-        conversions: threads for conversions that would hold the event loop.
-        admission: of Embed calls.
-        stream_admission: of all streams' items.
-    """
-
-    config: ServerConfig
-    model: ServedModel
-    inference: InferenceThread
-    conversions: Executor
-    admission: Admission
-    stream_admission: Admission
-
-    async def convert(self, n_bytes: int, function: Callable[[], R]) -> R:
-        """Runs a conversion, in another thread if it is large."""
-        if n_bytes <= _INLINE_BYTES:
-            return function()
-        return await asyncio.get_running_loop().run_in_executor(self.conversions, function)
-
-    def retry_after_ms(self) -> int:
-        """When there will be room again: the time that half of what waits takes."""
-        seconds = self.admission.used.tokens / self.inference.tokens_per_s / 2
-        return max(_MIN_PUSHBACK_MS, min(_MAX_PUSHBACK_MS, int(1000 * seconds)))
 
 
 class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
@@ -199,4 +162,4 @@ def _response(
             embedding = responses.embedding(sentence, outcome, wanted, model)
             results.append(embed_pb2.EmbedResult(embedding=embedding))
     response = embed_pb2.EmbedResponse(results=results, usage=responses.usage(done, model))
-    return response.SerializeToString() if answer_bytes > _INLINE_BYTES else response
+    return response.SerializeToString() if answer_bytes > INLINE_BYTES else response

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING
 
 import grpc
 from bilm_api.v1 import embed_pb2
@@ -11,10 +10,8 @@ from bilm_server import responses
 from bilm_server.admission import Cost
 from bilm_server.errors import CallerGoneError, Reason, RefusalError
 from bilm_server.inference import Call, Job, Outcome
+from bilm_server.parts import Parts
 from bilm_server.requests import PreparedSentence, State, Wanted, check_model, parse_options, prepare_sentence
-
-if TYPE_CHECKING:
-    from bilm_server.service import Parts
 
 Write = Callable[[embed_pb2.EmbedStreamResponse], Awaitable[None]]
 
@@ -22,7 +19,7 @@ Write = Callable[[embed_pb2.EmbedStreamResponse], Awaitable[None]]
 class StreamSession:
     """The state of one stream."""
 
-    def __init__(self, parts: "Parts", call: Call, write: Write) -> None:
+    def __init__(self, parts: Parts, call: Call, write: Write) -> None:
         self._parts, self._call, self._write = parts, call, write
         self._writing = asyncio.Lock()  # grpc takes one message at a time
         self._room = asyncio.Semaphore(parts.config.max_stream_items_in_flight)
