@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bilm_model.bilm import Bilm, BilmState
-from bilm_model.characters import character_ids, check_ids, with_boundaries
-from bilm_model.engine.packed import pack_products
+from bilm_model.characters import NO_TOKEN, character_ids, check_ids, with_boundaries
+from bilm_model.engine.packed import pack_products, padded_rows
 from bilm_model.errors import ModelError
 
 Precision = Literal["float32", "bfloat16"]
@@ -121,6 +121,7 @@ class BatchEngine:
         places = [distinct.setdefault(token, len(distinct)) for tokens in sentences for token in tokens]
         ids = character_ids(distinct)
         check_ids(ids)
+        ids = np.pad(ids, ((0, padded_rows(len(ids)) - len(ids)), (0, 0)), constant_values=NO_TOKEN)
         vectors: Tensor = self._bilm.encoder(torch.from_numpy(ids).long().to(self._device))
         return vectors[torch.tensor(places, dtype=torch.long, device=self._device)]
 

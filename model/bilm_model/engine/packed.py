@@ -15,6 +15,19 @@ from bilm_model.affine import Affine
 _log = logging.getLogger(__name__)
 
 _MIN_ROWS = 2
+_MAX_EXACT_ROWS = 64
+
+
+def padded_rows(n_rows: int) -> int:
+    """How many rows to compute for so many.
+
+    oneDNN compiles a kernel for each number of rows that it meets and keeps a thousand of them, at several hundred
+    kilobytes each. So beyond 64 rows numbers are rounded up, by an eighth at most: kernels stay few, and are soon warm.
+    """
+    if n_rows <= _MAX_EXACT_ROWS:
+        return max(n_rows, _MIN_ROWS)
+    step = 1 << (n_rows.bit_length() - 4)
+    return -(-n_rows // step) * step
 
 
 class PackedAffine(nn.Module):
@@ -33,8 +46,8 @@ class PackedAffine(nn.Module):
         if n_rows == 0:
             return x.new_zeros(0, self._n_out)
         x = x.to(self._dtype).contiguous()
-        if n_rows < _MIN_ROWS:
-            x = x.expand(_MIN_ROWS, -1).contiguous()
+        if (padding := padded_rows(n_rows) - n_rows) > 0:
+            x = torch.cat([x, x.new_zeros(padding, x.shape[1])])
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")[:n_rows].float()
         return y if self._bias is None else y + self._bias
 
