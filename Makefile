@@ -46,7 +46,7 @@ train: $(VENV)/.dev
 	$(BIN)/bilm-train eval model/bilm_model/pretrained/wikitext2-mini.toml $(RUN) $(DATA)/test.txt
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-out
+	rm -rf $(VENV) $(PROTO_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or later; PYTHON=… names one")'

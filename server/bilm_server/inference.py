@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bilm_server.errors import Reason, RefusalError, internal_error
 from bilm_server.requests import PreparedSentence, State, Wanted
-from bilm_server.scheduler import Scheduler
+from bilm_server.scheduler import Batch, Scheduler
 
 _log = logging.getLogger("bilm_server.inference")
 
@@ -186,21 +186,28 @@ class InferenceThread:
             self._call_loop(lambda: self._warm.set_exception(failure))
             return
         self._call_loop(lambda: self._warm.set_result(None))
-        while True:
-            with self._wake:
-                timeout_s = None if self._healthy else _PROBE_INTERVAL_S
-                self._wake.wait_for(lambda: self._stopping or bool(self._scheduler), timeout_s)
-                if self._stopping:
-                    self._refuse_all()
-                    return
-                batch = self._scheduler.next_batch(time.monotonic())
+        while (batch := self._wait_for_batch()) is not None:
             if not self._healthy:
                 self._probe()
-            late = RefusalError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the sentence's turn came")
-            self._deliver([(ticket, late) for ticket in batch.expired])
-            tickets = [ticket for ticket in batch.items if not ticket.job.call.abandoned]
-            if tickets:
-                self._deliver(self._compute_batch(tickets))
+            self._serve(batch)
+            del batch  # while the thread waits, nothing must hold on to its results
+
+    def _wait_for_batch(self) -> Batch[_Ticket] | None:
+        """What there is to do, possibly nothing if the model fails; None when the thread is to end."""
+        with self._wake:
+            timeout_s = None if self._healthy else _PROBE_INTERVAL_S
+            self._wake.wait_for(lambda: self._stopping or bool(self._scheduler), timeout_s)
+            if self._stopping:
+                self._refuse_all()
+                return None
+            return self._scheduler.next_batch(time.monotonic())
+
+    def _serve(self, batch: Batch[_Ticket]) -> None:
+        late = RefusalError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the sentence's turn came")
+        self._deliver([(ticket, late) for ticket in batch.expired])
+        tickets = [ticket for ticket in batch.items if not ticket.job.call.abandoned]
+        if tickets:
+            self._deliver(self._compute_batch(tickets))
 
     def _compute_batch(self, tickets: list[_Ticket]) -> list[tuple[_Ticket, Outcome | RefusalError]]:
         begun_s = time.monotonic()

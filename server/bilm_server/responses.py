@@ -65,7 +65,7 @@ def _embedding_rows(
     sentence: PreparedSentence, outcome: Outcome, wanted: Wanted, model: ServedModel, rows: slice, *, last: bool
 ) -> embed_pb2.Embedding:
     vectors = outcome.vectors if wanted.pooled else outcome.vectors[..., rows, :]
-    with_state = last and sentence.return_state and outcome.state is not None
+    state = outcome.state if last and sentence.return_state else None
     return embed_pb2.Embedding(
         tokens=() if wanted.omit_tokens else sentence.tokens[rows],
         token_starts=sentence.starts[rows],
@@ -74,7 +74,7 @@ def _embedding_rows(
         tensor=embed_pb2.Tensor(
             data=vectors.tobytes(), shape=vectors.shape, data_type=_WIRE_TYPES[wanted.data_type][1]
         ),
-        state=model.states.encode(*outcome.state) if with_state and outcome.state else b"",
+        state=b"" if state is None else model.states.encode(*state),
     )
 
 

@@ -41,10 +41,6 @@ class Scheduler(Generic[T]):
         self._max_batch_rows = max_batch_rows
         self._queues: OrderedDict[Hashable, deque[_Entry[T]]] = OrderedDict()
 
-    def __len__(self) -> int:
-        """Sentences that wait."""
-        return sum(len(queue) for queue in self._queues.values())
-
     def __bool__(self) -> bool:
         """Whether any sentence waits."""
         return bool(self._queues)

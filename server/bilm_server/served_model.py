@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from bilm_model.bilm import Bilm
 from bilm_model.config import BilmConfig
 from bilm_model.engine.batch import BatchEngine
 from bilm_model.engine.device import resolve_device
@@ -60,7 +59,7 @@ def _load(config: ServerConfig) -> ServedModel:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     loaded = load(config.model, config.options)
-    bilm: Bilm = loaded.bilm
+    bilm = loaded.bilm
     return ServedModel(
         name=config.served_model_name or loaded.name,
         version=loaded.version,

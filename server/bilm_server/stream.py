@@ -76,10 +76,6 @@ class StreamSession:
         self._ids.add(item_id)
         self._n_items += 1
 
-    def _unregister(self, item_id: int) -> None:
-        self._ids.remove(item_id)
-        self._room.release()
-
     # ---- independent items ----
 
     async def _begin_answer(self, item: embed_pb2.StreamItem, wanted: Wanted, tasks: asyncio.TaskGroup) -> None:
@@ -87,19 +83,22 @@ class StreamSession:
             sentence, cost = await self._admit(item, wanted)
         except RefusalError as error:
             await self._write_error(item.id, error)
-            self._unregister(item.id)
+            self._room.release()
             return
-        tasks.create_task(self._answer(item.id, sentence, cost, wanted))
+        task = tasks.create_task(self._answer(item.id, sentence, wanted))
+        # Not in a `finally` of the task: one that is cancelled before its first step never gets there
+        task.add_done_callback(lambda _: self._make_room(cost))
 
-    async def _answer(self, item_id: int, sentence: PreparedSentence, cost: Cost, wanted: Wanted) -> None:
+    def _make_room(self, cost: Cost) -> None:
+        self._parts.stream_admission.release(cost)
+        self._room.release()
+
+    async def _answer(self, item_id: int, sentence: PreparedSentence, wanted: Wanted) -> None:
         try:
             job = Job(sentence, wanted, sentence.state, sentence.return_state, self._call)
             await self._write_rows(item_id, sentence, await self._parts.inference.submit(job), wanted)
         except RefusalError as error:
             await self._write_error(item_id, error)
-        finally:
-            self._parts.stream_admission.release(cost)
-            self._unregister(item_id)
 
     # ---- items that go on from one another ----
 
@@ -115,7 +114,7 @@ class StreamSession:
                 self._parts.stream_admission.release(cost)
         except RefusalError as error:
             await self._write_error(item.id, error)
-        self._unregister(item.id)
+        self._room.release()
 
     async def _compute_carrying(self, sentence: PreparedSentence, wanted: Wanted) -> Outcome:
         before = self._carried if sentence.state is None else sentence.state
@@ -139,9 +138,12 @@ class StreamSession:
         model = self._parts.model
         for rows in responses.stream_rows(sentence, outcome, wanted, model):
             usage = responses.usage([(sentence, outcome)], model) if rows.last else None
+            if rows.last:
+                self._ids.remove(item_id)  # before it is sent: the caller may use it again as soon as this arrives
             await self._send(embed_pb2.EmbedStreamResponse(id=item_id, rows=rows, usage=usage))
 
     async def _write_error(self, item_id: int, error: RefusalError) -> None:
+        self._ids.remove(item_id)
         await self._send(embed_pb2.EmbedStreamResponse(id=item_id, error=error.status()))
 
     async def _send(self, message: embed_pb2.EmbedStreamResponse) -> None:

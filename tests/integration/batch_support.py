@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 from bilm_client.batch.main import main
+from bilm_client.testing.server import wait_until_serving
 from bilm_server.compute import ModelCompute
 from bilm_server.inference import Computed, Job
 from numpy.typing import NDArray
@@ -61,6 +62,20 @@ def embedding(target: str, text: Path, output: Path, *flags: str) -> Iterator[su
         process.wait()
         assert process.stderr is not None
         process.stderr.close()
+
+
+@contextmanager
+def server_process(listen: str, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`bilm-serve` in a process of its own, SERVING; killed in the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bilm_server", "--listen", listen, *flags], stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_until_serving(listen, process, 60)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:

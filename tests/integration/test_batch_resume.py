@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -27,13 +26,13 @@ from batch_support import (
     ended,
     journal_of,
     part_of,
+    server_process,
     wait_for_size,
     write,
 )
 from bilm_client.batch import run as batch_run
 from bilm_client.batch.journal import Journal
 from bilm_client.batch.output import new_output
-from bilm_client.testing.server import wait_until_serving
 from integration_support import TINY, RunningServer, running
 
 Start = Callable[..., RunningServer]
@@ -174,25 +173,13 @@ def test_an_interrupt_from_the_keyboard(valve: Valve, start: Start, text: Path, 
 # ---- the server goes ----
 
 
-@contextmanager
-def server_process(listen: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "bilm_server", "--model", TINY, "--listen", listen, "--threads", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        wait_until_serving(listen, process, 60)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.mark.parametrize("flags", [BATCHES, CARRIED])
 def test_a_run_outlives_a_kill_and_restart_of_the_server(
     listen: str, text: Path, output: Path, flags: tuple[str, ...], uninterrupted: Callable[..., Datasets]
 ) -> None:
     write(text, *(f"this is line number {i}" for i in range(400)))  # so many that the kill comes before the end
     with ExitStack() as stack:
-        server = stack.enter_context(server_process(listen))
+        server = stack.enter_context(server_process(listen, "--model", TINY, "--threads", "1"))
         process = stack.enter_context(embedding(listen, text, output, *FLAGS, *flags, "--patience-s", "60"))
         wait_for_size(journal_of(output), MIDDLE_BYTES, process)
         server.kill()

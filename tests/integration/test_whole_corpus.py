@@ -1,18 +1,14 @@
 """The whole test part of WikiText-2 through the model that ships, with and without interruptions. Takes minutes."""
 
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from batch_support import SENTENCES, embed, embedding, journal_of, wait_for_size
-from bilm_client.testing.server import wait_until_serving
+from batch_support import SENTENCES, embed, embedding, journal_of, server_process, wait_for_size
 
 pytestmark = pytest.mark.slow
 
@@ -30,18 +26,6 @@ def text(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@contextmanager
-def serving(listen: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "bilm_server", "--listen", listen, "--drain-delay-s", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        wait_until_serving(listen, process, 60)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def listen() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="bilm-") as folder:
@@ -51,7 +35,7 @@ def listen() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(listen: str, text: Path) -> Path:
     output = text.with_name("uninterrupted.hdf5")
-    with serving(listen):
+    with server_process(listen):
         assert embed(listen, text, output) == 0
     return output
 
@@ -67,7 +51,7 @@ def assert_same_content(found: Path, expected: Path, text: Path) -> None:
 
 def test_a_killed_client_resumes(listen: str, text: Path, uninterrupted: Path) -> None:
     output = text.with_name("killed-client.hdf5")
-    with serving(listen):
+    with server_process(listen):
         with embedding(listen, text, output) as process:
             wait_for_size(journal_of(output), MIDDLE_BYTES, process)
             process.send_signal(signal.SIGKILL)
@@ -80,13 +64,13 @@ def test_a_killed_client_resumes(listen: str, text: Path, uninterrupted: Path) -
 def test_a_killed_server_is_started_again(listen: str, text: Path, uninterrupted: Path, patience_s: str) -> None:
     """Without patience the run stops and is resumed; with it, it outlives the restart."""
     output = text.with_name(f"killed-server-{patience_s}.hdf5")
-    with serving(listen) as server, embedding(listen, text, output, "--patience-s", patience_s) as process:
+    with server_process(listen) as server, embedding(listen, text, output, "--patience-s", patience_s) as process:
         wait_for_size(journal_of(output), MIDDLE_BYTES, process)
         server.kill()
         server.wait()
         if patience_s == "0":
             assert process.wait(120) == 1
-        with serving(listen):
+        with server_process(listen):
             if patience_s == "0":
                 assert embed(listen, text, output, "--resume") == 0
             else:

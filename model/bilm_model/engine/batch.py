@@ -54,6 +54,10 @@ class EmbeddedSentence:
     c: Tensor
 
 
+def _never() -> bool:
+    return False
+
+
 class BatchEngine:
     """Runs a batch through the reference network: no padding, and each different token encoded once.
 
@@ -68,7 +72,7 @@ class BatchEngine:
             torch.backends.cuda.matmul.allow_tf32 = False
         self._bilm = (bilm.to_bfloat16_products() if precision == "bfloat16" else bilm).to(device)
         self._packed = device.type == "cpu" and pack_products(self._bilm)
-        self._abandoned: Callable[[], bool] = lambda: False
+        self._abandoned: Callable[[], bool] = _never
         for direction in self._bilm.directions:
             for layer in direction.get_submodule("layers").children():
                 layer.register_forward_pre_hook(lambda *_: self._stop_if_abandoned())
@@ -97,7 +101,7 @@ class BatchEngine:
                 raise ModelError("the warm-up pass gave values that are not finite numbers")
 
     @torch.inference_mode()
-    def run(self, batch: Sequence[Sentence], abandoned: Callable[[], bool] = lambda: False) -> list[EmbeddedSentence]:
+    def run(self, batch: Sequence[Sentence], abandoned: Callable[[], bool] = _never) -> list[EmbeddedSentence]:
         """Embeds a batch.
 
         Args:
@@ -109,6 +113,12 @@ class BatchEngine:
             CharacterError: if a token is empty or not valid Unicode.
         """
         self._abandoned = abandoned
+        try:
+            return self._run(batch)
+        finally:
+            self._abandoned = _never  # it may know the batch's callers and, through them, its results
+
+    def _run(self, batch: Sequence[Sentence]) -> list[EmbeddedSentence]:
         sentences = [with_boundaries(sentence.tokens) for sentence in batch]
         lengths = [len(tokens) for tokens in sentences]
         layers, state = self._bilm.contextualize(self._encode(sentences), lengths, self._stack_states(batch))

@@ -163,9 +163,10 @@ def _read_dataset(file: h5py.File, path: Path, key: str, shape: tuple[int, ...])
 def _refuse_unknown_keys(file: h5py.File, path: Path, config: BilmConfig) -> None:
     """A weight that the options don't mention means that the options belong to another model."""
     known = {key for key, _, _ in names(config)}
+    groups = {key.split("/")[0] for key in known}
     found: list[str] = []
     file.visititems(lambda key, item: found.append(key) if isinstance(item, h5py.Dataset) else None)
     # bilm-tf's training leaves its own softmax and counters beside the biLM's weights
-    unknown = sorted(key for key in found if key not in known and key.split("/")[0] in {k.split("/")[0] for k in known})
+    unknown = sorted(key for key in found if key not in known and key.split("/")[0] in groups)
     if unknown:
         raise WeightsError(f"{path}: {unknown[0]}: not part of the model that the options describe")

@@ -68,6 +68,6 @@ def test_a_caller_that_left_leaves_nothing() -> None:
     scheduler.add("c", 1, 2, NEVER)
     scheduler.discard(1)
     scheduler.discard("unknown")
-    assert len(scheduler) == 1
     assert scheduler.next_batch(0.0).items == ("b",)
+    assert not scheduler
     assert scheduler.next_batch(0.0).items == ()
