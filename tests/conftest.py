@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("bilm", deadline=None)  # a busy machine is no reason to fail
+settings.load_profile("bilm")
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = sorted((DATA / "golden").iterdir())

@@ -127,6 +127,15 @@ class Bilm(nn.Module):
         zeros = self.encoder.char_cnn.embedding.new_zeros
         return BilmState(zeros(*shape, self.config.projection_dim), zeros(*shape, self.config.cell_dim))
 
+    def lstms(self, direction: int) -> list[ClippedProjectedLstm]:
+        """The LSTM layers of a direction, 0 forward, 1 backward."""
+        return list(cast(Direction, self.directions[direction]).layers)  # type: ignore[arg-type]
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The format of the products' weights."""
+        return self.lstms(0)[0].input.weight.dtype
+
     @property
     def parameter_count(self) -> int:
         """Parameters as published: without the zero row that stands for 'no token here'."""

@@ -40,7 +40,10 @@ def _boundary_row(mark: int) -> CharacterIds:
     return row
 
 
-_BOUNDARY_ROWS = {BEGIN_TOKEN: _boundary_row(BEGIN_SENTENCE), END_TOKEN: _boundary_row(END_SENTENCE)}
+_BOUNDARY_ROWS = {
+    BEGIN_TOKEN.encode(): _boundary_row(BEGIN_SENTENCE),
+    END_TOKEN.encode(): _boundary_row(END_SENTENCE),
+}
 
 
 def token_bytes(token: str) -> bytes:
@@ -63,18 +66,23 @@ def is_truncated(token: str) -> bool:
     return len(token) * 4 > MAX_TOKEN_BYTES and len(token_bytes(token)) > MAX_TOKEN_BYTES
 
 
-def token_ids(token: str) -> CharacterIds:
-    """The character ids of one token, shape (MAX_CHARACTERS,).
-
-    A token longer than `MAX_TOKEN_BYTES` is cut there, in the middle of a character if need be, as the published
-    models were trained. "<S>" and "</S>" are the sentence boundaries.
+def read_bytes(token: str) -> bytes:
+    """The bytes of a token that the model reads: two tokens that share them have the same vector.
 
     Raises:
         CharacterError: as `token_bytes`.
     """
-    if token in _BOUNDARY_ROWS:
-        return _BOUNDARY_ROWS[token]
-    data = token_bytes(token)[:MAX_TOKEN_BYTES]
+    return token_bytes(token)[:MAX_TOKEN_BYTES]
+
+
+def bytes_ids(data: bytes) -> CharacterIds:
+    """The character ids (MAX_CHARACTERS,) of a token, from the bytes that are read of it.
+
+    A token longer than `MAX_TOKEN_BYTES` has been cut there, in the middle of a character if need be, as the published
+    models were trained. "<S>" and "</S>" are the sentence boundaries.
+    """
+    if data in _BOUNDARY_ROWS:
+        return _BOUNDARY_ROWS[data]
     row = np.full(MAX_CHARACTERS, PADDING, dtype=np.int16)
     row[0] = BEGIN_WORD
     row[1 : 1 + len(data)] = np.frombuffer(data, dtype=np.uint8)
@@ -83,8 +91,17 @@ def token_ids(token: str) -> CharacterIds:
     return row
 
 
+def token_ids(token: str) -> CharacterIds:
+    """The character ids (MAX_CHARACTERS,) of one token.
+
+    Raises:
+        CharacterError: as `token_bytes`.
+    """
+    return bytes_ids(read_bytes(token))
+
+
 def character_ids(tokens: Iterable[str]) -> CharacterIds:
-    """The character ids of several tokens, shape (tokens, MAX_CHARACTERS).
+    """The character ids (tokens, MAX_CHARACTERS) of several tokens.
 
     Raises:
         CharacterError: as `token_bytes`.

@@ -14,6 +14,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from bilm_server.scheduler import Room
+
 MAX_REQUEST_BYTES = 4 * 2**20
 """Largest request message; parsing holds the event loop, so it is not for the user to raise."""
 MAX_RESPONSE_BYTES = 16 * 2**20
@@ -49,12 +51,19 @@ class ServerConfig(BaseSettings):
     listen: str = Field("127.0.0.1:50051", description="HOST:PORT (port 0: any free one) or unix:PATH")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the products; sums are in float32")
-    threads: int = Field(0, ge=0, description="CPU threads of the model; 0: one a core")
+    threads: int = Field(0, ge=0, description="CPU threads of the model; 0: one a core that it may use, at most 16")
     tokenizer: Literal["moses", "whitespace"] = Field("moses", description="for raw text")
     tokenizer_language: str = Field("en", min_length=2, description="whose rules Moses follows: en, de, ko, ja, …")
     reflection: bool = Field(False, description="offer server reflection")
 
-    max_batch_tokens: int = Field(2048, ge=1, description="tokens computed together")
+    max_rows: int = Field(128, ge=1, description="sentences computed at a time")
+    max_tokens_in_flight: int = Field(
+        65536, ge=8, description="tokens and boundaries of the sentences computed at a time"
+    )
+    token_cache_mib: int = Field(64, ge=0, description="MiB for vectors of tokens seen before; 0: none are kept")
+    input_cache_mib: int = Field(
+        0, ge=0, description="MiB for layer 1's input halves of tokens seen before; 0: none are kept"
+    )
     max_sentences_per_request: int = Field(1024, ge=1, description="sentences in one Embed")
     max_tokens_per_request: int = Field(16384, ge=1, description="tokens in one Embed")
     max_tokens_per_sentence: int = Field(32768, ge=1, description="tokens in one sentence")
@@ -88,6 +97,16 @@ class ServerConfig(BaseSettings):
     @classmethod
     def _check_waiting_tokens(cls, value: int, info: ValidationInfo) -> int:
         return _at_least(value, "max_tokens_per_request", info)
+
+    @field_validator("max_tokens_per_sentence")
+    @classmethod
+    def _check_sentence_tokens(cls, value: int, info: ValidationInfo) -> int:
+        room = Room(1, info.data.get("max_tokens_in_flight", 2 * value + 2)).for_long_sentences
+        if value + 2 > room.steps:
+            raise ValueError(
+                f"must not be more than {room.steps - 2}, what max_tokens_in_flight leaves to one sentence"
+            )
+        return value
 
     @field_validator("max_stream_tokens")
     @classmethod

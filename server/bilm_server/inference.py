@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from bilm_server.errors import Reason, RefusalError, internal_error
 from bilm_server.requests import PreparedSentence, State, Wanted
-from bilm_server.scheduler import Batch, Scheduler
+from bilm_server.scheduler import Room, Scheduler
 
 _log = logging.getLogger("bilm_server.inference")
 
 # A guess until something has been measured; only the pushback of the first refusals depends on it.
 _INITIAL_TOKENS_PER_S = 5000.0
-_SPEED_WEIGHT = 0.2
+_SPEED_WEIGHT = 0.05
 
 # How often a model that fails is tried again; a balancer sends nothing that would show that it has recovered.
 _PROBE_INTERVAL_S = 1.0
@@ -39,31 +39,20 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
-class BatchTiming:
-    """A batch, as the results of its sentences know it.
-
-    Attributes:
-        inference_s: seconds of computation.
-    """
-
-    inference_s: float
-
-
-@dataclass(frozen=True, eq=False)
 class Outcome:
     """The result of a sentence.
 
     Attributes:
         vectors: as wanted, in the format of the wire.
         state: after the sentence, where it was asked for.
-        queue_s: seconds it waited.
-        batch: that it was computed in.
+        queue_s: seconds between its arrival and its joining the engine.
+        inference_s: seconds between that and its end.
     """
 
     vectors: NDArray[np.generic]
     state: State | None
     queue_s: float
-    batch: BatchTiming
+    inference_s: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +85,21 @@ class Computed:
 class Compute(Protocol):
     """The model, as this thread drives it."""
 
-    def run(self, jobs: Sequence[Job], abandoned: Callable[[], bool]) -> list[Computed] | None:
-        """Computes a batch; None if it was left because `abandoned` said so."""
+    @property
+    def room(self) -> Room:
+        """What may be in flight."""
+
+    def join(self, job: Job) -> None:
+        """Takes a job in, for which there is room."""
+
+    def leave(self, job: Job) -> None:
+        """Drops a job in flight."""
+
+    def advance(self) -> list[tuple[Job, Computed]]:
+        """Moves everything in flight on; returns what has ended."""
 
     def probe(self) -> None:
-        """Computes something small; raises if that fails."""
+        """Drops everything in flight and computes something small; raises if that fails."""
 
 
 @dataclass(eq=False)
@@ -108,21 +107,30 @@ class _Ticket:
     job: Job
     future: asyncio.Future[Outcome]
     arrived_s: float = field(default_factory=time.monotonic)
+    joined_s: float = 0.0
+
+    @property
+    def n_steps(self) -> int:
+        return self.job.sentence.n_steps
+
+    def outcome(self, computed: Computed) -> Outcome:
+        queue_s, inference_s = self.joined_s - self.arrived_s, time.monotonic() - self.joined_s
+        return Outcome(computed.vectors, computed.state, queue_s, inference_s)
 
 
 class InferenceThread:
-    """Runs the model in a thread of its own, one batch after another, whatever is waiting at the time."""
+    """Runs the model in a thread of its own: who waits joins as soon as there is room, and all advance together."""
 
-    def __init__(self, compute: Compute, max_batch_rows: int, on_health: Callable[[bool], None]) -> None:
+    def __init__(self, compute: Compute, on_health: Callable[[bool], None]) -> None:
         """Prepares; `start` starts.
 
         Args:
             compute: the model.
-            max_batch_rows: tokens and boundaries of a batch.
             on_health: told on the event loop whether the model works, each time that was in doubt.
         """
         self._compute = compute
-        self._scheduler: Scheduler[_Ticket] = Scheduler(max_batch_rows)
+        self._scheduler: Scheduler[_Ticket] = Scheduler(compute.room)
+        self._in_flight: dict[Job, _Ticket] = {}
         self._wake = threading.Condition()
         self._stopping = False
         self._on_health = on_health
@@ -149,7 +157,7 @@ class InferenceThread:
         await self._warm
 
     async def stop(self) -> None:
-        """Ends the thread after the batch it is at; what still waits is refused."""
+        """Ends the thread after the round it is at; what is not done is refused."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -166,14 +174,14 @@ class InferenceThread:
             if self._stopping:
                 ticket.future.set_exception(RefusalError(Reason.SHUTTING_DOWN, "the server is shutting down"))
                 return ticket.future
-            self._scheduler.add(ticket, job.call, len(job.sentence.tokens) + 2, job.call.deadline_s)
+            self._scheduler.add(ticket, job.call, ticket.n_steps, job.call.deadline_s)
             self._wake.notify()
         return ticket.future
 
     def abandon(self, call: Call) -> None:
         """Drops everything of a call that nobody waits for any more."""
-        call.abandoned = True
         with self._wake:
+            call.abandoned = True
             self._scheduler.discard(call)
 
     # ---- in the thread ----
@@ -186,48 +194,72 @@ class InferenceThread:
             self._call_loop(lambda: self._warm.set_exception(failure))
             return
         self._call_loop(lambda: self._warm.set_result(None))
-        while (batch := self._wait_for_batch()) is not None:
+        while self._wait_for_work():
             if not self._healthy:
                 self._probe()
-            self._serve(batch)
-            del batch  # while the thread waits, nothing must hold on to its results
+            self._drop_abandoned()
+            self._let_join()
+            self._advance()
 
-    def _wait_for_batch(self) -> Batch[_Ticket] | None:
-        """What there is to do, possibly nothing if the model fails; None when the thread is to end."""
+    def _wait_for_work(self) -> bool:
+        """Whether to go on; while the model fails, also after some time without work."""
         with self._wake:
             timeout_s = None if self._healthy else _PROBE_INTERVAL_S
-            self._wake.wait_for(lambda: self._stopping or bool(self._scheduler), timeout_s)
+            self._wake.wait_for(lambda: self._stopping or self._in_flight or self._scheduler, timeout_s)
             if self._stopping:
-                self._refuse_all()
-                return None
-            return self._scheduler.next_batch(time.monotonic())
+                refusal = RefusalError(Reason.SHUTTING_DOWN, "the server is shutting down")
+                self._deliver([(ticket, refusal) for ticket in (*self._in_flight.values(), *self._scheduler.drain())])
+            return not self._stopping
 
-    def _serve(self, batch: Batch[_Ticket]) -> None:
+    def _drop_abandoned(self) -> None:
+        for ticket in [ticket for ticket in self._in_flight.values() if ticket.job.call.abandoned]:
+            self._compute.leave(ticket.job)
+            self._end(ticket)
+
+    def _let_join(self) -> None:
+        now_s = time.monotonic()
+        with self._wake:
+            decision = self._scheduler.decide(now_s)
         late = RefusalError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the sentence's turn came")
-        self._deliver([(ticket, late) for ticket in batch.expired])
-        tickets = [ticket for ticket in batch.items if not ticket.job.call.abandoned]
-        if tickets:
-            self._deliver(self._compute_batch(tickets))
+        self._deliver([(ticket, late) for ticket in decision.expired])
+        for ticket in decision.items:
+            ticket.joined_s = now_s
+            self._in_flight[ticket.job] = ticket
+            try:
+                self._compute.join(ticket.job)
+            except Exception:
+                _log.exception("a sentence can't join")
+                self._end(ticket)
+                self._deliver([(ticket, internal_error())])
 
-    def _compute_batch(self, tickets: list[_Ticket]) -> list[tuple[_Ticket, Outcome | RefusalError]]:
+    def _advance(self) -> None:
+        if not self._in_flight:
+            return
         begun_s = time.monotonic()
         try:
-            computed = self._compute.run(
-                [ticket.job for ticket in tickets], lambda: all(ticket.job.call.abandoned for ticket in tickets)
-            )
+            ended = self._compute.advance()
         except Exception:
-            # One batch has failed, whatever the reason: its callers hear of it, and the thread must go on.
-            _log.exception("a batch of %d sentences failed", len(tickets))
-            self._probe()
-            return [(ticket, internal_error()) for ticket in tickets]
-        if computed is None:
-            return []
-        timing = BatchTiming(time.monotonic() - begun_s)
-        self._measure(sum(len(ticket.job.sentence.tokens) for ticket in tickets), timing.inference_s)
-        return [
-            (ticket, Outcome(result.vectors, result.state, begun_s - ticket.arrived_s, timing))
-            for ticket, result in zip(tickets, computed, strict=True)
-        ]
+            # Whatever the reason: nothing can be said of anyone in flight, all hear of it, and the thread must go on.
+            _log.exception("a round of %d sentences failed", len(self._in_flight))
+            self._fail_all()
+            return
+        tickets = [(self._in_flight[job], computed) for job, computed in ended]
+        for ticket, _ in tickets:
+            self._end(ticket)
+        self._measure(sum(ticket.n_steps for ticket, _ in tickets), time.monotonic() - begun_s)
+        self._deliver([(ticket, ticket.outcome(computed)) for ticket, computed in tickets])
+
+    def _fail_all(self) -> None:
+        tickets = list(self._in_flight.values())
+        for ticket in tickets:
+            self._end(ticket)
+        self._probe()
+        self._deliver([(ticket, internal_error()) for ticket in tickets])
+
+    def _end(self, ticket: _Ticket) -> None:
+        del self._in_flight[ticket.job]
+        with self._wake:
+            self._scheduler.release(ticket.n_steps)
 
     def _probe(self) -> None:
         """Finds out, after a failure, whether the model still works at all."""
@@ -241,14 +273,8 @@ class InferenceThread:
         self._call_loop(lambda: self._on_health(healthy))
 
     def _measure(self, tokens: int, seconds: float) -> None:
-        if tokens:
-            self._tokens_per_s += _SPEED_WEIGHT * (tokens / max(seconds, 1e-6) - self._tokens_per_s)
-
-    def _refuse_all(self) -> None:
-        refusal = RefusalError(Reason.SHUTTING_DOWN, "the server is shutting down")
-        while self._scheduler:
-            batch = self._scheduler.next_batch(time.monotonic())
-            self._deliver([(ticket, refusal) for ticket in (*batch.items, *batch.expired)])
+        """Sentences end in some rounds and not in others: a mean over many."""
+        self._tokens_per_s += _SPEED_WEIGHT * (tokens / max(seconds, 1e-6) - self._tokens_per_s)
 
     def _deliver(self, results: Sequence[tuple[_Ticket, Outcome | RefusalError]]) -> None:
         if results:

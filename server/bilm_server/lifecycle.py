@@ -55,7 +55,7 @@ class Server:
         self._parts = Parts(
             config=config,
             model=model,
-            inference=InferenceThread(ModelCompute(model), config.max_batch_tokens, self._health.report),
+            inference=InferenceThread(ModelCompute(model.engine), self._health.report),
             conversions=ThreadPoolExecutor(_CONVERSION_THREADS, "conversion"),
             admission=Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB),
             stream_admission=Admission(config.max_stream_tokens, config.max_stream_mib * _MIB),

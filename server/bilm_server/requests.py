@@ -84,6 +84,11 @@ class PreparedSentence:
     state: State | None
     return_state: bool
 
+    @property
+    def n_steps(self) -> int:
+        """Tokens and boundaries; without tokens there are no boundaries."""
+        return len(self.tokens) + 2 if self.tokens else 0
+
     def answer_bytes(self, wanted: Wanted, model: ServedModel) -> int:
         """An upper bound of the answer's size on the wire."""
         n_rows = 1 if wanted.pooled else len(self.tokens)

@@ -52,10 +52,9 @@ def stream_rows(
 def usage(outcomes: Iterable[tuple[PreparedSentence, Outcome]], model: ServedModel) -> embed_pb2.Usage:
     """What these sentences cost."""
     found = list(outcomes)
-    batches = {outcome.batch for _, outcome in found}
     return embed_pb2.Usage(
         queue_time=_duration(max((outcome.queue_s for _, outcome in found), default=0.0)),
-        inference_time=_duration(sum(batch.inference_s for batch in batches)),
+        inference_time=_duration(max((outcome.inference_s for _, outcome in found), default=0.0)),
         tokens=sum(len(sentence.tokens) for sentence, _ in found),
         model_version=model.version,
     )

@@ -1,19 +1,53 @@
-"""Which sentences next. Pure: no gRPC, no torch, no clock of its own."""
+"""Which sentences join the engine next. Pure: no gRPC, no torch, no clock of its own."""
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+LONG_STEPS = 128
+"""Sentences of more steps (tokens and boundaries) are long: they leave some room to the others."""
+
+_RESERVED_SHARE = 8
+"""One part in so many of rows and of tokens is closed to long sentences."""
+
 
 @dataclass(frozen=True)
-class Batch(Generic[T]):
+class Room:
+    """What sentences in flight take up, or may.
+
+    Attributes:
+        rows: sentences.
+        steps: tokens and boundaries, all of a sentence's from its joining to its end.
+    """
+
+    rows: int
+    steps: int
+
+    def __add__(self, other: "Room") -> "Room":
+        return Room(self.rows + other.rows, self.steps + other.steps)
+
+    def __sub__(self, other: "Room") -> "Room":
+        return Room(self.rows - other.rows, self.steps - other.steps)
+
+    def holds(self, other: "Room") -> bool:
+        """Whether the other fits into this."""
+        return other.rows <= self.rows and other.steps <= self.steps
+
+    @property
+    def for_long_sentences(self) -> "Room":
+        """The part of this room that long sentences may fill."""
+        return Room(self.rows - self.rows // _RESERVED_SHARE, self.steps - self.steps // _RESERVED_SHARE)
+
+
+@dataclass(frozen=True)
+class Decision(Generic[T]):
     """What to do next.
 
     Attributes:
-        items: to compute together.
+        items: to join; each takes its room until `release`.
         expired: whose deadline has passed; not to be computed.
     """
 
@@ -24,54 +58,134 @@ class Batch(Generic[T]):
 @dataclass(frozen=True)
 class _Entry(Generic[T]):
     item: T
-    rows: int
+    need: Room
     deadline_s: float
 
 
-class Scheduler(Generic[T]):
-    """Callers take turns, oldest caller first, one sentence a turn, until the batch is full.
+@dataclass
+class _Queue(Generic[T]):
+    """What one caller has waiting, and since when it waits for its turn (a count of turns)."""
 
-    So a caller with one sentence waits for one sentence of every other caller at most, and not for a caller with a
-    thousand; and as nobody is passed over, nobody starves. There is no waiting for a batch to fill: whoever asks
-    gets what is there.
-    """
+    entries: deque[_Entry[T]]
+    since: int
 
-    def __init__(self, max_batch_rows: int) -> None:
-        """Sets the limit: rows (tokens and boundaries) of a batch; a single sentence may be longer."""
-        self._max_batch_rows = max_batch_rows
-        self._queues: OrderedDict[Hashable, deque[_Entry[T]]] = OrderedDict()
+
+class _Lane(Generic[T]):
+    """Callers take turns, an entry a turn."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.used = Room(0, 0)
+        self._queues: OrderedDict[Hashable, _Queue[T]] = OrderedDict()
 
     def __bool__(self) -> bool:
-        """Whether any sentence waits."""
         return bool(self._queues)
 
-    def add(self, item: T, caller: Hashable, rows: int, deadline_s: float) -> None:
-        """Lets a sentence of so many rows wait, until the deadline on the clock that `next_batch` is given."""
-        self._queues.setdefault(caller, deque()).append(_Entry(item, rows, deadline_s))
+    def add(self, caller: Hashable, entry: _Entry[T], now: int) -> None:
+        self._queues.setdefault(caller, _Queue(deque(), now)).entries.append(entry)
 
     def discard(self, caller: Hashable) -> None:
-        """Takes out all sentences of a caller that waits no more."""
         self._queues.pop(caller, None)
 
-    def next_batch(self, now_s: float) -> Batch[T]:
-        """Takes the next batch out; empty only if nothing waits that can still be of use."""
-        items: list[T] = []
-        expired: list[T] = []
-        rows = 0
-        while self._queues:
-            caller, queue = next(iter(self._queues.items()))
-            entry = queue[0]
-            late = entry.deadline_s <= now_s
-            if not late and items and rows + entry.rows > self._max_batch_rows:
-                break
-            queue.popleft()
-            (expired if late else items).append(entry.item)
-            rows += 0 if late else entry.rows
-            self._end_turn(caller)
-        return Batch(tuple(items), tuple(expired))
+    def since(self) -> int:
+        """How long the caller whose turn it is has waited for it."""
+        return next(iter(self._queues.values())).since
 
-    def _end_turn(self, caller: Hashable) -> None:
-        if self._queues[caller]:
+    def head(self) -> _Entry[T]:
+        return next(iter(self._queues.values())).entries[0]
+
+    def pop(self, now: int) -> _Entry[T]:
+        """Takes the head out and ends its caller's turn."""
+        caller, queue = next(iter(self._queues.items()))
+        entry = queue.entries.popleft()
+        queue.since = now
+        if queue.entries:
             self._queues.move_to_end(caller)
         else:
             del self._queues[caller]
+        return entry
+
+
+class Scheduler(Generic[T]):
+    """Callers take turns, the one that has waited longest first, one sentence a turn, as long as there is room.
+
+    So a caller with one sentence waits for one sentence of every other caller at most, and not for a caller with a
+    thousand. There is no waiting for company: who fits joins. Whoever's turn it is and doesn't fit is waited for, so
+    nobody starves.
+
+    Long sentences stay long: they would fill all rows and keep short ones waiting for thousands of ticks. So they have
+    a lane of their own with a little less room. One that waits for other long ones lets short ones pass; one that waits
+    for room that short ones take doesn't.
+    """
+
+    def __init__(self, room: Room) -> None:
+        """Sets the room of the engine."""
+        self._room = room
+        self._short: _Lane[T] = _Lane(room)
+        self._long: _Lane[T] = _Lane(room.for_long_sentences)
+        self._turns = 0
+
+    def __bool__(self) -> bool:
+        """Whether any sentence waits."""
+        return bool(self._short or self._long)
+
+    @property
+    def used(self) -> Room:
+        """What is taken."""
+        return self._short.used + self._long.used
+
+    def add(self, item: T, caller: Hashable, n_steps: int, deadline_s: float) -> None:
+        """Lets a sentence wait, until the deadline on the clock that `decide` is given."""
+        self._turns += 1
+        self._lane(n_steps).add(caller, _Entry(item, _need(n_steps), deadline_s), self._turns)
+
+    def discard(self, caller: Hashable) -> None:
+        """Takes out all waiting sentences of a caller that waits no more."""
+        for lane in self._lanes():
+            lane.discard(caller)
+
+    def release(self, n_steps: int) -> None:
+        """Gives back the room of a sentence that has left the engine."""
+        self._lane(n_steps).used -= _need(n_steps)
+
+    def decide(self, now_s: float) -> Decision[T]:
+        """Takes out who joins now."""
+        items: list[T] = []
+        expired: list[T] = []
+        while (lane := self._whose_turn(now_s)) is not None:
+            self._turns += 1
+            entry = lane.pop(self._turns)
+            if entry.deadline_s <= now_s:
+                expired.append(entry.item)
+            else:
+                lane.used += entry.need
+                items.append(entry.item)
+        return Decision(tuple(items), tuple(expired))
+
+    def drain(self) -> tuple[T, ...]:
+        """Takes out everything that waits."""
+        items: list[T] = []
+        for lane in self._lanes():
+            while lane:
+                items.append(lane.pop(self._turns).item)
+        return tuple(items)
+
+    def _whose_turn(self, now_s: float) -> _Lane[T] | None:
+        """The lane whose head is to be taken out; None if all must wait."""
+        for lane in sorted(filter(None, self._lanes()), key=_Lane.since):
+            head = lane.head()
+            if head.deadline_s <= now_s:
+                return lane
+            if (lane.room - lane.used).holds(head.need):
+                return lane if (self._room - self.used).holds(head.need) else None
+        return None
+
+    def _lanes(self) -> Iterator[_Lane[T]]:
+        yield from (self._short, self._long)
+
+    def _lane(self, n_steps: int) -> _Lane[T]:
+        return self._long if n_steps > LONG_STEPS else self._short
+
+
+def _need(n_steps: int) -> Room:
+    return Room(1 if n_steps else 0, n_steps)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from bilm_model.config import BilmConfig
-from bilm_model.engine.batch import BatchEngine
-from bilm_model.engine.device import resolve_device
+from bilm_model.engine.device import default_threads, resolve_device
+from bilm_model.engine.engine import Engine, EngineOptions
 from bilm_model.engine.state import StateCodec
 from bilm_model.weights.loading import load
 
@@ -34,7 +34,7 @@ class ServedModel:
     config: BilmConfig
     parameter_count: int
     precision: str
-    engine: BatchEngine
+    engine: Engine
     tokenizer: Tokenizer
     states: StateCodec
 
@@ -55,8 +55,7 @@ def load_served_model(config: ServerConfig) -> ServedModel:
 
 
 def _load(config: ServerConfig) -> ServedModel:
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or default_threads())
     device = resolve_device(config.device)
     loaded = load(config.model, config.options)
     bilm = loaded.bilm
@@ -66,7 +65,17 @@ def _load(config: ServerConfig) -> ServedModel:
         config=bilm.config,
         parameter_count=bilm.parameter_count,
         precision=config.precision,
-        engine=BatchEngine(bilm, device, config.precision),
+        engine=Engine(bilm, device, _engine_options(config)),
         tokenizer=new_tokenizer(config.tokenizer, config.tokenizer_language),
         states=StateCodec(bilm.config, loaded.version),
+    )
+
+
+def _engine_options(config: ServerConfig) -> EngineOptions:
+    return EngineOptions(
+        precision=config.precision,
+        max_rows=config.max_rows,
+        max_tokens=config.max_tokens_in_flight,
+        token_cache_mib=config.token_cache_mib,
+        input_cache_mib=config.input_cache_mib,
     )

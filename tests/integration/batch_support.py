@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,21 @@ STOPPED, REFUSED = 1, 2
 
 
 class Valve:
-    """Lets so many batches through to the models of this process, and holds their threads otherwise."""
+    """Lets the models of this process do so many rounds with sentences in flight, and holds their threads otherwise."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._permits = threading.Semaphore(0)
         self._open = False
-        original = ModelCompute.run
+        original = ModelCompute.advance
 
-        def run(compute: ModelCompute, jobs: Sequence[Job], abandoned: Callable[[], bool]) -> list[Computed] | None:
+        def advance(compute: ModelCompute) -> list[tuple[Job, Computed]]:
             assert self._open or self._permits.acquire(timeout=60)
-            return original(compute, jobs, abandoned)
+            return original(compute)
 
-        monkeypatch.setattr(ModelCompute, "run", run)
+        monkeypatch.setattr(ModelCompute, "advance", advance)
 
-    def let_through(self, batches: int) -> None:
-        self._permits.release(batches)
+    def let_through(self, rounds: int) -> None:
+        self._permits.release(rounds)
 
     def open(self) -> None:
         self._open = True

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,20 +28,28 @@ SERVICES = ("", "bilm_api.v1.EmbedService")
 
 
 class Gate:
-    """Holds the model's thread until it is opened, and keeps what was computed."""
+    """Holds the model's thread until it is opened, and keeps who joined since the last time that it went on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.entered = threading.Event(), threading.Event()
         self.batches: list[list[str]] = []
-        original = ModelCompute.run
+        join, advance = ModelCompute.join, ModelCompute.advance
+        joined: list[str] = []
 
-        def run(compute: ModelCompute, jobs: Sequence[Job], abandoned: Callable[[], bool]) -> list[Computed] | None:
-            self.batches.append([job.sentence.tokens[0] for job in jobs])
+        def join_and_tell(compute: ModelCompute, job: Job) -> None:
+            joined.append(job.sentence.tokens[0])
+            join(compute, job)
+
+        def advance_when_open(compute: ModelCompute) -> list[tuple[Job, Computed]]:
+            if joined:
+                self.batches.append(joined.copy())
+                joined.clear()
             self.entered.set()
             assert self.open.wait(20)
-            return original(compute, jobs, abandoned)
+            return advance(compute)
 
-        monkeypatch.setattr(ModelCompute, "run", run)
+        monkeypatch.setattr(ModelCompute, "join", join_and_tell)
+        monkeypatch.setattr(ModelCompute, "advance", advance_when_open)
 
 
 @pytest.fixture
@@ -99,7 +107,7 @@ def test_work_that_nobody_waits_for_is_not_done(gate: Gate, start: Callable[...,
     assert gate.batches == [["first"], ["last"]]
 
 
-def test_a_batch_is_left_when_everybody_has_gone(gate: Gate, start: Callable[..., RunningServer]) -> None:
+def test_a_sentence_in_flight_is_left_when_its_caller_has_gone(gate: Gate, start: Callable[..., RunningServer]) -> None:
     server = start()
     stub = server.stub()
     doomed = stub.Embed.future(one("doomed"))
@@ -108,6 +116,7 @@ def test_a_batch_is_left_when_everybody_has_gone(gate: Gate, start: Callable[...
     wait_until(lambda: server.server._parts.admission.used.tokens == 0)
     gate.open.set()
     assert stub.Embed(one("next")).results[0].HasField("embedding")
+    assert server.server._parts.model.engine.n_in_flight == 0
 
 
 def test_overload_is_refused_at_once_with_a_time_to_come_back(gate: Gate, start: Callable[..., RunningServer]) -> None:
@@ -143,7 +152,7 @@ def test_a_failure_is_internal_and_says_nothing_of_the_inside(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(ModelCompute, "run", lambda *_: 1 / 0)
+        patch.setattr(ModelCompute, "advance", lambda *_: 1 / 0)
         with pytest.raises(grpc.RpcError) as error:
             server.stub().Embed(one("w"))
     assert refusal(error.value)[:2] == (grpc.StatusCode.INTERNAL, "INTERNAL")
@@ -156,7 +165,7 @@ def test_health_follows_the_model(start: Callable[..., RunningServer], monkeypat
     updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=20)
     assert next(updates).status == SERVING
     with monkeypatch.context() as patch:
-        patch.setattr(ModelCompute, "run", lambda *_: 1 / 0)
+        patch.setattr(ModelCompute, "advance", lambda *_: 1 / 0)
         patch.setattr(ModelCompute, "probe", lambda *_: 1 / 0)
         with pytest.raises(grpc.RpcError):
             server.stub().Embed(one("w"))

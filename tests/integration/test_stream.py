@@ -44,7 +44,7 @@ def test_each_item_is_answered_as_embed_answers_it(server: RunningServer) -> Non
 
 
 def test_a_result_larger_than_a_message_comes_in_rows(start: Callable[..., RunningServer]) -> None:
-    server = start("--model", "random:small", "--max-batch-tokens", "16384")  # 3 KiB a token
+    server = start("--model", "random:small")  # 3 KiB a token
     words = [f"w{i % 50}" for i in range(900)]
     parts = stream(server, start_message(), item(7, embed_pb2.Sentence(text=" ".join(words), return_state=True)))
     assert len(parts) == 3

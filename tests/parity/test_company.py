@@ -7,7 +7,7 @@ import pytest
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES, BilmConfig
-from bilm_model.engine.batch import BatchEngine, EmbeddedSentence, Precision, Sentence
+from bilm_model.engine.engine import EmbeddedSentence, Engine, EngineOptions, Precision, Sentence, Ticket
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +20,8 @@ CONFIGS = {
 SENTENCE = st.lists(st.text(min_size=1, max_size=60), max_size=12)
 
 
-def engine_of(config: BilmConfig, precision: Precision) -> BatchEngine:
-    engine = BatchEngine(random_bilm(config), torch.device("cpu"), precision)
+def engine_of(config: BilmConfig, precision: Precision, **options: int) -> Engine:
+    engine = Engine(random_bilm(config), torch.device("cpu"), EngineOptions(precision, **options))
     if "prepacked" not in engine.backend:
         pytest.skip(f"without prepacked products only 1e-5 is promised: {engine.backend}")
     return engine
@@ -32,24 +32,61 @@ def same_bits(found: EmbeddedSentence, expected: EmbeddedSentence) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_random_batches(config: BilmConfig, precision: Precision) -> None:
-    engine = engine_of(config, precision)
-    shuffler = random.Random(5)
-    words = [f"{'w' * shuffler.randrange(9)}{i}" for i in range(70)]
-    texts = [shuffler.choices(words, k=shuffler.randrange(0, 25)) for _ in range(60)]
+def random_sentences(engine: Engine, chance: random.Random) -> list[Sentence]:
+    """Of all lengths, from a small vocabulary, some with a state to go on from."""
+    words = [f"{'w' * chance.randrange(9)}{i}" for i in range(70)]
+    texts = [chance.choices(words, k=chance.choice((0, 1, 5, 24, 70))) for _ in range(40)]
     states = [engine.run([Sentence(["state", str(i)])])[0] for i in range(3)]
     carried = [None, *((state.h.numpy(), state.c.numpy()) for state in states)]
-    sentences = [Sentence(text, shuffler.choice(carried)) for text in texts]
+    return [Sentence(text, chance.choice(carried)) for text in texts]
+
+
+def run_at_random(engine: Engine, sentences: list[Sentence], chance: random.Random) -> list[EmbeddedSentence]:
+    """Lets sentences join in any order at any time, with others beside them that leave before they are done."""
+    results: dict[Ticket, EmbeddedSentence] = {}
+    order: dict[int, Ticket] = {}
+    waiting = chance.sample(range(len(sentences)), len(sentences))
+    passing: list[Ticket] = []
+    while waiting or engine.n_in_flight:
+        for _ in range(chance.randrange(6)):
+            if waiting and engine.free_rows and engine.free_tokens >= sentences[waiting[-1]].n_steps:
+                i = waiting.pop()
+                order[i] = engine.join(sentences[i])
+        if engine.free_rows and engine.free_tokens >= 42 and waiting and chance.random() < 0.3:
+            passing.append(engine.join(Sentence([f"p{i}" for i in range(40)])))
+        engine._backend.block_rows = chance.choice((1, 7, 10_000))  # chunks of one tick, of some, of many
+        for ticket, embedded in engine.advance():
+            results[ticket] = embedded
+        for ticket in [ticket for ticket in passing if ticket not in results and chance.random() < 0.5]:
+            engine.leave(ticket)
+            passing.remove(ticket)
+    return [results[order[i]] for i in range(len(sentences))]
+
+
+ROOMS = {
+    "as it comes": {},
+    "one row": {"max_rows": 1},
+    "few rows, no cache": {"max_rows": 3, "max_tokens": 150, "token_cache_mib": 0},
+    "input halves kept": {"max_rows": 20, "input_cache_mib": 400},
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_random_schedules(config: BilmConfig, precision: Precision) -> None:
+    chance = random.Random(5)
+    engine = engine_of(config, precision)
+    sentences = random_sentences(engine, chance)
     alone = [engine.run([sentence])[0] for sentence in sentences]
-    for _ in range(12):
-        chosen = shuffler.sample(range(60), shuffler.randrange(1, 61))
-        for i, found in zip(chosen, engine.run([sentences[i] for i in chosen]), strict=True):
-            assert same_bits(found, alone[i])
+    for room in ROOMS.values():
+        other = engine_of(config, precision, **room)
+        found = run_at_random(other, sentences, chance)
+        assert all(same_bits(*pair) for pair in zip(found, alone, strict=True))
+        assert other.free_rows == other.options.max_rows
+        assert other.free_tokens == other.options.max_tokens
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(SENTENCE, min_size=1, max_size=8))
 def test_any_text(sentences: list[list[str]]) -> None:
     engine = engine_of(SIZES["tiny"], "float32")
@@ -60,13 +97,17 @@ def test_any_text(sentences: list[list[str]]) -> None:
 
 
 def test_threads_change_nothing() -> None:
-    engine = engine_of(SIZES["tiny"], "float32")
+    config = replace(SIZES["tiny"], cell_dim=1024, projection_dim=64)  # wide enough to be shared out
     sentences = [Sentence([f"word{i}"] * (i + 1)) for i in range(40)]
-    one = engine.run(sentences)
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    found = []
     try:
-        two = engine.run(sentences)
+        for n_threads in (1, 2, 5):
+            torch.set_num_threads(n_threads)
+            engine = engine_of(config, "float32")
+            assert f"{n_threads} threads" in engine.backend
+            found.append(engine.run(sentences))
     finally:
         torch.set_num_threads(before)
-    assert all(same_bits(a, b) for a, b in zip(one, two, strict=True))
+    for others in found[1:]:
+        assert all(same_bits(a, b) for a, b in zip(others, found[0], strict=True))

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from bilm_model.engine.batch import BatchEngine, EmbeddedSentence, Sentence
+from bilm_model.engine.engine import EmbeddedSentence, Engine, Sentence
 from bilm_model.weights.loading import load
 
 TOLERANCE = 1e-5
@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 class Golden:
     def __init__(self, folder: Path) -> None:
         self.sentences: list[list[str]] = json.loads((folder / "sentences.json").read_text(encoding="utf-8"))
-        self.engine = BatchEngine(load(str(folder)).bilm, torch.device("cpu"), "float32")
+        self.engine = Engine(load(str(folder)).bilm, torch.device("cpu"))
         with h5py.File(folder / "expected.hdf5") as file:
             self.stateless = [file[f"stateless/{i}"][()] for i in range(len(self.sentences))]
             self.batches: list[list[int]] = json.loads(file["stateful"].attrs["batches"])

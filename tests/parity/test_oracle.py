@@ -9,7 +9,7 @@ import torch
 from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import BilmConfig, to_options
-from bilm_model.engine.batch import BatchEngine, Precision, Sentence
+from bilm_model.engine.engine import Engine, EngineOptions, Precision, Sentence
 from bilm_model.weights import hdf5
 from oracle import Oracle
 
@@ -29,7 +29,7 @@ CONFIGS = {
 SENTENCES = [["The", "cat"], ["대한민국", "x" * 60, "🙂", "<S>", "\x00"], ["a"] * 23]
 
 
-def _model(config: BilmConfig, folder: Path, precision: Precision = "float32") -> tuple[BatchEngine, Bilm, Oracle]:
+def _model(config: BilmConfig, folder: Path, precision: Precision = "float32") -> tuple[Engine, Bilm, Oracle]:
     """Random weights and biases, through the published file, which the oracle reads with eyes of its own."""
     generator = torch.Generator().manual_seed(7)
     tensors = {
@@ -38,7 +38,7 @@ def _model(config: BilmConfig, folder: Path, precision: Precision = "float32") -
     }
     path = folder / "weights.hdf5"
     hdf5.write(path, config, tensors)
-    engine = BatchEngine(Bilm.from_tensors(config, hdf5.read(path, config)), torch.device("cpu"), precision)
+    engine = Engine(Bilm.from_tensors(config, hdf5.read(path, config)), torch.device("cpu"), EngineOptions(precision))
     reference = Bilm.from_tensors(config, hdf5.read(path, config)).double()
     return engine, reference, Oracle(path, to_options(config))
 

@@ -6,11 +6,11 @@ the exception; it is computed as two.
 """
 
 import logging
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-
-from bilm_model.affine import Affine
+import torch.nn.functional as F
+from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -30,50 +30,62 @@ def padded_rows(n_rows: int) -> int:
     return -(-n_rows // step) * step
 
 
-class PackedAffine(nn.Module):
-    """An `Affine` for inference."""
+class Product(Protocol):
+    """x (N, in) -> x·weightᵀ (+ bias), clipped to ±clip if that is given; (N, out) in the weight's format."""
 
-    def __init__(self, affine: Affine) -> None:
-        super().__init__()
-        weight = affine.weight.detach()
-        self._dtype, self._n_out = weight.dtype, weight.shape[0]
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-        self._bias = None if affine.bias is None else affine.bias.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X (N, in) -> (N, out) float32."""
-        n_rows = len(x)
-        if n_rows == 0:
-            return x.new_zeros(0, self._n_out)
-        x = x.to(self._dtype).contiguous()
-        if (padding := padded_rows(n_rows) - n_rows) > 0:
-            x = torch.cat([x, x.new_zeros(padding, x.shape[1])])
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")[:n_rows].float()
-        return y if self._bias is None else y + self._bias
+    def __call__(self, x: Tensor) -> Tensor:
+        """X has the weight's format."""
 
 
-def pack_products(module: nn.Module) -> bool:
-    """Replaces every `Affine` below a module, in place; False, and nothing is changed, where this torch can't."""
-    if not _works():
-        return False
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, Affine):
-                setattr(parent, name, PackedAffine(child))
-    return True
+class NewProduct(Protocol):
+    """Makes a `Product` of a weight (out, in), a bias (out) and a clip."""
+
+    def __call__(self, weight: Tensor, bias: Tensor | None = None, clip: float | None = None) -> Product:
+        """The weight's format is the product's."""
+
+
+class PackedProduct:
+    """A product with its weight laid out for oneDNN. X has `padded_rows` rows, for bits that don't depend on them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, clip: float | None = None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        self._bias = None if bias is None else bias.detach().to(weight.dtype)
+        self._post, self._scalars = ("none", []) if clip is None else ("hardtanh", [-clip, clip])
+        self._operator = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `Product`."""
+        y: Tensor = self._operator(x, self._weight, self._bias, self._post, self._scalars, "")
+        return y
+
+
+class PlainProduct:
+    """A product by torch's own operators, on any device."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, clip: float | None = None) -> None:
+        self._weight = weight.detach()
+        self._bias = None if bias is None else bias.detach().to(weight.dtype)
+        self._clip = clip
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `Product`."""
+        y = F.linear(x, self._weight, self._bias)
+        return y if self._clip is None else y.clamp_(-self._clip, self._clip)
+
+
+def cpu_product() -> NewProduct:
+    """The fastest kind of product that works here."""
+    return PackedProduct if _works() else PlainProduct
 
 
 @torch.no_grad()
 def _works() -> bool:
     """Tries the operators, which a release of torch may change or leave out, and compares with what they stand for."""
     generator = torch.Generator().manual_seed(0)
-    affine = Affine(64, 32)
-    for parameter in affine.parameters():
-        parameter.normal_(generator=generator)
-    x = torch.randn(3, 64, generator=generator)
+    weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((32, 64), (32,), (3, 64)))
     try:
-        found = PackedAffine(affine)(x)
+        found = PackedProduct(weight, bias, clip=3.0)(x)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         _log.warning("prepacked products are not to be had with torch %s: %s", torch.__version__, error)
         return False
-    return torch.allclose(found, affine(x), atol=1e-4)
+    return torch.allclose(found, PlainProduct(weight, bias, clip=3.0)(x), atol=1e-4)

@@ -1,37 +1,41 @@
 import pytest
 import torch
-from bilm_model.affine import Affine
 from bilm_model.engine import packed
-from bilm_model.engine.packed import PackedAffine, pack_products, padded_rows
-from torch import nn
+from bilm_model.engine.packed import PackedProduct, PlainProduct, cpu_product, padded_rows
 
 
-def test_few_kernels_and_little_padding() -> None:
-    sizes = range(1, 4097)
-    assert all(n <= padded_rows(n) <= max(2, n * 9 / 8) for n in sizes)
-    assert len({padded_rows(n) for n in sizes}) < 120
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_packed_product_is_the_product(dtype: torch.dtype, clip: float | None, has_bias: bool) -> None:
+    if cpu_product() is not PackedProduct:
+        pytest.skip("this torch has no prepacked products")
+    generator = torch.Generator().manual_seed(1)
+    weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((40, 24), (40,), (7, 24)))
+    arguments = (weight.to(dtype), bias if has_bias else None, clip)
+    found, expected = (kind(*arguments)(x.to(dtype)) for kind in (PackedProduct, PlainProduct))
+    assert found.dtype == dtype
+    assert torch.allclose(found.float(), expected.float(), atol=1e-5 if dtype == torch.float32 else 0.2)
+    if clip is not None:
+        assert float(found.float().abs().max()) == clip
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("n_rows", [0, 1, 2, 63, 65, 100, 1000])
-def test_a_packed_product_is_the_product(n_rows: int, bias: bool) -> None:
-    torch.manual_seed(0)
-    affine = Affine(48, 20, bias=bias)
-    for parameter in affine.parameters():
-        nn.init.normal_(parameter)
-    affine.requires_grad_(False)
-    x = torch.randn(n_rows, 48)
-    assert torch.allclose(PackedAffine(affine)(x), affine(x), atol=1e-4)
-
-
-def test_without_the_operators_the_network_stays_as_it_is(
+def test_without_the_operators_plain_products_do(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def missing(affine: Affine) -> nn.Module:
-        raise AttributeError("no such operator")
+    class Gone(PackedProduct):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError("no such operator")
 
-    monkeypatch.setattr(packed, "PackedAffine", missing)
-    network = nn.Sequential(Affine(4, 4))
-    assert not pack_products(network)
-    assert isinstance(network[0], Affine)
-    assert "prepacked products are not to be had" in caplog.text
+    monkeypatch.setattr(packed, "PackedProduct", Gone)
+    assert cpu_product() is PlainProduct
+    assert "no such operator" in caplog.text
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 64, 65, 100, 1000, 1024, 1025, 70_000])
+def test_rows_are_rounded_up_to_few_numbers(n_rows: int) -> None:
+    assert n_rows <= padded_rows(n_rows) <= max(2, n_rows * 9 / 8 + 1)
+
+
+def test_the_numbers_are_few() -> None:
+    assert len({padded_rows(n) for n in range(64, 10_000)}) < 70

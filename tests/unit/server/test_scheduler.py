@@ -1,73 +1,136 @@
 from collections import defaultdict
 
-from bilm_server.scheduler import Scheduler
+from bilm_server.scheduler import LONG_STEPS, Decision, Room, Scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
 NEVER = float("inf")
-Waiting = st.lists(st.tuples(st.integers(0, 3), st.integers(2, 40)), max_size=40)
+Waiting = st.lists(st.tuples(st.integers(0, 3), st.one_of(st.integers(0, 40), st.integers(100, 300))), max_size=40)
 
 
-@given(Waiting, st.integers(1, 60))
-def test_nothing_is_lost_and_batches_stay_in_budget(waiting: list[tuple[int, int]], budget: int) -> None:
-    scheduler: Scheduler[int] = Scheduler(budget)
-    for item, (caller, rows) in enumerate(waiting):
-        scheduler.add(item, caller, rows, NEVER)
-    done: list[int] = []
-    while scheduler:
-        batch = scheduler.next_batch(0.0)
-        assert batch.items
-        assert len(batch.items) == 1 or sum(waiting[item][1] for item in batch.items) <= budget
-        done += batch.items
-    assert sorted(done) == list(range(len(waiting)))
-    by_caller = defaultdict(list)
-    for item in done:
-        by_caller[waiting[item][0]].append(item)
-    assert all(items == sorted(items) for items in by_caller.values())  # each caller's in order
+def scheduler_of(waiting: list[tuple[int, int]], room: Room) -> Scheduler[int]:
+    scheduler: Scheduler[int] = Scheduler(room)
+    for item, (caller, n_steps) in enumerate(waiting):
+        scheduler.add(item, caller, n_steps, NEVER)
+    return scheduler
 
 
-@given(Waiting)
+@given(Waiting, st.integers(1, 9), st.integers(400, 1000), st.randoms(use_true_random=False))
+def test_everyone_joins_within_the_room_and_each_caller_in_order(
+    waiting: list[tuple[int, int]], rows: int, steps: int, chance: object
+) -> None:
+    scheduler = scheduler_of(waiting, Room(rows, steps))
+    in_flight: list[int] = []
+    joined: list[int] = []
+    while scheduler or in_flight:
+        decision = scheduler.decide(0.0)
+        joined += decision.items
+        in_flight += decision.items
+        assert in_flight, "nothing in flight and nobody let in"
+        lengths = [waiting[item][1] for item in in_flight]
+        assert sum(lengths) <= steps
+        assert sum(1 for n in lengths if n) <= rows
+        assert scheduler.used == Room(sum(1 for n in lengths if n), sum(lengths))
+        gone = in_flight.pop(chance.randrange(len(in_flight)))  # type: ignore[attr-defined]
+        scheduler.release(waiting[gone][1])
+    assert sorted(joined) == list(range(len(waiting)))
+    assert scheduler.used == Room(0, 0)
+    by_lane = defaultdict(list)
+    for item in joined:
+        by_lane[waiting[item][0], waiting[item][1] > LONG_STEPS].append(item)
+    assert all(items == sorted(items) for items in by_lane.values())
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(2, 40)), max_size=40))
 def test_no_caller_gets_two_turns_while_another_waits_for_one(waiting: list[tuple[int, int]]) -> None:
-    scheduler: Scheduler[int] = Scheduler(1)  # one sentence a batch
-    for item, (caller, rows) in enumerate(waiting):
-        scheduler.add(item, caller, rows, NEVER)
+    scheduler = scheduler_of(waiting, Room(1, 100))  # one sentence at a time
     remaining: dict[int, int] = defaultdict(int)
     for caller, _ in waiting:
         remaining[caller] += 1
     turns: list[int] = []
     while scheduler:
-        caller = waiting[scheduler.next_batch(0.0).items[0]][0]
+        (item,) = scheduler.decide(0.0).items
+        caller, n_steps = waiting[item]
         since = turns[::-1].index(caller) if caller in turns else None
         if since is not None:
             between = set(turns[len(turns) - since :])
             assert {c for c, left in remaining.items() if left and c != caller} <= between
         turns.append(caller)
         remaining[caller] -= 1
+        scheduler.release(n_steps)
 
 
-def test_a_long_sentence_is_not_passed_over() -> None:
-    scheduler: Scheduler[str] = Scheduler(10)
-    for item, caller, rows in (("a", 1, 6), ("long", 2, 100), ("b", 3, 2)):
-        scheduler.add(item, caller, rows, NEVER)
-    assert [scheduler.next_batch(0.0).items for _ in range(3)] == [("a",), ("long",), ("b",)]
+def test_long_sentences_leave_room_for_short_ones() -> None:
+    scheduler: Scheduler[str] = Scheduler(Room(16, 100_000))
+    for i in range(40):
+        scheduler.add(f"long {i}", "documents", 2000, NEVER)
+    assert len(scheduler.decide(0.0).items) == 14
+    scheduler.add("short", "app", 12, NEVER)
+    assert scheduler.decide(0.0).items == ("short",)
 
 
-def test_what_is_late_is_handed_out_apart_and_costs_no_room() -> None:
-    scheduler: Scheduler[str] = Scheduler(10)
+def test_short_sentences_do_not_starve_a_long_one() -> None:
+    scheduler: Scheduler[str] = Scheduler(Room(8, 1000))
+    for i in range(8):
+        scheduler.add(f"short {i}", "app", 100, NEVER)
+    assert len(scheduler.decide(0.0).items) == 8
+    scheduler.add("long", "documents", 800, NEVER)
+    scheduler.add("short", "app", 100, NEVER)
+    for _ in range(5):
+        scheduler.release(100)
+        assert scheduler.decide(0.0).items == ()  # the long one's turn: nobody takes what it waits for
+    scheduler.release(100)
+    assert scheduler.decide(0.0).items == ("long",)
+    scheduler.release(100)
+    assert scheduler.decide(0.0).items == ("short",)
+
+
+def test_who_waits_for_other_long_ones_lets_short_ones_pass() -> None:
+    scheduler: Scheduler[str] = Scheduler(Room(8, 1000))
+    scheduler.add("long", 1, 600, NEVER)
+    scheduler.add("longer", 2, 700, NEVER)
+    scheduler.add("short", 3, 20, NEVER)
+    assert scheduler.decide(0.0).items == ("long", "short")
+    scheduler.release(600)
+    assert scheduler.decide(0.0).items == ("longer",)
+
+
+def test_a_caller_with_long_ones_has_its_turn_before_the_thousandth_of_another() -> None:
+    scheduler: Scheduler[str] = Scheduler(Room(1, 1000))
+    for i in range(100):
+        scheduler.add(f"short {i}", "bulk", 10, NEVER)
+    scheduler.add("long", "documents", 200, NEVER)
+    joined = []
+    for _ in range(3):
+        joined += scheduler.decide(0.0).items
+        scheduler.release(200 if joined[-1] == "long" else 10)
+    assert "long" in joined
+
+
+def test_what_is_late_is_handed_out_apart_and_takes_no_room() -> None:
+    scheduler: Scheduler[str] = Scheduler(Room(1, 10))
     scheduler.add("late", 1, 9, 5.0)
     scheduler.add("good", 2, 9, 5.1)
-    batch = scheduler.next_batch(5.0)
-    assert (batch.items, batch.expired) == (("good",), ("late",))
+    assert scheduler.decide(5.0) == Decision(("good",), ("late",))
     assert not scheduler
+    scheduler.add("late without room", 1, 9, 5.0)
+    assert scheduler.decide(6.0) == Decision((), ("late without room",))
 
 
 def test_a_caller_that_left_leaves_nothing() -> None:
-    scheduler: Scheduler[str] = Scheduler(10)
-    scheduler.add("a", 1, 2, NEVER)
-    scheduler.add("b", 2, 2, NEVER)
-    scheduler.add("c", 1, 2, NEVER)
+    scheduler: Scheduler[str] = Scheduler(Room(9, 1000))
+    for item, caller, n_steps in (("a", 1, 2), ("b", 2, 2), ("c", 1, 2), ("d", 1, 500)):
+        scheduler.add(item, caller, n_steps, NEVER)
     scheduler.discard(1)
     scheduler.discard("unknown")
-    assert scheduler.next_batch(0.0).items == ("b",)
+    assert scheduler.decide(0.0).items == ("b",)
     assert not scheduler
-    assert scheduler.next_batch(0.0).items == ()
+    assert scheduler.decide(0.0).items == ()
+
+
+def test_draining_takes_everything() -> None:
+    scheduler: Scheduler[str] = Scheduler(Room(1, 1000))
+    for item, n_steps in (("a", 2), ("b", 2), ("c", 500)):
+        scheduler.add(item, 1, n_steps, NEVER)
+    assert set(scheduler.drain()) == {"a", "b", "c"}
+    assert not scheduler

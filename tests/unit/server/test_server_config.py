@@ -13,11 +13,11 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flag_before_environment_before_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "bilm.toml"
-    file.write_text('threads = 1\nmax_batch_tokens = 11\nlisten = "unix:/tmp/x"\n')
-    monkeypatch.setenv("BILM_MAX_BATCH_TOKENS", "22")
+    file.write_text('threads = 1\nmax_rows = 11\nlisten = "unix:/tmp/x"\n')
+    monkeypatch.setenv("BILM_MAX_ROWS", "22")
     monkeypatch.setenv("BILM_THREADS", "2")
     config = load_config(["--config", str(file), "--threads", "3"])
-    assert (config.threads, config.max_batch_tokens, config.listen) == (3, 22, "unix:/tmp/x")
+    assert (config.threads, config.max_rows, config.listen) == (3, 22, "unix:/tmp/x")
 
 
 def test_the_file_may_be_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,9 +53,10 @@ def test_every_error_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str
             "max_waiting_tokens: must not be less than .*, 70000",
         ),
         (
-            ["--max-tokens-per-sentence", "70000"],
+            ["--max-tokens-per-sentence", "70000", "--max-tokens-in-flight", "100000"],
             "max_stream_tokens: must not be less than .*, 70000",
         ),
+        (["--max-tokens-per-sentence", "57343"], "max_tokens_per_sentence: must not be more than 57342"),
         (["--max-waiting-mib", "15"], "max_waiting_mib: must be at least 16"),
         (["--listen", "unix:"], "a Unix socket needs a path"),
         (["--listen", "h:70000"], "expected HOST:PORT"),

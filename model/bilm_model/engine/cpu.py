@@ -1,0 +1,260 @@
+"""The engine's CPU back end: one cell after another, each for all ticks of the round.
+
+A cell's weights stay in the caches from tick to tick that way, as far as they fit.
+
+Legend: R rows, N steps of the round, P projection, C cells, U different tokens.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bilm_model.affine import Affine
+from bilm_model.bilm import Bilm
+from bilm_model.characters import CharacterIds
+from bilm_model.engine.backend import Memory
+from bilm_model.engine.elementwise import Elementwise, TorchElementwise
+from bilm_model.engine.encoder import WindowEncoder
+from bilm_model.engine.packed import NewProduct, PackedProduct, Product, cpu_product, padded_rows
+from bilm_model.engine.plan import Indices, Round
+from bilm_model.engine.tokens import InputPlaces
+from bilm_model.errors import ConfigError
+from bilm_model.lstm import FORGET_BIAS, ClippedProjectedLstm
+
+_log = logging.getLogger(__name__)
+
+_MIN_PARALLEL = 2**20
+"""Multiply-adds of a product below which one thread does it. Threads that wait for one another at every small product
+gain little, and lose a lot when something else runs on one of their cores. The bits are the same."""
+
+_BLOCK_BYTES = 8 * 2**20
+"""Of a block of input halves: it should still be in the last-level cache when the ticks read it."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Cell:
+    """One layer of one direction.
+
+    Attributes:
+        input: x (N, P) -> its half of the gates (N, 4·C), biases included.
+        recurrent: h (R, P) -> the other half.
+        projection: (R, C) -> h (R, P), clipped; None where the cells' output is h.
+    """
+
+    input: Product
+    recurrent: Product
+    projection: Product | None
+
+    @classmethod
+    def of(cls, lstm: ClippedProjectedLstm, proj_clip: float, new_product: NewProduct) -> "_Cell":
+        return cls(
+            input=new_product(lstm.input.weight, _input_bias(lstm.input)),
+            recurrent=new_product(lstm.recurrent.weight),
+            projection=None if lstm.projection is None else new_product(lstm.projection.weight, clip=proj_clip),
+        )
+
+
+def _input_bias(affine: Affine) -> Tensor:
+    """The bias (4·C) with the forget gate's constant in it."""
+    assert affine.bias is not None  # noqa: S101 - an LSTM's input always has one
+    bias = affine.bias.detach().clone()
+    bias.chunk(4)[2].add_(FORGET_BIAS)
+    return bias
+
+
+class CpuBackend:
+    """See `backend.Backend`."""
+
+    def __init__(self, bilm: Bilm, memory: Memory, max_rows: int, input_cache_bytes: int) -> None:
+        """Lays the weights out; the biLM isn't needed any more after that.
+
+        Args:
+            bilm: its products in the format that they are to be computed in.
+            memory: on the CPU.
+            max_rows: rows of a round at most.
+            input_cache_bytes: for layer 1's input halves; 0: none are kept.
+
+        Raises:
+            ConfigError: if that isn't enough for one round.
+        """
+        config = self._config = bilm.config
+        self.memory = memory
+        new_product = cpu_product()
+        self._packed = new_product is PackedProduct
+        self._cells = [
+            [_Cell.of(lstm, config.proj_clip, new_product) for lstm in bilm.lstms(direction)] for direction in range(2)
+        ]
+        self._dtype = bilm.product_dtype
+        self._elementwise = _elementwise(self._dtype)
+        self._encoder = WindowEncoder(bilm.encoder, config, new_product, self._elementwise)
+        gate_bytes = 4 * config.cell_dim * self._dtype.itemsize
+        self.block_rows = max(1, _BLOCK_BYTES // gate_bytes)
+        # Rows that only fill up are computed, too: they must be finite, and not so small that they are slow
+        self._cells_out = torch.zeros(padded_rows(max_rows), config.cell_dim, dtype=self._dtype)
+        self._n_threads = torch.get_num_threads()
+        self._inputs = _InputCache.of(self, input_cache_bytes, gate_bytes, max(self.block_rows, max_rows))
+
+    @property
+    def name(self) -> str:
+        """See `Backend`."""
+        products = "prepacked oneDNN products" if self._packed else "plain products"
+        arithmetic = self._elementwise.name
+        return f"cpu (torch {torch.__version__}, {products}, {arithmetic}, {self._n_threads} threads)"
+
+    def encode(self, entries: Indices, ids: CharacterIds) -> None:
+        """See `Backend`."""
+        with self._threads(len(entries), self._config.n_filters):
+            self.memory.vectors[torch.from_numpy(entries)] = self._encoder(ids)
+
+    def forget(self, entries: Indices) -> None:
+        """See `Backend`."""
+        if self._inputs is not None:
+            self._inputs.places.forget(entries)
+
+    def run(self, plan: Round, entries: Indices) -> None:
+        """See `Backend`."""
+        with self._threads(plan.sizes[0], 4 * self._config.cell_dim):
+            self._run(plan, entries)
+
+    def _run(self, plan: Round, entries: Indices) -> None:
+        slots, last = torch.from_numpy(plan.slots), torch.from_numpy(plan.last)
+        padded_slots = torch.from_numpy(_padded(plan.slots))
+        if self._inputs is not None:
+            self._inputs.fill(entries)
+        for d in range(2):
+            places = torch.from_numpy(plan.places[d])
+            x: Tensor | None = None
+            for layer, cell in enumerate(self._cells[d]):
+                gates_x, index = self._first_inputs(d, entries[d]) if x is None else self._inputs_of(cell, x)
+                h, c = self.memory.h[layer, d], self.memory.c[layer, d]
+                y = self._run_cell(
+                    cell, gates_x, index, h.index_select(0, padded_slots), c, slots=slots, sizes=plan.sizes
+                )
+                h.index_copy_(0, slots, y.index_select(0, last))
+                # The sum is what the next layer reads and what is returned; the recurrence doesn't see it.
+                x = y if x is None or not self._config.use_skip_connections else y + x
+                self.memory.outputs[layer, d].index_copy_(0, places, x)
+
+    @contextmanager
+    def _threads(self, n_rows: int, width: int) -> Iterator[None]:
+        """Decides how many threads products of so many rows get, as wide as that on their wider side."""
+        parallel = n_rows * width * self._config.projection_dim >= _MIN_PARALLEL
+        torch.set_num_threads(self._n_threads if parallel else 1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._n_threads)
+
+    def _run_cell(
+        self,
+        cell: _Cell,
+        gates_x: Tensor,
+        index: Tensor,
+        h: Tensor,
+        c: Tensor,
+        *,
+        slots: Tensor,
+        sizes: tuple[int, ...],
+    ) -> Tensor:
+        """All ticks of a cell; h (padded R, P) float32 -> the outputs (N, P) float32 of all steps."""
+        outputs = []
+        h = h.to(self._dtype)
+        first = 0
+        for n_rows in sizes:
+            n_padded = padded_rows(n_rows)
+            gates_h, m = cell.recurrent(h[:n_padded]), self._cells_out[:n_padded]
+            step = index[first : first + n_rows]
+            self._elementwise.lstm(gates_h, gates_x, step, c, slots[:n_rows], clip=self._config.cell_clip, out=m)
+            h = m.clone() if cell.projection is None else cell.projection(m)
+            outputs.append(h[:n_rows])
+            first += n_rows
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).float()
+
+    def _first_inputs(self, direction: int, entries: Indices) -> tuple[Tensor, Tensor]:
+        """Layer 1's input halves, each different token's once, and the index (N,) of each step's."""
+        if self._inputs is not None:
+            return self._inputs.halves[direction], torch.from_numpy(self._inputs.places.places(entries))
+        distinct, index = np.unique(entries, return_inverse=True)
+        return self.input_halves(direction, distinct), torch.from_numpy(index)
+
+    def input_halves(self, direction: int, entries: Indices) -> Tensor:
+        """Layer 1's input halves (padded U, 4·C) of these tokens."""
+        x = self.memory.vectors[torch.from_numpy(_padded(entries))]
+        return self._cells[direction][0].input(x.to(self._dtype))
+
+    def _inputs_of(self, cell: _Cell, x: Tensor) -> tuple[Tensor, Tensor]:
+        n_steps = len(x)
+        padding = padded_rows(n_steps) - n_steps
+        x = torch.cat([x, x.new_zeros(padding, x.shape[1])]) if padding else x
+        return cell.input(x.to(self._dtype)), torch.arange(n_steps)
+
+
+@dataclass(frozen=True, eq=False)
+class _InputCache:
+    """Layer 1's input halves of the most recently used tokens.
+
+    Attributes:
+        halves: (2, places, 4·C).
+        places: whose they are.
+        backend: computes them.
+    """
+
+    halves: Tensor
+    places: InputPlaces
+    backend: CpuBackend
+
+    @classmethod
+    def of(cls, backend: CpuBackend, n_bytes: int, gate_bytes: int, round_rows: int) -> "_InputCache | None":
+        if n_bytes == 0:
+            return None
+        n_entries = len(backend.memory.vectors)
+        n_places = min(n_bytes // (2 * gate_bytes), n_entries)
+        needed = min(2 * round_rows, n_entries)
+        if n_places < needed:
+            mib = -(-needed * 2 * gate_bytes // 2**20)
+            raise ConfigError(f"input_cache_mib: expected 0 or at least {mib} for this model, found {n_bytes // 2**20}")
+        n_gates = gate_bytes // backend._dtype.itemsize
+        return cls(torch.empty(2, n_places, n_gates, dtype=backend._dtype), InputPlaces(n_entries, n_places), backend)
+
+    def fill(self, entries: Indices) -> None:
+        """Computes what is missing of these entries."""
+        missing, places = self.places.take(np.unique(entries))
+        if len(missing):
+            for direction, halves in enumerate(self.halves):
+                halves[torch.from_numpy(places)] = self.backend.input_halves(direction, missing)[: len(missing)]
+
+
+def _padded(indices: Indices) -> Indices:
+    """Filled up to the number of rows that are computed; what comes of the others is left."""
+    return np.pad(indices, (0, padded_rows(len(indices)) - len(indices)), mode="edge")
+
+
+def _elementwise(dtype: torch.dtype) -> Elementwise:
+    """The fastest arithmetic that works here."""
+    try:
+        # Not at the top: Numba, or what it needs of the platform, may be missing
+        from bilm_model.engine.fused import FusedElementwise  # noqa: PLC0415
+
+        fused = FusedElementwise(dtype)
+        _compare(fused, dtype)
+    except Exception as error:  # whatever keeps a kernel from being compiled or from computing what it should
+        _log.warning("the fused kernels are not to be had: %s", error)
+        return TorchElementwise()
+    return fused
+
+
+def _compare(fused: Elementwise, dtype: torch.dtype) -> None:
+    """Tries the kernel that matters most on a few numbers."""
+    generator = torch.Generator().manual_seed(0)
+    gates_h, gates_x = (torch.randn(3, 4 * 40, generator=generator).to(dtype) for _ in range(2))
+    index = torch.tensor([2, 0, 1])
+    found, expected = torch.zeros(2, 3, 40, dtype=dtype)
+    for elementwise, out in ((fused, found), (TorchElementwise(), expected)):
+        elementwise.lstm(gates_h, gates_x, index, torch.ones(3, 40), index, clip=3.0, out=out)
+    if not torch.allclose(found.float(), expected.float(), atol=1e-2 if dtype == torch.bfloat16 else 1e-5):
+        raise RuntimeError("they don't compute what they should")

@@ -1,0 +1,298 @@
+"""The engine's CUDA back end: a tick is a few kernels for both directions, captured as a graph for each number of rows.
+
+What decides the shape of it, at original size in bfloat16 on a GPU of the H100 class:
+- One row: a tick of a layer reads 42 MB of weights, 13 µs at 3.3 TB/s; a kernel's start costs 2 µs within a graph and
+  5 to 10 µs from Python. So: graphs, both directions in one product, four kernels a tick (product, gates, projection,
+  outputs), and several ticks to a graph. The projection has so few results (2·512) that a few of the 132
+  multiprocessors would read all of its weights: its cells are cut into slices, which are products of their own.
+- Many rows: a step of a layer is 0.11 µs of products at 700 TFLOP/s and as much for 350 KB of gates and cells. So:
+  gates in bfloat16, all that is between two products in one kernel, and biases in the input halves' products.
+- Python takes a millisecond for a round of a thousand rows: a round must be long enough to hide it.
+
+Legend: R rows, N steps of the round, P projection, C cells, K slices of the cells, U different tokens, S slots.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilm_model.affine import Affine
+from bilm_model.bilm import Bilm
+from bilm_model.characters import CharacterIds
+from bilm_model.engine.backend import Memory
+from bilm_model.engine.cuda_inputs import CachedInputs, FirstInputs, RoundInputs, multiply_inputs
+from bilm_model.engine.cuda_steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, fastest_steps
+from bilm_model.engine.elementwise import TorchElementwise
+from bilm_model.engine.encoder import WindowEncoder
+from bilm_model.engine.packed import PlainProduct
+from bilm_model.engine.plan import Indices, Round
+from bilm_model.engine.transfer import to_device
+from bilm_model.lstm import FORGET_BIAS
+
+_MIN_BLOCK_ROWS = 8192
+_TICKS_WHEN_FULL = 8
+_GRAPH_TICKS = (16, 4, 1)
+"""Of one graph: 22 ticks are four launches that way, not 22."""
+_EXACT_BUCKETS = 64
+_TILE = 128
+_MIN_SLICE = 256
+
+
+def row_bucket(n_rows: int) -> int:
+    """How many rows to compute for so many.
+
+    To 64 rows the time is that of reading the weights, and powers of two will do; beyond, steps of a quarter of the
+    power of two below.
+    """
+    if n_rows <= _EXACT_BUCKETS:
+        return 1 << (n_rows - 1).bit_length()
+    step = 1 << ((n_rows - 1).bit_length() - 3)
+    return -(-n_rows // step) * step
+
+
+def n_slices(n_rows: int, n_cells: int, n_components: int, n_multiprocessors: int) -> int:
+    """Into how many slices to cut the cells, so that the projection's tiles keep the multiprocessors busy."""
+    tiles = 2 * -(-n_rows // _TILE) * -(-n_components // _TILE)
+    n = 1
+    while 2 * n * tiles <= n_multiprocessors and n_cells % (2 * n) == 0 and n_cells // (2 * n) >= _MIN_SLICE:
+        n *= 2
+    return n
+
+
+@dataclass(frozen=True, eq=False)
+class _Cell:
+    """One layer, both directions.
+
+    Attributes:
+        input_weights: two of (P, 4·C).
+        input_biases: two of (4·C,), the forget gate's constant included.
+        recurrent: (2, P, 4·C).
+        projection: (2, C, P); None where the cells' output is h.
+    """
+
+    input_weights: tuple[Tensor, Tensor]
+    input_biases: tuple[Tensor, Tensor]
+    recurrent: Tensor
+    projection: Tensor | None
+
+    @classmethod
+    def of(cls, bilm: Bilm, layer: int) -> "_Cell":
+        forward, backward = (bilm.lstms(direction)[layer] for direction in range(2))
+        projections = [
+            lstm.projection.weight.detach().t() for lstm in (forward, backward) if lstm.projection is not None
+        ]
+        recurrent = torch.stack([lstm.recurrent.weight.detach() for lstm in (forward, backward)])
+        return cls(
+            input_weights=(forward.input.weight.detach().t(), backward.input.weight.detach().t()),
+            input_biases=(_input_bias(forward.input), _input_bias(backward.input)),
+            recurrent=recurrent.transpose(1, 2),
+            # Rows are cells: so a slice of the cells is a part of the memory, whatever its size
+            projection=torch.stack(projections).contiguous() if projections else None,
+        )
+
+
+def _input_bias(affine: Affine) -> Tensor:
+    """The bias (4·C) with the forget gate's constant in it, in the product's format."""
+    assert affine.bias is not None  # noqa: S101 - an LSTM's input always has one
+    bias = affine.bias.detach().clone()
+    bias.chunk(4)[2].add_(FORGET_BIAS)
+    return bias.to(affine.weight.dtype)
+
+
+class CudaBackend:
+    """See `backend.Backend`. On CPU tensors it runs without graphs, for tests."""
+
+    def __init__(
+        self,
+        bilm: Bilm,
+        memory: Memory,
+        max_rows: int,
+        max_ticks: int,
+        *,
+        input_cache_bytes: int = 0,
+        steps: Steps | None = None,
+    ) -> None:
+        """Moves the biLM to the memory's device and takes its parameters.
+
+        Args:
+            bilm: its products in the format that they are to be computed in.
+            memory: on the device to use.
+            max_rows: rows of a round at most.
+            max_ticks: ticks of a round at most.
+            input_cache_bytes: for layer 1's input halves; 0: none are kept.
+            steps: the arithmetic; None: the fastest that works.
+
+        Raises:
+            ConfigError: if that isn't enough for one round.
+        """
+        self._device = memory.vectors.device
+        # float32 means float32; and sums of bfloat16 products are in float32, too
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        config = self._config = bilm.to(self._device).config
+        self.memory = memory
+        self.block_rows = max(_MIN_BLOCK_ROWS, _TICKS_WHEN_FULL * max_rows)
+        self._encoder = WindowEncoder(bilm.encoder, config, PlainProduct, TorchElementwise())
+        self._cells = [_Cell.of(bilm, layer) for layer in range(config.n_layers)]
+        self._buckets = sorted({min(row_bucket(n), max_rows) for n in range(1, max_rows + 1)})
+        self._schedule = Schedule(self._device, max_ticks, max_rows, self.block_rows)
+        self._buffers = _Buffers(self._cells[0], self._device, self._buckets, self.block_rows)
+        cell, halves = self._cells[0], self._buffers.halves
+        first = RoundInputs(cell.input_weights, cell.input_biases, memory.vectors, halves)
+        self._first: FirstInputs = CachedInputs(first, input_cache_bytes) if input_cache_bytes else first
+        self._steps = steps or fastest_steps(self._device)
+        self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
+
+    @property
+    def name(self) -> str:
+        """See `Backend`."""
+        is_cuda = self._device.type == "cuda"
+        gpu = f" {torch.cuda.get_device_name(self._device)}" if is_cuda else ""
+        way = f"{len(self._graphs)} captured graphs" if self._graphs else "without graphs"
+        return f"{self._device}{gpu} (torch {torch.__version__}, {way}, {self._steps.name})"
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Captures the graphs, all of them: a capture takes milliseconds, and doesn't bear company.
+
+        To be called while nothing is in flight. Without it everything works, slowly.
+        """
+        if self._device.type != "cuda" or self._graphs:
+            return
+        self._schedule.clear()
+        stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            for bucket, layer in itertools.product(reversed(self._buckets), range(len(self._cells))):
+                self._schedule.clock.zero_()
+                self._tick(layer, bucket)  # compiles, and lets cuBLAS allocate, which a capture doesn't allow
+                for n_ticks in _GRAPH_TICKS:
+                    graph = torch.cuda.CUDAGraph()
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                    for _ in range(n_ticks):
+                        self._tick(layer, bucket)
+                    graph.capture_end()
+                    self._graphs[layer, bucket, n_ticks] = graph
+        stream.synchronize()
+
+    def encode(self, entries: Indices, ids: CharacterIds) -> None:
+        """See `Backend`."""
+        with self._on_device():
+            self.memory.vectors.index_copy_(0, to_device(entries, self._device), self._encoder(ids))
+
+    def forget(self, entries: Indices) -> None:
+        """See `Backend`."""
+        self._first.forget(entries)
+
+    def run(self, plan: Round, entries: Indices) -> None:
+        """See `Backend`. Returns before the device is done."""
+        n_rows, n_steps = len(plan.slots), plan.places.shape[1]
+        with self._on_device():
+            self._first.fill(self._schedule.send(plan, *self._first.plan(entries)))
+            slots = self._schedule.slots[:n_rows]
+            for layer, cell in enumerate(self._cells):
+                if layer:
+                    self._fill_halves(cell, n_steps)
+                self._buffers.h_next[:, :n_rows] = self.memory.h[layer].index_select(1, slots)
+                self._schedule.clock.zero_()
+                for bucket, n_ticks in self._stretches(plan.sizes):
+                    self._run_ticks(layer, bucket, n_ticks)
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
+
+    def _stretches(self, sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+        """Ticks one after another with the same bucket: which, and how many."""
+        for bucket, ticks in itertools.groupby(min(row_bucket(n), self._buckets[-1]) for n in sizes):
+            yield bucket, len(list(ticks))
+
+    def _run_ticks(self, layer: int, bucket: int, n_ticks: int) -> None:
+        if not self._graphs:
+            for _ in range(n_ticks):
+                self._tick(layer, bucket)
+            return
+        for of_graph in _GRAPH_TICKS:
+            n_replays, n_ticks = divmod(n_ticks, of_graph)
+            for _ in range(n_replays):
+                self._graphs[layer, bucket, of_graph].replay()
+
+    def _fill_halves(self, cell: _Cell, n_steps: int) -> None:
+        """A later layer's input halves: forward's steps, then backward's."""
+        x = self._buffers.x[:, :n_steps].to(cell.recurrent.dtype)
+        for d, out in enumerate(self._buffers.halves[: 2 * n_steps].split(n_steps)):
+            multiply_inputs(x[d], cell.input_weights[d], cell.input_biases[d], out)
+
+    def _tick(self, layer: int, bucket: int) -> None:
+        """The next tick of a layer; what it is about stands in the schedule."""
+        cell, config, memory, buffers = self._cells[layer], self._config, self.memory, self._buffers
+        gates_h, m, parts = buffers.of(bucket)
+        torch.bmm(buffers.h_next[:, :bucket], cell.recurrent, out=gates_h)
+        gates_x, column = (buffers.halves, LATER_INPUTS) if layer else (self._first.halves, FIRST_INPUTS)
+        self._steps.gates(self._schedule, column, gates_h, gates_x, memory.c[layer], clip=config.cell_clip, m=m)
+        if cell.projection is not None:
+            _multiply_exactly(m, cell.projection.view(len(m), m.shape[2], -1), parts)
+        self._steps.outputs(
+            self._schedule,
+            m if cell.projection is None else parts,
+            clip=float("inf") if cell.projection is None else config.proj_clip,
+            residual=config.use_skip_connections and layer > 0,
+            h=memory.h[layer],
+            h_next=buffers.h_next,
+            x=buffers.x,
+            outputs=memory.outputs[layer],
+        )
+
+
+class _Buffers:
+    """What the kernels of a round pass on to each other, always at the same addresses.
+
+    Attributes:
+        halves: (2·N, 4·C) input halves of the gates.
+        h_next: (2, R, P) recurrent outputs, one row after another.
+        x: (2, N, P) float32 what the layer reads, then what it returns.
+    """
+
+    def __init__(self, cell: _Cell, device: torch.device, buckets: list[int], max_steps: int) -> None:
+        (_, P, n_gates), dtype, max_rows = cell.recurrent.shape, cell.recurrent.dtype, buckets[-1]
+        self._n_gates, self._n_components, self._has_projection = n_gates, P, cell.projection is not None
+        is_cuda = device.type == "cuda"
+        # On a CPU, where nobody waits for it, as on an H100
+        n_processors = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 132
+        self._slices = {
+            bucket: n_slices(bucket, n_gates // 4, P, n_processors) if self._has_projection else 1 for bucket in buckets
+        }
+        self.halves = torch.empty(2 * max_steps, n_gates, dtype=dtype, device=device)
+        self.h_next = torch.zeros(2, max_rows, P, dtype=dtype, device=device)
+        self.x = torch.empty(2, max_steps, P, device=device)
+        self._gates_h = torch.empty(2 * max_rows * n_gates, dtype=dtype, device=device)
+        self._m = torch.empty(2 * max_rows * n_gates // 4, dtype=dtype, device=device)
+        n_parts = max(2 * n * bucket for bucket, n in self._slices.items())
+        self._parts = torch.empty(n_parts * P if self._has_projection else 0, device=device)
+
+    def of(self, bucket: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For so many rows: gates_h (2, R, 4·C), m (2·K, R, C/K) and parts (2·K, R, P) float32, see `Steps`."""
+        n_parts = 2 * self._slices[bucket]
+        shapes = (
+            (2, bucket, self._n_gates),
+            (n_parts, bucket, self._n_gates // 4 // (n_parts // 2)),
+            (n_parts, bucket, self._n_components) if self._has_projection else (0,),
+        )
+        buffers = (self._gates_h, self._m, self._parts)
+        gates_h, m, parts = (
+            buffer[: torch.Size(shape).numel()].view(shape) for buffer, shape in zip(buffers, shapes, strict=True)
+        )
+        return gates_h, m, parts
+
+
+def _multiply_exactly(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """A batched product into float32, whatever the factors' format."""
+    if x.dtype == out.dtype:
+        torch.bmm(x, weight, out=out)
+    elif x.is_cuda:
+        torch.bmm(x, weight, torch.float32, out=out)
+    else:
+        torch.bmm(x.float(), weight.float(), out=out)

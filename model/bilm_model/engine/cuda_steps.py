@@ -1,0 +1,263 @@
+"""What the CUDA back end does between the products of a tick, and how a tick knows what it is about.
+
+A captured graph can't be told anything: it reads from fixed addresses which tick it is, which rows run, and where their
+numbers are. The rows are those of a bucket, which may be more than run: the kernels leave the others alone; torch's
+operators can't, and compute the first row in their stead, which gives the same numbers at the same place once more.
+
+Legend: R rows of the bucket, N steps of the round, T ticks, K slices of the cells, S slots, A places, P projection,
+C cells.
+"""
+
+import logging
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bilm_model.engine.elementwise import TorchElementwise
+from bilm_model.engine.plan import Indices, Round
+
+_log = logging.getLogger(__name__)
+
+PLACES, FIRST_INPUTS, LATER_INPUTS = 0, 2, 4
+"""Columns of `Schedule.steps`, of the forward direction; the backward direction's is the next."""
+N_COLUMNS = 6
+
+
+class Schedule:
+    """A round's indices on the device, always at the same addresses.
+
+    Attributes:
+        clock: (2,) the tick that it is for the gates, and for the outputs. Each passes the tick on to the other, so
+            that no kernel changes what it reads.
+        begins: (T + 1,) each tick's first step.
+        slots: (R,) of the rows.
+        steps: (N, 6) the place of each step's output, and the rows of the input halves that it reads in the first and
+            in later layers, for both directions.
+    """
+
+    def __init__(self, device: torch.device, max_ticks: int, max_rows: int, max_steps: int) -> None:
+        """For rounds up to these sizes."""
+        self._max_ticks, self._max_rows, self._max_steps = max_ticks, max_rows, max_steps
+        self._slots_at = 2 + max_ticks + 1
+        self._steps_at = self._slots_at + max_rows
+        n_words = self._steps_at + (N_COLUMNS + 4) * max_steps
+        self._words = torch.zeros(n_words, dtype=torch.int64, device=device)
+        self.clock = self._words[:2]
+        self.begins = self._words[2 : self._slots_at]
+        self.slots = self._words[self._slots_at : self._steps_at]
+        self.steps = self._words[self._steps_at :][: N_COLUMNS * max_steps].view(max_steps, N_COLUMNS)
+        self._pages = [_Page(n_words, pinned=device.type == "cuda") for _ in range(2)]
+
+    def send(self, plan: Round, first_inputs: Indices, extra: Indices) -> Tensor:
+        """Starts the one transfer of a round.
+
+        Two rounds can be on their way; before it writes a third, this waits until the first has begun: so the device
+        always has work, and a newcomer isn't kept waiting by a long queue of it.
+
+        Args:
+            plan: what to do.
+            first_inputs: (2, N) the row of the first layer's input halves for each step.
+            extra: up to four numbers a step that are needed, too.
+
+        Returns:
+            These, on the device until the next round is sent.
+
+        Raises:
+            ValueError: if the round is larger than was said.
+        """
+        n_steps, n_ticks, n_rows = plan.places.shape[1], len(plan.sizes), len(plan.slots)
+        if n_steps > self._max_steps or n_ticks > self._max_ticks or n_rows > self._max_rows:
+            raise ValueError(f"a round of {n_rows} rows, {n_ticks} ticks and {n_steps} steps is too large")
+        page = self._pages[0]
+        self._pages.reverse()
+        words = page.words()
+        words[:2] = 0
+        words[2 : 3 + n_ticks] = np.cumsum((0, *plan.sizes))
+        words[self._slots_at : self._slots_at + n_rows] = plan.slots
+        extra_at = self._steps_at + N_COLUMNS * n_steps
+        steps = words[self._steps_at : extra_at].reshape(n_steps, N_COLUMNS)
+        later_inputs = np.arange(2 * n_steps).reshape(2, n_steps)
+        steps[:] = np.concatenate([plan.places, first_inputs, later_inputs]).T
+        end = extra_at + len(extra)
+        words[extra_at:end] = extra
+        page.send(self._words[:end])
+        return self._words[extra_at:end]
+
+    def clear(self) -> None:
+        """No row runs at any tick, and all indices are good ones."""
+        self._words.zero_()
+
+
+class _Page:
+    """Memory of the host that a device copies from."""
+
+    def __init__(self, n_words: int, *, pinned: bool) -> None:
+        self._host = torch.zeros(n_words, dtype=torch.int64, pin_memory=pinned)
+        # blocking: whoever waits sleeps, instead of asking again and again
+        self._read = torch.cuda.Event(blocking=True) if pinned else None
+
+    def words(self) -> Indices:
+        """To be written to, once the device has read what was there."""
+        if self._read is not None:
+            self._read.synchronize()
+        words: NDArray[np.int64] = self._host.numpy()
+        return words
+
+    def send(self, target: Tensor) -> None:
+        target.copy_(self._host[: len(target)], non_blocking=True)
+        if self._read is not None:
+            self._read.record()
+
+
+class Steps(Protocol):
+    """The arithmetic between the products of a tick, for both directions."""
+
+    @property
+    def name(self) -> str:
+        """What it is, for people to read."""
+
+    def gates(
+        self, schedule: Schedule, column: int, gates_h: Tensor, gates_x: Tensor, c: Tensor, *, clip: float, m: Tensor
+    ) -> None:
+        """One step of the cells of the rows that run.
+
+        Args:
+            schedule: which rows these are.
+            column: of `schedule.steps` with the rows of `gates_x`, forward.
+            gates_h: (2, R, 4·C) what the recurrent outputs add to the gates input, candidate, forget, output.
+            gates_x: (any, 4·C) what inputs add, biases and the forget gate's +1 included.
+            c: (2, S, C) float32 cells, changed in place.
+            clip: bound of the cells.
+            m: (2·K, R, C/K) gets σ(o)·tanh(c), in slices of the cells: forward's first.
+        """
+
+    def outputs(
+        self,
+        schedule: Schedule,
+        parts: Tensor,
+        *,
+        clip: float,
+        residual: bool,
+        h: Tensor,
+        h_next: Tensor,
+        x: Tensor,
+        outputs: Tensor,
+    ) -> None:
+        """What the step's outputs are, and everywhere that they are needed.
+
+        Args:
+            schedule: which rows run, and where their outputs go.
+            parts: (2·K, R, P) whose sums over the slices, forward's first, are the outputs.
+            clip: their bound.
+            residual: whether the layer's input is added to what it returns; the recurrence doesn't see it.
+            h: (2, S, P) float32 gets the outputs.
+            h_next: (2, ≥ R, P) likewise, in its format and for all rows in a row, for the next tick's product.
+            x: (2, ≥ N, P) float32 what the layer reads; gets what it returns.
+            outputs: (2, A, P) float32 likewise.
+        """
+
+
+class TorchSteps:
+    """One torch operator after another."""
+
+    name = "torch's elementwise operators"
+
+    def __init__(self) -> None:
+        self._elementwise = TorchElementwise()
+
+    def gates(
+        self, schedule: Schedule, column: int, gates_h: Tensor, gates_x: Tensor, c: Tensor, *, clip: float, m: Tensor
+    ) -> None:
+        """See `Steps`."""
+        n_rows, (_, _, n_cells) = gates_h.shape[1], c.shape
+        rows, steps = _rows_and_steps(schedule, schedule.clock[:1], n_rows)
+        schedule.clock[1:].copy_(schedule.clock[:1])
+        slots, slices = schedule.slots.index_select(0, rows), m.view(2, -1, n_rows, m.shape[2])
+        for d in range(2):
+            out = m.new_empty(n_rows, n_cells)
+            index = schedule.steps[:, column + d].index_select(0, steps)
+            self._elementwise.lstm(gates_h[d].index_select(0, rows), gates_x, index, c[d], slots, clip=clip, out=out)
+            slices[d] = out.view(n_rows, -1, m.shape[2]).transpose(0, 1)
+
+    def outputs(
+        self,
+        schedule: Schedule,
+        parts: Tensor,
+        *,
+        clip: float,
+        residual: bool,
+        h: Tensor,
+        h_next: Tensor,
+        x: Tensor,
+        outputs: Tensor,
+    ) -> None:
+        """See `Steps`."""
+        n_rows = parts.shape[1]
+        rows, steps = _rows_and_steps(schedule, schedule.clock[1:], n_rows)
+        torch.add(schedule.clock[1:], 1, out=schedule.clock[:1])
+        y = parts.float().view(2, -1, n_rows, parts.shape[2]).sum(1).clamp_(-clip, clip).index_select(1, rows)
+        h.index_copy_(1, schedule.slots.index_select(0, rows), y)
+        h_next[:, :n_rows] = y
+        if residual:
+            y += x.index_select(1, steps)
+        x.index_copy_(1, steps, y)
+        for d in range(2):
+            outputs[d].index_copy_(0, schedule.steps[:, PLACES + d].index_select(0, steps), y[d])
+
+
+def _rows_and_steps(schedule: Schedule, tick: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """The rows (R,), the first instead of those that don't run, and the steps that they make."""
+    first, end = (schedule.begins.index_select(0, tick + i) for i in (0, 1))
+    rows = torch.arange(n_rows, device=tick.device)
+    rows = torch.where(rows < end - first, rows, 0)
+    return rows, first + rows
+
+
+def fastest_steps(device: torch.device) -> Steps:
+    """The fastest arithmetic that works on a device."""
+    if device.type != "cuda":
+        return TorchSteps()
+    try:
+        # Not at the top: Triton, or the C compiler that it needs at run time, may be missing
+        from bilm_model.engine.triton_kernels import TritonSteps  # noqa: PLC0415
+
+        steps = TritonSteps()
+        check_steps(steps, device)
+    except Exception as error:  # whatever keeps a kernel from being compiled or from computing what it should
+        _log.warning("the Triton kernels are not to be had: %s", error)
+        return TorchSteps()
+    return steps
+
+
+def check_steps(steps: Steps, device: torch.device) -> None:
+    """Tries both kernels on a few numbers.
+
+    Raises:
+        RuntimeError: if they don't compute what `TorchSteps` does.
+    """
+    found, expected = (_sample(each, device) for each in (steps, TorchSteps()))
+    if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True)):
+        raise RuntimeError("they don't compute what they should")
+
+
+def _sample(steps: Steps, device: torch.device) -> list[Tensor]:
+    """What a step of two rows, in a bucket of four, leaves behind."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    schedule = Schedule(device, max_ticks=2, max_rows=4, max_steps=4)
+    schedule.begins.copy_(torch.tensor([0, 2, 4]))
+    schedule.slots[:2] = torch.tensor([3, 1])
+    schedule.steps.copy_(torch.tensor([[1, 2, 0, 3, 2, 1], [0, 1, 3, 1, 1, 0]]).repeat(2, 1))
+    c, m, h, h_next = numbers(2, 4, 32), torch.zeros(4, 4, 16, device=device), numbers(2, 4, 8), numbers(2, 4, 8)
+    x, outputs = numbers(2, 4, 8), numbers(2, 4, 8)
+    steps.gates(schedule, FIRST_INPUTS, numbers(2, 4, 128), numbers(4, 128), c, clip=0.8, m=m)
+    parts = numbers(4, 4, 8)
+    steps.outputs(schedule, parts, clip=0.5, residual=True, h=h, h_next=h_next, x=x, outputs=outputs)
+    # The other rows' are nobody's
+    return [schedule.clock.float(), m.view(2, 2, 4, 16)[:, :, :2], c, h, h_next[:, :2], x, outputs]

@@ -1,0 +1,88 @@
+"""What the engine does between products, plainly, in torch: the fallback, and what the fused kernels are tested with.
+
+Legend: R rows, C cells, N tokens, F filters, W windows of characters.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bilm_model.affine import sigmoid
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The windows of some tokens, token after token.
+
+    Attributes:
+        first: (N + 1,) each token's first window; the last entry is W.
+        start: (W,) the window's first character, counted in its token.
+        last_start: (F,) the last start at which each filter, as wide as it is, fits a token.
+    """
+
+    first: Tensor
+    start: Tensor
+    last_start: Tensor
+
+
+class Elementwise(Protocol):
+    """The arithmetic between products."""
+
+    @property
+    def name(self) -> str:
+        """What it is, for people to read."""
+
+    def lstm(
+        self, gates_h: Tensor, gates_x: Tensor, index: Tensor, c: Tensor, slots: Tensor, *, clip: float, out: Tensor
+    ) -> None:
+        """One step of R cells.
+
+        Args:
+            gates_h: (≥ R, 4·C) what the recurrent output adds to the gates input, candidate, forget, output.
+            gates_x: (any, 4·C) what inputs add, biases and the forget gate's +1 included.
+            index: (R,) int64, the row of `gates_x` for each row.
+            c: (any, C) float32 cells, changed in place.
+            slots: (R,) int64, all different, the row of `c` for each row.
+            clip: bound of the cells.
+            out: (≥ R, C) gets σ(o)·tanh(c) in its first R rows; the others stay as they are.
+        """
+
+    def highway(self, x: Tensor, z: Tensor) -> Tensor:
+        """X (N, F) float32, z (N, 2·F), the gate and the transform -> x + σ(gate)·(relu(transform) − x), float32."""
+
+    def peaks(self, responses: Tensor, windows: Windows, bias: Tensor, activation: str) -> Tensor:
+        """Responses (≥ W, F) -> (N, F) float32: the largest of each token's windows, plus the bias (F,), activated."""
+
+
+class TorchElementwise:
+    """One torch operator after another."""
+
+    name = "torch's elementwise operators"
+
+    def lstm(
+        self, gates_h: Tensor, gates_x: Tensor, index: Tensor, c: Tensor, slots: Tensor, *, clip: float, out: Tensor
+    ) -> None:
+        """See `Elementwise`."""
+        n_rows = len(index)
+        i, j, f, o = (gates_h[:n_rows].float() + gates_x[index].float()).chunk(4, dim=-1)
+        cells = (sigmoid(f) * c[slots] + sigmoid(i) * torch.tanh(j)).clamp_(-clip, clip)
+        c[slots] = cells
+        out[:n_rows] = sigmoid(o) * torch.tanh(cells)
+
+    def highway(self, x: Tensor, z: Tensor) -> Tensor:
+        """See `Elementwise`."""
+        gate, transform = z.float().chunk(2, dim=-1)
+        return x + sigmoid(gate) * (torch.relu(transform) - x)
+
+    def peaks(self, responses: Tensor, windows: Windows, bias: Tensor, activation: str) -> Tensor:
+        """See `Elementwise`."""
+        n_windows = len(windows.start)
+        fits = windows.start[:, None] <= windows.last_start
+        lengths = windows.first.diff()
+        token = torch.repeat_interleave(torch.arange(len(lengths), device=responses.device), lengths)
+        masked = responses[:n_windows].float().masked_fill(~fits, -torch.inf)
+        peaks = masked.new_full((len(lengths), masked.shape[1]), -torch.inf)
+        peaks = peaks.scatter_reduce_(0, token[:, None].expand_as(masked), masked, "amax") + bias
+        return torch.relu(peaks) if activation == "relu" else torch.tanh(peaks)

@@ -1,0 +1,339 @@
+"""The engine: sentences come in at any time, all that are in flight advance together, and each leaves when it is done.
+
+Cellular batching (BatchMaker: Gao et al., EuroSys 2018): an LSTM cell does the same work for every sentence, whatever
+the position, so sentences of any length and age share a tick, and nobody waits for a neighbour or pays for padding.
+
+Legend: L layers with the token layer, T tokens, D width, P projection, C cells.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bilm_model.bilm import Bilm
+from bilm_model.characters import bytes_ids, check_ids, with_boundaries
+from bilm_model.engine.backend import Backend, Memory
+from bilm_model.engine.cpu import CpuBackend
+from bilm_model.engine.plan import Indices, Round, Row, ticks_of_round
+from bilm_model.engine.tokens import CacheStats, TokenTable
+from bilm_model.errors import ModelError
+
+Precision = Literal["float32", "bfloat16"]
+
+_MAX_TICKS = 32
+"""Of a round: a newcomer waits for one to end, and more would save little, as each tick reads the weights anyway."""
+
+_MIB = 2**20
+_WARM_UP = (("The", "engine", "warms", "up", "."), ("Twice",))
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What can be chosen.
+
+    Attributes:
+        precision: of the products; everything else is in float32.
+        max_rows: sentences computed at a time.
+        max_tokens: tokens and boundaries of the sentences in flight; each takes (L - 1)·D·4 bytes for its outputs.
+        token_cache_mib: for vectors of tokens that no sentence in flight has; 0: none are kept.
+        input_cache_mib: for layer 1's input halves of the gates; 0: none are kept.
+    """
+
+    precision: Precision = "float32"
+    max_rows: int = 128
+    max_tokens: int = 65_536
+    token_cache_mib: int = 64
+    input_cache_mib: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Sentence:
+    """A sentence to run.
+
+    Attributes:
+        tokens: none empty, without boundaries.
+        state: h (L - 1, 2, P) and c (L - 1, 2, C) to go on from; None: zero.
+    """
+
+    tokens: Sequence[str]
+    state: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+
+    @property
+    def n_steps(self) -> int:
+        """Tokens and boundaries; a sentence without tokens has no boundaries either."""
+        return len(self.tokens) + 2 if self.tokens else 0
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedSentence:
+    """What came of it.
+
+    Attributes:
+        layers: (L, T + 2, D) with the boundaries, on the engine's device; (L, 0, D) without tokens.
+        h: (L - 1, 2, P) after the sentence, on the engine's device.
+        c: (L - 1, 2, C) likewise.
+    """
+
+    layers: Tensor
+    h: Tensor
+    c: Tensor
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A sentence in flight, as its owner knows it; the fields are the engine's."""
+
+    slot: int
+    places: Indices
+    entries: Indices
+    done: int = 0
+
+    def row(self) -> Row:
+        """For the planning of a round."""
+        return Row(self.slot, self.places, self.done)
+
+
+@dataclass
+class EngineStats:
+    """What has been done since the start.
+
+    Attributes:
+        ticks: of all rounds.
+        steps: of all rows, boundaries included.
+        cache: of token vectors.
+    """
+
+    cache: CacheStats
+    ticks: int = 0
+    steps: int = 0
+
+
+@dataclass(eq=False)
+class _Flight:
+    """Who is in flight, and what is free."""
+
+    n_slots: int
+    n_places: int
+    tickets: list[Ticket] = field(default_factory=list)
+    waiting_to_leave: list[tuple[Ticket, EmbeddedSentence]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.slots = list(range(self.n_slots))[::-1]
+        # As a stack, so that the same few places are used again and again: memory follows what is in flight
+        self.places: Indices = np.arange(self.n_places, dtype=np.int64)[::-1].copy()
+        self.n_free = self.n_places
+        self.entry_of_place = np.zeros(self.n_places, dtype=np.int64)
+
+    def enter(self, entries: Indices) -> Ticket:
+        n_steps = len(entries)
+        if not self.slots or n_steps > self.n_free:
+            raise ValueError(f"{n_steps} tokens and boundaries don't fit: {len(self.slots)} rows, {self.n_free} free")
+        self.n_free -= n_steps
+        places = self.places[self.n_free : self.n_free + n_steps].copy()
+        self.entry_of_place[places] = entries
+        ticket = Ticket(self.slots.pop(), places, entries)
+        self.tickets.append(ticket)
+        return ticket
+
+    def leave(self, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            self.tickets.remove(ticket)
+            self.slots.append(ticket.slot)
+            n_steps = len(ticket.places)
+            self.places[self.n_free : self.n_free + n_steps] = ticket.places
+            self.n_free += n_steps
+
+
+class Engine:
+    """Runs a biLM. Not safe for several threads at once."""
+
+    def __init__(self, bilm: Bilm, device: torch.device, options: EngineOptions = EngineOptions()) -> None:
+        """Takes a float32 biLM over; it is moved and rounded in place.
+
+        Raises:
+            ConfigError: if a cache is too small to be of use.
+        """
+        self.options, self._device, self._config = options, device, bilm.config
+        if options.precision == "bfloat16":
+            bilm.to_bfloat16_products()
+        vector_bytes = 4 * bilm.config.projection_dim
+        self._n_cached = options.token_cache_mib * _MIB // vector_bytes
+        memory = Memory.of(
+            bilm.config, device, options.max_rows, options.max_tokens, options.max_tokens + self._n_cached
+        )
+        self._backend = _new_backend(bilm, memory, options)
+        self._reset()
+
+    @property
+    def backend(self) -> str:
+        """Device and implementation, for people to read."""
+        return self._backend.name
+
+    @property
+    def free_rows(self) -> int:
+        """Sentences that can join."""
+        return len(self._flight.slots)
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens and boundaries that joining sentences may have."""
+        return self._flight.n_free
+
+    @property
+    def n_in_flight(self) -> int:
+        """Sentences that have joined and not come back."""
+        return len(self._flight.tickets) + len(self._flight.waiting_to_leave)
+
+    def warm_up(self) -> None:
+        """Runs a real batch, so that the first caller doesn't pay for what is done once.
+
+        To be called first in the thread that will use the engine, while nothing is in flight; what an error left
+        there is dropped.
+
+        Raises:
+            ModelError: if the results are not finite numbers.
+        """
+        # Torch hands the process's number of threads to OpenMP in each thread only when asked for it there; oneDNN,
+        # which doesn't ask, would use all cores.
+        torch.get_num_threads()
+        self._reset()
+        for embedded in self.run([Sentence(tokens) for tokens in _WARM_UP]):
+            if not bool(torch.isfinite(embedded.layers).all()):
+                raise ModelError("the warm-up pass gave values that are not finite numbers")
+        self._reset()
+
+    def run(self, sentences: Sequence[Sentence]) -> list[EmbeddedSentence]:
+        """Embeds sentences, any number of them, while nothing else is in flight.
+
+        Raises:
+            CharacterError: if a token is empty or not valid Unicode.
+            ValueError: if a sentence has more than `max_tokens` tokens and boundaries.
+        """
+        results: dict[Ticket, EmbeddedSentence] = {}
+        order: list[Ticket] = []
+        for sentence in sentences:
+            while self.n_in_flight and not (self.free_rows and sentence.n_steps <= self.free_tokens):
+                results.update(self.advance())
+            order.append(self.join(sentence))
+        while self.n_in_flight:
+            results.update(self.advance())
+        return [results[ticket] for ticket in order]
+
+    @torch.inference_mode()
+    def join(self, sentence: Sentence) -> Ticket:
+        """Takes a sentence in; `advance` will bring it back.
+
+        Raises:
+            CharacterError: if a token is empty or not valid Unicode.
+            ValueError: if it doesn't fit, see `free_rows` and `free_tokens`.
+        """
+        if not sentence.tokens:
+            return self._pass_through(sentence)
+        entries = self._table.enter(with_boundaries(sentence.tokens))
+        try:
+            ticket = self._flight.enter(entries)
+        except ValueError:
+            self._backend.forget(self._table.leave(entries))
+            raise
+        self._set_state(ticket.slot, sentence)
+        return ticket
+
+    @torch.inference_mode()
+    def advance(self) -> list[tuple[Ticket, EmbeddedSentence]]:
+        """Executes a round: all sentences in flight go on; returns those that have ended.
+
+        After an exception nothing can be said of what is in flight: `warm_up` drops it.
+        """
+        ended, self._flight.waiting_to_leave = self._flight.waiting_to_leave, []
+        if not self._flight.tickets:
+            return ended
+        tickets = list(self._flight.tickets)
+        n_ticks = ticks_of_round(len(tickets), self._backend.block_rows, _MAX_TICKS)
+        plan = Round.of([ticket.row() for ticket in tickets], n_ticks)
+        entries = self._flight.entry_of_place[plan.places]
+        self._encode(self._table.missing(entries))
+        self._backend.run(plan, entries)
+        self.stats.ticks += len(plan.sizes)
+        self.stats.steps += sum(plan.sizes)
+        for ticket in tickets:
+            ticket.done = min(ticket.done + n_ticks, len(ticket.places))
+        done = [ticket for ticket in tickets if ticket.done == len(ticket.places)]
+        if done:
+            ended += self._collect(done)
+            self._leave(done)
+        return ended
+
+    def leave(self, ticket: Ticket) -> None:
+        """Drops a sentence in flight that nobody waits for any more."""
+        if not len(ticket.places):
+            self._flight.waiting_to_leave = [pair for pair in self._flight.waiting_to_leave if pair[0] is not ticket]
+            return
+        self._leave([ticket])
+
+    def _leave(self, tickets: Sequence[Ticket]) -> None:
+        self._flight.leave(tickets)
+        self._backend.forget(self._table.leave(np.concatenate([ticket.entries for ticket in tickets])))
+
+    def _reset(self) -> None:
+        self._flight = _Flight(self.options.max_rows, self.options.max_tokens)
+        self._table = TokenTable(self.options.max_tokens, self._n_cached)
+        self._backend.forget(np.arange(self._table.capacity))
+        self.stats = EngineStats(self._table.stats)
+
+    def _encode(self, entries: Indices) -> None:
+        if len(entries):
+            ids = np.stack([bytes_ids(self._table.key(entry)) for entry in entries.tolist()])
+            check_ids(ids)
+            self._backend.encode(entries, ids)
+
+    def _set_state(self, slot: int, sentence: Sentence) -> None:
+        memory = self._backend.memory
+        for mine, part in zip((memory.h, memory.c), sentence.state or (None, None), strict=True):
+            if part is None:
+                mine[:, :, slot] = 0.0
+            else:
+                mine[:, :, slot] = torch.tensor(part, device=self._device)
+
+    def _collect(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, EmbeddedSentence]]:
+        """The results of sentences that have just ended, copied out of the engine's memory."""
+        memory, P = self._backend.memory, self._config.projection_dim
+        places, entries, slots = (
+            torch.from_numpy(array).to(self._device)
+            for array in (
+                np.concatenate([ticket.places for ticket in tickets]),
+                np.concatenate([ticket.entries for ticket in tickets]),
+                np.array([ticket.slot for ticket in tickets]),
+            )
+        )
+        layers = torch.empty(self._config.layer_count, len(places), 2 * P, device=self._device)
+        for d, half in enumerate(layers.split(P, dim=-1)):
+            half[0] = memory.vectors.index_select(0, entries)
+            # A step's outputs lie at the place of the token it read: both directions of a token at the same place
+            for layer, outputs in enumerate(memory.outputs[:, d]):
+                half[1 + layer] = outputs.index_select(0, places)
+        parts = layers.split([len(ticket.places) for ticket in tickets], dim=1)
+        h, c = (states[:, :, slots].unbind(2) for states in (memory.h, memory.c))
+        return [(ticket, EmbeddedSentence(*found)) for ticket, *found in zip(tickets, parts, h, c, strict=True)]
+
+    def _pass_through(self, sentence: Sentence) -> Ticket:
+        """A sentence without tokens has no vectors, and leaves the state as it is."""
+        config, none = self._config, np.zeros(0, dtype=np.int64)
+        ticket = Ticket(-1, none, none)
+        sizes = (config.projection_dim, config.cell_dim)
+        state = [
+            torch.zeros(config.n_layers, 2, size) if part is None else torch.tensor(part)
+            for size, part in zip(sizes, sentence.state or (None, None), strict=True)
+        ]
+        layers = torch.zeros(config.layer_count, 0, config.width)
+        layers, h, c = (tensor.to(self._device) for tensor in (layers, *state))
+        self._flight.waiting_to_leave.append((ticket, EmbeddedSentence(layers, h, c)))
+        return ticket
+
+
+def _new_backend(bilm: Bilm, memory: Memory, options: EngineOptions) -> Backend:
+    return CpuBackend(bilm, memory, options.max_rows, options.input_cache_mib * _MIB)

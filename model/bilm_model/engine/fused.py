@@ -1,0 +1,310 @@
+"""The arithmetic between products as fused kernels, compiled at start by Numba: no compiler is needed where this runs.
+
+The kernels run on the OpenMP threads that torch's products run on: a second pool would fight the first for the cores,
+since both wait for work by spinning. A row's numbers are computed by the same instructions wherever the row stands.
+"""
+
+import ctypes
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from bilm_model.engine.elementwise import Windows
+
+_log = logging.getLogger(__name__)
+
+# A thread takes whole blocks of columns; below so many numbers a second thread costs more than it brings.
+_BLOCK = 512
+_MIN_PARALLEL = 4096
+
+_THREAD_NUMBER = "bilm_omp_get_thread_num"
+_CONTRACT = {"contract", "nsz"}  # lets multiply and add become one instruction; NaN stays NaN
+
+# ---- what Numba lacks: memory by address, bfloat16, the thread's number --------------------------------------------
+
+_FLOAT, _INT16, _INT32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
+
+
+def _pointer_to(element: Any) -> Any:
+    @intrinsic
+    def pointer(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), generate
+
+    return pointer
+
+
+_float32s, _bfloat16s = _pointer_to(types.float32), _pointer_to(types.uint16)
+_int32s, _int64s = _pointer_to(types.int32), _pointer_to(types.int64)
+
+
+@intrinsic
+def _load(typing_context: Any, pointer: Any, index: Any) -> Any:
+    """The number there as float32; uint16 means bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(builder.gep(args[0], [args[1]]))
+        if pointer.dtype == types.uint16:
+            value = builder.bitcast(builder.shl(builder.zext(value, _INT32), _INT32(16)), _FLOAT)
+        return value
+
+    return types.float32(pointer, types.int64), generate
+
+
+@intrinsic
+def _store(typing_context: Any, pointer: Any, index: Any, value: Any) -> Any:
+    """Writes a float32; to bfloat16 it is rounded to the nearest, ties to even."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number = args[2]
+        if pointer.dtype == types.uint16:
+            bits = builder.bitcast(number, _INT32)
+            odd = builder.and_(builder.lshr(bits, _INT32(16)), _INT32(1))
+            rounded = builder.add(bits, builder.add(_INT32(0x7FFF), odd))
+            number = builder.trunc(builder.lshr(rounded, _INT32(16)), _INT16)
+        builder.store(number, builder.gep(args[0], [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.float32), generate
+
+
+@intrinsic
+def _thread_number(typing_context: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = builder.module.globals.get(_THREAD_NUMBER)
+        if function is None:
+            function = ir.Function(builder.module, ir.FunctionType(_INT32, []), _THREAD_NUMBER)
+        return builder.call(function, [])
+
+    return types.int32(), generate
+
+
+# ---- the arithmetic --------------------------------------------------------------------------------------------------
+
+# tanh(x) ≈ x·P(x²) / Q(x²) for |x| up to the limit, beyond which it is ±1 in float32; within 4e-7 of it.
+# The coefficients are those of Eigen's `ptanh` (generic_fast_tanh_float).
+_LIMIT = np.float32(7.90531110763549805)
+_P = tuple(
+    np.float32(coefficient)
+    for coefficient in (
+        4.89352455891786e-03,
+        6.37261928875436e-04,
+        1.48572235717979e-05,
+        5.12229709037114e-08,
+        -8.60467152213735e-11,
+        2.00018790482477e-13,
+        -2.76076847742355e-16,
+    )
+)
+_Q = tuple(
+    np.float32(coefficient)
+    for coefficient in (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06)
+)
+_HALF, _TWO = np.float32(0.5), np.float32(2.0)
+
+
+@njit(fastmath=_CONTRACT)
+def _tanh_ratio(x):  # type: ignore[no-untyped-def]
+    """Numerator and denominator of tanh(x); σ(2x) is (denominator + numerator) / (2·denominator)."""
+    x = _LIMIT if x > _LIMIT else x
+    x = -_LIMIT if x < -_LIMIT else x
+    s = x * x
+    p = x * (_P[0] + s * (_P[1] + s * (_P[2] + s * (_P[3] + s * (_P[4] + s * (_P[5] + s * _P[6]))))))
+    q = _Q[0] + s * (_Q[1] + s * (_Q[2] + s * _Q[3]))
+    return p, q
+
+
+@njit(fastmath=_CONTRACT, error_model="numpy")
+def _lstm_block(n, gates_h, gates_x, n_cells, c, m, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
+    """N neighbouring cells of a row; their four gates stand `n_cells` apart. Two divisions a cell."""
+    for k in range(n):
+        p_i, q_i = _tanh_ratio(_HALF * (_load(gates_h, k) + _load(gates_x, k)))
+        p_j, q_j = _tanh_ratio(_load(gates_h, k + n_cells) + _load(gates_x, k + n_cells))
+        p_f, q_f = _tanh_ratio(_HALF * (_load(gates_h, k + 2 * n_cells) + _load(gates_x, k + 2 * n_cells)))
+        p_o, q_o = _tanh_ratio(_HALF * (_load(gates_h, k + 3 * n_cells) + _load(gates_x, k + 3 * n_cells)))
+        # σ(f)·c + σ(i)·tanh(j), over one denominator
+        f_denominator, ij_denominator = _TWO * q_f, _TWO * q_i * q_j
+        kept, new = (q_f + p_f) * _load(c, k), (q_i + p_i) * p_j
+        cell = (kept * ij_denominator + new * f_denominator) / (f_denominator * ij_denominator)
+        cell = clip if cell > clip else cell
+        cell = -clip if cell < -clip else cell
+        _store(c, k, cell)
+        p_c, q_c = _tanh_ratio(cell)
+        _store(m, k, (q_o + p_o) * p_c / (_TWO * q_o * q_c))
+
+
+@njit(fastmath=_CONTRACT, error_model="numpy")
+def _highway_block(n, x, gate, transform, y):  # type: ignore[no-untyped-def]
+    for k in range(n):
+        p, q = _tanh_ratio(_HALF * _load(gate, k))
+        t = _load(transform, k)
+        t = np.float32(0.0) if t < np.float32(0.0) else t
+        _store(y, k, _load(x, k) + (q + p) / (_TWO * q) * (t - _load(x, k)))
+
+
+@njit(fastmath=_CONTRACT)
+def _raise_peaks(n, responses, start, last_start, peaks):  # type: ignore[no-untyped-def]
+    for k in range(n):
+        response = _load(responses, k)
+        if start <= last_start[k] and (response > peaks[k] or response != response):  # noqa: PLR0124 - NaN
+            peaks[k] = response
+
+
+@njit(fastmath=_CONTRACT, error_model="numpy")
+def _activate(n, peaks, bias, tanh):  # type: ignore[no-untyped-def]
+    for k in range(n):
+        x = peaks[k] + bias[k]
+        if tanh:
+            p, q = _tanh_ratio(x)
+            peaks[k] = p / q
+        else:
+            peaks[k] = np.float32(0.0) if x < np.float32(0.0) else x
+
+
+@njit
+def _share(n_units, n_threads):  # type: ignore[no-untyped-def]
+    """The units from..to of this thread."""
+    thread = _thread_number() if n_threads > 1 else 0
+    return n_units * thread // n_threads, n_units * (thread + 1) // n_threads
+
+
+# ---- kernels: void (int64 *arguments), arguments[0] the number of threads ------------------------------------------
+
+_Kernel = Any
+_kernel = cfunc(types.void(types.CPointer(types.int64)))
+
+
+def _compile_lstm(numbers: Any, n_bytes: int) -> _Kernel:
+    @_kernel
+    def lstm(arguments):  # type: ignore[no-untyped-def]
+        n_threads, n_rows, n_cells, block, gates_h, gates_x, index, c, slots, m = carray(arguments, 10)
+        clip = _float32s(arguments[10])[0]
+        n_blocks = (n_cells + block - 1) // block
+        first, end = _share(n_rows * n_blocks, n_threads)
+        for unit in range(first, end):
+            row, k = unit // n_blocks, unit % n_blocks * block
+            _lstm_block(
+                min(block, n_cells - k),
+                numbers(gates_h + (row * 4 * n_cells + k) * n_bytes),
+                numbers(gates_x + (_int64s(index)[row] * 4 * n_cells + k) * n_bytes),
+                n_cells,
+                _float32s(c + (_int64s(slots)[row] * n_cells + k) * 4),
+                numbers(m + (row * n_cells + k) * n_bytes),
+                clip,
+            )
+
+    return lstm
+
+
+def _compile_highway(numbers: Any, n_bytes: int) -> _Kernel:
+    @_kernel
+    def highway(arguments):  # type: ignore[no-untyped-def]
+        n_threads, n_rows, width, x, z, y = carray(arguments, 6)
+        first, end = _share(n_rows, n_threads)
+        for row in range(first, end):
+            gate, transform = z + row * 2 * width * n_bytes, z + (row * 2 + 1) * width * n_bytes
+            at = row * width * 4
+            _highway_block(width, _float32s(x + at), numbers(gate), numbers(transform), _float32s(y + at))
+
+    return highway
+
+
+def _compile_peaks(numbers: Any, n_bytes: int) -> _Kernel:
+    @_kernel
+    def peaks(arguments):  # type: ignore[no-untyped-def]
+        n_threads, n_tokens, width, responses, first_window, start, last_start, bias, tanh, y = carray(arguments, 10)
+        first, end = _share(n_tokens, n_threads)
+        for token in range(first, end):
+            largest = _float32s(y + token * width * 4)
+            for k in range(width):
+                largest[k] = -np.inf
+            for window in range(_int64s(first_window)[token], _int64s(first_window)[token + 1]):
+                at = responses + window * width * n_bytes
+                _raise_peaks(width, numbers(at), _int32s(start)[window], _int32s(last_start), largest)
+            _activate(width, largest, _float32s(bias), tanh != 0)
+
+    return peaks
+
+
+class FusedElementwise:
+    """`elementwise.Elementwise` on a CPU, for products in one format."""
+
+    def __init__(self, product_dtype: torch.dtype) -> None:
+        """Compiles the kernels; takes a second or two."""
+        self._parallel = _openmp()
+        numbers, n_bytes = (_bfloat16s, 2) if product_dtype == torch.bfloat16 else (_float32s, 4)
+        self._lstm = _compile_lstm(numbers, n_bytes)
+        self._highway = _compile_highway(numbers, n_bytes)
+        self._peaks = _compile_peaks(numbers, n_bytes)
+
+    @property
+    def name(self) -> str:
+        """What it is, for people to read."""
+        return "fused kernels" if self._parallel else "fused kernels on one thread"
+
+    def lstm(
+        self, gates_h: Tensor, gates_x: Tensor, index: Tensor, c: Tensor, slots: Tensor, *, clip: float, out: Tensor
+    ) -> None:
+        """See `Elementwise`."""
+        n_rows, n_cells = len(index), c.shape[1]
+        bound = ctypes.c_float(clip)
+        addresses = [tensor.data_ptr() for tensor in (gates_h, gates_x, index, c, slots, out)]
+        self._run(self._lstm, n_rows * n_cells, n_rows, n_cells, _BLOCK, *addresses, ctypes.addressof(bound))
+
+    def highway(self, x: Tensor, z: Tensor) -> Tensor:
+        """See `Elementwise`."""
+        y = torch.empty_like(x)
+        self._run(self._highway, x.numel(), *x.shape, x.data_ptr(), z.data_ptr(), y.data_ptr())
+        return y
+
+    def peaks(self, responses: Tensor, windows: Windows, bias: Tensor, activation: str) -> Tensor:
+        """See `Elementwise`."""
+        n_tokens, width = len(windows.first) - 1, responses.shape[1]
+        y = torch.empty(n_tokens, width)
+        tensors = (responses, windows.first, windows.start, windows.last_start, bias)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        self._run(self._peaks, responses.numel(), n_tokens, width, *addresses, activation == "tanh", y.data_ptr())
+        return y
+
+    def _run(self, kernel: _Kernel, n_numbers: int, *arguments: int) -> None:
+        # Always the whole team or none of it: OpenMP ends and begins threads when a team's size changes.
+        n_threads = torch.get_num_threads() if self._parallel and n_numbers >= _MIN_PARALLEL else 1
+        values = (ctypes.c_int64 * (1 + len(arguments)))(n_threads, *arguments)
+        if self._parallel and n_threads > 1:
+            self._parallel(kernel.address, values, n_threads, 0)
+        else:
+            kernel.ctypes(values)
+
+
+def _openmp() -> Callable[..., None] | None:
+    """`GOMP_parallel` of the OpenMP library that torch runs on; None where torch brought none, or another kind.
+
+    Source: libgomp's ABI, `void GOMP_parallel (void (*fn) (void *), void *data, unsigned num_threads, unsigned flags)`.
+    """
+    folder = Path(torch.__file__).parent
+    for path in (*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")):
+        library = ctypes.CDLL(str(path))  # loaded already: this only finds it
+        address = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value
+        llvm.add_symbol(_THREAD_NUMBER, address)
+        parallel = library.GOMP_parallel
+        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        parallel.restype = None
+        return parallel
+    _log.warning("found no libgomp beside torch: elementwise arithmetic runs on one thread")
+    llvm.add_symbol(_THREAD_NUMBER, ctypes.cast(_ZERO, ctypes.c_void_p).value)
+    return None
+
+
+_ZERO = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+"""Stands for the thread's number where there is one thread; never called then, but a symbol needs an address."""

@@ -1,0 +1,80 @@
+"""What one round of the engine does, as index arrays. Pure: no torch.
+
+Legend: R rows (sentences in flight), N steps of all rows of the round, 2 directions (forward, backward).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A sentence on its way.
+
+    Attributes:
+        slot: where its recurrent state is.
+        places: (T,) where the outputs of its tokens and boundaries go.
+        done: how many of its T steps it has made.
+    """
+
+    slot: int
+    places: Indices
+    done: int
+
+    @property
+    def remaining(self) -> int:
+        """Steps that it has still to make."""
+        return len(self.places) - self.done
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """Some ticks of all rows: at each tick, every row that has not ended makes one step in both directions.
+
+    Steps are laid out tick after tick. The rows with the most steps come first, so that at each tick the rows that
+    still run are the first ones.
+
+    Attributes:
+        slots: (R,) of the rows.
+        sizes: rows at each tick, never growing, N together.
+        places: (2, N) where each step's output goes, which is also whose token it reads.
+        last: (R,) for each row the index in N of its last step of the round.
+    """
+
+    slots: Indices
+    sizes: tuple[int, ...]
+    places: Indices
+    last: Indices
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], max_ticks: int) -> "Round":
+        """Plans a round of at most so many ticks for rows that all have steps left."""
+        rows = sorted(rows, key=lambda row: -row.remaining)
+        n_steps = np.minimum([row.remaining for row in rows], max_ticks)
+        begins = np.cumsum(n_steps) - n_steps
+        ticks = np.arange(n_steps.sum()) - np.repeat(begins, n_steps)
+        by_tick = np.argsort(ticks, kind="stable")
+        sizes = np.bincount(ticks)
+        steps = list(zip(rows, n_steps.tolist(), strict=True))
+        forward = np.concatenate([row.places[row.done : row.done + n] for row, n in steps])
+        backward = np.concatenate([row.places[::-1][row.done : row.done + n] for row, n in steps])
+        return cls(
+            slots=np.array([row.slot for row in rows], dtype=np.int64),
+            sizes=tuple(sizes.tolist()),
+            places=np.stack([forward[by_tick], backward[by_tick]]),
+            last=(np.cumsum(sizes) - sizes)[n_steps - 1] + np.arange(len(rows)),
+        )
+
+
+def ticks_of_round(n_rows: int, block_rows: int, max_ticks: int) -> int:
+    """How many ticks to do together: many for few rows, few for many.
+
+    The input halves of a round are computed in one block: with few rows it takes many ticks to fill a block, and only
+    a full one makes up for reading the weights; with many rows, more ticks would only keep newcomers waiting.
+    """
+    return max(1, min(max_ticks, block_rows // n_rows))

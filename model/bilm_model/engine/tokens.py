@@ -1,0 +1,144 @@
+"""Which token's vector is where: a table with room for the tokens in flight and a bounded cache. Pure: no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bilm_model.characters import read_bytes
+from bilm_model.engine.plan import Indices
+
+# Of a full cache, this share is given up together: finding the oldest takes a look at all.
+_EVICTED_SHARE = 16
+
+
+@dataclass
+class CacheStats:
+    """How often a vector was there already.
+
+    Attributes:
+        hits: tokens looked up and found, tokens of the same moment included.
+        misses: tokens to compute.
+    """
+
+    hits: int = 0
+    misses: int = 0
+
+
+class TokenTable:
+    """Entries by the bytes of a token that the model reads.
+
+    Entries of tokens in flight are pinned. Of the others, the most recently used stay, at most `n_cached`.
+    """
+
+    def __init__(self, n_in_flight: int, n_cached: int) -> None:
+        """Sets the sizes: tokens of the sentences in flight at most, and of the cache."""
+        self.capacity = n_in_flight + n_cached
+        self.stats = CacheStats()
+        self._n_cached = n_cached
+        self._entry_of: dict[bytes, int] = {}
+        self._keys: list[bytes] = [b""] * self.capacity
+        self._free = list(range(self.capacity))[::-1]
+        self._pins = np.zeros(self.capacity, dtype=np.int32)
+        self._known = np.zeros(self.capacity, dtype=bool)
+        self._used = np.zeros(self.capacity, dtype=np.int64)
+        self._idle = np.zeros(self.capacity, dtype=bool)
+        self._clock = 0
+
+    @property
+    def n_cached(self) -> int:
+        """Tokens kept although nobody needs them at the moment."""
+        return int(self._idle.sum())
+
+    def enter(self, tokens: Sequence[str]) -> Indices:
+        """The entries (T,) of a sentence's tokens, pinned until `leave`.
+
+        Raises:
+            CharacterError: if a token is empty or not valid Unicode; then nothing has changed.
+        """
+        keys = [read_bytes(token) for token in tokens]
+        entries = np.array([self._find(key) for key in keys], dtype=np.int64)
+        self._clock += 1
+        np.add.at(self._pins, entries, 1)
+        self._used[entries] = self._clock
+        self._idle[entries] = False
+        return entries
+
+    def leave(self, entries: Indices) -> Indices:
+        """Unpins what `enter` gave; returns the entries that stand for nothing any more."""
+        np.subtract.at(self._pins, entries, 1)
+        self._used[entries] = self._clock
+        self._idle[entries] = self._pins[entries] == 0
+        return self._evict()
+
+    def missing(self, entries: Indices) -> Indices:
+        """The different ones of these entries that have no vector; whoever asks computes them."""
+        distinct = np.unique(entries)
+        missing = distinct[~self._known[distinct]]
+        self._known[missing] = True
+        self.stats.misses += len(missing)
+        self.stats.hits += entries.size - len(missing)
+        return missing
+
+    def key(self, entry: int) -> bytes:
+        """The bytes of an entry's token, as many as the model reads."""
+        return self._keys[entry]
+
+    def _find(self, key: bytes) -> int:
+        entry = self._entry_of.get(key)
+        if entry is None:
+            entry = self._entry_of[key] = self._free.pop()
+            self._keys[entry] = key
+        return entry
+
+    def _evict(self) -> Indices:
+        idle = np.flatnonzero(self._idle)
+        if len(idle) <= self._n_cached:
+            return idle[:0]
+        n_evicted = len(idle) - self._n_cached + self._n_cached // _EVICTED_SHARE
+        victims = idle[np.argpartition(self._used[idle], n_evicted - 1)[:n_evicted]]
+        for entry in victims.tolist():
+            del self._entry_of[self._keys[entry]]
+            self._free.append(entry)
+        self._known[victims] = self._idle[victims] = False
+        return victims
+
+
+class InputPlaces:
+    """Which entries' input halves are kept, and where: the most recently used, at most `capacity`."""
+
+    def __init__(self, n_entries: int, capacity: int) -> None:
+        self.capacity = capacity
+        self._place = np.full(n_entries, -1, dtype=np.int64)
+        self._entry = np.full(capacity, -1, dtype=np.int64)
+        self._used = np.zeros(capacity, dtype=np.int64)
+        self._clock = 0
+
+    def take(self, entries: Indices) -> tuple[Indices, Indices]:
+        """Makes room for different entries, at most `capacity`.
+
+        Returns:
+            Those that are to be computed, and their places.
+        """
+        self._clock += 1
+        places = self._place[entries]
+        self._used[places[places >= 0]] = self._clock
+        missing = entries[places < 0]
+        if len(missing) == 0:
+            return missing, missing
+        free = np.argpartition(self._used, len(missing) - 1)[: len(missing)]
+        former = self._entry[free]
+        self._place[former[former >= 0]] = -1
+        self._entry[free], self._place[missing], self._used[free] = missing, free, self._clock
+        return missing, free
+
+    def places(self, entries: Indices) -> Indices:
+        """Where these entries' halves are, taken before."""
+        return self._place[entries]
+
+    def forget(self, entries: Indices) -> None:
+        """Entries that will stand for something else."""
+        places = self._place[entries]
+        places = places[places >= 0]
+        self._entry[places], self._used[places] = -1, 0
+        self._place[entries] = -1

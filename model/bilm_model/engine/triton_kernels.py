@@ -1,0 +1,178 @@
+"""The same as `cuda_steps.TorchSteps`, each step one Triton kernel.
+
+All arithmetic is in float32, whatever the formats in memory. A kernel is compiled once for each format, not for each
+bucket: numbers that differ from bucket to bucket are ordinary arguments, and Triton is told not to make much of them.
+
+Legend: see `cuda_steps`. A program computes one row's block of cells or components.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bilm_model.engine.cuda_steps import N_COLUMNS, PLACES, Schedule
+
+_BLOCK = 256
+"""Cells of a program: for one warp, 16 bytes of bfloat16 a thread, the widest access there is."""
+
+
+@triton.jit
+def _sigmoid(x):
+    # By the exponential of what is not positive: it can't overflow, and NaN stays NaN
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def _tanh(x):
+    # Off by 1e-7 at most, which is exact enough for what is multiplied by a gate
+    e = tl.exp(-2.0 * tl.abs(x))
+    y = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def _clip(x, bound):
+    # Comparisons with NaN are false, so it stays: tl.minimum would drop it
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+
+
+@triton.jit(do_not_specialize=["column", "n_bucket", "n_slices", "n_slots"])
+def _gates(  # noqa: PLR0917
+    clock,
+    begins,
+    slots,
+    steps,
+    gates_h,
+    gates_x,
+    c,
+    m,
+    clip,
+    column,
+    n_bucket,
+    n_slices,
+    n_slots,
+    n_cells,
+    n_slice_cells,
+    N_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, part, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    direction, piece = part // n_slices, part % n_slices
+    tick = tl.load(clock)
+    if row + part + block == 0:
+        tl.store(clock + 1, tick)
+    step = tl.load(begins + tick) + row
+    if step < tl.load(begins + tick + 1):
+        slot = tl.load(slots + row)
+        of_slice = block * BLOCK + tl.arange(0, BLOCK)
+        mask = of_slice < n_slice_cells
+        cell = piece * n_slice_cells + of_slice
+        from_h = gates_h + (direction * n_bucket + row) * 4 * n_cells + cell
+        from_x = gates_x + tl.load(steps + step * N_COLUMNS + column + direction) * 4 * n_cells + cell
+        i = tl.load(from_h, mask).to(tl.float32) + tl.load(from_x, mask).to(tl.float32)
+        j = tl.load(from_h + n_cells, mask).to(tl.float32) + tl.load(from_x + n_cells, mask).to(tl.float32)
+        f = tl.load(from_h + 2 * n_cells, mask).to(tl.float32) + tl.load(from_x + 2 * n_cells, mask).to(tl.float32)
+        o = tl.load(from_h + 3 * n_cells, mask).to(tl.float32) + tl.load(from_x + 3 * n_cells, mask).to(tl.float32)
+        cells = c + (direction * n_slots + slot) * n_cells + cell
+        state = _clip(_sigmoid(f) * tl.load(cells, mask) + _sigmoid(i) * _tanh(j), clip)
+        tl.store(cells, state, mask)
+        out = m + (part * n_bucket + row) * n_slice_cells + of_slice
+        tl.store(out, (_sigmoid(o) * _tanh(state)).to(m.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["residual", "n_bucket", "n_slices", "n_slots", "n_rows", "n_steps", "n_places"])
+def _outputs(  # noqa: PLR0917
+    clock,
+    begins,
+    slots,
+    steps,
+    parts,
+    h,
+    h_next,
+    x,
+    outputs,
+    clip,
+    residual,
+    n_bucket,
+    n_slices,
+    n_slots,
+    n_rows,
+    n_steps,
+    n_places,
+    n_components,
+    PLACES: tl.constexpr,
+    N_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, direction, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    tick = tl.load(clock + 1)
+    if row + direction + block == 0:
+        tl.store(clock, tick + 1)
+    step = tl.load(begins + tick) + row
+    if step < tl.load(begins + tick + 1):
+        component = block * BLOCK + tl.arange(0, BLOCK)
+        mask = component < n_components
+        y = tl.full((BLOCK,), 0.0, tl.float32)
+        for piece in range(n_slices):
+            part = parts + ((direction * n_slices + piece) * n_bucket + row) * n_components
+            y += tl.load(part + component, mask, other=0.0).to(tl.float32)
+        y = _clip(y, clip)
+        slot, place = tl.load(slots + row), tl.load(steps + step * N_COLUMNS + PLACES + direction)
+        tl.store(h + (direction * n_slots + slot) * n_components + component, y, mask)
+        tl.store(h_next + (direction * n_rows + row) * n_components + component, y.to(h_next.dtype.element_ty), mask)
+        stream = x + (direction * n_steps + step) * n_components + component
+        y += tl.load(stream, mask & (residual != 0), other=0.0)
+        tl.store(stream, y, mask)
+        tl.store(outputs + (direction * n_places + place) * n_components + component, y, mask)
+
+
+class TritonSteps:
+    """See `cuda_steps.Steps`. All tensors are contiguous."""
+
+    name = f"Triton {triton.__version__} kernels"
+
+    def gates(
+        self, schedule: Schedule, column: int, gates_h: Tensor, gates_x: Tensor, c: Tensor, *, clip: float, m: Tensor
+    ) -> None:
+        """See `Steps`."""
+        (_, n_slots, n_cells), (n_parts, n_bucket, n_slice_cells) = c.shape, m.shape
+        _gates[(n_bucket, n_parts, triton.cdiv(n_slice_cells, _BLOCK))](
+            *_of(schedule),
+            *(gates_h, gates_x, c, m, clip),
+            *(column, n_bucket, n_parts // 2, n_slots, n_cells, n_slice_cells),
+            N_COLUMNS=N_COLUMNS,
+            BLOCK=_BLOCK,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+
+    def outputs(
+        self,
+        schedule: Schedule,
+        parts: Tensor,
+        *,
+        clip: float,
+        residual: bool,
+        h: Tensor,
+        h_next: Tensor,
+        x: Tensor,
+        outputs: Tensor,
+    ) -> None:
+        """See `Steps`."""
+        n_parts, n_bucket, n_components = parts.shape
+        _outputs[(n_bucket, 2, triton.cdiv(n_components, _BLOCK))](
+            *_of(schedule),
+            *(parts, h, h_next, x, outputs, clip),
+            *(int(residual), n_bucket, n_parts // 2),
+            *(h.shape[1], h_next.shape[1], x.shape[1], outputs.shape[1], n_components),
+            PLACES=PLACES,
+            N_COLUMNS=N_COLUMNS,
+            BLOCK=_BLOCK,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+
+
+def _of(schedule: Schedule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return schedule.clock, schedule.begins, schedule.slots, schedule.steps

@@ -1,0 +1,24 @@
+"""The Triton kernels on a CPU, by Triton's interpreter."""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+from typing import cast
+from unittest import mock
+
+import bilm_model.engine.cuda_steps
+from bilm_model.engine.cuda_steps import Steps
+
+
+@functools.cache
+def interpreted_steps() -> Steps:
+    """Their interpreted twin. Which it is to be is decided where a kernel is defined: so the module is loaded again."""
+    path = Path(bilm_model.engine.cuda_steps.__file__).with_name("triton_kernels.py")
+    spec = importlib.util.spec_from_file_location("interpreted_triton_kernels", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        spec.loader.exec_module(module)
+    return cast(Steps, module.TritonSteps())

@@ -1,0 +1,80 @@
+"""The fused kernels against torch's operators."""
+
+import math
+
+import pytest
+import torch
+from bilm_model.engine.elementwise import TorchElementwise, Windows
+from bilm_model.engine.fused import FusedElementwise
+
+DTYPES = [torch.float32, torch.bfloat16]
+TORCH = TorchElementwise()
+FUSED = {dtype: FusedElementwise(dtype) for dtype in DTYPES}
+
+
+def numbers(*shape: int, scale: float = 2.0) -> torch.Tensor:
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_rows", "n_cells"), [(1, 1), (2, 37), (5, 512), (3, 1100), (130, 64)])
+@pytest.mark.parametrize("scale", [0.01, 2.0, 30.0])
+def test_lstm(dtype: torch.dtype, n_rows: int, n_cells: int, scale: float) -> None:
+    gates_h, gates_x = (numbers(n, 4 * n_cells, scale=scale).to(dtype) for n in (n_rows + 1, n_rows + 3))
+    index = torch.arange(n_rows).flip(0) + 3
+    slots = torch.randperm(n_rows + 2, generator=torch.Generator().manual_seed(0))[:n_rows]
+    index[-1] = index[0]
+    cells = [numbers(n_rows + 2, n_cells) for _ in range(2)]
+    outs = [torch.full((n_rows + 1, n_cells), 7.0, dtype=dtype) for _ in range(2)]
+    for elementwise, c, out in zip((TORCH, FUSED[dtype]), cells, outs, strict=True):
+        elementwise.lstm(gates_h, gates_x, index, c, slots, clip=1.5, out=out)
+    assert torch.allclose(cells[0], cells[1], atol=2e-6)
+    assert float(cells[1][slots].abs().max()) <= 1.5
+    assert torch.allclose(outs[0].float(), outs[1].float(), atol=3e-6 if dtype == torch.float32 else 0.008)
+    assert (outs[1][n_rows:] == 7.0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_stays_one(dtype: torch.dtype) -> None:
+    gates_h = torch.zeros(2, 4 * 8, dtype=dtype)
+    gates_h[1, 3] = math.nan
+    rows, c, out = torch.arange(2), torch.zeros(2, 8), torch.zeros(2, 8, dtype=dtype)
+    FUSED[dtype].lstm(gates_h, torch.zeros_like(gates_h), rows, c, rows, clip=3.0, out=out)
+    assert c[1, 3].isnan()
+    assert out[1, 3].isnan()
+    assert int(out.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_highway(dtype: torch.dtype) -> None:
+    x, z = numbers(9, 70), numbers(9, 140, scale=5.0).to(dtype)
+    assert torch.allclose(FUSED[dtype].highway(x, z), TORCH.highway(x, z), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_peaks(dtype: torch.dtype, activation: str) -> None:
+    lengths = torch.tensor([1, 4, 2, 50, 3])
+    first = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    start = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths.tolist()])
+    last_start = torch.tensor([49, 45, 40, 0], dtype=torch.int32).repeat(20)
+    responses, bias = numbers(len(start) + 2, 80).to(dtype), numbers(80, scale=0.5)
+    windows = Windows(first, start, last_start)
+    found, expected = (e.peaks(responses, windows, bias, activation) for e in (FUSED[dtype], TORCH))
+    assert found.dtype == expected.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_peak_that_is_not_a_number_stays_one() -> None:
+    windows = Windows(torch.tensor([0, 3]), torch.arange(3, dtype=torch.int32), torch.full((4,), 49, dtype=torch.int32))
+    responses = torch.ones(3, 4)
+    responses[1, 2] = math.nan
+    found = FUSED[torch.float32].peaks(responses, windows, torch.zeros(4), "relu")
+    assert found.isnan().tolist() == [[False, False, True, False]]
+
+
+def test_without_openmp_one_thread_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FUSED[torch.float32], "_parallel", None)
+    assert "one thread" in FUSED[torch.float32].name
+    test_lstm(torch.float32, 130, 64, 2.0)
+    test_highway(torch.float32)

@@ -1,0 +1,199 @@
+"""The kernels' numbers, by Triton's interpreter; whether they compile for a GPU, by its compiler, which needs none.
+
+Legend: see `cuda_steps`.
+
+The interpreter cuts float32 off where it makes bfloat16 of it; a GPU rounds. So bfloat16 may be off by one in the last
+of its 8 bits here.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from bilm_model.engine.cuda_steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, TorchSteps, check_steps
+from bilm_model.engine.elementwise import TorchElementwise
+from bilm_model.engine.plan import Round
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from interpreted import interpreted_steps
+
+CPU = torch.device("cpu")
+SIZES = ((3, 2), (1, 1), (5, 4))
+"""Rows at the first and at the second tick, which is the one that is looked at."""
+
+
+@pytest.fixture(params=["triton", "torch"])
+def steps(request: pytest.FixtureRequest) -> Steps:
+    return interpreted_steps() if request.param == "triton" else TorchSteps()
+
+
+class Setting:
+    """Random numbers for a step."""
+
+    def __init__(self, sizes: Sequence[int], n_bucket: int, n_slots: int = 6, n_places: int = 30) -> None:
+        self.random = np.random.default_rng(len(sizes) + n_bucket)
+        self.generator = torch.Generator().manual_seed(n_bucket)
+        self.n_rows, self.first, self.n_bucket = sizes[1], sizes[0], n_bucket
+        n_steps = sum(sizes)
+        self.plan = Round(
+            slots=self.random.permutation(n_slots)[: sizes[0]],
+            sizes=tuple(sizes),
+            places=np.stack([self.random.permutation(n_places)[:n_steps] for _ in range(2)]),
+            last=np.zeros(sizes[0], dtype=np.int64),
+        )
+        self.index = self.random.integers(0, 4, (2, n_steps))  # with repeats
+        self.schedule = Schedule(CPU, max_ticks=3, max_rows=n_slots, max_steps=n_steps + 5)
+        self.schedule.send(self.plan, self.index, np.zeros(0, dtype=np.int64))
+
+    def numbers(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (2 * torch.randn(shape, generator=self.generator)).to(dtype)
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    relative = 2**-7 if dtype == torch.bfloat16 else 0.0
+    return torch.allclose(found.float(), expected.float(), rtol=relative, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_cells", "n_slices"), [(1, 1), (40, 1), (40, 4), (256, 2), (300, 1), (1040, 4)])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_gates(steps: Steps, dtype: torch.dtype, n_cells: int, n_slices: int, sizes: tuple[int, int]) -> None:
+    s = Setting(sizes, n_bucket=6)
+    gates_h, gates_x = s.numbers(2, 6, 4 * n_cells, dtype=dtype), s.numbers(4, 4 * n_cells, dtype=dtype)
+    gates_h[0, 0, 0] = torch.nan
+    gates_h[1, 0] *= 100  # far where the exponential overflows
+    c = s.numbers(2, 6, n_cells)
+    expected_c = c.clone()
+    m = torch.full((2 * n_slices, 6, n_cells // n_slices), 7.0, dtype=dtype)
+    s.schedule.clock[0] = 1
+    steps.gates(s.schedule, FIRST_INPUTS, gates_h, gates_x, c, clip=0.75, m=m)
+    found = m.view(2, n_slices, 6, -1).transpose(1, 2).reshape(2, 6, n_cells)
+    for d in range(2):
+        slots = torch.from_numpy(s.plan.slots)[: s.n_rows]
+        index = torch.from_numpy(s.index[d, s.first :])
+        expected = torch.zeros(s.n_rows, n_cells, dtype=dtype)
+        TorchElementwise().lstm(gates_h[d], gates_x, index, expected_c[d], slots, clip=0.75, out=expected)
+        assert close(found[d, : s.n_rows], expected, dtype)
+    assert close(c, expected_c, torch.float32)
+    assert c[0, s.plan.slots[0], 0].isnan()
+    assert found[0, 0, 0].isnan()
+    assert s.schedule.clock.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("column", [FIRST_INPUTS, LATER_INPUTS])
+def test_each_direction_reads_its_own_input_halves(steps: Steps, column: int) -> None:
+    s = Setting((2, 2), n_bucket=2)
+    gates_x = s.numbers(2 * 4, 4 * 3)
+    c, m = torch.zeros(2, 6, 3), torch.zeros(2, 2, 3)
+    s.schedule.clock[0] = 1
+    steps.gates(s.schedule, column, torch.zeros(2, 2, 12), gates_x, c, clip=3.0, m=m)
+    rows = s.schedule.steps[2:4, column : column + 2].T
+    i, j, _, o = gates_x[rows].chunk(4, dim=-1)
+    assert close(m, torch.sigmoid(o) * torch.tanh(torch.sigmoid(i) * torch.tanh(j)), torch.float32)
+    if column == LATER_INPUTS:
+        assert rows.tolist() == [[2, 3], [6, 7]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_components", "n_slices"), [(1, 1), (12, 2), (256, 1), (300, 3)])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_outputs(  # noqa: PLR0917
+    steps: Steps, dtype: torch.dtype, n_components: int, n_slices: int, residual: bool, sizes: tuple[int, int]
+) -> None:
+    s = Setting(sizes, n_bucket=5)
+    parts = s.numbers(2 * n_slices, 5, n_components)
+    parts[0, 0, 0] = torch.nan
+    h, x, outputs = s.numbers(2, 6, n_components), s.numbers(2, 14, n_components), s.numbers(2, 30, n_components)
+    h_next = s.numbers(2, 6, n_components, dtype=dtype)
+    before = {"h": h.clone(), "x": x.clone(), "outputs": outputs.clone()}
+    s.schedule.clock[1] = 1
+    steps.outputs(s.schedule, parts, clip=0.5, residual=residual, h=h, h_next=h_next, x=x, outputs=outputs)
+    n, steps_of_tick = s.n_rows, slice(s.first, sum(sizes))
+    y = parts.view(2, n_slices, 5, n_components).sum(1).clamp(-0.5, 0.5)[:, :n]
+    before["h"][:, s.plan.slots[:n]] = y
+    z = y + before["x"][:, steps_of_tick] if residual else y
+    before["x"][:, steps_of_tick] = z
+    for d in range(2):
+        before["outputs"][d, s.plan.places[d, steps_of_tick]] = z[d]
+    for name, found in (("h", h), ("x", x), ("outputs", outputs)):
+        assert close(found, before[name], torch.float32), name
+    assert close(h_next[:, :n], y, dtype)
+    assert h[0, s.plan.slots[0], 0].isnan()
+    assert int(s.schedule.clock[0]) == 2
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "tanh"])
+def test_the_functions_are_exact(function: str) -> None:
+    """σ(o)·tanh(c) with one of the factors 1, over all that a gate can be."""
+    values = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e30, -100.0, -1e-30, 0.0, 1e-30, 100.0, 1e30])])
+    n = len(values)
+    is_tanh = function == "tanh"
+    s = Setting((1, 1), n_bucket=1)
+    gates_h, c, m = torch.zeros(2, 1, 4 * n), torch.zeros(2, 6, n), torch.zeros(2, 1, n)
+    i, j, f, o = gates_h.chunk(4, dim=-1)
+    # The cell becomes tanh(value), or 30, whose tanh is 1; then m is tanh(tanh(value)), or the output gate alone
+    i[:], j[:], f[:], o[:] = (100.0, values, -100.0, 100.0) if is_tanh else (0.0, 0.0, 100.0, values)
+    c[:] = 30.0
+    s.schedule.clock[0] = 1
+    interpreted_steps().gates(s.schedule, FIRST_INPUTS, gates_h, torch.zeros(4, 4 * n), c, clip=30.0, m=m)
+    found, expected = (
+        (c[:, s.plan.slots[0]], values.double().tanh()) if is_tanh else (m[:, 0], values.double().sigmoid())
+    )
+    assert (found - expected).abs().max() < 2e-7
+
+
+def test_the_check_at_the_start() -> None:
+    check_steps(interpreted_steps(), CPU)
+
+    class Wrong(TorchSteps):
+        def gates(
+            self,
+            schedule: Schedule,
+            column: int,
+            gates_h: Tensor,
+            gates_x: Tensor,
+            c: Tensor,
+            *,
+            clip: float,
+            m: Tensor,
+        ) -> None:
+            super().gates(schedule, column, gates_h, gates_x, c, clip=2 * clip, m=m)
+
+    with pytest.raises(RuntimeError, match="don't compute"):
+        check_steps(Wrong(), CPU)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_kernels_compile_for_a_gpu(dtype: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """For the H100's architecture, with accesses as wide as there are."""
+    import triton
+    from bilm_model.engine.triton_kernels import _gates, _outputs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    in_dtype = {"gates_h", "gates_x", "m", "h_next"}
+    pointers = dict.fromkeys(("clock", "begins", "slots", "steps"), "*i64")
+    pointers |= dict.fromkeys(("c", "parts", "h", "x", "outputs"), "*fp32") | dict.fromkeys(in_dtype, f"*{dtype}")
+    constants = {"N_COLUMNS": 6, "PLACES": 0, "BLOCK": 256}
+    sizes = {"n_cells", "n_slice_cells", "n_components"}
+    for kernel in (_gates, _outputs):
+        names = kernel.arg_names
+        scalar = {name: "fp32" if name == "clip" else "i32" for name in names} | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(
+            fn=kernel,
+            signature={name: pointers.get(name, scalar[name]) for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
+            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in sizes | set(pointers)},
+        )
+        with triton.knobs.cache.scope():
+            triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+            compiled = triton.compile(
+                source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1, "enable_fp_fusion": True}
+            )
+        assert compiled.asm["cubin"]
+        assert "ld.global.v4" in compiled.asm["ptx"]
+        assert "st.global.v4" in compiled.asm["ptx"]
