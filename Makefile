@@ -7,12 +7,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
+# Triton's Python package can't share an environment with our libraries: it needs older numpy and protobuf
+TRITON_VENV := .venv-triton
 # The oldest tools whose output we support: their versions set the floors of grpcio and protobuf in pyproject.toml.
 PROTO_TOOLS := grpcio-tools==1.74.0 protobuf==6.33.6 googleapis-common-protos==1.76.0 mypy-protobuf==5.1.0
 DATA ?= ../shared/data/wikitext-2
 RUN ?= runs/wikitext2-mini
 
-.PHONY: demo serve test test-slow check proto bench train clean
+.PHONY: demo serve test test-slow check proto bench bench-full bench-page train clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -37,8 +39,16 @@ check: $(VENV)/.dev $(PROTO_VENV)/.installed
 proto: $(PROTO_VENV)/.installed
 	$(PROTO_VENV)/bin/python proto/generate.py
 
-bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/in_process_and_served.py
+# under ten minutes on two cores, with nothing else running
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.bench
+
+# load sweeps, and what else one could run: about an hour
+bench-full: $(VENV)/.bench $(TRITON_VENV)/.installed
+	$(BIN)/python -m benchmarks.full --triton-python $(TRITON_VENV)/bin/python
+
+bench-page: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.page
 
 train: $(VENV)/.dev
 	$(BIN)/bilm-train run model/bilm_model/pretrained/wikitext2-mini.toml \
@@ -46,7 +56,7 @@ train: $(VENV)/.dev
 	$(BIN)/bilm-train eval model/bilm_model/pretrained/wikitext2-mini.toml $(RUN) $(DATA)/test.txt
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_VENV) $(TRITON_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or later; PYTHON=… names one")'
@@ -63,4 +73,14 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 $(PROTO_VENV)/.installed: Makefile
 	$(PYTHON) -m venv $(PROTO_VENV)
 	$(PROTO_VENV)/bin/pip install --quiet $(PROTO_TOOLS)
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
+$(TRITON_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/pip install --quiet nvidia-pytriton==0.7.0 tritonclient==2.73.0 torch==2.13.0 numba==0.68.1 \
+	  grpcio==1.85.1
 	touch $@

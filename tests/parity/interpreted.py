@@ -8,12 +8,17 @@ from typing import cast
 from unittest import mock
 
 import bilm_model.engine.cuda_steps
+import pytest
 from bilm_model.engine.cuda_steps import Steps
 
 
 @functools.cache
 def interpreted_steps() -> Steps:
-    """Their interpreted twin. Which it is to be is decided where a kernel is defined: so the module is loaded again."""
+    """Their interpreted twin. Which it is to be is decided where a kernel is defined: so the module is loaded again.
+
+    Triton's own functions stay compiled, for others to use; so the kernels do without those that are kernels, too.
+    """
+    pytest.importorskip("triton.language", reason="Triton is not installed")
     path = Path(bilm_model.engine.cuda_steps.__file__).with_name("triton_kernels.py")
     spec = importlib.util.spec_from_file_location("interpreted_triton_kernels", path)
     assert spec is not None

@@ -53,6 +53,9 @@ class Backend(Protocol):
     def name(self) -> str:
         """Device and implementation, for people to read."""
 
+    def prepare(self) -> None:
+        """Does once what takes long; called in the thread that will compute, while nothing is in flight."""
+
     def encode(self, entries: Indices, ids: CharacterIds) -> None:
         """Computes token vectors: character ids (N, 50) into `memory.vectors` at different entries (N,)."""
 

@@ -106,6 +106,12 @@ class CpuBackend:
         arithmetic = self._elementwise.name
         return f"cpu (torch {torch.__version__}, {products}, {arithmetic}, {self._n_threads} threads)"
 
+    def prepare(self) -> None:
+        """See `Backend`."""
+        # Torch hands the process's number of threads to OpenMP in each thread only when asked for it there; oneDNN,
+        # which doesn't ask, would use all cores.
+        torch.get_num_threads()
+
     def encode(self, entries: Indices, ids: CharacterIds) -> None:
         """See `Backend`."""
         with self._threads(len(entries), self._config.n_filters):

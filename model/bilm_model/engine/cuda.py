@@ -144,7 +144,8 @@ class CudaBackend:
         cell, halves = self._cells[0], self._buffers.halves
         first = RoundInputs(cell.input_weights, cell.input_biases, memory.vectors, halves)
         self._first: FirstInputs = CachedInputs(first, input_cache_bytes) if input_cache_bytes else first
-        self._steps = steps or fastest_steps(self._device)
+        with self._on_device():
+            self._steps = steps or fastest_steps(self._device)
         self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
 
     @property
@@ -164,6 +165,7 @@ class CudaBackend:
         if self._device.type != "cuda" or self._graphs:
             return
         self._schedule.clear()
+        graphs = {}
         stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
@@ -176,8 +178,9 @@ class CudaBackend:
                     for _ in range(n_ticks):
                         self._tick(layer, bucket)
                     graph.capture_end()
-                    self._graphs[layer, bucket, n_ticks] = graph
+                    graphs[layer, bucket, n_ticks] = graph
         stream.synchronize()
+        self._graphs = graphs
 
     def encode(self, entries: Indices, ids: CharacterIds) -> None:
         """See `Backend`."""

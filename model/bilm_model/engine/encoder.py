@@ -19,6 +19,7 @@ from bilm_model.characters import MAX_CHARACTERS, NO_TOKEN, PADDING, CharacterId
 from bilm_model.config import BilmConfig
 from bilm_model.engine.elementwise import Elementwise, Windows
 from bilm_model.engine.packed import NewProduct, Product, padded_rows
+from bilm_model.engine.transfer import to_device
 from bilm_model.highway import Highway
 
 _BLOCK_WINDOWS = 2048
@@ -82,14 +83,14 @@ class WindowEncoder:
         return self._to_device(characters), windows
 
     def _to_device(self, array: NDArray[np.int32 | np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return to_device(array, self._device)
 
 
 def _highway_product(highway: Highway, new_product: NewProduct) -> Product:
     """Gate and transform (2·F) together: they read the same input."""
     affines = (highway.gate, highway.transform)
-    biases = [affine.bias for affine in affines if affine.bias is not None]
-    return new_product(torch.cat([affine.weight for affine in affines]), torch.cat(biases))
+    biases = [affine.bias.detach() for affine in affines if affine.bias is not None]
+    return new_product(torch.cat([affine.weight.detach() for affine in affines]), torch.cat(biases))
 
 
 def _count_windows(ids: CharacterIds) -> NDArray[np.int64]:

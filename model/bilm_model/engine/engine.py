@@ -6,7 +6,7 @@ the position, so sentences of any length and age share a tick, and nobody waits 
 Legend: L layers with the token layer, T tokens, D width, P projection, C cells.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,12 +21,16 @@ from bilm_model.engine.backend import Backend, Memory
 from bilm_model.engine.cpu import CpuBackend
 from bilm_model.engine.plan import Indices, Round, Row, ticks_of_round
 from bilm_model.engine.tokens import CacheStats, TokenTable
+from bilm_model.engine.transfer import to_device
 from bilm_model.errors import ModelError
 
 Precision = Literal["float32", "bfloat16"]
 
 _MAX_TICKS = 32
 """Of a round: a newcomer waits for one to end, and more would save little, as each tick reads the weights anyway."""
+
+_COLLECTED_STEPS = 8192
+"""Steps of the results that one round copies out, or those of one longer sentence: bounds the memory for it."""
 
 _MIB = 2**20
 _WARM_UP = (("The", "engine", "warms", "up", "."), ("Twice",))
@@ -92,6 +96,11 @@ class Ticket:
     places: Indices
     entries: Indices
     done: int = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether only its results are still to be taken."""
+        return self.done == len(self.places)
 
     def row(self) -> Row:
         """For the planning of a round."""
@@ -198,10 +207,8 @@ class Engine:
         Raises:
             ModelError: if the results are not finite numbers.
         """
-        # Torch hands the process's number of threads to OpenMP in each thread only when asked for it there; oneDNN,
-        # which doesn't ask, would use all cores.
-        torch.get_num_threads()
         self._reset()
+        self._backend.prepare()
         for embedded in self.run([Sentence(tokens) for tokens in _WARM_UP]):
             if not bool(torch.isfinite(embedded.layers).all()):
                 raise ModelError("the warm-up pass gave values that are not finite numbers")
@@ -250,19 +257,10 @@ class Engine:
         After an exception nothing can be said of what is in flight: `warm_up` drops it.
         """
         ended, self._flight.waiting_to_leave = self._flight.waiting_to_leave, []
-        if not self._flight.tickets:
-            return ended
-        tickets = list(self._flight.tickets)
-        n_ticks = ticks_of_round(len(tickets), self._backend.block_rows, _MAX_TICKS)
-        plan = Round.of([ticket.row() for ticket in tickets], n_ticks)
-        entries = self._flight.entry_of_place[plan.places]
-        self._encode(self._table.missing(entries))
-        self._backend.run(plan, entries)
-        self.stats.ticks += len(plan.sizes)
-        self.stats.steps += sum(plan.sizes)
-        for ticket in tickets:
-            ticket.done = min(ticket.done + n_ticks, len(ticket.places))
-        done = [ticket for ticket in tickets if ticket.done == len(ticket.places)]
+        running = [ticket for ticket in self._flight.tickets if not ticket.is_done]
+        if running:
+            self._run_round(running)
+        done = _first_steps((ticket for ticket in self._flight.tickets if ticket.is_done), _COLLECTED_STEPS)
         if done:
             ended += self._collect(done)
             self._leave(done)
@@ -274,6 +272,17 @@ class Engine:
             self._flight.waiting_to_leave = [pair for pair in self._flight.waiting_to_leave if pair[0] is not ticket]
             return
         self._leave([ticket])
+
+    def _run_round(self, tickets: Sequence[Ticket]) -> None:
+        n_ticks = ticks_of_round(len(tickets), self._backend.block_rows, _MAX_TICKS)
+        plan = Round.of([ticket.row() for ticket in tickets], n_ticks)
+        entries = self._flight.entry_of_place[plan.places]
+        self._encode(self._table.missing(entries))
+        self._backend.run(plan, entries)
+        self.stats.ticks += len(plan.sizes)
+        self.stats.steps += sum(plan.sizes)
+        for ticket in tickets:
+            ticket.done = min(ticket.done + n_ticks, len(ticket.places))
 
     def _leave(self, tickets: Sequence[Ticket]) -> None:
         self._flight.leave(tickets)
@@ -297,13 +306,13 @@ class Engine:
             if part is None:
                 mine[:, :, slot] = 0.0
             else:
-                mine[:, :, slot] = torch.tensor(part, device=self._device)
+                mine[:, :, slot] = to_device(part, self._device)
 
     def _collect(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, EmbeddedSentence]]:
         """The results of sentences that have just ended, copied out of the engine's memory."""
         memory, P = self._backend.memory, self._config.projection_dim
         places, entries, slots = (
-            torch.from_numpy(array).to(self._device)
+            to_device(array, self._device)
             for array in (
                 np.concatenate([ticket.places for ticket in tickets]),
                 np.concatenate([ticket.entries for ticket in tickets]),
@@ -335,5 +344,22 @@ class Engine:
         return ticket
 
 
+def _first_steps(tickets: Iterable[Ticket], n_steps: int) -> list[Ticket]:
+    """The first of these sentences, as long as they have no more steps together; one at least."""
+    first: list[Ticket] = []
+    for ticket in tickets:
+        n_steps -= len(ticket.places)
+        if first and n_steps < 0:
+            break
+        first.append(ticket)
+    return first
+
+
 def _new_backend(bilm: Bilm, memory: Memory, options: EngineOptions) -> Backend:
-    return CpuBackend(bilm, memory, options.max_rows, options.input_cache_mib * _MIB)
+    input_cache_bytes = options.input_cache_mib * _MIB
+    if memory.vectors.is_cuda:
+        # Not at the top: it loads Triton, which a machine without a GPU needn't have
+        from bilm_model.engine.cuda import CudaBackend  # noqa: PLC0415
+
+        return CudaBackend(bilm, memory, options.max_rows, _MAX_TICKS, input_cache_bytes=input_cache_bytes)
+    return CpuBackend(bilm, memory, options.max_rows, input_cache_bytes)

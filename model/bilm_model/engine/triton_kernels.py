@@ -122,7 +122,8 @@ def _outputs(  # noqa: PLR0917
         tl.store(h + (direction * n_slots + slot) * n_components + component, y, mask)
         tl.store(h_next + (direction * n_rows + row) * n_components + component, y.to(h_next.dtype.element_ty), mask)
         stream = x + (direction * n_steps + step) * n_components + component
-        y += tl.load(stream, mask & (residual != 0), other=0.0)
+        if residual != 0:
+            y += tl.load(stream, mask, other=0.0)
         tl.store(stream, y, mask)
         tl.store(outputs + (direction * n_places + place) * n_components + component, y, mask)
 

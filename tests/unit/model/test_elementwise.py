@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from bilm_model.engine.elementwise import TorchElementwise, Windows
+from bilm_model.engine.elementwise import Elementwise, TorchElementwise, Windows
 from bilm_model.engine.fused import FusedElementwise
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -26,7 +26,8 @@ def test_lstm(dtype: torch.dtype, n_rows: int, n_cells: int, scale: float) -> No
     index[-1] = index[0]
     cells = [numbers(n_rows + 2, n_cells) for _ in range(2)]
     outs = [torch.full((n_rows + 1, n_cells), 7.0, dtype=dtype) for _ in range(2)]
-    for elementwise, c, out in zip((TORCH, FUSED[dtype]), cells, outs, strict=True):
+    both: tuple[Elementwise, ...] = (TORCH, FUSED[dtype])
+    for elementwise, c, out in zip(both, cells, outs, strict=True):
         elementwise.lstm(gates_h, gates_x, index, c, slots, clip=1.5, out=out)
     assert torch.allclose(cells[0], cells[1], atol=2e-6)
     assert float(cells[1][slots].abs().max()) <= 1.5

@@ -21,7 +21,8 @@ def encode(table: TokenTable, vectors: dict[int, bytes], entries: Indices) -> No
 def test_an_entry_always_holds_its_own_tokens_vector(
     n_cached: int, sentences: list[list[int]], chance: random.Random
 ) -> None:
-    table, vectors = TokenTable(40, n_cached), {}
+    table = TokenTable(40, n_cached)
+    vectors: dict[int, bytes] = {}
     in_flight: list[tuple[list[str], Indices]] = []
     for sentence in sentences:
         tokens = [f"w{number}" for number in sentence]
@@ -81,7 +82,8 @@ def test_a_bad_token_changes_nothing(bad: str) -> None:
 
 @given(st.lists(st.sets(st.integers(0, 19), min_size=1, max_size=6), max_size=40), st.randoms())
 def test_input_halves_are_where_they_were_put(rounds: list[set[int]], chance: random.Random) -> None:
-    places, held = InputPlaces(20, 6), {}
+    places = InputPlaces(20, 6)
+    held: dict[int, int] = {}
     for wanted in rounds:
         entries = np.array(sorted(wanted))
         missing, where = places.take(entries)

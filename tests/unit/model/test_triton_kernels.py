@@ -14,11 +14,8 @@ import torch
 from bilm_model.engine.cuda_steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, TorchSteps, check_steps
 from bilm_model.engine.elementwise import TorchElementwise
 from bilm_model.engine.plan import Round
-from torch import Tensor
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from interpreted import interpreted_steps
+from torch import Tensor
 
 CPU = torch.device("cpu")
 SIZES = ((3, 2), (1, 1), (5, 4))
@@ -170,7 +167,7 @@ def test_the_check_at_the_start() -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_kernels_compile_for_a_gpu(dtype: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """For the H100's architecture, with accesses as wide as there are."""
-    import triton
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
     from bilm_model.engine.triton_kernels import _gates, _outputs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

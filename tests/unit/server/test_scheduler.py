@@ -100,7 +100,7 @@ def test_a_caller_with_long_ones_has_its_turn_before_the_thousandth_of_another()
     for i in range(100):
         scheduler.add(f"short {i}", "bulk", 10, NEVER)
     scheduler.add("long", "documents", 200, NEVER)
-    joined = []
+    joined: list[str] = []
     for _ in range(3):
         joined += scheduler.decide(0.0).items
         scheduler.release(200 if joined[-1] == "long" else 10)

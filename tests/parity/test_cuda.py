@@ -1,0 +1,348 @@
+"""The CUDA back end against the reference: on CPU tensors everything but the graphs; where a GPU is, these too."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bilm_model.bilm import Bilm, BilmState, random_bilm
+from bilm_model.characters import character_ids, with_boundaries
+from bilm_model.config import BilmConfig
+from bilm_model.engine import cuda
+from bilm_model.engine import engine as engine_module
+from bilm_model.engine.cuda import CudaBackend, n_slices, row_bucket
+from bilm_model.engine.cuda_inputs import distinct
+from bilm_model.engine.cuda_steps import Schedule, Steps, TorchSteps, fastest_steps
+from bilm_model.engine.engine import EmbeddedSentence, Engine, EngineOptions, Precision, Sentence
+from bilm_model.engine.plan import Round, Row
+from bilm_model.engine.transfer import HostCopy, to_device
+from bilm_model.errors import ConfigError
+from bilm_model.weights.loading import load
+from interpreted import interpreted_steps
+from test_golden import Golden
+from test_oracle import CONFIGS
+
+# of torch's own way to find the peaks, once in a process
+pytestmark = pytest.mark.filterwarnings("ignore:index_reduce")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch sees none")
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+TOLERANCE = 1e-5
+SLICED = BilmConfig(char_dim=4, filters=((1, 6), (3, 10)), projection_dim=16, cell_dim=1024)
+"""Its projection is a product of several slices of the cells."""
+WIDE = BilmConfig(char_dim=8, filters=((1, 64), (3, 192)), projection_dim=64, cell_dim=512, n_highway=2)
+
+
+def bilm_of(config: BilmConfig) -> Bilm:
+    """Random weights and biases, as small as trained ones: larger weights would make every rounding grow."""
+    generator = torch.Generator().manual_seed(7)
+    tensors = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) if tensor.dim() == 1 else tensor
+        for name, tensor in random_bilm(config).state_dict().items()
+    }
+    return Bilm.from_tensors(config, tensors)
+
+
+def engine_of(
+    config: BilmConfig,
+    device: torch.device = CPU,
+    options: EngineOptions | None = None,
+    *,
+    steps: Steps | None = None,
+    bilm: Bilm | None = None,
+    prepare: bool = True,
+) -> Engine:
+    """An engine on this back end, whatever the device."""
+    options = options or EngineOptions()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def new_backend(bilm: Bilm, memory: Any, options: EngineOptions) -> CudaBackend:
+            n_bytes = options.input_cache_mib * 2**20
+            return CudaBackend(bilm, memory, options.max_rows, 32, input_cache_bytes=n_bytes, steps=steps)
+
+        patch.setattr(engine_module, "_new_backend", new_backend)
+        engine = Engine(bilm or bilm_of(config), device, options)
+    if prepare:
+        backend_of(engine).prepare()
+    return engine
+
+
+def backend_of(engine: Engine) -> CudaBackend:
+    backend = engine._backend
+    assert isinstance(backend, CudaBackend)
+    return backend
+
+
+def random_sentences(n: int, config: BilmConfig, max_tokens: int = 40, seed: int = 3) -> list[Sentence]:
+    """Of all lengths, every third with a state to go on from."""
+    shuffler, numbers = random.Random(seed), np.random.default_rng(seed)
+    words = [f"{'w' * shuffler.randrange(9)}{i}" for i in range(50)] + ["<S>", "대한민국", "x" * 60]
+
+    def state() -> tuple[Any, Any]:
+        # No further than the clips, as the states of a service are
+        h = numbers.uniform(-1, 1, (config.n_layers, 2, config.projection_dim)) * min(config.proj_clip, 0.9)
+        c = numbers.uniform(-1, 1, (config.n_layers, 2, config.cell_dim)) * min(config.cell_clip, 2)
+        return h.astype(np.float32), c.astype(np.float32)
+
+    return [
+        Sentence(shuffler.choices(words, k=shuffler.randrange(max_tokens + 1)), None if i % 3 else state())
+        for i in range(n)
+    ]
+
+
+def reference(bilm: Bilm, sentence: Sentence) -> EmbeddedSentence:
+    """By the plain network in float64."""
+    parts = None if sentence.state is None else [torch.from_numpy(part).double()[:, :, None] for part in sentence.state]
+    state = None if parts is None else BilmState(*parts)
+    ids = torch.from_numpy(character_ids(with_boundaries(sentence.tokens))).long()
+    layers, after = bilm(ids, [len(ids)], state)
+    return EmbeddedSentence(layers, after.h[:, :, 0], after.c[:, :, 0])
+
+
+def error(found: EmbeddedSentence, expected: EmbeddedSentence) -> float:
+    pairs = ((found.layers, expected.layers), (found.h, expected.h), (found.c, expected.c))
+    assert all(a.shape == b.shape for a, b in pairs)
+    return max(float((a.cpu() - b.cpu()).abs().max()) if a.numel() else 0.0 for a, b in pairs)
+
+
+def worst_error(engine: Engine, config: BilmConfig, sentences: Sequence[Sentence]) -> float:
+    bilm = bilm_of(config).double()
+    found = engine.run(sentences)
+    return max(error(each, reference(bilm, sentence)) for each, sentence in zip(found, sentences, strict=True))
+
+
+def worst_cosine(found: Sequence[EmbeddedSentence], expected: Sequence[EmbeddedSentence]) -> float:
+    pairs = [(a.layers.cpu().double(), b.layers.cpu().double()) for a, b in zip(found, expected, strict=True)]
+    return min(float(torch.cosine_similarity(a, b, dim=-1).min()) for a, b in pairs if a.numel())
+
+
+# ---- on CPU tensors ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[(8192, 8), (1, 0), (40, 0)], ids=["long rounds", "a tick a round", "short rounds"])
+def _rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    min_block_rows, ticks_when_full = request.param
+    monkeypatch.setattr(cuda, "_MIN_BLOCK_ROWS", max(min_block_rows, 7))
+    monkeypatch.setattr(cuda, "_TICKS_WHEN_FULL", ticks_when_full)
+
+
+@pytest.mark.usefixtures("_rounds")
+@pytest.mark.parametrize("config", [*CONFIGS.values(), SLICED], ids=[*CONFIGS.keys(), "sliced"])
+def test_agrees_with_the_reference(config: BilmConfig) -> None:
+    engine = engine_of(config, options=EngineOptions(max_rows=7))
+    assert worst_error(engine, config, random_sentences(30, config)) < TOLERANCE
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), SLICED], ids=[*CONFIGS.keys(), "sliced"])
+def test_the_kernels_agree_with_the_reference(config: BilmConfig) -> None:
+    engine = engine_of(config, options=EngineOptions(max_rows=5), steps=interpreted_steps())
+    assert "Triton" in engine.backend
+    assert worst_error(engine, config, random_sentences(8, config, max_tokens=8)) < TOLERANCE
+
+
+def test_agrees_with_the_other_back_end() -> None:
+    config = CONFIGS["as published"]
+    sentences = random_sentences(40, config)
+    found, expected = (
+        engine.run(sentences)
+        for engine in (engine_of(config, options=EngineOptions(max_rows=9)), Engine(bilm_of(config), CPU))
+    )
+    assert max(error(a, b) for a, b in zip(found, expected, strict=True)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["torch", "triton"])
+def test_bfloat16_products_stay_close(kind: str) -> None:
+    steps = TorchSteps() if kind == "torch" else interpreted_steps()
+    options = EngineOptions("bfloat16", max_rows=4)
+    sentences = random_sentences(8, SLICED, max_tokens=8)
+    found = engine_of(SLICED, options=options, steps=steps).run(sentences)
+    assert worst_cosine(found, Engine(bilm_of(SLICED), CPU).run(sentences)) > 0.999
+    assert all(part.dtype == torch.float32 for each in found for part in (each.layers, each.h, each.c))
+
+
+def test_those_who_are_not_in_flight_are_left_alone() -> None:
+    """Rows of a bucket that nobody has, and rows that have ended, keep their state: 5 rows are computed as 8."""
+    engine = engine_of(SLICED, options=EngineOptions(max_rows=8))
+    memory = backend_of(engine).memory
+    memory.c.fill_(7.0)
+    memory.h.fill_(7.0)
+    tickets = [engine.join(Sentence(["a"] * n)) for n in (1, 1, 3, 4, 5)]
+    while engine.n_in_flight:
+        engine.advance()
+    free = sorted(set(range(8)) - {ticket.slot for ticket in tickets})
+    assert (memory.c[:, :, free] == 7.0).all()
+    assert (memory.h[:, :, free] == 7.0).all()
+
+
+def test_a_stretch_of_ticks_is_put_together_from_graphs() -> None:
+    config, sentences = CONFIGS["as published"], random_sentences(30, CONFIGS["as published"])
+    engine = engine_of(config, options=EngineOptions(max_rows=7))
+    backend, replayed = backend_of(engine), set()
+
+    class Graph:
+        def __init__(self, layer: int, bucket: int, n_ticks: int) -> None:
+            self.key = (layer, bucket, n_ticks)
+
+        def replay(self) -> None:
+            layer, bucket, n_ticks = self.key
+            replayed.add(self.key)
+            for _ in range(n_ticks):
+                backend._tick(layer, bucket)
+
+    keys = list(itertools.product(range(2), (1, 2, 4, 7), (1, 4, 16)))
+    backend._graphs = {key: Graph(*key) for key in keys}  # type: ignore[misc]
+    assert worst_error(engine, config, sentences) < TOLERANCE
+    assert len(replayed) > len(keys) // 2
+
+
+@pytest.mark.usefixtures("_rounds")
+def test_input_halves_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS["as published"]
+    # So few entries that they are given up all the time
+    options = EngineOptions(max_rows=3, max_tokens=100, token_cache_mib=0, input_cache_mib=1)
+    engine = engine_of(config, options=options)
+    for seed in range(3):
+        assert worst_error(engine, config, random_sentences(20, config, seed=seed)) < TOLERANCE
+    monkeypatch.setattr(cuda, "_MIN_BLOCK_ROWS", 8192)
+    with pytest.raises(ConfigError, match="input_cache_mib: expected 0 or at least 20 for this model, found 1"):
+        engine_of(config, options=replace(options, max_tokens=65_536))
+
+
+def test_a_round_that_is_too_large_is_refused() -> None:
+    schedule = Schedule(CPU, max_ticks=2, max_rows=2, max_steps=8)
+    none = np.zeros(0, dtype=np.int64)
+    for n_rows, n_ticks in ((3, 1), (1, 3)):
+        plan = Round.of([Row(i, np.arange(3), 0) for i in range(n_rows)], n_ticks)
+        with pytest.raises(ValueError, match="too large"):
+            schedule.send(plan, plan.places, none)
+
+
+def test_buckets() -> None:
+    for n in range(1, 5000):
+        assert n <= row_bucket(n) <= max(2 * n - 1, 1)
+        assert n <= 64 or row_bucket(n) <= 1.25 * n
+        assert row_bucket(row_bucket(n)) == row_bucket(n)
+    assert len({row_bucket(n) for n in range(1, 1025)}) == 23
+
+
+def test_slices() -> None:
+    original = {rows: n_slices(rows, 4096, 512, 132) for rows in (1, 128, 256, 512, 1024, 4096)}
+    assert original == {1: 16, 128: 16, 256: 8, 512: 4, 1024: 2, 4096: 1}
+    assert n_slices(1, 4096 - 256, 512, 132) == 1 << 3
+    assert n_slices(1, 257, 8, 132) == 1
+
+
+def test_distinct() -> None:
+    generator = np.random.default_rng(1)
+    scratch = generator.integers(0, 9, 60)
+    for n in (1, 2, 10, 100):
+        entries = generator.integers(0, 60, n)
+        different, index = distinct(entries, scratch)
+        assert sorted(different.tolist()) == sorted(set(entries.tolist()))
+        assert (different[index] == entries).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and so the kernels work")
+def test_without_triton_torch_does(caplog: pytest.LogCaptureFixture) -> None:
+    assert isinstance(fastest_steps(GPU), TorchSteps)
+    assert "the Triton kernels are not to be had" in caplog.text
+
+
+def test_what_is_on_the_host_already() -> None:
+    numbers = torch.arange(6.0).view(2, 3)
+    copy = HostCopy(numbers[:, 1:])
+    assert copy.done()
+    assert copy.array().tolist() == [[1, 2], [4, 5]]
+    assert to_device(np.arange(3), CPU).tolist() == [0, 1, 2]
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["triton", "torch"])
+@pytest.mark.parametrize("config", [*CONFIGS.values(), SLICED], ids=[*CONFIGS.keys(), "sliced"])
+def test_gpu_agrees_with_the_reference(config: BilmConfig, kind: str) -> None:
+    steps = TorchSteps() if kind == "torch" else None
+    engine = engine_of(config, GPU, EngineOptions(max_rows=24), steps=steps)
+    assert "captured graphs" in engine.backend
+    assert ("Triton" in engine.backend) == (kind == "triton")
+    assert worst_error(engine, config, random_sentences(100, config)) < TOLERANCE
+
+
+@needs_gpu
+def test_gpu_golden_vectors(golden: Path) -> None:
+    vectors, bilm = Golden(golden), load(str(golden)).bilm
+    engine = engine_of(bilm.config, GPU, bilm=bilm)
+    found = engine.run([Sentence(tokens) for tokens in vectors.sentences])
+    for each, expected in zip(found, vectors.stateless, strict=True):
+        assert np.abs(each.layers[:, 1:-1].cpu().numpy() - expected).max(initial=0.0) < TOLERANCE
+
+
+@needs_gpu
+def test_gpu_graphs_change_nothing() -> None:
+    sentences = random_sentences(60, WIDE)
+    found, expected = (engine_of(WIDE, GPU, prepare=prepare).run(sentences) for prepare in (True, False))
+    assert max(error(a, b) for a, b in zip(found, expected, strict=True)) < 1e-6
+
+
+@needs_gpu
+def test_gpu_company_changes_little() -> None:
+    """The bound that is stated for GPUs: 1e-5 in float32, a cosine of 0.9999 in bfloat16."""
+    sentences = random_sentences(300, WIDE)
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    for precision in precisions:
+        engine = engine_of(WIDE, GPU, EngineOptions(precision, max_rows=256))
+        together = engine.run(sentences)
+        alone = [engine.run([sentence])[0] for sentence in sentences]
+        if precision == "float32":
+            assert max(error(a, b) for a, b in zip(together, alone, strict=True)) < TOLERANCE
+        assert worst_cosine(together, alone) > 0.9999
+
+
+@needs_gpu
+def test_gpu_bfloat16_products_stay_close() -> None:
+    sentences = random_sentences(100, WIDE)
+    found, expected = (
+        engine_of(WIDE, GPU, EngineOptions(precision)).run(sentences) for precision in ("bfloat16", "float32")
+    )
+    assert worst_cosine(found, expected) > 0.9995
+
+
+@needs_gpu
+def test_gpu_input_halves_can_be_kept() -> None:
+    config = CONFIGS["as published"]
+    options = EngineOptions(max_rows=9, max_tokens=1000, token_cache_mib=0, input_cache_mib=16)
+    engine = engine_of(config, GPU, options)
+    for seed in range(3):
+        assert worst_error(engine, config, random_sentences(50, config, seed=seed)) < TOLERANCE
+
+
+@needs_gpu
+def test_gpu_a_round_waits_for_nothing() -> None:
+    backend = backend_of(engine_of(SLICED, GPU))
+    with torch.inference_mode():
+        backend.encode(np.arange(3), character_ids(["a", "b", "c"]))
+        torch.cuda.synchronize()
+        plan = Round.of([Row(i, np.arange(5) + 5 * i, 0) for i in range(4)], 5)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(4):
+                backend.run(plan, np.zeros_like(plan.places))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_gpu_copies_to_the_host() -> None:
+    numbers = torch.arange(1_000_000, device=GPU).view(1000, 1000)
+    copies = [HostCopy(numbers * i) for i in range(5)] + [HostCopy(numbers[:, 7:9])]
+    for i, copy in enumerate(copies[:-1]):
+        assert (copy.array() == numbers.cpu().numpy() * i).all()
+        assert copy.done()
+    assert (copies[-1].array() == numbers.cpu().numpy()[:, 7:9]).all()
