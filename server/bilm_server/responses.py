@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import torch
 from bilm_api.v1 import embed_pb2
 from google.protobuf.duration_pb2 import Duration
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bilm_server.inference import Outcome
@@ -23,12 +21,11 @@ _WIRE_TYPES: dict[DataType, tuple[torch.dtype, embed_pb2.DataType]] = {
 }
 
 
-def wire_array(vectors: Tensor, data_type: DataType) -> NDArray[np.generic]:
-    """Numbers in the format of the wire, on the host; bfloat16, which numpy lacks, as the uint16 of its bits."""
-    # Copied even where nothing changes: a slice of the batch would keep the whole batch in memory
-    converted = vectors.to(_WIRE_TYPES[data_type][0], copy=True, memory_format=torch.contiguous_format).cpu()
-    array = (converted.view(torch.int16) if data_type == "bfloat16" else converted).numpy()
-    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+def wire_tensor(vectors: Tensor, data_type: DataType) -> Tensor:
+    """Numbers in the format of the wire, on their device; bfloat16, which numpy lacks, as the integers of its bits."""
+    # Copied even where nothing changes: a part of several sentences' results would keep all of them in memory
+    converted = vectors.to(_WIRE_TYPES[data_type][0], copy=True, memory_format=torch.contiguous_format)
+    return converted.view(torch.int16) if data_type == "bfloat16" else converted
 
 
 def embedding(sentence: PreparedSentence, outcome: Outcome, wanted: Wanted, model: ServedModel) -> embed_pb2.Embedding:

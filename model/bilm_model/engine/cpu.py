@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from bilm_model.affine import Affine
 from bilm_model.bilm import Bilm
 from bilm_model.characters import CharacterIds
+from bilm_model.config import BilmConfig
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.elementwise import Elementwise, TorchElementwise
 from bilm_model.engine.encoder import WindowEncoder
@@ -25,6 +27,9 @@ from bilm_model.engine.plan import Indices, Round
 from bilm_model.engine.tokens import InputPlaces
 from bilm_model.errors import ConfigError
 from bilm_model.lstm import FORGET_BIAS, ClippedProjectedLstm
+
+if TYPE_CHECKING:
+    from bilm_model.engine.recurrence import Recurrence
 
 _log = logging.getLogger(__name__)
 
@@ -44,18 +49,22 @@ class _Cell:
         input: x (N, P) -> its half of the gates (N, 4·C), biases included.
         recurrent: h (R, P) -> the other half.
         projection: (R, C) -> h (R, P), clipped; None where the cells' output is h.
+        alone: all ticks in one kernel, for few rows; None where there is no such thing.
     """
 
     input: Product
     recurrent: Product
     projection: Product | None
+    alone: "Recurrence | None"
 
     @classmethod
-    def of(cls, lstm: ClippedProjectedLstm, proj_clip: float, new_product: NewProduct) -> "_Cell":
+    def of(cls, lstm: ClippedProjectedLstm, config: BilmConfig, new_product: NewProduct, *, fused: bool) -> "_Cell":
+        clip = config.proj_clip
         return cls(
             input=new_product(lstm.input.weight, _input_bias(lstm.input)),
             recurrent=new_product(lstm.recurrent.weight),
-            projection=None if lstm.projection is None else new_product(lstm.projection.weight, clip=proj_clip),
+            projection=None if lstm.projection is None else new_product(lstm.projection.weight, clip=clip),
+            alone=_recurrence(lstm, config) if fused and new_product is PackedProduct else None,
         )
 
 
@@ -86,11 +95,13 @@ class CpuBackend:
         self.memory = memory
         new_product = cpu_product()
         self._packed = new_product is PackedProduct
-        self._cells = [
-            [_Cell.of(lstm, config.proj_clip, new_product) for lstm in bilm.lstms(direction)] for direction in range(2)
-        ]
         self._dtype = bilm.product_dtype
         self._elementwise = _elementwise(self._dtype)
+        fused = not isinstance(self._elementwise, TorchElementwise)
+        self._cells = [
+            [_Cell.of(lstm, config, new_product, fused=fused) for lstm in bilm.lstms(direction)]
+            for direction in range(2)
+        ]
         self._encoder = WindowEncoder(bilm.encoder, config, new_product, self._elementwise)
         gate_bytes = 4 * config.cell_dim * self._dtype.itemsize
         self.block_rows = max(1, _BLOCK_BYTES // gate_bytes)
@@ -168,6 +179,8 @@ class CpuBackend:
         sizes: tuple[int, ...],
     ) -> Tensor:
         """All ticks of a cell; h (padded R, P) float32 -> the outputs (N, P) float32 of all steps."""
+        if cell.alone is not None and sizes[0] <= cell.alone.max_rows:
+            return cell.alone(gates_x, index, h, c, slots=slots, sizes=sizes)
         outputs = []
         h = h.to(self._dtype)
         first = 0
@@ -252,6 +265,12 @@ def _elementwise(dtype: torch.dtype) -> Elementwise:
         _log.warning("the fused kernels are not to be had: %s", error)
         return TorchElementwise()
     return fused
+
+
+def _recurrence(lstm: ClippedProjectedLstm, config: BilmConfig) -> "Recurrence | None":
+    from bilm_model.engine.recurrence import Recurrence  # noqa: PLC0415 - as above
+
+    return Recurrence.of(lstm, config.cell_clip, config.proj_clip)
 
 
 def _compare(fused: Elementwise, dtype: torch.dtype) -> None:

@@ -27,7 +27,7 @@ _BLOCK = 512
 _MIN_PARALLEL = 4096
 
 _THREAD_NUMBER = "bilm_omp_get_thread_num"
-_CONTRACT = {"contract", "nsz"}  # lets multiply and add become one instruction; NaN stays NaN
+CONTRACT = {"contract", "nsz"}  # lets multiply and add become one instruction; NaN stays NaN
 
 # ---- what Numba lacks: memory by address, bfloat16, the thread's number --------------------------------------------
 
@@ -45,8 +45,8 @@ def _pointer_to(element: Any) -> Any:
     return pointer
 
 
-_float32s, _bfloat16s = _pointer_to(types.float32), _pointer_to(types.uint16)
-_int32s, _int64s = _pointer_to(types.int32), _pointer_to(types.int64)
+float32s, _bfloat16s = _pointer_to(types.float32), _pointer_to(types.uint16)
+_int32s, int64s = _pointer_to(types.int32), _pointer_to(types.int64)
 
 
 @intrinsic
@@ -114,7 +114,7 @@ _Q = tuple(
 _HALF, _TWO = np.float32(0.5), np.float32(2.0)
 
 
-@njit(fastmath=_CONTRACT)
+@njit(fastmath=CONTRACT)
 def _tanh_ratio(x):  # type: ignore[no-untyped-def]
     """Numerator and denominator of tanh(x); σ(2x) is (denominator + numerator) / (2·denominator)."""
     x = _LIMIT if x > _LIMIT else x
@@ -125,8 +125,8 @@ def _tanh_ratio(x):  # type: ignore[no-untyped-def]
     return p, q
 
 
-@njit(fastmath=_CONTRACT, error_model="numpy")
-def _lstm_block(n, gates_h, gates_x, n_cells, c, m, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
+@njit(fastmath=CONTRACT, error_model="numpy")
+def lstm_block(n, gates_h, gates_x, n_cells, c, m, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
     """N neighbouring cells of a row; their four gates stand `n_cells` apart. Two divisions a cell."""
     for k in range(n):
         p_i, q_i = _tanh_ratio(_HALF * (_load(gates_h, k) + _load(gates_x, k)))
@@ -144,7 +144,7 @@ def _lstm_block(n, gates_h, gates_x, n_cells, c, m, clip):  # type: ignore[no-un
         _store(m, k, (q_o + p_o) * p_c / (_TWO * q_o * q_c))
 
 
-@njit(fastmath=_CONTRACT, error_model="numpy")
+@njit(fastmath=CONTRACT, error_model="numpy")
 def _highway_block(n, x, gate, transform, y):  # type: ignore[no-untyped-def]
     for k in range(n):
         p, q = _tanh_ratio(_HALF * _load(gate, k))
@@ -153,7 +153,7 @@ def _highway_block(n, x, gate, transform, y):  # type: ignore[no-untyped-def]
         _store(y, k, _load(x, k) + (q + p) / (_TWO * q) * (t - _load(x, k)))
 
 
-@njit(fastmath=_CONTRACT)
+@njit(fastmath=CONTRACT)
 def _raise_peaks(n, responses, start, last_start, peaks):  # type: ignore[no-untyped-def]
     for k in range(n):
         response = _load(responses, k)
@@ -161,7 +161,7 @@ def _raise_peaks(n, responses, start, last_start, peaks):  # type: ignore[no-unt
             peaks[k] = response
 
 
-@njit(fastmath=_CONTRACT, error_model="numpy")
+@njit(fastmath=CONTRACT, error_model="numpy")
 def _activate(n, peaks, bias, tanh):  # type: ignore[no-untyped-def]
     for k in range(n):
         x = peaks[k] + bias[k]
@@ -170,6 +170,20 @@ def _activate(n, peaks, bias, tanh):  # type: ignore[no-untyped-def]
             peaks[k] = p / q
         else:
             peaks[k] = np.float32(0.0) if x < np.float32(0.0) else x
+
+
+@njit(fastmath=CONTRACT)
+def clip_block(n, x, bound):  # type: ignore[no-untyped-def]
+    """Clips n numbers to ±bound, in place; NaN stays NaN."""
+    for k in range(n):
+        x[k] = bound if x[k] > bound else (-bound if x[k] < -bound else x[k])
+
+
+@njit
+def copy_block(n, source, target):  # type: ignore[no-untyped-def]
+    """Copies n numbers."""
+    for k in range(n):
+        target[k] = source[k]
 
 
 @njit
@@ -182,24 +196,25 @@ def _share(n_units, n_threads):  # type: ignore[no-untyped-def]
 # ---- kernels: void (int64 *arguments), arguments[0] the number of threads ------------------------------------------
 
 _Kernel = Any
-_kernel = cfunc(types.void(types.CPointer(types.int64)))
+kernel = cfunc(types.void(types.CPointer(types.int64)))
+"""Compiles a kernel."""
 
 
 def _compile_lstm(numbers: Any, n_bytes: int) -> _Kernel:
-    @_kernel
+    @kernel
     def lstm(arguments):  # type: ignore[no-untyped-def]
         n_threads, n_rows, n_cells, block, gates_h, gates_x, index, c, slots, m = carray(arguments, 10)
-        clip = _float32s(arguments[10])[0]
+        clip = float32s(arguments[10])[0]
         n_blocks = (n_cells + block - 1) // block
         first, end = _share(n_rows * n_blocks, n_threads)
         for unit in range(first, end):
             row, k = unit // n_blocks, unit % n_blocks * block
-            _lstm_block(
+            lstm_block(
                 min(block, n_cells - k),
                 numbers(gates_h + (row * 4 * n_cells + k) * n_bytes),
-                numbers(gates_x + (_int64s(index)[row] * 4 * n_cells + k) * n_bytes),
+                numbers(gates_x + (int64s(index)[row] * 4 * n_cells + k) * n_bytes),
                 n_cells,
-                _float32s(c + (_int64s(slots)[row] * n_cells + k) * 4),
+                float32s(c + (int64s(slots)[row] * n_cells + k) * 4),
                 numbers(m + (row * n_cells + k) * n_bytes),
                 clip,
             )
@@ -208,31 +223,31 @@ def _compile_lstm(numbers: Any, n_bytes: int) -> _Kernel:
 
 
 def _compile_highway(numbers: Any, n_bytes: int) -> _Kernel:
-    @_kernel
+    @kernel
     def highway(arguments):  # type: ignore[no-untyped-def]
         n_threads, n_rows, width, x, z, y = carray(arguments, 6)
         first, end = _share(n_rows, n_threads)
         for row in range(first, end):
             gate, transform = z + row * 2 * width * n_bytes, z + (row * 2 + 1) * width * n_bytes
             at = row * width * 4
-            _highway_block(width, _float32s(x + at), numbers(gate), numbers(transform), _float32s(y + at))
+            _highway_block(width, float32s(x + at), numbers(gate), numbers(transform), float32s(y + at))
 
     return highway
 
 
 def _compile_peaks(numbers: Any, n_bytes: int) -> _Kernel:
-    @_kernel
+    @kernel
     def peaks(arguments):  # type: ignore[no-untyped-def]
         n_threads, n_tokens, width, responses, first_window, start, last_start, bias, tanh, y = carray(arguments, 10)
         first, end = _share(n_tokens, n_threads)
         for token in range(first, end):
-            largest = _float32s(y + token * width * 4)
+            largest = float32s(y + token * width * 4)
             for k in range(width):
                 largest[k] = -np.inf
-            for window in range(_int64s(first_window)[token], _int64s(first_window)[token + 1]):
+            for window in range(int64s(first_window)[token], int64s(first_window)[token + 1]):
                 at = responses + window * width * n_bytes
                 _raise_peaks(width, numbers(at), _int32s(start)[window], _int32s(last_start), largest)
-            _activate(width, largest, _float32s(bias), tanh != 0)
+            _activate(width, largest, float32s(bias), tanh != 0)
 
     return peaks
 
@@ -243,7 +258,7 @@ class FusedElementwise:
     def __init__(self, product_dtype: torch.dtype) -> None:
         """Compiles the kernels; takes a second or two."""
         self._parallel = _openmp()
-        numbers, n_bytes = (_bfloat16s, 2) if product_dtype == torch.bfloat16 else (_float32s, 4)
+        numbers, n_bytes = (_bfloat16s, 2) if product_dtype == torch.bfloat16 else (float32s, 4)
         self._lstm = _compile_lstm(numbers, n_bytes)
         self._highway = _compile_highway(numbers, n_bytes)
         self._peaks = _compile_peaks(numbers, n_bytes)
@@ -277,14 +292,14 @@ class FusedElementwise:
         self._run(self._peaks, responses.numel(), n_tokens, width, *addresses, activation == "tanh", y.data_ptr())
         return y
 
-    def _run(self, kernel: _Kernel, n_numbers: int, *arguments: int) -> None:
+    def _run(self, compiled: _Kernel, n_numbers: int, *arguments: int) -> None:
         # Always the whole team or none of it: OpenMP ends and begins threads when a team's size changes.
         n_threads = torch.get_num_threads() if self._parallel and n_numbers >= _MIN_PARALLEL else 1
         values = (ctypes.c_int64 * (1 + len(arguments)))(n_threads, *arguments)
         if self._parallel and n_threads > 1:
-            self._parallel(kernel.address, values, n_threads, 0)
+            self._parallel(compiled.address, values, n_threads, 0)
         else:
-            kernel.ctypes(values)
+            compiled.ctypes(values)
 
 
 def _openmp() -> Callable[..., None] | None:
