@@ -57,8 +57,7 @@ class ModelCompute:
     @property
     def room(self) -> Room:
         """What may be in flight."""
-        options = self._engine.options
-        return Room(options.max_rows, options.max_tokens)
+        return Room(self._engine.max_rows, self._engine.max_tokens)
 
     def join(self, job: Job) -> None:
         """Takes a job in, for which there is room."""

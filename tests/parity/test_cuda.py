@@ -59,11 +59,11 @@ def engine_of(
 ) -> Engine:
     """An engine on this back end, whatever the device."""
     options = options or EngineOptions()
+    options = replace(options, input_cache_mib=options.input_cache_mib or 0)  # as on a GPU
     with pytest.MonkeyPatch.context() as patch:
 
-        def new_backend(bilm: Bilm, memory: Any, options: EngineOptions) -> CudaBackend:
-            n_bytes = options.input_cache_mib * 2**20
-            return CudaBackend(bilm, memory, options.max_rows, 32, input_cache_bytes=n_bytes, steps=steps)
+        def new_backend(bilm: Bilm, memory: Any, max_rows: int, input_cache_bytes: int) -> CudaBackend:
+            return CudaBackend(bilm, memory, max_rows, 32, input_cache_bytes=input_cache_bytes, steps=steps)
 
         patch.setattr(engine_module, "_new_backend", new_backend)
         engine = Engine(bilm or bilm_of(config), device, options)

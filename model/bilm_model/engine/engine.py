@@ -29,6 +29,9 @@ Precision = Literal["float32", "bfloat16"]
 _MAX_TICKS = 32
 """Of a round: a newcomer waits for one to end, and more would save little, as each tick reads the weights anyway."""
 
+_ROWS_ON_A_CPU, _ROWS_ON_A_GPU = 128, 1024
+_INPUT_CACHE_MIB_ON_A_CPU = 256
+
 _COLLECTED_STEPS = 8192
 """Steps of the results that one round copies out, or those of one longer sentence: bounds the memory for it."""
 
@@ -42,17 +45,18 @@ class EngineOptions:
 
     Attributes:
         precision: of the products; everything else is in float32.
-        max_rows: sentences computed at a time.
+        max_rows: sentences computed at a time; None: 128 on a CPU, 1024 on a GPU.
         max_tokens: tokens and boundaries of the sentences in flight; each takes (L - 1)·D·4 bytes for its outputs.
         token_cache_mib: for vectors of tokens that no sentence in flight has; 0: none are kept.
-        input_cache_mib: for layer 1's input halves of the gates; 0: none are kept.
+        input_cache_mib: for layer 1's input halves of the gates; 0: none are kept; None: 256 on a CPU, 0 on a GPU,
+            where computing them again is as fast as looking them up.
     """
 
     precision: Precision = "float32"
-    max_rows: int = 128
+    max_rows: int | None = None
     max_tokens: int = 65_536
     token_cache_mib: int = 64
-    input_cache_mib: int = 0
+    input_cache_mib: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,15 +171,19 @@ class Engine:
         Raises:
             ConfigError: if a cache is too small to be of use.
         """
-        self.options, self._device, self._config = options, device, bilm.config
+        self._device, self._config = device, bilm.config
+        on_gpu = device.type == "cuda"
+        self.max_rows = options.max_rows or (_ROWS_ON_A_GPU if on_gpu else _ROWS_ON_A_CPU)
+        self.max_tokens = options.max_tokens
+        input_cache_mib = options.input_cache_mib
+        if input_cache_mib is None:
+            input_cache_mib = 0 if on_gpu else _INPUT_CACHE_MIB_ON_A_CPU
         if options.precision == "bfloat16":
             bilm.to_bfloat16_products()
         vector_bytes = 4 * bilm.config.projection_dim
         self._n_cached = options.token_cache_mib * _MIB // vector_bytes
-        memory = Memory.of(
-            bilm.config, device, options.max_rows, options.max_tokens, options.max_tokens + self._n_cached
-        )
-        self._backend = _new_backend(bilm, memory, options)
+        memory = Memory.of(bilm.config, device, self.max_rows, self.max_tokens, self.max_tokens + self._n_cached)
+        self._backend = _new_backend(bilm, memory, self.max_rows, input_cache_mib * _MIB)
         self._reset()
 
     @property
@@ -274,8 +282,9 @@ class Engine:
         self._leave([ticket])
 
     def _run_round(self, tickets: Sequence[Ticket]) -> None:
-        n_ticks = ticks_of_round(len(tickets), self._backend.block_rows, _MAX_TICKS)
-        plan = Round.of([ticket.row() for ticket in tickets], n_ticks)
+        rows = [ticket.row() for ticket in tickets]
+        n_ticks = ticks_of_round([row.remaining for row in rows], self._backend.block_rows, _MAX_TICKS)
+        plan = Round.of(rows, n_ticks)
         entries = self._flight.entry_of_place[plan.places]
         self._encode(self._table.missing(entries))
         self._backend.run(plan, entries)
@@ -289,8 +298,8 @@ class Engine:
         self._backend.forget(self._table.leave(np.concatenate([ticket.entries for ticket in tickets])))
 
     def _reset(self) -> None:
-        self._flight = _Flight(self.options.max_rows, self.options.max_tokens)
-        self._table = TokenTable(self.options.max_tokens, self._n_cached)
+        self._flight = _Flight(self.max_rows, self.max_tokens)
+        self._table = TokenTable(self.max_tokens, self._n_cached)
         self._backend.forget(np.arange(self._table.capacity))
         self.stats = EngineStats(self._table.stats)
 
@@ -355,11 +364,10 @@ def _first_steps(tickets: Iterable[Ticket], n_steps: int) -> list[Ticket]:
     return first
 
 
-def _new_backend(bilm: Bilm, memory: Memory, options: EngineOptions) -> Backend:
-    input_cache_bytes = options.input_cache_mib * _MIB
+def _new_backend(bilm: Bilm, memory: Memory, max_rows: int, input_cache_bytes: int) -> Backend:
     if memory.vectors.is_cuda:
         # Not at the top: it loads Triton, which a machine without a GPU needn't have
         from bilm_model.engine.cuda import CudaBackend  # noqa: PLC0415
 
-        return CudaBackend(bilm, memory, options.max_rows, _MAX_TICKS, input_cache_bytes=input_cache_bytes)
-    return CpuBackend(bilm, memory, options.max_rows, input_cache_bytes)
+        return CudaBackend(bilm, memory, max_rows, _MAX_TICKS, input_cache_bytes=input_cache_bytes)
+    return CpuBackend(bilm, memory, max_rows, input_cache_bytes)

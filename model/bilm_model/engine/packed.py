@@ -14,7 +14,8 @@ from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
-_MIN_ROWS = 2
+# Two would do for the bits; four read a large weight faster, by a sixth at 512 -> 16384 (AMD EPYC with AVX-512)
+_MIN_ROWS = 4
 _MAX_EXACT_ROWS = 64
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+_IDLE_SHARE = 16
+
 Indices = NDArray[np.int64]
 
 
@@ -71,10 +73,12 @@ class Round:
         )
 
 
-def ticks_of_round(n_rows: int, block_rows: int, max_ticks: int) -> int:
-    """How many ticks to do together: many for few rows, few for many.
+def ticks_of_round(remaining: Sequence[int], block_rows: int, max_ticks: int) -> int:
+    """How many ticks to do together, for rows with so many steps left: many for few rows, few for many.
 
     The input halves of a round are computed in one block: with few rows it takes many ticks to fill a block, and only
-    a full one makes up for reading the weights; with many rows, more ticks would only keep newcomers waiting.
+    a full one makes up for reading the weights; with many rows, more ticks would only keep newcomers waiting. A round
+    ends early when more than one row in sixteen would have nothing to do: others may be waiting for these.
     """
-    return max(1, min(max_ticks, block_rows // n_rows))
+    n_ticks = max(1, min(max_ticks, block_rows // len(remaining)))
+    return min(n_ticks, sorted(remaining)[len(remaining) // _IDLE_SHARE])

@@ -34,7 +34,7 @@ def test_without_the_operators_plain_products_do(
 
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 64, 65, 100, 1000, 1024, 1025, 70_000])
 def test_rows_are_rounded_up_to_few_numbers(n_rows: int) -> None:
-    assert n_rows <= padded_rows(n_rows) <= max(2, n_rows * 9 / 8 + 1)
+    assert n_rows <= padded_rows(n_rows) <= max(4, n_rows * 9 / 8 + 1)
 
 
 def test_the_numbers_are_few() -> None:

@@ -34,4 +34,11 @@ def test_every_row_makes_its_next_steps_in_order(shapes: list[tuple[int, int]], 
 
 @pytest.mark.parametrize(("n_rows", "expected"), [(1, 32), (4, 32), (8, 16), (100, 1), (128, 1), (1000, 1)])
 def test_few_rows_take_many_ticks_together(n_rows: int, expected: int) -> None:
-    assert ticks_of_round(n_rows, block_rows=128, max_ticks=32) == expected
+    assert ticks_of_round([50] * n_rows, block_rows=128, max_ticks=32) == expected
+
+
+def test_a_round_ends_when_rows_would_be_idle() -> None:
+    assert ticks_of_round([50, 7], block_rows=1000, max_ticks=32) == 7
+    assert ticks_of_round([50] * 15 + [3], block_rows=1000, max_ticks=32) == 32
+    assert ticks_of_round([50] * 15 + [3, 4], block_rows=1000, max_ticks=32) == 4
+    assert ticks_of_round([3] + [9] * 16, block_rows=1000, max_ticks=32) == 9
