@@ -212,10 +212,10 @@ def _short_calls(client: Client, short: list[list[list[str]]], crowd: Crowd) -> 
 
 
 def _full(crowd: Crowd, sentences: Sentences) -> Work:
-    """The engine of the server with all rows in flight, in process."""
+    """The engine of the server with all rows taken by long sentences, in process."""
     engine = new_engine(crowd.size, EngineOptions(max_rows=crowd.rows))
     show_all_words(engine, sentences)
-    load = SteadyLoad(engine, sentences, crowd.rows)
+    load = SteadyLoad(engine, [sentence_of(crowd.long_tokens, sentences)] * crowd.rows, crowd.rows)
     load.measure(crowd.full_s / 4)
     return load.measure(crowd.full_s)
 

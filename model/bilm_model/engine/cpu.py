@@ -37,8 +37,9 @@ _MIN_PARALLEL = 2**20
 """Multiply-adds of a product below which one thread does it. Threads that wait for one another at every small product
 gain little, and lose a lot when something else runs on one of their cores. The bits are the same."""
 
-_BLOCK_BYTES = 8 * 2**20
-"""Of a block of input halves: it should still be in the last-level cache when the ticks read it."""
+_BLOCK_BYTES, _BLOCK_ROWS = 8 * 2**20, 256
+"""Of a block of input halves at most: it should still be in the last-level cache when the ticks read it, and more rows
+would make newcomers wait without making products faster."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,7 @@ class CpuBackend:
         ]
         self._encoder = WindowEncoder(bilm.encoder, config, new_product, self._elementwise)
         gate_bytes = 4 * config.cell_dim * self._dtype.itemsize
-        self.block_rows = max(1, _BLOCK_BYTES // gate_bytes)
+        self.block_rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // gate_bytes))
         # Rows that only fill up are computed, too: they must be finite, and not so small that they are slow
         self._cells_out = torch.zeros(padded_rows(max_rows), config.cell_dim, dtype=self._dtype)
         self._n_threads = torch.get_num_threads()

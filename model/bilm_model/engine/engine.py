@@ -6,7 +6,7 @@ the position, so sentences of any length and age share a tick, and nobody waits 
 Legend: L layers with the token layer, T tokens, D width, P projection, C cells.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,8 +32,8 @@ _MAX_TICKS = 32
 _ROWS_ON_A_CPU, _ROWS_ON_A_GPU = 128, 1024
 _INPUT_CACHE_MIB_ON_A_CPU = 256
 
-_COLLECTED_STEPS = 8192
-"""Steps of the results that one round copies out, or those of one longer sentence: bounds the memory for it."""
+_COLLECTED_STEPS = 2048
+"""Steps of the results that one round copies out beside one sentence's: bounds the memory for it, and the time."""
 
 _MIB = 2**20
 _WARM_UP = (("The", "engine", "warms", "up", "."), ("Twice",))
@@ -268,7 +268,7 @@ class Engine:
         running = [ticket for ticket in self._flight.tickets if not ticket.is_done]
         if running:
             self._run_round(running)
-        done = _first_steps((ticket for ticket in self._flight.tickets if ticket.is_done), _COLLECTED_STEPS)
+        done = _to_collect([ticket for ticket in self._flight.tickets if ticket.is_done])
         if done:
             ended += self._collect(done)
             self._leave(done)
@@ -353,15 +353,14 @@ class Engine:
         return ticket
 
 
-def _first_steps(tickets: Iterable[Ticket], n_steps: int) -> list[Ticket]:
-    """The first of these sentences, as long as they have no more steps together; one at least."""
-    first: list[Ticket] = []
-    for ticket in tickets:
-        n_steps -= len(ticket.places)
-        if first and n_steps < 0:
-            break
-        first.append(ticket)
-    return first
+def _to_collect(done: Sequence[Ticket]) -> list[Ticket]:
+    """Whose results to copy out now: the first's to have joined, and short ones' as long as they are few."""
+    if not done:
+        return []
+    first, *others = done
+    others.sort(key=lambda ticket: len(ticket.places))
+    n_steps = np.cumsum([len(ticket.places) for ticket in others])
+    return [first, *others[: int(np.searchsorted(n_steps, _COLLECTED_STEPS, side="right"))]]
 
 
 def _new_backend(bilm: Bilm, memory: Memory, max_rows: int, input_cache_bytes: int) -> Backend:

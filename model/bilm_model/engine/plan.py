@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_IDLE_SHARE = 16
+_IDLE_SHARE = 32
 
 Indices = NDArray[np.int64]
 
@@ -78,7 +78,7 @@ def ticks_of_round(remaining: Sequence[int], block_rows: int, max_ticks: int) ->
 
     The input halves of a round are computed in one block: with few rows it takes many ticks to fill a block, and only
     a full one makes up for reading the weights; with many rows, more ticks would only keep newcomers waiting. A round
-    ends early when more than one row in sixteen would have nothing to do: others may be waiting for these.
+    ends early when more than one row in 32 would have nothing to do: others may be waiting for these.
     """
     n_ticks = max(1, min(max_ticks, block_rows // len(remaining)))
     return min(n_ticks, sorted(remaining)[len(remaining) // _IDLE_SHARE])
