@@ -6,7 +6,7 @@ Legend: R rows, N steps of the round, P projection, C cells, U different tokens.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from bilm_model.bilm import Bilm
 from bilm_model.characters import CharacterIds
 from bilm_model.config import BilmConfig
 from bilm_model.engine.backend import Memory
-from bilm_model.engine.elementwise import Elementwise, TorchElementwise
+from bilm_model.engine.elementwise import CellWork, Elementwise, TorchElementwise
 from bilm_model.engine.encoder import WindowEncoder
 from bilm_model.engine.packed import NewProduct, PackedProduct, Product, cpu_product, padded_rows
 from bilm_model.engine.plan import Indices, Round
@@ -59,13 +59,15 @@ class _Cell:
     alone: "Recurrence | None"
 
     @classmethod
-    def of(cls, lstm: ClippedProjectedLstm, config: BilmConfig, new_product: NewProduct, *, fused: bool) -> "_Cell":
+    def of(
+        cls, lstm: ClippedProjectedLstm, config: BilmConfig, new_product: NewProduct, elementwise: Elementwise
+    ) -> "_Cell":
         clip = config.proj_clip
         return cls(
             input=new_product(lstm.input.weight, _input_bias(lstm.input)),
             recurrent=new_product(lstm.recurrent.weight),
             projection=None if lstm.projection is None else new_product(lstm.projection.weight, clip=clip),
-            alone=_recurrence(lstm, config) if fused and new_product is PackedProduct else None,
+            alone=_recurrence(lstm, config, elementwise) if new_product is PackedProduct else None,
         )
 
 
@@ -98,9 +100,8 @@ class CpuBackend:
         self._packed = new_product is PackedProduct
         self._dtype = bilm.product_dtype
         self._elementwise = _elementwise(self._dtype)
-        fused = not isinstance(self._elementwise, TorchElementwise)
         self._cells = [
-            [_Cell.of(lstm, config, new_product, fused=fused) for lstm in bilm.lstms(direction)]
+            [_Cell.of(lstm, config, new_product, self._elementwise) for lstm in bilm.lstms(direction)]
             for direction in range(2)
         ]
         self._encoder = WindowEncoder(bilm.encoder, config, new_product, self._elementwise)
@@ -141,55 +142,62 @@ class CpuBackend:
 
     def _run(self, plan: Round, entries: Indices) -> None:
         slots, last = torch.from_numpy(plan.slots), torch.from_numpy(plan.last)
-        padded_slots = torch.from_numpy(_padded(plan.slots))
         if self._inputs is not None:
             self._inputs.fill(entries)
-        for d in range(2):
-            places = torch.from_numpy(plan.places[d])
-            x: Tensor | None = None
-            for layer, cell in enumerate(self._cells[d]):
-                gates_x, index = self._first_inputs(d, entries[d]) if x is None else self._inputs_of(cell, x)
-                h, c = self.memory.h[layer, d], self.memory.c[layer, d]
-                y = self._run_cell(
-                    cell, gates_x, index, h.index_select(0, padded_slots), c, slots=slots, sizes=plan.sizes
-                )
-                h.index_copy_(0, slots, y.index_select(0, last))
+        xs: list[Tensor | None] = [None, None]
+        for layer in range(self._config.n_layers):
+            for d, y in enumerate(self._run_layer(layer, plan, entries, xs)):
+                self.memory.h[layer, d].index_copy_(0, slots, y.index_select(0, last))
                 # The sum is what the next layer reads and what is returned; the recurrence doesn't see it.
-                x = y if x is None or not self._config.use_skip_connections else y + x
-                self.memory.outputs[layer, d].index_copy_(0, places, x)
+                before = xs[d] if self._config.use_skip_connections else None
+                xs[d] = x = y if before is None else y + before
+                self.memory.outputs[layer, d].index_copy_(0, torch.from_numpy(plan.places[d]), x)
+
+    def _run_layer(self, layer: int, plan: Round, entries: Indices, xs: Sequence[Tensor | None]) -> Iterator[Tensor]:
+        """What both directions' cells give (N, P) float32, for what they read; None: the tokens."""
+        cells = [self._cells[d][layer] for d in range(2)]
+        if not all(cell.alone is not None and cell.alone.takes(plan.sizes[0]) for cell in cells):
+            for d, (cell, x) in enumerate(zip(cells, xs, strict=True)):  # one after the other: see the module
+                yield self._run_cell(cell, self._work(layer, d, plan, entries[d], x))
+            return
+        from bilm_model.engine.recurrence import run_together  # noqa: PLC0415 - there is Numba, or there were no such cells
+
+        works = [self._work(layer, d, plan, entries[d], x) for d, x in enumerate(xs)]
+        with self._threads(2 * len(works[0].index), 4 * self._config.cell_dim):
+            yield from run_together([(cell.alone, work) for cell, work in zip(cells, works, strict=True) if cell.alone])
+
+    def _work(self, layer: int, direction: int, plan: Round, entries: Indices, x: Tensor | None) -> CellWork:
+        gates_x, index = (
+            self._first_inputs(direction, entries) if x is None else self._inputs_of(self._cells[direction][layer], x)
+        )
+        return CellWork(
+            gates_x=gates_x,
+            index=index,
+            h=self.memory.h[layer, direction].index_select(0, torch.from_numpy(_padded(plan.slots))),
+            c=self.memory.c[layer, direction],
+            slots=torch.from_numpy(plan.slots),
+            sizes=plan.sizes,
+        )
 
     @contextmanager
     def _threads(self, n_rows: int, width: int) -> Iterator[None]:
         """Decides how many threads products of so many rows get, as wide as that on their wider side."""
         parallel = n_rows * width * self._config.projection_dim >= _MIN_PARALLEL
+        before = torch.get_num_threads()
         torch.set_num_threads(self._n_threads if parallel else 1)
         try:
             yield
         finally:
-            torch.set_num_threads(self._n_threads)
+            torch.set_num_threads(before)
 
-    def _run_cell(
-        self,
-        cell: _Cell,
-        gates_x: Tensor,
-        index: Tensor,
-        h: Tensor,
-        c: Tensor,
-        *,
-        slots: Tensor,
-        sizes: tuple[int, ...],
-    ) -> Tensor:
-        """All ticks of a cell; h (padded R, P) float32 -> the outputs (N, P) float32 of all steps."""
-        if cell.alone is not None and sizes[0] <= cell.alone.max_rows:
-            return cell.alone(gates_x, index, h, c, slots=slots, sizes=sizes)
-        outputs = []
-        h = h.to(self._dtype)
-        first = 0
-        for n_rows in sizes:
+    def _run_cell(self, cell: _Cell, work: CellWork) -> Tensor:
+        """All ticks of a cell -> what it gives (N, P) float32."""
+        outputs, first, h = [], 0, work.h.to(self._dtype)
+        for n_rows in work.sizes:
             n_padded = padded_rows(n_rows)
             gates_h, m = cell.recurrent(h[:n_padded]), self._cells_out[:n_padded]
-            step = index[first : first + n_rows]
-            self._elementwise.lstm(gates_h, gates_x, step, c, slots[:n_rows], clip=self._config.cell_clip, out=m)
+            index, slots = work.index[first : first + n_rows], work.slots[:n_rows]
+            self._elementwise.lstm(gates_h, work.gates_x, index, work.c, slots, clip=self._config.cell_clip, out=m)
             h = m.clone() if cell.projection is None else cell.projection(m)
             outputs.append(h[:n_rows])
             first += n_rows
@@ -268,10 +276,13 @@ def _elementwise(dtype: torch.dtype) -> Elementwise:
     return fused
 
 
-def _recurrence(lstm: ClippedProjectedLstm, config: BilmConfig) -> "Recurrence | None":
-    from bilm_model.engine.recurrence import Recurrence  # noqa: PLC0415 - as above
+def _recurrence(lstm: ClippedProjectedLstm, config: BilmConfig, elementwise: Elementwise) -> "Recurrence | None":
+    if isinstance(elementwise, TorchElementwise):
+        return None
+    from bilm_model.engine.fused import FusedElementwise  # noqa: PLC0415 - as above
+    from bilm_model.engine.recurrence import Recurrence  # noqa: PLC0415
 
-    return Recurrence.of(lstm, config.cell_clip, config.proj_clip)
+    return Recurrence.of(lstm, config, elementwise) if isinstance(elementwise, FusedElementwise) else None
 
 
 def _compare(fused: Elementwise, dtype: torch.dtype) -> None:

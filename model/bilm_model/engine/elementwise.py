@@ -1,6 +1,6 @@
 """What the engine does between products, plainly, in torch: the fallback, and what the fused kernels are tested with.
 
-Legend: R rows, C cells, N tokens, F filters, W windows of characters.
+Legend: R rows, N steps or tokens, C cells, P projection, F filters, W windows of characters.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,27 @@ class Windows:
     first: Tensor
     start: Tensor
     last_start: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class CellWork:
+    """What a cell is to do in a round.
+
+    Attributes:
+        gates_x: (any, 4·C) what inputs add to the gates, biases and the forget gate's +1 included.
+        index: (N,) int64, the row of `gates_x` for each step.
+        h: (≥ R, P) float32 recurrent outputs before the round; whoever does the work may change them.
+        c: (any, C) float32 cells, changed in place.
+        slots: (R,) int64, the row of `c` for each row.
+        sizes: rows at each tick, never growing.
+    """
+
+    gates_x: Tensor
+    index: Tensor
+    h: Tensor
+    c: Tensor
+    slots: Tensor
+    sizes: tuple[int, ...]
 
 
 class Elementwise(Protocol):

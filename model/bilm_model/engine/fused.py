@@ -5,6 +5,7 @@ since both wait for work by spinning. A row's numbers are computed by the same i
 """
 
 import ctypes
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -114,7 +115,11 @@ _Q = tuple(
 _HALF, _TWO = np.float32(0.5), np.float32(2.0)
 
 
-@njit(fastmath=CONTRACT)
+inner = njit(fastmath=CONTRACT, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""For what kernels call: without the means to call it from Python, which take time to compile."""
+
+
+@inner
 def _tanh_ratio(x):  # type: ignore[no-untyped-def]
     """Numerator and denominator of tanh(x); σ(2x) is (denominator + numerator) / (2·denominator)."""
     x = _LIMIT if x > _LIMIT else x
@@ -125,7 +130,7 @@ def _tanh_ratio(x):  # type: ignore[no-untyped-def]
     return p, q
 
 
-@njit(fastmath=CONTRACT, error_model="numpy")
+@inner
 def lstm_block(n, gates_h, gates_x, n_cells, c, m, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
     """N neighbouring cells of a row; their four gates stand `n_cells` apart. Two divisions a cell."""
     for k in range(n):
@@ -144,7 +149,7 @@ def lstm_block(n, gates_h, gates_x, n_cells, c, m, clip):  # type: ignore[no-unt
         _store(m, k, (q_o + p_o) * p_c / (_TWO * q_o * q_c))
 
 
-@njit(fastmath=CONTRACT, error_model="numpy")
+@inner
 def _highway_block(n, x, gate, transform, y):  # type: ignore[no-untyped-def]
     for k in range(n):
         p, q = _tanh_ratio(_HALF * _load(gate, k))
@@ -153,7 +158,7 @@ def _highway_block(n, x, gate, transform, y):  # type: ignore[no-untyped-def]
         _store(y, k, _load(x, k) + (q + p) / (_TWO * q) * (t - _load(x, k)))
 
 
-@njit(fastmath=CONTRACT)
+@inner
 def _raise_peaks(n, responses, start, last_start, peaks):  # type: ignore[no-untyped-def]
     for k in range(n):
         response = _load(responses, k)
@@ -161,7 +166,7 @@ def _raise_peaks(n, responses, start, last_start, peaks):  # type: ignore[no-unt
             peaks[k] = response
 
 
-@njit(fastmath=CONTRACT, error_model="numpy")
+@inner
 def _activate(n, peaks, bias, tanh):  # type: ignore[no-untyped-def]
     for k in range(n):
         x = peaks[k] + bias[k]
@@ -172,22 +177,22 @@ def _activate(n, peaks, bias, tanh):  # type: ignore[no-untyped-def]
             peaks[k] = np.float32(0.0) if x < np.float32(0.0) else x
 
 
-@njit(fastmath=CONTRACT)
+@inner
 def clip_block(n, x, bound):  # type: ignore[no-untyped-def]
     """Clips n numbers to ±bound, in place; NaN stays NaN."""
     for k in range(n):
         x[k] = bound if x[k] > bound else (-bound if x[k] < -bound else x[k])
 
 
-@njit
+@inner
 def copy_block(n, source, target):  # type: ignore[no-untyped-def]
     """Copies n numbers."""
     for k in range(n):
         target[k] = source[k]
 
 
-@njit
-def _share(n_units, n_threads):  # type: ignore[no-untyped-def]
+@inner
+def share(n_units, n_threads):  # type: ignore[no-untyped-def]
     """The units from..to of this thread."""
     thread = _thread_number() if n_threads > 1 else 0
     return n_units * thread // n_threads, n_units * (thread + 1) // n_threads
@@ -206,7 +211,7 @@ def _compile_lstm(numbers: Any, n_bytes: int) -> _Kernel:
         n_threads, n_rows, n_cells, block, gates_h, gates_x, index, c, slots, m = carray(arguments, 10)
         clip = float32s(arguments[10])[0]
         n_blocks = (n_cells + block - 1) // block
-        first, end = _share(n_rows * n_blocks, n_threads)
+        first, end = share(n_rows * n_blocks, n_threads)
         for unit in range(first, end):
             row, k = unit // n_blocks, unit % n_blocks * block
             lstm_block(
@@ -226,7 +231,7 @@ def _compile_highway(numbers: Any, n_bytes: int) -> _Kernel:
     @kernel
     def highway(arguments):  # type: ignore[no-untyped-def]
         n_threads, n_rows, width, x, z, y = carray(arguments, 6)
-        first, end = _share(n_rows, n_threads)
+        first, end = share(n_rows, n_threads)
         for row in range(first, end):
             gate, transform = z + row * 2 * width * n_bytes, z + (row * 2 + 1) * width * n_bytes
             at = row * width * 4
@@ -239,7 +244,7 @@ def _compile_peaks(numbers: Any, n_bytes: int) -> _Kernel:
     @kernel
     def peaks(arguments):  # type: ignore[no-untyped-def]
         n_threads, n_tokens, width, responses, first_window, start, last_start, bias, tanh, y = carray(arguments, 10)
-        first, end = _share(n_tokens, n_threads)
+        first, end = share(n_tokens, n_threads)
         for token in range(first, end):
             largest = float32s(y + token * width * 4)
             for k in range(width):
@@ -252,16 +257,19 @@ def _compile_peaks(numbers: Any, n_bytes: int) -> _Kernel:
     return peaks
 
 
+@functools.cache
+def _compile_all(product_dtype: torch.dtype) -> tuple[_Kernel, _Kernel, _Kernel]:
+    layout = (_bfloat16s, 2) if product_dtype == torch.bfloat16 else (float32s, 4)
+    return _compile_lstm(*layout), _compile_highway(*layout), _compile_peaks(*layout)
+
+
 class FusedElementwise:
     """`elementwise.Elementwise` on a CPU, for products in one format."""
 
     def __init__(self, product_dtype: torch.dtype) -> None:
         """Compiles the kernels; takes a second or two."""
         self._parallel = _openmp()
-        numbers, n_bytes = (_bfloat16s, 2) if product_dtype == torch.bfloat16 else (float32s, 4)
-        self._lstm = _compile_lstm(numbers, n_bytes)
-        self._highway = _compile_highway(numbers, n_bytes)
-        self._peaks = _compile_peaks(numbers, n_bytes)
+        self._lstm, self._highway, self._peaks = _compile_all(product_dtype)
 
     @property
     def name(self) -> str:
@@ -275,12 +283,12 @@ class FusedElementwise:
         n_rows, n_cells = len(index), c.shape[1]
         bound = ctypes.c_float(clip)
         addresses = [tensor.data_ptr() for tensor in (gates_h, gates_x, index, c, slots, out)]
-        self._run(self._lstm, n_rows * n_cells, n_rows, n_cells, _BLOCK, *addresses, ctypes.addressof(bound))
+        self.run(self._lstm, n_rows * n_cells, n_rows, n_cells, _BLOCK, *addresses, ctypes.addressof(bound))
 
     def highway(self, x: Tensor, z: Tensor) -> Tensor:
         """See `Elementwise`."""
         y = torch.empty_like(x)
-        self._run(self._highway, x.numel(), *x.shape, x.data_ptr(), z.data_ptr(), y.data_ptr())
+        self.run(self._highway, x.numel(), *x.shape, x.data_ptr(), z.data_ptr(), y.data_ptr())
         return y
 
     def peaks(self, responses: Tensor, windows: Windows, bias: Tensor, activation: str) -> Tensor:
@@ -289,10 +297,11 @@ class FusedElementwise:
         y = torch.empty(n_tokens, width)
         tensors = (responses, windows.first, windows.start, windows.last_start, bias)
         addresses = [tensor.data_ptr() for tensor in tensors]
-        self._run(self._peaks, responses.numel(), n_tokens, width, *addresses, activation == "tanh", y.data_ptr())
+        self.run(self._peaks, responses.numel(), n_tokens, width, *addresses, activation == "tanh", y.data_ptr())
         return y
 
-    def _run(self, compiled: _Kernel, n_numbers: int, *arguments: int) -> None:
+    def run(self, compiled: _Kernel, n_numbers: int, *arguments: int) -> None:
+        """Runs a kernel that makes so many numbers, on all threads if that is worth it."""
         # Always the whole team or none of it: OpenMP ends and begins threads when a team's size changes.
         n_threads = torch.get_num_threads() if self._parallel and n_numbers >= _MIN_PARALLEL else 1
         values = (ctypes.c_int64 * (1 + len(arguments)))(n_threads, *arguments)
@@ -302,6 +311,7 @@ class FusedElementwise:
             compiled.ctypes(values)
 
 
+@functools.cache
 def _openmp() -> Callable[..., None] | None:
     """`GOMP_parallel` of the OpenMP library that torch runs on; None where torch brought none, or another kind.
 

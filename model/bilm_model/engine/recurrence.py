@@ -8,15 +8,28 @@ Legend: R rows, N steps of the round, P projection, C cells, K components of a p
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray, cfunc, types
 from torch import Tensor
 
-from bilm_model.engine.fused import CONTRACT, clip_block, copy_block, float32s, int64s, kernel, lstm_block
+from bilm_model.config import BilmConfig
+from bilm_model.engine.elementwise import CellWork
+from bilm_model.engine.fused import (
+    CONTRACT,
+    FusedElementwise,
+    clip_block,
+    copy_block,
+    float32s,
+    inner,
+    int64s,
+    kernel,
+    lstm_block,
+    share,
+)
 from bilm_model.engine.packed import PackedProduct, padded_rows
 from bilm_model.lstm import ClippedProjectedLstm
 
@@ -26,7 +39,7 @@ _MAX_STEP = 2**20
 _UNROLLED = 8
 
 
-@njit(fastmath=CONTRACT)
+@inner
 def _add_products(n_first, n_end, n_out, x, weight, out):  # type: ignore[no-untyped-def] # noqa: PLR0917
     """Out (n_out) += x[first..end]·weight[first..end] (K, n_out), one component after another."""
     for k in range(n_first, n_end - _UNROLLED + 1, _UNROLLED):
@@ -40,45 +53,47 @@ def _add_products(n_first, n_end, n_out, x, weight, out):  # type: ignore[no-unt
             out[i] = out[i] + x[k] * weight[k * n_out + i]
 
 
-@njit(fastmath=CONTRACT)
+@cfunc(types.void(*[types.int64] * 7), fastmath=CONTRACT)
 def _multiply(n_in, n_out, block, x, weight, out, part):  # type: ignore[no-untyped-def] # noqa: PLR0917
-    """Out (n_out) = x (n_in)·weight: sums of `block` components each, added up."""
-    for i in range(n_out):
-        out[i] = np.float32(0.0)
-    _add_products(0, min(block, n_in), n_out, x, weight, out)
-    for first in range(block, n_in, block):
+    """Out (n_out) = x (n_in)·weight: sums of `block` components each, added up. By addresses; `part` is for a sum."""
+    for first in range(0, n_in, block):
+        total = float32s(part if first else out)
         for i in range(n_out):
-            part[i] = np.float32(0.0)
-        _add_products(first, min(first + block, n_in), n_out, x, weight, part)
-        for i in range(n_out):
-            out[i] = out[i] + part[i]
+            total[i] = np.float32(0.0)
+        _add_products(first, min(first + block, n_in), n_out, float32s(x), float32s(weight), total)
+        if first:
+            whole = float32s(out)
+            for i in range(n_out):
+                whole[i] = whole[i] + total[i]
 
 
-@kernel
-def _product(arguments):  # type: ignore[no-untyped-def]
-    n_in, n_out, block, x, weight, out, part = carray(arguments, 7)
-    _multiply(n_in, n_out, block, float32s(x), float32s(weight), float32s(out), float32s(part))
-
-
-@kernel
-def _recurrence(arguments):  # type: ignore[no-untyped-def]
+@inner
+def _run_ticks(arguments):  # type: ignore[no-untyped-def]
     n_ticks, sizes, size, n_cells, h_block, m_block, gates_x, index, slots, c = carray(arguments, 18)[:10]
     h, outputs, recurrent, projection, gates_h, m, part, clips = carray(arguments, 18)[10:]
     n_gates, step = 4 * n_cells, 0
     for tick in range(n_ticks):
         for row in range(int64s(sizes)[tick]):
             its_h, its_output = float32s(h + row * size * 4), float32s(outputs + step * size * 4)
-            _multiply(size, n_gates, h_block, its_h, float32s(recurrent), float32s(gates_h), float32s(part))
+            _multiply(size, n_gates, h_block, h + row * size * 4, recurrent, gates_h, part)
             its_gates_x = float32s(gates_x + int64s(index)[step] * n_gates * 4)
             its_c = float32s(c + int64s(slots)[row] * n_cells * 4)
             lstm_block(n_cells, float32s(gates_h), its_gates_x, n_cells, its_c, float32s(m), float32s(clips)[0])
             if projection != 0:
-                _multiply(n_cells, size, m_block, float32s(m), float32s(projection), its_output, float32s(part))
+                _multiply(n_cells, size, m_block, m, projection, outputs + step * size * 4, part)
                 clip_block(size, its_output, float32s(clips)[1])
             else:
                 copy_block(size, float32s(m), its_output)
             copy_block(size, its_output, its_h)
             step += 1
+
+
+@kernel
+def _recurrences(arguments):  # type: ignore[no-untyped-def]
+    n_threads, n_jobs = carray(arguments, 2)
+    first, end = share(n_jobs, n_threads)
+    for job in range(first, end):
+        _run_ticks(int64s(carray(arguments, 2 + n_jobs)[2 + job]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,69 +121,62 @@ class _Weight:
             part = torch.empty(n_out)
             for row, out in zip(x, found, strict=True):
                 tensors = (row, transposed, out, part)
-                _call(_product, n_in, n_out, block, *(tensor.data_ptr() for tensor in tensors))
+                _multiply.ctypes(n_in, n_out, block, *(tensor.data_ptr() for tensor in tensors))
             if torch.equal(found, expected):
                 return cls(transposed, block)
         return None
 
 
 class Recurrence:
-    """The cells' ticks, one row after another; bit for bit what products and elementwise arithmetic give."""
+    """A cell's ticks, one row after another; bit for bit what products and elementwise arithmetic give."""
 
-    def __init__(self, recurrent: _Weight, projection: _Weight | None, cell_clip: float, proj_clip: float) -> None:
-        self._recurrent, self._projection = recurrent, projection
-        self._clips = torch.tensor([cell_clip, proj_clip])
-        size, n_gates = recurrent.transposed.shape
-        self._buffers = [torch.empty(n) for n in (n_gates, n_gates // 4, max(size, n_gates))]
-        self._n_cells = n_gates // 4
+    def __init__(
+        self, recurrent: _Weight, projection: _Weight | None, config: BilmConfig, fused: FusedElementwise
+    ) -> None:
+        self._recurrent, self._projection, self._config, self.fused = recurrent, projection, config, fused
+        self._clips = torch.tensor([config.cell_clip, config.proj_clip])
+        n_gates = 4 * config.cell_dim
+        self._buffers = [torch.empty(n) for n in (n_gates, config.cell_dim, n_gates)]
 
     @classmethod
-    def of(cls, lstm: ClippedProjectedLstm, cell_clip: float, proj_clip: float) -> "Recurrence | None":
+    def of(cls, lstm: ClippedProjectedLstm, config: BilmConfig, fused: FusedElementwise) -> "Recurrence | None":
         """For a layer; None where it would be slower, or can't give the same bits."""
-        if lstm.recurrent.weight.dtype != torch.float32 or _step_size(lstm) > _MAX_STEP:
+        if lstm.recurrent.weight.dtype != torch.float32 or step_size(config) > _MAX_STEP:
             return None
         recurrent = _Weight.of(lstm.recurrent.weight)
         projection = None if lstm.projection is None else _Weight.of(lstm.projection.weight)
         if recurrent is None or (projection is None) != (lstm.projection is None):
             return None
-        return cls(recurrent, projection, cell_clip, proj_clip)
+        return cls(recurrent, projection, config, fused)
 
-    @property
-    def max_rows(self) -> int:
-        """Rows up to which this is faster."""
-        weights = [self._recurrent, *filter(None, [self._projection])]
-        return _MAX_STEP // sum(weight.transposed.numel() for weight in weights)
+    def takes(self, n_rows: int) -> bool:
+        """Whether this is faster for so many rows."""
+        return n_rows * step_size(self._config) <= _MAX_STEP
 
-    def __call__(
-        self, gates_x: Tensor, index: Tensor, h: Tensor, c: Tensor, *, slots: Tensor, sizes: tuple[int, ...]
-    ) -> Tensor:
-        """All ticks.
-
-        Args:
-            gates_x: (any, 4·C) input halves.
-            index: (N,) int64, the row of `gates_x` for each step.
-            h: (≥ R, P) recurrent outputs, changed in place.
-            c: (any, C) cells, changed in place.
-            slots: (R,) int64, the row of `c` for each row.
-            sizes: rows at each tick.
-
-        Returns:
-            (N, P), what all steps give.
-        """
-        outputs = h.new_empty(len(index), h.shape[1])
-        ticks = torch.tensor(sizes)
+    def arguments(self, work: CellWork, outputs: Tensor, ticks: Tensor) -> "ctypes.Array[ctypes.c_int64]":
+        """Of the kernel, for outputs (N, P) and the rows at each tick."""
         weights = (self._recurrent.transposed, None if self._projection is None else self._projection.transposed)
-        tensors = (gates_x, index, slots, c, h, outputs, *weights, *self._buffers, self._clips)
+        tensors = (work.gates_x, work.index, work.slots, work.c, work.h, outputs, *weights, *self._buffers, self._clips)
         blocks = (self._recurrent.block, 0 if self._projection is None else self._projection.block)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        _call(_recurrence, len(sizes), ticks.data_ptr(), h.shape[1], self._n_cells, *blocks, *addresses)
-        return outputs
+        numbers = (len(ticks), ticks.data_ptr(), self._config.projection_dim, self._config.cell_dim, *blocks)
+        return _array(*numbers, *addresses)
 
 
-def _step_size(lstm: ClippedProjectedLstm) -> int:
+def run_together(cells: Sequence[tuple[Recurrence, CellWork]]) -> list[Tensor]:
+    """Runs different cells, each on a thread if there are enough -> what each gives (N, P)."""
+    outputs = [work.h.new_empty(len(work.index), work.h.shape[1]) for _, work in cells]
+    ticks = [torch.tensor(work.sizes) for _, work in cells]
+    jobs = [cell.arguments(work, out, n) for (cell, work), out, n in zip(cells, outputs, ticks, strict=True)]
+    n_numbers = sum(out.numel() for out in outputs)
+    cells[0][0].fused.run(_recurrences, n_numbers, len(jobs), *(ctypes.addressof(job) for job in jobs))
+    return outputs
+
+
+def step_size(config: BilmConfig) -> int:
     """Multiply-adds of a row's tick."""
-    return lstm.recurrent.weight.numel() + (0 if lstm.projection is None else lstm.projection.weight.numel())
+    return config.projection_dim * config.cell_dim * (5 if config.has_lstm_projection else 4)
 
 
-def _call(compiled: Any, *arguments: int) -> None:
-    compiled.ctypes((ctypes.c_int64 * len(arguments))(*arguments))
+def _array(*numbers: int) -> "ctypes.Array[ctypes.c_int64]":
+    return (ctypes.c_int64 * len(numbers))(*numbers)
