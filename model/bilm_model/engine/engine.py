@@ -249,13 +249,14 @@ class Engine:
         """
         if not sentence.tokens:
             return self._pass_through(sentence)
+        state = self._state_of(sentence)
         entries = self._table.enter(with_boundaries(sentence.tokens))
         try:
             ticket = self._flight.enter(entries)
         except ValueError:
             self._backend.forget(self._table.leave(entries))
             raise
-        self._set_state(ticket.slot, sentence)
+        self._backend.memory.h[:, :, ticket.slot], self._backend.memory.c[:, :, ticket.slot] = state
         return ticket
 
     @torch.inference_mode()
@@ -309,13 +310,12 @@ class Engine:
             check_ids(ids)
             self._backend.encode(entries, ids)
 
-    def _set_state(self, slot: int, sentence: Sentence) -> None:
-        memory = self._backend.memory
-        for mine, part in zip((memory.h, memory.c), sentence.state or (None, None), strict=True):
-            if part is None:
-                mine[:, :, slot] = 0.0
-            else:
-                mine[:, :, slot] = to_device(part, self._device)
+    def _state_of(self, sentence: Sentence) -> tuple[Tensor | float, Tensor | float]:
+        """What to write into a slot: h and c, or zeros."""
+        if sentence.state is None:
+            return 0.0, 0.0
+        h, c = (to_device(part.copy(), self._device) for part in sentence.state)  # they may be read-only
+        return h, c
 
     def _collect(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, EmbeddedSentence]]:
         """The results of sentences that have just ended, copied out of the engine's memory."""
