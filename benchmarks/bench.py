@@ -74,8 +74,8 @@ def _run(sections: dict[str, Callable[[], None]]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="that count, at most; costly sections take 3")
-    parser.add_argument("--window-s", type=float, default=3.0, help="of each throughput measurement (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="that count, at most; costly sections take 3")
+    parser.add_argument("--window-s", type=float, default=2.0, help="of each throughput measurement (%(default)s)")
     parser.add_argument("--singles", type=int, default=50, help="sentences one at a time, a round (%(default)s)")
     parser.add_argument(
         "--only", nargs="+", help="sections: small original in-flight default added added-small short served start"

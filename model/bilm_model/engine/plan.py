@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_IDLE_SHARE = 32
+_ROWS_NEVER_IDLE, _IDLE_SHARE = 32, 12
 
 Indices = NDArray[np.int64]
 
@@ -56,8 +56,10 @@ class Round:
     @classmethod
     def of(cls, rows: Sequence[Row], max_ticks: int) -> "Round":
         """Plans a round of at most so many ticks for rows that all have steps left."""
-        rows = sorted(rows, key=lambda row: -row.remaining)
-        n_steps = np.minimum([row.remaining for row in rows], max_ticks)
+        remaining = np.array([row.remaining for row in rows])
+        order = np.argsort(-remaining, kind="stable")
+        rows = [rows[r] for r in order.tolist()]
+        n_steps = np.minimum(remaining[order], max_ticks)
         begins = np.cumsum(n_steps) - n_steps
         ticks = np.arange(n_steps.sum()) - np.repeat(begins, n_steps)
         by_tick = np.argsort(ticks, kind="stable")
@@ -78,7 +80,9 @@ def ticks_of_round(remaining: Sequence[int], block_rows: int, max_ticks: int) ->
 
     The input halves of a round are computed in one block: with few rows it takes many ticks to fill a block, and only
     a full one makes up for reading the weights; with many rows, more ticks would only keep newcomers waiting. A round
-    ends early when more than one row in 32 would have nothing to do: others may be waiting for these.
+    ends early when rows would have nothing to do, for which others may be waiting; of more than 32 rows a few may be
+    idle, since a round has its price, too.
     """
     n_ticks = max(1, min(max_ticks, block_rows // len(remaining)))
-    return min(n_ticks, sorted(remaining)[len(remaining) // _IDLE_SHARE])
+    n_idle = max(0, len(remaining) - _ROWS_NEVER_IDLE) // _IDLE_SHARE
+    return min(n_ticks, sorted(remaining)[n_idle])

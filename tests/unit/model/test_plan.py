@@ -40,5 +40,6 @@ def test_few_rows_take_many_ticks_together(n_rows: int, expected: int) -> None:
 def test_a_round_ends_when_rows_would_be_idle() -> None:
     assert ticks_of_round([50, 7], block_rows=1000, max_ticks=32) == 7
     assert ticks_of_round([50] * 30 + [3], block_rows=1000, max_ticks=32) == 3
-    assert ticks_of_round([50] * 31 + [3], block_rows=1000, max_ticks=20) == 20
-    assert ticks_of_round([3] + [9] * 32 + [4], block_rows=1000, max_ticks=32) == 4
+    assert ticks_of_round([50] * 31 + [3], block_rows=1000, max_ticks=20) == 3
+    assert ticks_of_round([3] + [9] * 42 + [4], block_rows=1000, max_ticks=32) == 4
+    assert ticks_of_round([3] + [9] * 43, block_rows=1000, max_ticks=32) == 9
