@@ -74,7 +74,7 @@ def _run(sections: dict[str, Callable[[], None]]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="that count, at most; costly sections take 3")
+    parser.add_argument("--rounds", type=int, default=3, help="that count (%(default)s)")
     parser.add_argument("--window-s", type=float, default=2.0, help="of each throughput measurement (%(default)s)")
     parser.add_argument("--singles", type=int, default=50, help="sentences one at a time, a round (%(default)s)")
     parser.add_argument(

@@ -259,7 +259,8 @@ class _InputCache:
 
 def _padded(indices: Indices) -> Indices:
     """Filled up to the number of rows that are computed; what comes of the others is left."""
-    return np.pad(indices, (0, padded_rows(len(indices)) - len(indices)), mode="edge")
+    n_more = padded_rows(len(indices)) - len(indices)
+    return np.concatenate([indices, np.repeat(indices[-1:], n_more)]) if n_more else indices
 
 
 def _elementwise(dtype: torch.dtype) -> Elementwise:

@@ -93,22 +93,14 @@ class EmbeddedSentence:
 
 
 @dataclass(eq=False)
-class Ticket:
-    """A sentence in flight, as its owner knows it; the fields are the engine's."""
+class Ticket(Row):
+    """A sentence in flight, as its owner knows it; the fields are the engine's.
 
-    slot: int
-    places: Indices
-    entries: Indices
-    done: int = 0
+    Attributes:
+        entries: (T,) of its tokens and boundaries in the table of vectors.
+    """
 
-    @property
-    def is_done(self) -> bool:
-        """Whether only its results are still to be taken."""
-        return self.done == len(self.places)
-
-    def row(self) -> Row:
-        """For the planning of a round."""
-        return Row(self.slot, self.places, self.done)
+    entries: Indices = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 @dataclass
@@ -149,7 +141,7 @@ class _Flight:
         self.n_free -= n_steps
         places = self.places[self.n_free : self.n_free + n_steps].copy()
         self.entry_of_place[places] = entries
-        ticket = Ticket(self.slots.pop(), places, entries)
+        ticket = Ticket(self.slots.pop(), places, entries=entries)
         self.tickets.append(ticket)
         return ticket
 
@@ -266,10 +258,10 @@ class Engine:
         After an exception nothing can be said of what is in flight: `warm_up` drops it.
         """
         ended, self._flight.waiting_to_leave = self._flight.waiting_to_leave, []
-        running = [ticket for ticket in self._flight.tickets if not ticket.is_done]
+        running = [ticket for ticket in self._flight.tickets if ticket.remaining]
         if running:
             self._run_round(running)
-        done = _to_collect([ticket for ticket in self._flight.tickets if ticket.is_done])
+        done = _to_collect([ticket for ticket in self._flight.tickets if not ticket.remaining])
         if done:
             ended += self._collect(done)
             self._leave(done)
@@ -283,16 +275,15 @@ class Engine:
         self._leave([ticket])
 
     def _run_round(self, tickets: Sequence[Ticket]) -> None:
-        rows = [ticket.row() for ticket in tickets]
-        n_ticks = ticks_of_round([row.remaining for row in rows], self._backend.block_rows, _MAX_TICKS)
-        plan = Round.of(rows, n_ticks)
+        remaining = [ticket.remaining for ticket in tickets]
+        plan = Round.of(tickets, ticks_of_round(remaining, self._backend.block_rows, _MAX_TICKS))
         entries = self._flight.entry_of_place[plan.places]
         self._encode(self._table.missing(entries))
         self._backend.run(plan, entries)
         self.stats.ticks += len(plan.sizes)
         self.stats.steps += sum(plan.sizes)
         for ticket in tickets:
-            ticket.done = min(ticket.done + n_ticks, len(ticket.places))
+            ticket.done = min(ticket.done + len(plan.sizes), len(ticket.places))
 
     def _leave(self, tickets: Sequence[Ticket]) -> None:
         self._flight.leave(tickets)
@@ -341,7 +332,7 @@ class Engine:
     def _pass_through(self, sentence: Sentence) -> Ticket:
         """A sentence without tokens has no vectors, and leaves the state as it is."""
         config, none = self._config, np.zeros(0, dtype=np.int64)
-        ticket = Ticket(-1, none, none)
+        ticket = Ticket(-1, none)
         sizes = (config.projection_dim, config.cell_dim)
         state = [
             torch.zeros(config.n_layers, 2, size) if part is None else torch.tensor(part)

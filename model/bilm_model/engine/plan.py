@@ -14,7 +14,7 @@ _ROWS_NEVER_IDLE, _IDLE_SHARE = 32, 12
 Indices = NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Row:
     """A sentence on its way.
 
@@ -26,7 +26,7 @@ class Row:
 
     slot: int
     places: Indices
-    done: int
+    done: int = 0
 
     @property
     def remaining(self) -> int:

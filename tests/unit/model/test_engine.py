@@ -28,7 +28,7 @@ def test_a_short_sentence_does_not_wait_for_the_results_of_long_ones() -> None:
     short = None
     while engine.n_in_flight == 8:
         engine.advance()
-        running = [ticket for ticket in engine._flight.tickets if not ticket.is_done]
+        running = [ticket for ticket in engine._flight.tickets if ticket.remaining]
         if short is None and running and running[0].done > 2950:
             short = engine.join(words(5))
             assert rounds_until(engine, short) <= 3
