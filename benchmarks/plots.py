@@ -153,7 +153,7 @@ def _bars(
             axes.plot([one["target"]] * 2, [place - 0.42, place + 0.42], color=_TARGET, linewidth=2)
     if any(one["target"] is not None for one in found):
         axes.plot([], [], color=_TARGET, linewidth=2, label="target")
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0))
     axes.set_yticks(list(places), labels)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
