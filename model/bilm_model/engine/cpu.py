@@ -116,8 +116,10 @@ class CpuBackend:
     def name(self) -> str:
         """See `Backend`."""
         products = "prepacked oneDNN products" if self._packed else "plain products"
-        arithmetic = self._elementwise.name
-        return f"cpu (torch {torch.__version__}, {products}, {arithmetic}, {self._n_threads} threads)"
+        parts = [f"torch {torch.__version__}", products, self._elementwise.name]
+        if self._cells[0][0].alone is not None:
+            parts.append("few rows in one kernel")
+        return f"cpu ({', '.join(parts)}, {self._n_threads} threads)"
 
     def prepare(self) -> None:
         """See `Backend`."""
