@@ -30,6 +30,13 @@ class ClippedProjectedLstm(nn.Module):
         if config.has_lstm_projection:
             self.projection = Affine(config.cell_dim, config.projection_dim, bias=False)
 
+    def folded_input_bias(self) -> Tensor:
+        """The input half's bias (4·C) with the forget gate's constant in it: for arithmetic that doesn't add it."""
+        assert self.input.bias is not None  # noqa: S101 - the constructor gave it one
+        bias = self.input.bias.detach().clone()
+        bias.chunk(4)[2].add_(FORGET_BIAS)
+        return bias
+
     def forward(self, x: Tensor, packing: Packing, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the layer over all steps.
 

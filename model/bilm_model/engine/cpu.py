@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilm_model.affine import Affine
 from bilm_model.bilm import Bilm
 from bilm_model.characters import CharacterIds
 from bilm_model.config import BilmConfig
@@ -26,7 +25,7 @@ from bilm_model.engine.packed import NewProduct, PackedProduct, Product, cpu_pro
 from bilm_model.engine.plan import Indices, Round
 from bilm_model.engine.tokens import InputPlaces
 from bilm_model.errors import ConfigError
-from bilm_model.lstm import FORGET_BIAS, ClippedProjectedLstm
+from bilm_model.lstm import ClippedProjectedLstm
 
 if TYPE_CHECKING:
     from bilm_model.engine.recurrence import Recurrence
@@ -64,19 +63,11 @@ class _Cell:
     ) -> "_Cell":
         clip = config.proj_clip
         return cls(
-            input=new_product(lstm.input.weight, _input_bias(lstm.input)),
+            input=new_product(lstm.input.weight, lstm.folded_input_bias()),
             recurrent=new_product(lstm.recurrent.weight),
             projection=None if lstm.projection is None else new_product(lstm.projection.weight, clip=clip),
             alone=_recurrence(lstm, config, elementwise) if new_product is PackedProduct else None,
         )
-
-
-def _input_bias(affine: Affine) -> Tensor:
-    """The bias (4·C) with the forget gate's constant in it."""
-    assert affine.bias is not None  # noqa: S101 - an LSTM's input always has one
-    bias = affine.bias.detach().clone()
-    bias.chunk(4)[2].add_(FORGET_BIAS)
-    return bias
 
 
 class CpuBackend:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilm_model.affine import Affine
 from bilm_model.bilm import Bilm
 from bilm_model.characters import CharacterIds
 from bilm_model.engine.backend import Memory
@@ -31,7 +30,6 @@ from bilm_model.engine.encoder import WindowEncoder
 from bilm_model.engine.packed import PlainProduct
 from bilm_model.engine.plan import Indices, Round
 from bilm_model.engine.transfer import to_device
-from bilm_model.lstm import FORGET_BIAS
 
 _MIN_BLOCK_ROWS = 8192
 _TICKS_WHEN_FULL = 8
@@ -88,19 +86,14 @@ class _Cell:
         recurrent = torch.stack([lstm.recurrent.weight.detach() for lstm in (forward, backward)])
         return cls(
             input_weights=(forward.input.weight.detach().t(), backward.input.weight.detach().t()),
-            input_biases=(_input_bias(forward.input), _input_bias(backward.input)),
+            input_biases=(
+                forward.folded_input_bias().to(bilm.product_dtype),
+                backward.folded_input_bias().to(bilm.product_dtype),
+            ),
             recurrent=recurrent.transpose(1, 2),
             # Rows are cells: so a slice of the cells is a part of the memory, whatever its size
             projection=torch.stack(projections).contiguous() if projections else None,
         )
-
-
-def _input_bias(affine: Affine) -> Tensor:
-    """The bias (4·C) with the forget gate's constant in it, in the product's format."""
-    assert affine.bias is not None  # noqa: S101 - an LSTM's input always has one
-    bias = affine.bias.detach().clone()
-    bias.chunk(4)[2].add_(FORGET_BIAS)
-    return bias.to(affine.weight.dtype)
 
 
 class CudaBackend:

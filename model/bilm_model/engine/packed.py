@@ -2,7 +2,7 @@
 
 They are faster than torch's own (which lays the weight out anew at each call) and, unlike those, round each row the
 same however many rows there are: that is why a sentence's bits don't depend on its company. One row of long vectors is
-the exception; it is computed as two.
+the exception; so none is computed alone.
 """
 
 import logging

@@ -17,8 +17,8 @@ class CacheStats:
     """How often a vector was there already.
 
     Attributes:
-        hits: tokens looked up and found, tokens of the same moment included.
-        misses: tokens to compute.
+        hits: tokens that were in the table when their sentence entered, or earlier in the same sentence.
+        misses: tokens that were not, and are computed.
     """
 
     hits: int = 0
@@ -57,7 +57,11 @@ class TokenTable:
             CharacterError: if a token is empty or not valid Unicode; then nothing has changed.
         """
         keys = [read_bytes(token) for token in tokens]
+        n_before = len(self._entry_of)
         entries = np.array([self._find(key) for key in keys], dtype=np.int64)
+        n_new = len(self._entry_of) - n_before
+        self.stats.misses += n_new
+        self.stats.hits += len(keys) - n_new
         self._clock += 1
         np.add.at(self._pins, entries, 1)
         self._used[entries] = self._clock
@@ -76,8 +80,6 @@ class TokenTable:
         distinct = np.unique(entries)
         missing = distinct[~self._known[distinct]]
         self._known[missing] = True
-        self.stats.misses += len(missing)
-        self.stats.hits += entries.size - len(missing)
         return missing
 
     def key(self, entry: int) -> bytes:
