@@ -103,12 +103,7 @@ class Bilm(nn.Module):
         Returns:
             The layers, (L + 1, N, 2·P), boundaries included; and the state after each sentence.
         """
-        return self.contextualize(self.encoder(ids), lengths, state)
-
-    def contextualize(
-        self, tokens: Tensor, lengths: list[int], state: BilmState | None = None
-    ) -> tuple[Tensor, BilmState]:
-        """Like `forward`, from the tokens' vectors (N, P)."""
+        tokens = self.encoder(ids)
         packing = Packing.of(lengths, tokens.device)
         state = state or self.zero_state(len(lengths))
         h, c = state.h[:, :, packing.order], state.c[:, :, packing.order]
