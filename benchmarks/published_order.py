@@ -67,8 +67,9 @@ class PublishedOrder:
             outputs = []
             for d, cells in enumerate(self._directions):
                 output = self._layer(inputs[d], lengths, cells[number], backward=d == 1)
-                outputs.append(output + inputs[d] if self._config.use_skip_connections and number else output)
-            inputs = outputs
+                total = output + inputs[d]
+                outputs.append(total if self._config.residual == "published" and number else output)
+                inputs[d] = total if self._config.residual == "input_to_input" else outputs[d]
             layers.append(torch.cat(outputs, dim=-1))
         return torch.stack(layers)
 

@@ -42,7 +42,10 @@ class TokenEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Character ids (N, 50) -> (N, P)."""
-        x = self.char_cnn(ids)
+        return self.after_cnn(self.char_cnn(ids))
+
+    def after_cnn(self, x: Tensor) -> Tensor:
+        """What the convolutions gave (N, F) -> (N, P)."""
         for highway in self.highways:
             x = highway(x)
         return x if self.projection is None else cast(Tensor, self.projection(x))
@@ -53,7 +56,7 @@ class Direction(nn.Module):
 
     def __init__(self, config: BilmConfig) -> None:
         super().__init__()
-        self._skip = config.use_skip_connections
+        self._residual = config.residual
         self.layers = nn.ModuleList(ClippedProjectedLstm(config) for _ in range(config.n_layers))
 
     def forward(self, x: Tensor, packing: Packing, h: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -63,9 +66,10 @@ class Direction(nn.Module):
         for layer, layer_h, layer_c in zip(self.layers, h, c, strict=True):
             y, *end = layer(x, packing, layer_h, layer_c)
             ends.append(end)
-            # The sum is what the next layer reads and what is returned; the recurrence doesn't see it.
-            x = x + y if self._skip and outputs else y
-            outputs.append(x)
+            # Which residual: see `BilmConfig.residual`; the recurrence doesn't see a sum.
+            output = x + y if self._residual == "published" and outputs else y
+            x = x + y if self._residual == "input_to_input" else output
+            outputs.append(output)
         return outputs, torch.stack([h for h, _ in ends]), torch.stack([c for _, c in ends])
 
 

@@ -1,7 +1,7 @@
 """What a biLM looks like: structure is configuration, not code.
 
 The options are the published ones (`options.json` of AllenNLP and bilm-tf), read and written as they are; a name of
-ours for each stands in `BilmConfig`.
+ours for each stands in `BilmConfig`. One key is ours, `lstm.residual`, for what the published ones can't say.
 """
 
 import json
@@ -14,6 +14,7 @@ from bilm_model.characters import CHARACTER_COUNT, MAX_CHARACTERS
 from bilm_model.errors import ConfigError
 
 Activation = Literal["relu", "tanh"]
+Residual = Literal["published", "input_to_input", "none"]
 
 # While training, published options count 261 characters: without id 0, which stands for 'no token here'.
 _TRAINING_CHARACTER_COUNT = CHARACTER_COUNT - 1
@@ -33,7 +34,10 @@ class BilmConfig:
         n_layers: LSTM layers of each direction.
         cell_clip: bound of the cells' absolute value.
         proj_clip: bound of the projected outputs' absolute value.
-        use_skip_connections: whether each LSTM layer after the first adds its input to its output.
+        residual: what skips an LSTM layer. "published": each layer after the first adds its input to its output; the
+            sum is what is returned and what the next layer reads. "input_to_input": each layer's output is returned as
+            it is, and its input is added to what the next layer reads. "none": nothing. A layer's recurrence never
+            sees a sum.
 
     Raises:
         ConfigError: on creation, if a value describes no biLM.
@@ -48,7 +52,7 @@ class BilmConfig:
     n_layers: int = 2
     cell_clip: float = 3.0
     proj_clip: float = 3.0
-    use_skip_connections: bool = True
+    residual: Residual = "published"
 
     def __post_init__(self) -> None:
         for name in ("char_dim", "projection_dim", "cell_dim", "n_layers"):
@@ -59,6 +63,7 @@ class BilmConfig:
             _check(1 <= width <= MAX_CHARACTERS, "filters", f"widths from 1 to {MAX_CHARACTERS}", width)
             _check(count >= 1, "filters", "counts of at least 1", count)
         _check(self.activation in get_args(Activation), "activation", f"one of {get_args(Activation)}", self.activation)
+        _check(self.residual in get_args(Residual), "residual", f"one of {get_args(Residual)}", self.residual)
         # bilm-tf then projects nothing, and the token layer and the LSTM layers, of other widths, can't be stacked
         _check(
             self.projection_dim <= self.cell_dim,
@@ -141,15 +146,20 @@ def from_options(options: Mapping[str, Any]) -> BilmConfig:
         n_layers=_integer(lstm, "lstm.n_layers"),
         cell_clip=_float(lstm, "lstm.cell_clip"),
         proj_clip=_float(lstm, "lstm.proj_clip"),
-        use_skip_connections=_boolean(lstm, "lstm.use_skip_connections"),
+        residual=_residual(lstm),
     )
 
 
 def to_options(config: BilmConfig) -> dict[str, Any]:
-    """Writes published options: what `from_options` reads."""
+    """Writes published options: what `from_options` reads.
+
+    `lstm.residual` is there for "input_to_input" only: what the published options can say is said by them alone, and
+    such models keep their version, which is a hash of the options, too.
+    """
     return {
         "lstm": {
-            "use_skip_connections": config.use_skip_connections,
+            **({"residual": config.residual} if config.residual == "input_to_input" else {}),
+            "use_skip_connections": config.residual == "published",
             "projection_dim": config.projection_dim,
             "cell_clip": config.cell_clip,
             "proj_clip": config.proj_clip,
@@ -219,6 +229,20 @@ def _boolean(section: Mapping[str, Any], key: str) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"{key}: expected true or false, found {value!r}")
     return value
+
+
+def _residual(lstm: Mapping[str, Any]) -> Residual:
+    skips = _boolean(lstm, "lstm.use_skip_connections")
+    residual: Residual = lstm.get("residual", "published" if skips else "none")
+    _check(residual in get_args(Residual), "lstm.residual", f"one of {get_args(Residual)}", residual)
+    expected = residual == "published"
+    _check(
+        skips == expected,
+        "lstm.use_skip_connections",
+        f"{str(expected).lower()} beside lstm.residual {residual!r}",
+        skips,
+    )
+    return residual
 
 
 def _filters(value: object) -> tuple[tuple[int, int], ...]:

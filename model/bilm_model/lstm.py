@@ -23,7 +23,7 @@ class ClippedProjectedLstm(nn.Module):
 
     def __init__(self, config: BilmConfig) -> None:
         super().__init__()
-        self._cell_clip, self._proj_clip = config.cell_clip, config.proj_clip
+        self.cell_clip, self.proj_clip = config.cell_clip, config.proj_clip
         self.input = Affine(config.projection_dim, 4 * config.cell_dim)
         self.recurrent = Affine(config.projection_dim, 4 * config.cell_dim, bias=False)
         self.projection: Affine | None = None
@@ -62,10 +62,10 @@ class ClippedProjectedLstm(nn.Module):
         """One step: the input's half of the gates (R, 4·C), h (R, P), c (R, C) -> the next h and c."""
         i, j, f, o = (gates_x + self.recurrent(h)).chunk(4, dim=-1)
         c = sigmoid(f + FORGET_BIAS) * c + sigmoid(i) * torch.tanh(j)
-        c = c.clamp(-self._cell_clip, self._cell_clip)
+        c = c.clamp(-self.cell_clip, self.cell_clip)
         h = sigmoid(o) * torch.tanh(c)
         if self.projection is not None:
-            h = self.projection(h).clamp(-self._proj_clip, self._proj_clip)
+            h = self.projection(h).clamp(-self.proj_clip, self.proj_clip)
         return h, c
 
 

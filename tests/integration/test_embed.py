@@ -4,14 +4,20 @@ import json
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import grpc
 import h5py
 import numpy as np
 import pytest
+import torch
 from bilm_api.v1 import embed_pb2
+from bilm_model.bilm import random_bilm
+from bilm_model.characters import character_ids, with_boundaries
+from bilm_model.config import SIZES, Residual
+from bilm_model.weights import single_file
 from google.rpc import error_details_pb2, status_pb2
 from integration_support import PLAIN, RunningServer, options, tokens
 
@@ -51,6 +57,22 @@ def test_golden_vectors_through_the_server(golden_server: RunningServer, golden:
             assert np.abs(found - expected).max(initial=0.0) < 1e-5
             assert list(result.embedding.tokens) == sentences[i]
             assert result.embedding.truncated == any(len(token.encode()) > 48 for token in sentences[i])
+
+
+@pytest.mark.parametrize("residual", get_args(Residual))
+def test_every_residual_is_served_from_a_file(
+    residual: Residual, start: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    config, path = replace(SIZES["tiny"], residual=residual, n_layers=3), tmp_path / "model.safetensors"
+    bilm = random_bilm(config)
+    version = single_file.write(path, config, bilm.state_dict())
+    server = start("--model", str(path))
+    response = embed(server, *(tokens(*sentence) for sentence in SENTENCES))
+    assert response.usage.model_version == version
+    for sentence, result in zip(SENTENCES, response.results, strict=True):
+        ids = torch.from_numpy(character_ids(with_boundaries(sentence))).long()
+        expected, _ = bilm(ids, [len(ids)])
+        assert np.abs(array(result.embedding) - expected[:, 1:-1].numpy()).max() < 1e-5
 
 
 def test_company_changes_no_bit(server: RunningServer) -> None:

@@ -70,11 +70,15 @@ class Oracle:
         vectors = [self.token(token) for token in ("<S>", *tokens, "</S>")]
         directions = []
         for d, inputs in enumerate((vectors, vectors[::-1])):
-            layers = [inputs]
+            layers, xs = [inputs], inputs
             for k in range(self.lstm["n_layers"]):
-                ys = self.layer(d, k, layers[-1])
-                if self.lstm["use_skip_connections"] and k > 0:
-                    ys = [y + x for x, y in zip(layers[-1], ys, strict=True)]
-                layers.append(ys)
+                ys = self.layer(d, k, xs)
+                sums = [y + x for x, y in zip(xs, ys, strict=True)]
+                if self.lstm.get("residual") == "input_to_input":
+                    layers.append(ys)
+                    xs = sums
+                else:
+                    xs = sums if self.lstm["use_skip_connections"] and k > 0 else ys
+                    layers.append(xs)
             directions.append(np.array([layer if d == 0 else layer[::-1] for layer in layers]))
         return np.asarray(np.concatenate(directions, axis=-1)[:, 1:-1])

@@ -15,7 +15,8 @@ CONFIGS = {
     "tiny": SIZES["tiny"],
     "odd sizes": BilmConfig(5, ((1, 7), (2, 9), (3, 17)), projection_dim=13, cell_dim=37, n_highway=2),
     "long vectors": replace(SIZES["tiny"], cell_dim=2080, projection_dim=24),
-    "tanh": replace(SIZES["tiny"], activation="tanh", n_layers=3, use_skip_connections=False),
+    "tanh": replace(SIZES["tiny"], activation="tanh", n_layers=3, residual="none"),
+    "input to input": replace(SIZES["tiny"], n_layers=3, residual="input_to_input"),
 }
 SENTENCE = st.lists(st.text(min_size=1, max_size=60), max_size=12)
 

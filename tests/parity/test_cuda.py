@@ -5,14 +5,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from bilm_model.bilm import Bilm, BilmState, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
-from bilm_model.config import BilmConfig
+from bilm_model.config import BilmConfig, Residual
 from bilm_model.engine import cuda
 from bilm_model.engine import engine as engine_module
 from bilm_model.engine.cuda import CudaBackend, n_slices, row_bucket
@@ -201,8 +201,9 @@ def test_a_stretch_of_ticks_is_put_together_from_graphs() -> None:
 
 
 @pytest.mark.usefixtures("_rounds")
-def test_input_halves_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = CONFIGS["as published"]
+@pytest.mark.parametrize("name", ["as published", "three layers, input to input"])
+def test_input_halves_can_be_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS[name]
     # So few entries that they are given up all the time
     options = EngineOptions(max_rows=3, max_tokens=100, token_cache_mib=0, input_cache_mib=1)
     engine = engine_of(config, options=options)
@@ -315,8 +316,9 @@ def test_gpu_bfloat16_products_stay_close() -> None:
 
 
 @needs_gpu
-def test_gpu_input_halves_can_be_kept() -> None:
-    config = CONFIGS["as published"]
+@pytest.mark.parametrize("name", ["as published", "three layers, input to input"])
+def test_gpu_input_halves_can_be_kept(name: str) -> None:
+    config = CONFIGS[name]
     options = EngineOptions(max_rows=9, max_tokens=1000, token_cache_mib=0, input_cache_mib=16)
     engine = engine_of(config, GPU, options)
     for seed in range(3):
@@ -324,8 +326,9 @@ def test_gpu_input_halves_can_be_kept() -> None:
 
 
 @needs_gpu
-def test_gpu_a_round_waits_for_nothing() -> None:
-    backend = backend_of(engine_of(SLICED, GPU))
+@pytest.mark.parametrize("residual", get_args(Residual))
+def test_gpu_a_round_waits_for_nothing(residual: Residual) -> None:
+    backend = backend_of(engine_of(replace(SLICED, residual=residual), GPU))
     with torch.inference_mode():
         backend.encode(np.arange(3), character_ids(["a", "b", "c"]))
         torch.cuda.synchronize()

@@ -16,8 +16,10 @@ from oracle import Oracle
 BASE = BilmConfig(char_dim=4, filters=((1, 6), (3, 10), (7, 8)), projection_dim=12, cell_dim=40)
 CONFIGS = {
     "as published": BASE,
-    "no skip connections": replace(BASE, use_skip_connections=False),
-    "four layers without skip connections": replace(BASE, use_skip_connections=False, n_layers=4),
+    "no residual": replace(BASE, residual="none"),
+    "four layers, no residual": replace(BASE, residual="none", n_layers=4),
+    "input to input": replace(BASE, residual="input_to_input"),
+    "three layers, input to input": replace(BASE, residual="input_to_input", n_layers=3),
     "one layer": replace(BASE, n_layers=1),
     "three layers, tanh, no highway": replace(BASE, n_layers=3, activation="tanh", n_highway=0),
     "no CNN projection": replace(BASE, projection_dim=24),

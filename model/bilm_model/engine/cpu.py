@@ -141,10 +141,19 @@ class CpuBackend:
         for layer in range(self._config.n_layers):
             for d, y in enumerate(self._run_layer(layer, plan, entries, xs)):
                 self.memory.h[layer, d].index_copy_(0, slots, y.index_select(0, last))
-                # The sum is what the next layer reads and what is returned; the recurrence doesn't see it.
-                before = xs[d] if self._config.use_skip_connections else None
-                xs[d] = x = y if before is None else y + before
-                self.memory.outputs[layer, d].index_copy_(0, torch.from_numpy(plan.places[d]), x)
+                output, xs[d] = self._with_residual(y, xs[d], entries[d])
+                self.memory.outputs[layer, d].index_copy_(0, torch.from_numpy(plan.places[d]), output)
+
+    def _with_residual(self, y: Tensor, x: Tensor | None, entries: Indices) -> tuple[Tensor, Tensor]:
+        """What a layer returns and what the next one reads, (N, P) each, of what its cells give and what it has read.
+
+        The recurrence sees neither.
+        """
+        if self._config.residual == "input_to_input":
+            return y, y + (self.memory.vectors.index_select(0, torch.from_numpy(entries)) if x is None else x)
+        if self._config.residual == "published" and x is not None:
+            y = y + x
+        return y, y
 
     def _run_layer(self, layer: int, plan: Round, entries: Indices, xs: Sequence[Tensor | None]) -> Iterator[Tensor]:
         """What both directions' cells give (N, P) float32, for what they read; None: the tokens."""
@@ -276,7 +285,7 @@ def _recurrence(lstm: ClippedProjectedLstm, config: BilmConfig, elementwise: Ele
     from bilm_model.engine.fused import FusedElementwise  # noqa: PLC0415 - as above
     from bilm_model.engine.recurrence import Recurrence  # noqa: PLC0415
 
-    return Recurrence.of(lstm, config, elementwise) if isinstance(elementwise, FusedElementwise) else None
+    return Recurrence.of(lstm, config) if isinstance(elementwise, FusedElementwise) else None
 
 
 def _compare(fused: Elementwise, dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,7 +189,7 @@ class CudaBackend:
         """See `Backend`. Returns before the device is done."""
         n_rows, n_steps = len(plan.slots), plan.places.shape[1]
         with self._on_device():
-            self._first.fill(self._schedule.send(plan, *self._first.plan(entries)))
+            self._begin(plan, entries)
             slots = self._schedule.slots[:n_rows]
             for layer, cell in enumerate(self._cells):
                 if layer:
@@ -197,6 +198,19 @@ class CudaBackend:
                 self._schedule.clock.zero_()
                 for bucket, n_ticks in self._stretches(plan.sizes):
                     self._run_ticks(layer, bucket, n_ticks)
+
+    def _begin(self, plan: Round, entries: Indices) -> None:
+        """Sends what the round is about, and fills the first layer's input halves."""
+        first_inputs, missing = self._first.plan(entries)
+        if self._config.residual != "input_to_input":
+            self._first.fill(self._schedule.send(plan, first_inputs, missing))
+            return
+        # Here the first layer's kernel needs, step by step, the tokens that its input halves came of
+        sent = self._schedule.send(plan, first_inputs, np.concatenate([entries.ravel(), missing]))
+        tokens, words = sent.split([entries.size, len(missing)])
+        n_steps = entries.shape[1]
+        self._buffers.x[:, :n_steps] = self.memory.vectors.index_select(0, tokens).view(2, n_steps, -1)
+        self._first.fill(words)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
@@ -235,7 +249,7 @@ class CudaBackend:
             self._schedule,
             m if cell.projection is None else parts,
             clip=float("inf") if cell.projection is None else config.proj_clip,
-            residual=config.use_skip_connections and layer > 0,
+            residual="none" if config.residual == "published" and layer == 0 else config.residual,
             h=memory.h[layer],
             h_next=buffers.h_next,
             x=buffers.x,
@@ -249,7 +263,8 @@ class _Buffers:
     Attributes:
         halves: (2·N, 4·C) input halves of the gates.
         h_next: (2, R, P) recurrent outputs, one row after another.
-        x: (2, N, P) float32 what the layer reads, then what it returns.
+        x: (2, N, P) float32 what the layer reads, then what the next one reads. What the first layer reads stands here
+            only if it is to be added.
     """
 
     def __init__(self, cell: _Cell, device: torch.device, buckets: list[int], max_steps: int) -> None:

@@ -9,13 +9,14 @@ C cells.
 """
 
 import logging
-from typing import Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bilm_model.config import Residual
 from bilm_model.engine.elementwise import TorchElementwise
 from bilm_model.engine.plan import Indices, Round
 
@@ -24,6 +25,7 @@ _log = logging.getLogger(__name__)
 PLACES, FIRST_INPUTS, LATER_INPUTS = 0, 2, 4
 """Columns of `Schedule.steps`, of the forward direction; the backward direction's is the next."""
 N_COLUMNS = 6
+_MAX_EXTRA = 6
 
 
 class Schedule:
@@ -43,7 +45,7 @@ class Schedule:
         self._max_ticks, self._max_rows, self._max_steps = max_ticks, max_rows, max_steps
         self._slots_at = 2 + max_ticks + 1
         self._steps_at = self._slots_at + max_rows
-        n_words = self._steps_at + (N_COLUMNS + 4) * max_steps
+        n_words = self._steps_at + (N_COLUMNS + _MAX_EXTRA) * max_steps
         self._words = torch.zeros(n_words, dtype=torch.int64, device=device)
         self.clock = self._words[:2]
         self.begins = self._words[2 : self._slots_at]
@@ -60,7 +62,7 @@ class Schedule:
         Args:
             plan: what to do.
             first_inputs: (2, N) the row of the first layer's input halves for each step.
-            extra: up to four numbers a step that are needed, too.
+            extra: up to six numbers a step that are needed, too.
 
         Returns:
             These, on the device until the next round is sent.
@@ -140,7 +142,7 @@ class Steps(Protocol):
         parts: Tensor,
         *,
         clip: float,
-        residual: bool,
+        residual: Residual,
         h: Tensor,
         h_next: Tensor,
         x: Tensor,
@@ -152,11 +154,12 @@ class Steps(Protocol):
             schedule: which rows run, and where their outputs go.
             parts: (2·K, R, P) whose sums over the slices, forward's first, are the outputs.
             clip: their bound.
-            residual: whether the layer's input is added to what it returns; the recurrence doesn't see it.
+            residual: "published": the layer's input is added to what it returns and to what the next layer reads;
+                "input_to_input": to the latter only; "none": to neither. The recurrence doesn't see it.
             h: (2, S, P) float32 gets the outputs.
             h_next: (2, ≥ R, P) likewise, in its format and for all rows in a row, for the next tick's product.
-            x: (2, ≥ N, P) float32 what the layer reads; gets what it returns.
-            outputs: (2, A, P) float32 likewise.
+            x: (2, ≥ N, P) float32 what the layer reads, if that is added; gets what the next layer reads.
+            outputs: (2, A, P) float32 gets what the layer returns.
         """
 
 
@@ -188,7 +191,7 @@ class TorchSteps:
         parts: Tensor,
         *,
         clip: float,
-        residual: bool,
+        residual: Residual,
         h: Tensor,
         h_next: Tensor,
         x: Tensor,
@@ -201,11 +204,11 @@ class TorchSteps:
         y = parts.float().view(2, -1, n_rows, parts.shape[2]).sum(1).clamp_(-clip, clip).index_select(1, rows)
         h.index_copy_(1, schedule.slots.index_select(0, rows), y)
         h_next[:, :n_rows] = y
-        if residual:
-            y += x.index_select(1, steps)
-        x.index_copy_(1, steps, y)
+        following = y if residual == "none" else y + x.index_select(1, steps)
+        x.index_copy_(1, steps, following)
+        returned = following if residual == "published" else y
         for d in range(2):
-            outputs[d].index_copy_(0, schedule.steps[:, PLACES + d].index_select(0, steps), y[d])
+            outputs[d].index_copy_(0, schedule.steps[:, PLACES + d].index_select(0, steps), returned[d])
 
 
 def _rows_and_steps(schedule: Schedule, tick: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
@@ -257,7 +260,9 @@ def _sample(steps: Steps, device: torch.device) -> list[Tensor]:
     c, m, h, h_next = numbers(2, 4, 32), torch.zeros(4, 4, 16, device=device), numbers(2, 4, 8), numbers(2, 4, 8)
     x, outputs = numbers(2, 4, 8), numbers(2, 4, 8)
     steps.gates(schedule, FIRST_INPUTS, numbers(2, 4, 128), numbers(4, 128), c, clip=0.8, m=m)
-    parts = numbers(4, 4, 8)
-    steps.outputs(schedule, parts, clip=0.5, residual=True, h=h, h_next=h_next, x=x, outputs=outputs)
+    parts, left = numbers(4, 4, 8), []
+    for residual in get_args(Residual):
+        steps.outputs(schedule, parts, clip=0.5, residual=residual, h=h, h_next=h_next, x=x, outputs=outputs)
+        left += [x.clone(), outputs.clone()]
     # The other rows' are nobody's
-    return [schedule.clock.float(), m.view(2, 2, 4, 16)[:, :, :2], c, h, h_next[:, :2], x, outputs]
+    return [schedule.clock.float(), m.view(2, 2, 4, 16)[:, :, :2], c, h, h_next[:, :2], *left]

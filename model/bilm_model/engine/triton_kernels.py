@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bilm_model.config import Residual
 from bilm_model.engine.cuda_steps import N_COLUMNS, PLACES, Schedule
 
 _BLOCK = 256
@@ -81,7 +82,9 @@ def _gates(  # noqa: PLR0917
         tl.store(out, (_sigmoid(o) * _tanh(state)).to(m.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["residual", "n_bucket", "n_slices", "n_slots", "n_rows", "n_steps", "n_places"])
+@triton.jit(
+    do_not_specialize=["adds", "returns_sum", "n_bucket", "n_slices", "n_slots", "n_rows", "n_steps", "n_places"]
+)
 def _outputs(  # noqa: PLR0917
     clock,
     begins,
@@ -93,7 +96,8 @@ def _outputs(  # noqa: PLR0917
     x,
     outputs,
     clip,
-    residual,
+    adds,
+    returns_sum,
     n_bucket,
     n_slices,
     n_slots,
@@ -122,10 +126,14 @@ def _outputs(  # noqa: PLR0917
         tl.store(h + (direction * n_slots + slot) * n_components + component, y, mask)
         tl.store(h_next + (direction * n_rows + row) * n_components + component, y.to(h_next.dtype.element_ty), mask)
         stream = x + (direction * n_steps + step) * n_components + component
-        if residual != 0:
-            y += tl.load(stream, mask, other=0.0)
-        tl.store(stream, y, mask)
-        tl.store(outputs + (direction * n_places + place) * n_components + component, y, mask)
+        following = y
+        if adds != 0:
+            following += tl.load(stream, mask, other=0.0)
+        tl.store(stream, following, mask)
+        returned = y
+        if returns_sum != 0:
+            returned = following
+        tl.store(outputs + (direction * n_places + place) * n_components + component, returned, mask)
 
 
 class TritonSteps:
@@ -154,7 +162,7 @@ class TritonSteps:
         parts: Tensor,
         *,
         clip: float,
-        residual: bool,
+        residual: Residual,
         h: Tensor,
         h_next: Tensor,
         x: Tensor,
@@ -165,7 +173,7 @@ class TritonSteps:
         _outputs[(n_bucket, 2, triton.cdiv(n_components, _BLOCK))](
             *_of(schedule),
             *(parts, h, h_next, x, outputs, clip),
-            *(int(residual), n_bucket, n_parts // 2),
+            *(int(residual != "none"), int(residual == "published"), n_bucket, n_parts // 2),
             *(h.shape[1], h_next.shape[1], x.shape[1], outputs.shape[1], n_components),
             PLACES=PLACES,
             N_COLUMNS=N_COLUMNS,

@@ -29,8 +29,12 @@ def main(argv: list[str] | None = None) -> int:
 def convert(model: LoadedModel, output: Path, dtype: str, *, overwrite: bool = False) -> str:
     """Writes a model, as one safetensors file or as a folder of published files; returns the version written.
 
+    A model with the residual "input_to_input" becomes no published files: the published options can't say it, and
+    other tools would compute something else from them without a word.
+
     Raises:
-        ModelError: if the output exists already and may not be overwritten, or a value doesn't fit `dtype`.
+        ModelError: if the output exists already and may not be overwritten, a value doesn't fit `dtype`, or the
+            published format can't hold the model.
     """
     if output.exists() and not overwrite:
         raise ModelError(f"{output}: exists already (--overwrite replaces it)")
@@ -43,6 +47,11 @@ def convert(model: LoadedModel, output: Path, dtype: str, *, overwrite: bool = F
         return version
     if dtype != "float32":
         raise ModelError(f"{output}: the published format is float32 only")
+    if config.residual == "input_to_input":
+        raise ModelError(
+            f"{output}: residual: expected 'published' or 'none', found {config.residual!r}: the published format has "
+            "no word for it, and other tools would read another model; write a .safetensors file"
+        )
     output.mkdir(parents=True, exist_ok=True)
     draft = output / "weights.hdf5.part"
     hdf5.write(draft, config, tensors)

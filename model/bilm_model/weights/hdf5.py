@@ -111,7 +111,11 @@ def read(path: Path, config: BilmConfig) -> dict[str, Tensor]:
 
 
 def write(path: Path, config: BilmConfig, tensors: dict[str, Tensor]) -> None:
-    """Writes float32 tensors, by our parameters' names, as a published weight file."""
+    """Writes float32 tensors, by our parameters' names, as a published weight file.
+
+    The file says nothing of how the layers are joined: other tools take that from the options, which have no word for
+    the residual "input_to_input". `convert` refuses such a model.
+    """
     with h5py.File(path, "w") as file:
         for key, name, axes in names(config):
             file[key] = axes.to_stored(_theirs(name, tensors)).float().contiguous().numpy()

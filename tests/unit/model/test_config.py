@@ -1,12 +1,13 @@
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from bilm_model.bilm import Bilm
-from bilm_model.config import SIZES, from_options, read_options, to_options
+from bilm_model.config import SIZES, Residual, from_options, read_options, to_options
 from bilm_model.errors import ConfigError
 
 
@@ -19,6 +20,22 @@ def test_named_sizes_are_the_published_models(size: str, count: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_options_round_trip(size: str) -> None:
     assert from_options(json.loads(json.dumps(to_options(SIZES[size])))) == SIZES[size]
+
+
+@pytest.mark.parametrize("residual", get_args(Residual))
+def test_residuals_round_trip(residual: Residual) -> None:
+    config = replace(SIZES["small"], residual=residual)
+    options = to_options(config)
+    assert from_options(options) == config
+    assert options["lstm"]["use_skip_connections"] == (residual == "published")
+    # What the published options can say is written as ever, and so the models' versions stay
+    assert options["lstm"].get("residual") == ("input_to_input" if residual == "input_to_input" else None)
+    assert from_options({**options, "lstm": {**options["lstm"], "residual": residual}}) == config
+
+
+def test_a_residual_that_there_is_not() -> None:
+    with pytest.raises(ConfigError, match=r"residual: expected one of .*, found 'sideways'"):
+        replace(SIZES["tiny"], residual="sideways")  # type: ignore[arg-type]
 
 
 def test_training_options_count_one_character_less() -> None:
@@ -36,6 +53,14 @@ def test_training_options_count_one_character_less() -> None:
         ("lstm.n_layers", 0, "n_layers: expected at least 1, found 0"),
         ("lstm.cell_clip", float("nan"), "cell_clip: expected a positive number"),
         ("lstm.use_skip_connections", 1, "lstm.use_skip_connections: expected true or false"),
+        ("lstm.residual", "sideways", "lstm.residual: expected one of"),
+        ("lstm.residual", ["none"], "lstm.residual: expected one of"),
+        (
+            "lstm.residual",
+            "input_to_input",
+            "lstm.use_skip_connections: expected false beside lstm.residual 'input_to_input', found True",
+        ),
+        ("lstm.residual", "none", "lstm.use_skip_connections: expected false beside lstm.residual 'none', found True"),
         ("lstm.projection_dim", 8192, "projection_dim: expected at most 4096"),
         ("char_cnn.filters", [], "filters: expected at least one"),
         ("char_cnn.filters", [[51, 3]], "filters: expected widths from 1 to 50, found 51"),
@@ -54,6 +79,13 @@ def test_bad_options_are_named(key: str, value: Any, message: str) -> None:
     else:
         options[section][name] = value
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        from_options(options)
+
+
+def test_a_published_residual_that_skips_nothing() -> None:
+    options = to_options(replace(SIZES["tiny"], residual="none"))
+    options["lstm"]["residual"] = "published"
+    with pytest.raises(ConfigError, match="expected true beside lstm.residual 'published', found False"):
         from_options(options)
 
 

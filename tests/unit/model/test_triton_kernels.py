@@ -7,10 +7,12 @@ of its 8 bits here.
 """
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from bilm_model.config import Residual
 from bilm_model.engine.cuda_steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, TorchSteps, check_steps
 from bilm_model.engine.elementwise import TorchElementwise
 from bilm_model.engine.plan import Round
@@ -96,10 +98,10 @@ def test_each_direction_reads_its_own_input_halves(steps: Steps, column: int) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n_components", "n_slices"), [(1, 1), (12, 2), (256, 1), (300, 3)])
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("residual", get_args(Residual))
 @pytest.mark.parametrize("sizes", SIZES)
 def test_outputs(  # noqa: PLR0917
-    steps: Steps, dtype: torch.dtype, n_components: int, n_slices: int, residual: bool, sizes: tuple[int, int]
+    steps: Steps, dtype: torch.dtype, n_components: int, n_slices: int, residual: Residual, sizes: tuple[int, int]
 ) -> None:
     s = Setting(sizes, n_bucket=5)
     parts = s.numbers(2 * n_slices, 5, n_components)
@@ -112,10 +114,10 @@ def test_outputs(  # noqa: PLR0917
     n, steps_of_tick = s.n_rows, slice(s.first, sum(sizes))
     y = parts.view(2, n_slices, 5, n_components).sum(1).clamp(-0.5, 0.5)[:, :n]
     before["h"][:, s.plan.slots[:n]] = y
-    z = y + before["x"][:, steps_of_tick] if residual else y
-    before["x"][:, steps_of_tick] = z
+    total = y + before["x"][:, steps_of_tick]
+    before["x"][:, steps_of_tick] = y if residual == "none" else total
     for d in range(2):
-        before["outputs"][d, s.plan.places[d, steps_of_tick]] = z[d]
+        before["outputs"][d, s.plan.places[d, steps_of_tick]] = (total if residual == "published" else y)[d]
     for name, found in (("h", h), ("x", x), ("outputs", outputs)):
         assert close(found, before[name], torch.float32), name
     assert close(h_next[:, :n], y, dtype)

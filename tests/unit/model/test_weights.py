@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from bilm_model.bilm import random_bilm
-from bilm_model.config import SIZES
+from bilm_model.config import SIZES, to_options
 from bilm_model.errors import ModelError, WeightsError
 from bilm_model.weights import hdf5, single_file
 from bilm_model.weights.convert import main
 from bilm_model.weights.loading import load
+from bilm_model.weights.version import content_version
 
 
 @pytest.fixture
@@ -49,6 +51,30 @@ def test_two_files(golden: Path, tmp_path: Path) -> None:
     assert load(str(tmp_path)).version == load(str(golden)).version
     with pytest.raises(WeightsError, match="--options"):
         load(str(weights))
+
+
+def test_what_the_published_options_cannot_say_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(SIZES["tiny"], residual="input_to_input")
+    single, folder = tmp_path / "model.safetensors", tmp_path / "folder"
+    version = single_file.write(single, config, random_bilm(config).state_dict())
+    assert load(str(single)).bilm.config == config
+    assert main([str(single), str(folder)]) == 1
+    assert "residual: expected 'published' or 'none', found 'input_to_input'" in capsys.readouterr().err
+    assert not folder.exists()
+    assert main([str(single), str(tmp_path / "copy.safetensors")]) == 0
+    # With our own key in the options, such a folder can be read
+    folder.mkdir()
+    hdf5.write(folder / "weights.hdf5", config, random_bilm(config).state_dict())
+    (folder / "options.json").write_text(json.dumps(to_options(config)), encoding="utf-8")
+    assert load(str(folder)).version == version
+
+
+def test_the_options_part_of_a_version_stays() -> None:
+    """Callers pin versions, and states name them."""
+    assert content_version(SIZES["tiny"], {}) == "4b21bf7632a7c4b7"
+    assert content_version(replace(SIZES["tiny"], residual="none"), {}) == "5b6b9e494214fe38"
 
 
 def test_an_output_is_not_overwritten_unasked(single: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
