@@ -40,14 +40,14 @@ proto: $(PROTO_VENV)/.installed
 	$(PROTO_VENV)/bin/python proto/generate.py
 
 # under ten minutes on two cores, with nothing else running
-bench: $(VENV)/.bench
+bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.bench
 
 # load sweeps, and what else one could run: about an hour
-bench-full: $(VENV)/.bench $(TRITON_VENV)/.installed
+bench-full: $(VENV)/.dev $(TRITON_VENV)/.installed
 	$(BIN)/python -m benchmarks.full --triton-python $(TRITON_VENV)/bin/python
 
-bench-page: $(VENV)/.bench
+bench-page: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.page
 
 train: $(VENV)/.dev
@@ -73,10 +73,6 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 $(PROTO_VENV)/.installed: Makefile
 	$(PYTHON) -m venv $(PROTO_VENV)
 	$(PROTO_VENV)/bin/pip install --quiet $(PROTO_TOOLS)
-	touch $@
-
-$(VENV)/.bench: $(VENV)/.dev
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
 
 $(TRITON_VENV)/.installed: Makefile

@@ -1,0 +1,308 @@
+"""Runs side by side: `bilm-train compare`."""
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from bilm_model.bilm import Bilm
+from bilm_model.config import BilmConfig, from_options
+from bilm_model.errors import ConfigError
+from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder, write_bytes, write_text
+
+PERPLEXITY_IMAGE, PROBES_IMAGE, PAGE = "perplexity.png", "probes.png", "compare.md"
+_NOTHING = "–"
+
+Table = list[list[str]]  # the first row is the head
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Perplexities(_Section):
+    """Of a text."""
+
+    forward: float
+    backward: float
+
+    @property
+    def mean(self) -> float:
+        """The mean of the two directions."""
+        return (self.forward + self.backward) / 2
+
+
+class Accuracy(_Section):
+    """Shares of tokens with the right part of speech, 0 to 1."""
+
+    accuracy: float
+    accuracy_with_typos: float
+
+
+class LayerAccuracy(Accuracy):
+    """Of a probe on one layer; 0 is the token layer."""
+
+    layer: int
+
+
+class Probe(_Section):
+    """Probes of all layers on a treebank, and what they are to be held against."""
+
+    treebank: str
+    model: tuple[LayerAccuracy, ...]
+    random: tuple[LayerAccuracy, ...] = ()
+    word_identity: Accuracy | None = None
+
+
+class Evaluation(_Section):
+    """What this command needs of an eval.json."""
+
+    perplexity: dict[str, Perplexities] = {}
+    probes: tuple[Probe, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run.
+
+    Attributes:
+        name: of the folder, with as many of its parents as set it apart from the others.
+        folder: the run's.
+        config: None before there is a model.
+        epochs: those finished.
+        n_steps: done.
+        seconds: until the last line of the logs.
+        tokens_per_s: median over the steps; NaN without any.
+        vocabulary: hash of the words; None if they aren't there.
+        evaluation: None before `bilm-train eval`.
+    """
+
+    name: str
+    folder: RunFolder
+    config: BilmConfig | None
+    epochs: tuple[EpochRecord, ...]
+    n_steps: int
+    seconds: float
+    tokens_per_s: float
+    vocabulary: str | None
+    evaluation: Evaluation | None
+
+    @property
+    def best(self) -> EpochRecord | None:
+        """The epoch with the lowest validation perplexity."""
+        finite = [epoch for epoch in self.epochs if math.isfinite(epoch.valid_mean)]
+        return min(finite, key=lambda epoch: epoch.valid_mean, default=None)
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """One a treebank; none before `bilm-train eval` has probed."""
+        return self.evaluation.probes if self.evaluation else ()
+
+
+def compare(runs: Sequence[Path], out: Path | None = None) -> str:
+    """Tables of runs for a terminal; with `out`, also as compare.md in that folder, with plots beside it.
+
+    A run may still be going on or have been interrupted; what it doesn't have yet is left blank.
+
+    Raises:
+        RunError: naming every folder that is no run, or what is damaged in one.
+        OSError: if something can't be written.
+    """
+    found = read_runs(runs)
+    tables, notes = _tables(found), _notes(found)
+    parts = [*map(_plain, tables), "\n".join(notes)]
+    if out is not None:
+        parts.append(f"written to {_write(found, tables, notes, out)}")
+    return "\n\n".join(part for part in parts if part)
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Reads each folder once, in their order.
+
+    Raises:
+        RunError: naming every folder that is no run, or what is damaged in one.
+    """
+    given = {path.resolve(): path for path in reversed(paths)}
+    folders, errors = {}, []
+    for path in dict.fromkeys(path.resolve() for path in paths):
+        try:
+            folders[path] = RunFolder.of_run(given[path])
+        except RunError as error:
+            errors.append(str(error))
+    if errors:
+        raise RunError("\n".join(errors))
+    return [_read(name, folder) for name, folder in zip(_names(list(folders)), folders.values(), strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as no other path ends in."""
+    names = []
+    for path in paths:
+        n = 1
+        while any(other != path and other.parts[-n:] == path.parts[-n:] for other in paths):
+            n += 1
+        names.append("/".join(path.parts[-n:]))
+    return names
+
+
+def _read(name: str, folder: RunFolder) -> Run:
+    epochs = tuple(folder.read_epochs())
+    speeds, n_steps, seconds = [], 0, max((epoch.seconds for epoch in epochs), default=0.0)
+    for step in folder.read_steps():
+        speeds.append(step.tokens_per_s)
+        n_steps, seconds = step.step, max(seconds, step.seconds)
+    return Run(
+        name=name,
+        folder=folder,
+        config=_read_config(folder.model) if folder.model.exists() else None,
+        epochs=epochs,
+        n_steps=n_steps,
+        seconds=seconds,
+        tokens_per_s=statistics.median(speeds) if speeds else math.nan,
+        vocabulary=hashlib.sha256(folder.vocabulary.read_bytes()).hexdigest() if folder.vocabulary.exists() else None,
+        evaluation=_read_evaluation(folder.eval) if folder.eval.exists() else None,
+    )
+
+
+def _read_config(path: Path) -> BilmConfig:
+    """Of the file's head alone: reading the weights would take long."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return from_options(json.loads((file.metadata() or {})["options"]))
+    except (OSError, SafetensorError, KeyError, ValueError, ConfigError) as error:
+        raise RunError(f"{path}: not a model file of this program: {error}") from error
+
+
+def _read_evaluation(path: Path) -> Evaluation:
+    try:
+        return Evaluation.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        reasons = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise RunError(f"{path}: {'; '.join(reasons)}") from error
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+
+def _tables(runs: Sequence[Run]) -> list[Table]:
+    tables = [_runs_table(runs)]
+    if any(run.probes for run in runs):
+        tables.append(_probes_table(runs))
+    return tables
+
+
+def _runs_table(runs: Sequence[Run]) -> Table:
+    texts = list(dict.fromkeys(name for run in runs if run.evaluation for name in run.evaluation.perplexity))
+    head = ["run", "size", "residual", "steps", "epochs", "best", "minutes", "tokens/s"]
+    head += ["valid fwd", "valid bwd", "valid mean", *(texts or ["test"])]
+    return [head, *(_run_row(run, texts or ["test"]) for run in runs)]
+
+
+def _run_row(run: Run, texts: Sequence[str]) -> list[str]:
+    best, tested = run.best, run.evaluation.perplexity if run.evaluation else {}
+    valid = (best.valid_forward, best.valid_backward, best.valid_mean) if best else (math.nan,) * 3
+    return [
+        run.name,
+        f"{_parameter_count(run.config) / 1e6:.1f} M" if run.config else _NOTHING,
+        run.config.residual if run.config else _NOTHING,
+        f"{run.n_steps:,}",
+        str(max((epoch.epoch for epoch in run.epochs), default=0)),
+        str(best.epoch) if best else _NOTHING,
+        f"{run.seconds / 60:,.1f}",
+        _number(run.tokens_per_s, 0),
+        *(_number(value, 1) for value in valid),
+        *(_number(tested[text].mean if text in tested else math.nan, 1) for text in texts),
+    ]
+
+
+def _parameter_count(config: BilmConfig) -> int:
+    """As `Bilm.parameter_count`, without a model."""
+    return sum(math.prod(shape) for shape in Bilm.parameter_shapes(config).values()) - config.char_dim
+
+
+def _probes_table(runs: Sequence[Run]) -> Table:
+    head = ["run", "treebank", "best layer", "POS %", "with typos %", "typo loss", "random %", "word identity %"]
+    rows = [_probe_row(run.name, probe) for run in runs for probe in run.probes]
+    blank = [[run.name] + [_NOTHING] * (len(head) - 1) for run in runs if not run.probes]
+    return [head, *rows, *blank]
+
+
+def _probe_row(name: str, probe: Probe) -> list[str]:
+    best = max(probe.model, key=lambda layer: layer.accuracy, default=None)
+    plain, typos = (best.accuracy, best.accuracy_with_typos) if best else (math.nan, math.nan)
+    random = max((layer.accuracy for layer in probe.random), default=math.nan)
+    identity = probe.word_identity.accuracy if probe.word_identity else math.nan
+    shares = (plain, typos, plain - typos, random, identity)
+    return [name, probe.treebank, str(best.layer) if best else _NOTHING, *(_number(100 * x, 1) for x in shares)]
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}" if math.isfinite(value) else _NOTHING
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    notes = ["best: the epoch with the lowest validation perplexity; valid: perplexities after it"]
+    if any(run.evaluation and run.evaluation.perplexity for run in runs):
+        notes.append("under a text's name: its perplexity, mean of both directions")
+    if len({run.vocabulary for run in runs} - {None}) > 1:
+        notes.append("The vocabularies differ: perplexities over different words can't be compared.")
+    notes += [f"{run.name}: no epoch finished yet" for run in runs if not run.epochs]
+    unmeasured = [run for run in runs if run.epochs and run.evaluation is None]
+    notes += [f"{run.name}: not evaluated yet; bilm-train eval {quote(str(run.folder.path))}" for run in unmeasured]
+    return notes
+
+
+def _columns(table: Table) -> list[tuple[int, Literal["<", ">"]]]:
+    """Width and side of each column: numbers to the right."""
+    columns: list[tuple[int, Literal["<", ">"]]] = []
+    for cells in zip(*table, strict=True):
+        words = cells[0] in ("run", "residual", "treebank")
+        columns.append((max(map(len, cells)), "<" if words else ">"))
+    return columns
+
+
+def _plain(table: Table) -> str:
+    columns = _columns(table)
+    rows = [
+        "  ".join(f"{cell:{side}{width}}" for cell, (width, side) in zip(row, columns, strict=True)) for row in table
+    ]
+    return "\n".join(row.rstrip() for row in rows)
+
+
+def _markdown(table: Table) -> str:
+    rule = ["---" if side == "<" else "---:" for _, side in _columns(table)]
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in table]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
+
+
+# ---- the folder ---------------------------------------------------------------------------------------------------
+
+
+def _write(runs: Sequence[Run], tables: Sequence[Table], notes: Sequence[str], out: Path) -> Path:
+    try:
+        from bilm_model.training import compare_plots  # noqa: PLC0415 -- only this needs matplotlib
+    except ModuleNotFoundError as error:
+        raise RunError(f"{error}: plots need matplotlib; leave --out away, or pip install matplotlib") from error
+    images = {
+        PERPLEXITY_IMAGE: ("Validation perplexity", compare_plots.perplexity(runs)),
+        PROBES_IMAGE: ("Parts of speech, by layer", compare_plots.probes(runs)),
+    }
+    parts = ["# Runs compared", *map(_markdown, tables), "\n".join(f"- {note}" for note in notes)]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, (title, image) in images.items():
+        if image is not None:
+            write_bytes(out / name, image)
+            parts.append(f"## {title}\n\n![{title}]({name})")
+    write_text(out / PAGE, "\n\n".join(parts) + "\n")
+    return out / PAGE

@@ -1,0 +1,337 @@
+"""A training run's folder: what lies where, and the logs that survive a kill at any moment.
+
+```
+config.toml         the effective configuration
+vocabulary.txt      the words of the softmax, one a line
+checkpoint.pt       the last checkpoint
+best.pt             the parameters with the best figure on the validation text so far, the softmax included
+model.safetensors   the biLM of best.pt, ready to serve
+steps.jsonl         a StepRecord a line
+epochs.jsonl        an EpochRecord a line
+tensorboard/        the same as TensorBoard's scalars
+eval.json           what `bilm-train eval` found
+```
+
+Whole files appear by renaming (`replaced`). A log grows line by line; a kill can leave half a line at its end, which
+readers pass over and the next `RunLog` cuts off.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from bilm_model.errors import ModelError
+
+if TYPE_CHECKING:  # a run that is only read needs no TensorBoard
+    from torch.utils.tensorboard import SummaryWriter
+
+
+Record = TypeVar("Record", "StepRecord", "EpochRecord")
+
+
+class RunError(ModelError):
+    """A run's folder that is missing, damaged, or none; the message names it, or file and line."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A line of steps.jsonl. A number that isn't finite stands there as null.
+
+    Attributes:
+        step: from 1, over the whole run.
+        epoch: from 1.
+        loss: mean negative log likelihood a token, of both directions, in nats.
+        loss_forward: the same, forward.
+        loss_backward: the same, backward.
+        learning_rate: of this step.
+        gradient_norm: Euclidean, before it was clipped.
+        tokens_per_s: each token counted once for both directions.
+        seconds: since the start of the run, the time of interruptions left out.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    loss_forward: float
+    loss_backward: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_s: float
+    seconds: float
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """TensorBoard's curves, by name."""
+        values = asdict(self)
+        return {f"train/{name}": values[name] for name in values if name not in ("step", "epoch", "seconds")}
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """A line of epochs.jsonl. A number that isn't finite stands there as null.
+
+    Attributes:
+        epoch: from 1.
+        step: the epoch's last one.
+        train_loss: mean over the epoch, both directions, with dropout, in nats a token.
+        valid_forward: perplexity on the validation text; for a student, the share of its teacher's variance that it
+            doesn't explain.
+        valid_backward: the same, backward.
+        tokens_per_s: of training, each token counted once for both directions.
+        seconds: since the start of the run, the time of interruptions left out.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float
+    valid_forward: float
+    valid_backward: float
+    tokens_per_s: float
+    seconds: float
+
+    @property
+    def valid_mean(self) -> float:
+        """The mean of the two directions' perplexities."""
+        return (self.valid_forward + self.valid_backward) / 2
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """TensorBoard's curves, by name."""
+        return {
+            "epoch/train_loss": self.train_loss,
+            "epoch/tokens_per_s": self.tokens_per_s,
+            "valid/perplexity": self.valid_mean,
+            "valid/perplexity_forward": self.valid_forward,
+            "valid/perplexity_backward": self.valid_backward,
+        }
+
+
+class RunFolder:
+    """Where a run's files are; nothing is read or made before a method is called. The attributes are paths."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.vocabulary = path / "vocabulary.txt"
+        self.checkpoint = path / "checkpoint.pt"
+        self.best = path / "best.pt"
+        self.model = path / "model.safetensors"
+        self.steps = path / "steps.jsonl"
+        self.epochs = path / "epochs.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.eval = path / "eval.json"
+
+    @classmethod
+    def of_run(cls, path: Path) -> Self:
+        """The folder of a run that has been started.
+
+        Raises:
+            RunError: if there is no such folder, or no run in it.
+        """
+        if not path.is_dir():
+            raise RunError(f"{path}: no such folder")
+        folder = cls(path)
+        if not folder.config.is_file():
+            raise RunError(f"{path}: not the folder of a run ({folder.config.name} is missing)")
+        return folder
+
+    def create(self) -> None:
+        """Makes the folder where it is missing."""
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def read_steps(self) -> Iterator[StepRecord]:
+        """All steps, line by line; none if the log isn't there.
+
+        Raises:
+            RunError: at a line that is no record, unless it is half a line at the end.
+        """
+        return (record for _, record in _read(self.steps, StepRecord))
+
+    def read_epochs(self) -> Iterator[EpochRecord]:
+        """All finished epochs; otherwise like `read_steps`."""
+        return (record for _, record in _read(self.epochs, EpochRecord))
+
+
+# ---- whole files --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Puts a new file in another's place, at once and for good, or leaves the other as it is.
+
+    Yields:
+        Where the body is to write it: beside `path`, so that renaming is all that remains to be done.
+
+    Raises:
+        OSError: if it can't be written (no space, for one); names `path`, whatever the body made of the error.
+    """
+    draft = path.with_name(path.name + ".part")
+    with _naming(path):
+        try:
+            yield draft
+            _sync(draft)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+        if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder can't be opened
+            _sync(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all; see `replaced`."""
+    with replaced(path) as draft:
+        draft.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in UTF-8, whole or not at all; see `replaced`."""
+    write_bytes(path, text.encode())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Failed writes know no file name: gives them one; lets errors of other files pass."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while isinstance(cause, RuntimeError):  # torch.save's own ("unexpected pos") hides the reason behind it
+            cause = cause.__cause__ or cause.__context__
+        if not isinstance(cause, OSError) or not str(cause.filename or path).startswith(str(path)):
+            raise
+        raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from error
+
+
+# ---- logs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class RunLog:
+    """Appends to a run's logs, as a context manager; entering it cuts off what lies beyond the step to go on from.
+
+    Attributes:
+        folder: of the run; it must be there.
+        last_step: that of the checkpoint that the run goes on from; 0: a new run.
+
+    Raises:
+        RunError: on entering, if a log is damaged or TensorBoard is not installed.
+        OSError: if something can't be written; names the file, and leaves at most the last line cut off.
+    """
+
+    folder: RunFolder
+    last_step: int = 0
+
+    def __enter__(self) -> Self:
+        writer = _summary_writer()
+        _cut(self.folder.steps, StepRecord, self.last_step)
+        _cut(self.folder.epochs, EpochRecord, self.last_step)
+        with ExitStack() as stack:
+            # unbuffered: a line is the operating system's at once, and closing has nothing left to fail at
+            self._steps = stack.enter_context(self.folder.steps.open("ab", buffering=0))
+            self._epochs = stack.enter_context(self.folder.epochs.open("ab", buffering=0))
+            with _naming(self.folder.tensorboard):
+                # without purge_step, TensorBoard would draw what lies beyond the checkpoint twice
+                self._board = writer(str(self.folder.tensorboard), purge_step=self.last_step + 1)
+            stack.callback(self._close_board)
+            self._opened = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    def step(self, record: StepRecord) -> None:
+        """Adds a step."""
+        _append(self._steps, self.folder.steps, record)
+        self._draw(record)
+
+    def epoch(self, record: EpochRecord) -> None:
+        """Adds an epoch."""
+        _append(self._epochs, self.folder.epochs, record)
+        self._draw(record)
+
+    def sync(self) -> None:
+        """Returns when all lines are on the disk; to be called before a checkpoint, which must not be ahead of them."""
+        for file, path in ((self._steps, self.folder.steps), (self._epochs, self.folder.epochs)):
+            with _naming(path):
+                os.fsync(file.fileno())
+        with _naming(self.folder.tensorboard):
+            self._board.flush()
+
+    def _draw(self, record: StepRecord | EpochRecord) -> None:
+        with _naming(self.folder.tensorboard):
+            for tag, value in record.scalars.items():
+                self._board.add_scalar(tag, value, record.step)
+
+    def _close_board(self) -> None:
+        with _naming(self.folder.tensorboard):
+            self._board.close()
+
+
+def _summary_writer() -> "type[SummaryWriter]":
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise RunError(f"{error}: training needs TensorBoard, pip install 'bilm-serve[train]'") from error
+    return SummaryWriter
+
+
+def _append(file: FileIO, path: Path, record: StepRecord | EpochRecord) -> None:
+    # JSON knows no NaN: other programs would stumble over a run that has diverged
+    values = {key: value if math.isfinite(value) else None for key, value in asdict(record).items()}
+    line = json.dumps(values).encode() + b"\n"
+    with _naming(path):
+        while line:
+            line = line[file.write(line) :]
+
+
+def _cut(path: Path, kind: type[Record], last_step: int) -> None:
+    if path.exists():
+        with replaced(path) as draft, draft.open("wb") as file:
+            file.writelines(line for line, record in _read(path, kind) if record.step <= last_step)
+
+
+def _read(path: Path, kind: type[Record]) -> Iterator[tuple[bytes, Record]]:
+    """Each whole line with its record."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # a kill came before its end
+            try:
+                record = _record(json.loads(line), kind)
+            except ValueError as error:
+                raise RunError(f"{path}, line {number}: {error}") from error
+            yield line, record
+
+
+def _record(values: object, kind: type[Record]) -> Record:
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object, found {values!r}")
+    return kind(**{field.name: _number(values, field.name, field.type is int) for field in fields(kind)})
+
+
+def _number(values: dict[str, Any], name: str, whole: bool) -> Any:
+    if name not in values:
+        raise ValueError(f"{name}: missing")
+    value = values[name]
+    if value is None and not whole:
+        return math.nan
+    # bool is an int to Python, not to whoever reads the log
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise ValueError(f"{name}: expected a {'whole ' if whole else ''}number, found {value!r}")
+    return value if whole else float(value)

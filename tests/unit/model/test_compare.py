@@ -1,0 +1,212 @@
+import json
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bilm_model.bilm import random_bilm
+from bilm_model.config import SIZES
+from bilm_model.training import compare_plots
+from bilm_model.training.compare import compare, read_runs
+from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder, StepRecord, write_text
+from bilm_model.weights import single_file
+
+# forward, backward: the second is the best
+PERPLEXITIES = ((100.0, 120.0), (50.0, 60.0), (70.0, 60.0))
+PROBE = {
+    "treebank": "UD_English-EWT",
+    "model": [
+        {"layer": 0, "accuracy": 0.90, "accuracy_with_typos": 0.85},
+        {"layer": 1, "accuracy": 0.95, "accuracy_with_typos": 0.885},
+    ],
+    "random": [{"layer": 0, "accuracy": 0.8, "accuracy_with_typos": 0.7}],
+    "word_identity": {"accuracy": 0.86, "accuracy_with_typos": 0.6},
+}
+PNG = b"\x89PNG\r\n"
+
+
+def _run(path: Path, perplexities: Iterable[tuple[float, float]] = PERPLEXITIES, *, model: bool = True) -> RunFolder:
+    """Ten steps an epoch, six seconds a step."""
+    folder = RunFolder(path)
+    folder.create()
+    write_text(folder.config, "")
+    epochs = [EpochRecord(n, 10 * n, 5.0, *pair, 1.0, 60.0 * n) for n, pair in enumerate(perplexities, start=1)]
+    steps = [StepRecord(n, 1, 5, 5, 5, 1, 1, 1000.0 + n, 6.0 * n) for n in range(1, 10 * len(epochs) + 6)]
+    write_text(folder.epochs, "".join(json.dumps(asdict(epoch)) + "\n" for epoch in epochs))
+    write_text(folder.steps, "".join(json.dumps(asdict(step)) + "\n" for step in steps))
+    if model and epochs:
+        single_file.write(folder.model, SIZES["tiny"], random_bilm(SIZES["tiny"]).state_dict())
+    return folder
+
+
+def _evaluate(folder: RunFolder, **perplexity: float) -> None:
+    texts = {name: {"forward": p - 1, "backward": p + 1, "tokens": 9} for name, p in perplexity.items()}
+    write_text(folder.eval, json.dumps({"model": "model.safetensors", "perplexity": texts, "probes": [PROBE]}))
+
+
+def _cells(table: str) -> list[dict[str, str]]:
+    """Rows of a Markdown table."""
+    head, _, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def _tables(page: Path) -> list[list[dict[str, str]]]:
+    return [_cells(part) for part in page.read_text(encoding="utf-8").split("\n\n") if part.startswith("|")]
+
+
+def test_the_table_says_what_the_logs_say(tmp_path: Path) -> None:
+    folder = _run(tmp_path / "run")
+    _evaluate(folder, text=44.0)
+    compare([folder.path], tmp_path / "out")
+    (run,), (probe,) = _tables(tmp_path / "out" / "compare.md")
+    assert run == {
+        "run": "run",
+        "size": f"{random_bilm(SIZES['tiny']).parameter_count / 1e6:.1f} M",
+        "residual": "published",
+        "steps": "35",
+        "epochs": "3",
+        "best": "2",
+        "minutes": "3.5",
+        "tokens/s": "1,018",
+        "valid fwd": "50.0",
+        "valid bwd": "60.0",
+        "valid mean": "55.0",
+        "text": "44.0",
+    }
+    assert probe == {
+        "run": "run",
+        "treebank": "UD_English-EWT",
+        "best layer": "1",
+        "POS %": "95.0",
+        "with typos %": "88.5",
+        "typo loss": "6.5",
+        "random %": "80.0",
+        "word identity %": "86.0",
+    }
+
+
+def test_a_terminal_gets_the_same_aligned(tmp_path: Path) -> None:
+    for name in ("run", "a-longer-name"):
+        _evaluate(_run(tmp_path / name), text=44.0)
+    shown = compare([tmp_path / "run", tmp_path / "a-longer-name"], tmp_path / "out")
+    head, *rows = shown.split("\n\n")[0].splitlines()
+    assert head.startswith("run            ")
+    assert [row.split()[0] for row in rows] == ["run", "a-longer-name"]
+    assert {row.index("published") for row in rows} == {head.index("residual")}
+    assert len({len(line) for line in (head, *rows)}) == 1
+    assert str(tmp_path / "out" / "compare.md") in shown
+
+
+def test_what_a_run_does_not_have_yet_is_blank(tmp_path: Path) -> None:
+    measured, halfway, fresh = (_run(tmp_path / name, p) for name, p in (("a", PERPLEXITIES), ("b", ()), ("c", ())))
+    _evaluate(measured, text=44.0)
+    fresh.steps.unlink()
+    fresh.epochs.unlink()
+    shown = compare([folder.path for folder in (measured, halfway, fresh)], tmp_path / "out")
+    runs, probes = _tables(tmp_path / "out" / "compare.md")
+    assert runs[1] == dict.fromkeys(runs[1], "–") | {
+        "run": "b",
+        "steps": "5",
+        "epochs": "0",
+        "minutes": "0.5",
+        "tokens/s": "1,003",
+    }
+    assert runs[2] == dict.fromkeys(runs[2], "–") | {"run": "c", "steps": "0", "epochs": "0", "minutes": "0.0"}
+    assert probes[1] == dict.fromkeys(probes[1], "–") | {"run": "b"}
+    assert "b: no epoch finished yet" in shown
+
+
+def test_a_run_without_evaluation_comes_with_a_hint(tmp_path: Path) -> None:
+    folder = _run(tmp_path / "my run")
+    shown = compare([folder.path], tmp_path / "out")
+    ((run,),) = _tables(tmp_path / "out" / "compare.md")
+    assert run["test"] == "–"
+    assert f"bilm-train eval '{folder.path}'" in shown
+    assert not (tmp_path / "out" / "probes.png").exists()
+    assert "probes.png" not in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_plots_lie_beside_the_page(tmp_path: Path) -> None:
+    out, names = tmp_path / "out", ("_hidden", "price $1 $2")
+    for name in names:
+        _evaluate(_run(tmp_path / name), text=44.0)
+    compare([tmp_path / name for name in names], out)
+    for name in ("perplexity.png", "probes.png"):
+        assert f"]({name})" in (out / "compare.md").read_text()
+        assert (out / name).read_bytes().startswith(PNG)
+
+
+def test_runs_of_any_length_and_number_can_be_drawn(tmp_path: Path) -> None:
+    for n in range(10):
+        _evaluate(_run(tmp_path / str(n), [(900.0 / (n + 1), 1000.0)] * (1 if n else 40), model=False), text=44.0)
+    runs = read_runs([tmp_path / str(n) for n in range(10)])
+    for draw in (compare_plots.perplexity, compare_plots.probes):
+        image = draw(runs)
+        assert image is not None
+        assert image.startswith(PNG)
+        assert image != draw(runs[:9])
+
+
+def test_a_diverged_run_is_left_out_of_the_plot(tmp_path: Path) -> None:
+    folder = _run(tmp_path / "run", [(math.nan, 5.0)], model=False)
+    write_text(folder.epochs, folder.epochs.read_text().replace("NaN", "null"))
+    (run,) = read_runs([folder.path])
+    assert run.best is None
+    assert compare_plots.perplexity([run]) is None
+    compare([folder.path], tmp_path / "out")
+    ((row,),) = _tables(tmp_path / "out" / "compare.md")
+    assert (row["epochs"], row["best"], row["valid mean"]) == ("1", "–", "–")
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    paths = [_run(tmp_path / name, (), model=False).path for name in ("a/run", "b/run", "a/other", "b/x/run")]
+    assert [run.name for run in read_runs(paths)] == ["a/run", "b/run", "other", "x/run"]
+    assert [run.name for run in read_runs([paths[0], paths[0] / ".." / "run"])] == ["run"]
+
+
+def test_different_vocabularies_are_pointed_out(tmp_path: Path) -> None:
+    folders = [_run(tmp_path / name, model=False) for name in "ab"]
+    for folder, words in zip(folders, ("the\na\n", "the\n"), strict=True):
+        write_text(folder.vocabulary, words)
+    assert "vocabularies differ" in compare([folder.path for folder in folders])
+    assert "vocabularies differ" not in compare([folders[0].path])
+
+
+def test_every_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError) as error:
+        compare([tmp_path / "none", _run(tmp_path / "run", model=False).path, tmp_path / "empty"])
+    assert str(error.value).splitlines() == [
+        f"{tmp_path / 'none'}: no such folder",
+        f"{tmp_path / 'empty'}: not the folder of a run (config.toml is missing)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("eval.json", '{"perplexity": {"text": {"forward": "low", "backward": 2}}}', "perplexity.text.forward: "),
+        ("eval.json", "{", "JSON"),
+        ("model.safetensors", "no model", "not a model file"),
+        ("steps.jsonl", "{}\n", "line 1: step: missing"),
+    ],
+)
+def test_what_is_damaged_is_named(tmp_path: Path, name: str, content: str, reason: str) -> None:
+    folder = _run(tmp_path / "run", model=False)
+    write_text(folder.path / name, content)
+    with pytest.raises(RunError, match=rf"{name}.*{reason}"):
+        compare([folder.path])
+
+
+def test_only_the_plots_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _run(tmp_path / "run", model=False)
+    without: dict[str, Any] = dict.fromkeys(("matplotlib", "bilm_model.training.compare_plots"))
+    for name in without:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr("bilm_model.training.compare_plots")
+    assert "55.0" in compare([folder.path])
+    with pytest.raises(RunError, match="pip install matplotlib"):
+        compare([folder.path], tmp_path / "out")
