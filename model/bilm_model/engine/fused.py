@@ -51,7 +51,7 @@ _int32s, int64s = _pointer_to(types.int32), _pointer_to(types.int64)
 
 
 @intrinsic
-def _load(typing_context: Any, pointer: Any, index: Any) -> Any:
+def load(typing_context: Any, pointer: Any, index: Any) -> Any:
     """The number there as float32; uint16 means bfloat16."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -64,7 +64,7 @@ def _load(typing_context: Any, pointer: Any, index: Any) -> Any:
 
 
 @intrinsic
-def _store(typing_context: Any, pointer: Any, index: Any, value: Any) -> Any:
+def store(typing_context: Any, pointer: Any, index: Any, value: Any) -> Any:
     """Writes a float32; to bfloat16 it is rounded to the nearest, ties to even."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -112,7 +112,7 @@ _Q = tuple(
     np.float32(coefficient)
     for coefficient in (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06)
 )
-_HALF, _TWO = np.float32(0.5), np.float32(2.0)
+HALF, TWO = np.float32(0.5), np.float32(2.0)
 
 
 inner = njit(fastmath=CONTRACT, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -120,7 +120,7 @@ inner = njit(fastmath=CONTRACT, error_model="numpy", no_cpython_wrapper=True, no
 
 
 @inner
-def _tanh_ratio(x):  # type: ignore[no-untyped-def]
+def tanh_ratio(x):  # type: ignore[no-untyped-def]
     """Numerator and denominator of tanh(x); σ(2x) is (denominator + numerator) / (2·denominator)."""
     x = _LIMIT if x > _LIMIT else x
     x = -_LIMIT if x < -_LIMIT else x
@@ -134,34 +134,34 @@ def _tanh_ratio(x):  # type: ignore[no-untyped-def]
 def lstm_block(n, gates_h, gates_x, n_cells, c, m, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
     """N neighbouring cells of a row; their four gates stand `n_cells` apart. Two divisions a cell."""
     for k in range(n):
-        p_i, q_i = _tanh_ratio(_HALF * (_load(gates_h, k) + _load(gates_x, k)))
-        p_j, q_j = _tanh_ratio(_load(gates_h, k + n_cells) + _load(gates_x, k + n_cells))
-        p_f, q_f = _tanh_ratio(_HALF * (_load(gates_h, k + 2 * n_cells) + _load(gates_x, k + 2 * n_cells)))
-        p_o, q_o = _tanh_ratio(_HALF * (_load(gates_h, k + 3 * n_cells) + _load(gates_x, k + 3 * n_cells)))
+        p_i, q_i = tanh_ratio(HALF * (load(gates_h, k) + load(gates_x, k)))
+        p_j, q_j = tanh_ratio(load(gates_h, k + n_cells) + load(gates_x, k + n_cells))
+        p_f, q_f = tanh_ratio(HALF * (load(gates_h, k + 2 * n_cells) + load(gates_x, k + 2 * n_cells)))
+        p_o, q_o = tanh_ratio(HALF * (load(gates_h, k + 3 * n_cells) + load(gates_x, k + 3 * n_cells)))
         # σ(f)·c + σ(i)·tanh(j), over one denominator
-        f_denominator, ij_denominator = _TWO * q_f, _TWO * q_i * q_j
-        kept, new = (q_f + p_f) * _load(c, k), (q_i + p_i) * p_j
+        f_denominator, ij_denominator = TWO * q_f, TWO * q_i * q_j
+        kept, new = (q_f + p_f) * load(c, k), (q_i + p_i) * p_j
         cell = (kept * ij_denominator + new * f_denominator) / (f_denominator * ij_denominator)
         cell = clip if cell > clip else cell
         cell = -clip if cell < -clip else cell
-        _store(c, k, cell)
-        p_c, q_c = _tanh_ratio(cell)
-        _store(m, k, (q_o + p_o) * p_c / (_TWO * q_o * q_c))
+        store(c, k, cell)
+        p_c, q_c = tanh_ratio(cell)
+        store(m, k, (q_o + p_o) * p_c / (TWO * q_o * q_c))
 
 
 @inner
 def _highway_block(n, x, gate, transform, y):  # type: ignore[no-untyped-def]
     for k in range(n):
-        p, q = _tanh_ratio(_HALF * _load(gate, k))
-        t = _load(transform, k)
+        p, q = tanh_ratio(HALF * load(gate, k))
+        t = load(transform, k)
         t = np.float32(0.0) if t < np.float32(0.0) else t
-        _store(y, k, _load(x, k) + (q + p) / (_TWO * q) * (t - _load(x, k)))
+        store(y, k, load(x, k) + (q + p) / (TWO * q) * (t - load(x, k)))
 
 
 @inner
 def _raise_peaks(n, responses, start, last_start, peaks):  # type: ignore[no-untyped-def]
     for k in range(n):
-        response = _load(responses, k)
+        response = load(responses, k)
         if start <= last_start[k] and (response > peaks[k] or response != response):  # noqa: PLR0124 - NaN
             peaks[k] = response
 
@@ -171,7 +171,7 @@ def _activate(n, peaks, bias, tanh):  # type: ignore[no-untyped-def]
     for k in range(n):
         x = peaks[k] + bias[k]
         if tanh:
-            p, q = _tanh_ratio(x)
+            p, q = tanh_ratio(x)
             peaks[k] = p / q
         else:
             peaks[k] = np.float32(0.0) if x < np.float32(0.0) else x
@@ -268,13 +268,13 @@ class FusedElementwise:
 
     def __init__(self, product_dtype: torch.dtype) -> None:
         """Compiles the kernels; takes a second or two."""
-        self._parallel = _openmp()
+        openmp()
         self._lstm, self._highway, self._peaks = _compile_all(product_dtype)
 
     @property
     def name(self) -> str:
         """What it is, for people to read."""
-        return "fused kernels" if self._parallel else "fused kernels on one thread"
+        return "fused kernels" if openmp() else "fused kernels on one thread"
 
     def lstm(
         self, gates_h: Tensor, gates_x: Tensor, index: Tensor, c: Tensor, slots: Tensor, *, clip: float, out: Tensor
@@ -283,12 +283,12 @@ class FusedElementwise:
         n_rows, n_cells = len(index), c.shape[1]
         bound = ctypes.c_float(clip)
         addresses = [tensor.data_ptr() for tensor in (gates_h, gates_x, index, c, slots, out)]
-        self.run(self._lstm, n_rows * n_cells, n_rows, n_cells, _BLOCK, *addresses, ctypes.addressof(bound))
+        run(self._lstm, n_rows * n_cells, n_rows, n_cells, _BLOCK, *addresses, ctypes.addressof(bound))
 
     def highway(self, x: Tensor, z: Tensor) -> Tensor:
         """See `Elementwise`."""
         y = torch.empty_like(x)
-        self.run(self._highway, x.numel(), *x.shape, x.data_ptr(), z.data_ptr(), y.data_ptr())
+        run(self._highway, x.numel(), *x.shape, x.data_ptr(), z.data_ptr(), y.data_ptr())
         return y
 
     def peaks(self, responses: Tensor, windows: Windows, bias: Tensor, activation: str) -> Tensor:
@@ -297,23 +297,25 @@ class FusedElementwise:
         y = torch.empty(n_tokens, width)
         tensors = (responses, windows.first, windows.start, windows.last_start, bias)
         addresses = [tensor.data_ptr() for tensor in tensors]
-        self.run(self._peaks, responses.numel(), n_tokens, width, *addresses, activation == "tanh", y.data_ptr())
+        run(self._peaks, responses.numel(), n_tokens, width, *addresses, activation == "tanh", y.data_ptr())
         return y
 
-    def run(self, compiled: _Kernel, n_numbers: int, *arguments: int) -> None:
-        """Runs a kernel that makes so many numbers, on all threads if that is worth it."""
-        # Always the whole team or none of it: OpenMP ends and begins threads when a team's size changes.
-        n_threads = torch.get_num_threads() if self._parallel and n_numbers >= _MIN_PARALLEL else 1
-        values = (ctypes.c_int64 * (1 + len(arguments)))(n_threads, *arguments)
-        if self._parallel and n_threads > 1:
-            self._parallel(compiled.address, values, n_threads, 0)
-        else:
-            compiled.ctypes(values)
+
+def run(compiled: _Kernel, n_numbers: int, *arguments: int) -> None:
+    """Runs a kernel that makes so many numbers, on all threads if that is worth it."""
+    parallel = openmp()
+    # Always the whole team or none of it: OpenMP ends and begins threads when a team's size changes.
+    n_threads = torch.get_num_threads() if parallel and n_numbers >= _MIN_PARALLEL else 1
+    values = (ctypes.c_int64 * (1 + len(arguments)))(n_threads, *arguments)
+    if parallel and n_threads > 1:
+        parallel(compiled.address, values, n_threads, 0)
+    else:
+        compiled.ctypes(values)
 
 
 @functools.cache
-def _openmp() -> Callable[..., None] | None:
-    """`GOMP_parallel` of the OpenMP library that torch runs on; None where torch brought none, or another kind.
+def openmp() -> Callable[..., None] | None:
+    """To be called before a kernel is compiled: makes the thread's number known to kernels. `GOMP_parallel` of the OpenMP library that torch runs on; None where torch brought none, or another kind.
 
     Source: libgomp's ABI, `void GOMP_parallel (void (*fn) (void *), void *data, unsigned num_threads, unsigned flags)`.
     """

@@ -20,7 +20,6 @@ from bilm_model.config import BilmConfig
 from bilm_model.engine.elementwise import CellWork
 from bilm_model.engine.fused import (
     CONTRACT,
-    FusedElementwise,
     clip_block,
     copy_block,
     float32s,
@@ -28,6 +27,7 @@ from bilm_model.engine.fused import (
     int64s,
     kernel,
     lstm_block,
+    run,
     share,
 )
 from bilm_model.engine.packed import PackedProduct, padded_rows
@@ -131,15 +131,15 @@ class Recurrence:
     """A cell's ticks, one row after another; bit for bit what products and elementwise arithmetic give."""
 
     def __init__(
-        self, recurrent: _Weight, projection: _Weight | None, config: BilmConfig, fused: FusedElementwise
+        self, recurrent: _Weight, projection: _Weight | None, config: BilmConfig
     ) -> None:
-        self._recurrent, self._projection, self._config, self.fused = recurrent, projection, config, fused
+        self._recurrent, self._projection, self._config = recurrent, projection, config
         self._clips = torch.tensor([config.cell_clip, config.proj_clip])
         n_gates = 4 * config.cell_dim
         self._buffers = [torch.empty(n) for n in (n_gates, config.cell_dim, n_gates)]
 
     @classmethod
-    def of(cls, lstm: ClippedProjectedLstm, config: BilmConfig, fused: FusedElementwise) -> "Recurrence | None":
+    def of(cls, lstm: ClippedProjectedLstm, config: BilmConfig) -> "Recurrence | None":
         """For a layer; None where it would be slower, or can't give the same bits."""
         if lstm.recurrent.weight.dtype != torch.float32 or step_size(config) > _MAX_STEP:
             return None
@@ -147,7 +147,7 @@ class Recurrence:
         projection = None if lstm.projection is None else _Weight.of(lstm.projection.weight)
         if recurrent is None or (projection is None) != (lstm.projection is None):
             return None
-        return cls(recurrent, projection, config, fused)
+        return cls(recurrent, projection, config)
 
     def takes(self, n_rows: int) -> bool:
         """Whether this is faster for so many rows."""
@@ -169,7 +169,7 @@ def run_together(cells: Sequence[tuple[Recurrence, CellWork]]) -> list[Tensor]:
     ticks = [torch.tensor(work.sizes) for _, work in cells]
     jobs = [cell.arguments(work, out, n) for (cell, work), out, n in zip(cells, outputs, ticks, strict=True)]
     n_numbers = sum(out.numel() for out in outputs)
-    cells[0][0].fused.run(_recurrences, n_numbers, len(jobs), *(ctypes.addressof(job) for job in jobs))
+    run(_recurrences, n_numbers, len(jobs), *(ctypes.addressof(job) for job in jobs))
     return outputs
 
 
