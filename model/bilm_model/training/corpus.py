@@ -1,24 +1,33 @@
-"""Plain text becomes streams of words for truncated backpropagation.
+"""Plain text becomes streams of words for truncated backpropagation, without being read into memory.
 
-A line is a sentence (or a paragraph): "<S>", its words, "</S>". Words are what white space leaves, nothing more is
-done to them: no case folding, no Unicode normalisation. A line without words counts too, so that perplexities are per
-token with end of line, as usual for WikiText.
+A line is a sentence or a paragraph: "<S>", its words, "</S>". Words are what white space leaves, nothing more is done
+to them: no case folding, no Unicode normalisation, apostrophes and punctuation as the text has them. A line without
+words counts too, so that perplexities are per token with end of line, as usual for WikiText.
 """
 
+import hashlib
+import mmap
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from bilm_model.characters import BEGIN_TOKEN, END_TOKEN, CharacterIds, character_ids
+from bilm_model.characters import BEGIN_TOKEN, END_TOKEN, CharacterIds, token_ids
 from bilm_model.errors import ModelError
 
 BOUNDARY = 0
 """The class that ends a sentence: after its last word reading forward, after its first reading backward."""
-_UNKNOWN = "<unk>"
+UNKNOWN = "<unk>"
+
+# A block is what is split into words at a time: small enough that several for each stream can stay in memory
+_BLOCK_BYTES = 4096
+_CACHED_BLOCKS = 1024
+_CACHED_WORDS = 100_000
 
 
 class CorpusError(ModelError):
@@ -29,97 +38,177 @@ class CorpusError(ModelError):
 class Vocabulary:
     """The words that the softmax knows, most frequent first; class 0 is the sentence boundary.
 
+    A word outside it is read by its characters all the same; as a target it counts as "<unk>".
+
     Attributes:
         words: by class.
+        classes: the class of each word.
     """
 
     words: tuple[str, ...]
+    classes: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        classes = {word: index for index, word in enumerate(self.words)}
+        classes[BEGIN_TOKEN] = BOUNDARY
+        object.__setattr__(self, "classes", classes)
 
     @classmethod
-    def of(cls, lines: Sequence[Sequence[str]]) -> "Vocabulary":
-        """All words of these lines; equally frequent ones in alphabetical order."""
-        counts = Counter(word for line in lines for word in line)
-        return cls((END_TOKEN, *sorted(counts, key=lambda word: (-counts[word], word))))
+    def of(cls, counts: Counter[str], max_words: int | None = None) -> "Vocabulary":
+        """The most frequent words, equally frequent ones in alphabetical order.
 
-    def classes(self) -> dict[str, int]:
-        """The class of each word."""
-        return {word: index for index, word in enumerate(self.words)}
+        With fewer words than the text has, or where rare ones were lost in counting, "<unk>" stands for the others.
+        """
+        boundaries = (BEGIN_TOKEN, END_TOKEN)  # a text may have them as words: they are read as what they mean
+        words = sorted(counts.keys() - boundaries, key=lambda word: (-counts[word], word))
+        if max_words is not None and len(words) > max_words:
+            words = [*[word for word in words if word != UNKNOWN][: max_words - 1], UNKNOWN]
+        return cls((END_TOKEN, *words))
+
+    @classmethod
+    def from_text(cls, text: str) -> "Vocabulary":
+        """Reads what `to_text` wrote."""
+        return cls(tuple(text.splitlines()))
+
+    def to_text(self) -> str:
+        """A word a line, by class."""
+        return "".join(f"{word}\n" for word in self.words)
+
+    def target(self, word: str) -> int:
+        """The class of a word.
+
+        Raises:
+            CorpusError: if the word is unknown to a vocabulary without "<unk>".
+        """
+        known = self.classes.get(word, self.classes.get(UNKNOWN))
+        if known is None:
+            raise CorpusError(f"the word {word!r} is not in the vocabulary, which has no {UNKNOWN}")
+        return known
 
 
 @dataclass(frozen=True, eq=False)
-class Text:
-    """A text as indices.
+class Corpus:
+    """A text file, mapped into memory, and where its blocks of lines begin.
 
     Attributes:
-        types: (types, 50) character ids of each different token, the boundaries among them.
-        tokens: (N,) the type of each token, boundaries included, in reading order.
-        classes: (N,) the class of each token for the softmax.
-        begins: (N,) whether the token is a "<S>".
+        path: the file.
+        n_tokens: words and boundaries.
+        digest: hash of the content: a run goes on with the text that it began with, or not at all.
     """
 
-    types: CharacterIds
-    tokens: NDArray[np.int64]
-    classes: NDArray[np.int64]
-    begins: NDArray[np.bool_]
+    path: Path
+    n_tokens: int
+    digest: str
+    _data: bytes | mmap.mmap
+    _offsets: NDArray[np.int64]
+    _first_tokens: NDArray[np.int64]
 
-    def reversed(self) -> "Text":
-        """The text read from its end: there, sentences begin with "</S>"."""
-        ends = np.append(self.begins[1:], True)  # a sentence's last token stands before the next one's first
-        return Text(self.types, self.tokens[::-1].copy(), self.classes[::-1].copy(), ends[::-1].copy())
+    @classmethod
+    def open(cls, path: Path, counts: Counter[str] | None = None, max_counted: int = 10_000_000) -> "Corpus":
+        """Goes through a file once: checks it, notes where its lines are, and counts its words if asked to.
+
+        Args:
+            path: UTF-8, a sentence or paragraph a line.
+            counts: receives how often each word stands there.
+            max_counted: different words to keep count of; beyond, the rarest count as "<unk>".
+
+        Raises:
+            CorpusError: if the file can't be read, isn't UTF-8 or holds no word.
+        """
+        data = _map(path)
+        offsets, first_tokens, n_tokens, n_words = [0], [0], 0, 0
+        digest = hashlib.blake2b(digest_size=16)
+        bar = tqdm(total=len(data), desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False, delay=1)
+        with bar:
+            for start, end in _blocks(data):
+                block = data[start:end]
+                digest.update(block)
+                lines = _lines(path, data, start, block)
+                words = [word for line in lines for word in line]
+                n_words += len(words)
+                n_tokens += len(words) + 2 * len(lines)
+                offsets.append(end)
+                first_tokens.append(n_tokens)
+                if counts is not None:
+                    _count(counts, words, max_counted)
+                bar.update(end - start)
+        if not n_words:
+            raise CorpusError(f"{path}: holds no word")
+        index = np.array(offsets, np.int64), np.array(first_tokens, np.int64)
+        return cls(path, n_tokens, digest.hexdigest(), data, *index)
+
+    def tokens(self, start: int, end: int) -> list[str]:
+        """Tokens from..to, boundaries included, in reading order."""
+        found: list[str] = []
+        block = int(np.searchsorted(self._first_tokens, start, side="right")) - 1
+        while len(found) < end - start:
+            tokens = self._block(block)
+            skipped = max(0, start - int(self._first_tokens[block]))
+            found += tokens[skipped : skipped + end - start - len(found)]
+            block += 1
+        return found
+
+    @lru_cache(_CACHED_BLOCKS)  # noqa: B019 - a corpus lives as long as the run
+    def _block(self, number: int) -> list[str]:
+        start, end = self._offsets[number : number + 2].tolist()
+        lines = _lines(self.path, self._data, start, self._data[start:end])
+        return [token for line in lines for token in (BEGIN_TOKEN, *line, END_TOKEN)]
 
 
-def read_lines(path: Path) -> list[list[str]]:
-    """The words of each line.
-
-    Raises:
-        CorpusError: if the file can't be read, isn't UTF-8 or holds no word.
-    """
+def _map(path: Path) -> bytes | mmap.mmap:
     try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+    except (OSError, ValueError) as error:
         raise CorpusError(f"{path}: {error}") from error
-    if not any(lines):
-        raise CorpusError(f"{path}: holds no word")
-    return lines
 
 
-def index_text(lines: Sequence[Sequence[str]], vocabulary: Vocabulary) -> Text:
-    """Looks every token up.
+def _blocks(data: bytes | mmap.mmap) -> Iterator[tuple[int, int]]:
+    """Where blocks of whole lines begin and end."""
+    start = 0
+    while start < len(data):
+        newline = data.find(b"\n", start + _BLOCK_BYTES)
+        end = len(data) if newline < 0 else newline + 1
+        yield start, end
+        start = end
 
-    A word outside the vocabulary is read by its characters all the same; as a target it counts as "<unk>".
 
-    Raises:
-        CorpusError: if a word is unknown to a vocabulary without "<unk>".
+def _lines(path: Path, data: bytes | mmap.mmap, start: int, block: bytes) -> list[list[str]]:
+    """The words of each line of a block."""
+    try:
+        lines = block.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        number = data[: start + error.start].count(b"\n") + 1
+        raise CorpusError(f"{path}, line {number}: not UTF-8 ({error.reason}, byte {start + error.start})") from error
+    if not lines[-1]:
+        lines.pop()  # what follows the last line's end is no line
+    return [line.split() for line in lines]
+
+
+def _count(counts: Counter[str], words: list[str], max_counted: int) -> None:
+    """Adds words; when there are too many different ones, those seen once, then twice, and so on, become "<unk>".
+
+    Source: `ReduceVocab` of word2vec.
     """
-    classes = vocabulary.classes()
-    sequence = [token for line in lines for token in (BEGIN_TOKEN, *line, END_TOKEN)]
-    types = {token: index for index, token in enumerate(dict.fromkeys(sequence))}
-    targets = {token: _class_of(token, classes) for token in types}
-    return Text(
-        types=character_ids(types),
-        tokens=np.fromiter((types[token] for token in sequence), np.int64, len(sequence)),
-        classes=np.fromiter((targets[token] for token in sequence), np.int64, len(sequence)),
-        begins=np.fromiter((token == BEGIN_TOKEN for token in sequence), np.bool_, len(sequence)),
-    )
+    counts.update(words)
+    bound = 1
+    while len(counts) > max_counted:
+        for word in [word for word, count in counts.items() if count <= bound and word != UNKNOWN]:
+            counts[UNKNOWN] += counts.pop(word)
+        bound += 1
 
 
-def _class_of(token: str, classes: dict[str, int]) -> int:
-    if token in (BEGIN_TOKEN, END_TOKEN):
-        return BOUNDARY
-    known = classes.get(token, classes.get(_UNKNOWN))
-    if known is None:
-        raise CorpusError(f"the word {token!r} is not in the vocabulary, which has no {_UNKNOWN}")
-    return known
+# ---- streams ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Consecutive steps of several streams.
+    """Consecutive steps of several streams, in one direction.
 
     Attributes:
-        tokens: (steps, batch) types to read.
-        targets: (steps, batch) class of the token that follows.
-        counted: (steps, batch) whether the target counts; that one sentence follows another is nothing to predict.
+        tokens: (steps, streams) row of each token in `WindowPair.types`.
+        targets: (steps, streams) class of the token that follows.
+        counted: (steps, streams) whether the target counts; that one sentence follows another is nothing to predict.
     """
 
     tokens: NDArray[np.int64]
@@ -127,23 +216,105 @@ class Window:
     counted: NDArray[np.bool_]
 
 
-def windows(text: Text, batch: int, steps: int) -> Iterator[Window]:
-    """Cuts a text into `batch` streams of equal length and goes through them together, `steps` at a time.
+@dataclass(frozen=True, eq=False)
+class WindowPair:
+    """The windows of both directions at the same step.
 
-    Each window goes on where the one before it ended. Up to `batch` tokens at the end are left over.
-
-    Raises:
-        CorpusError: if the text is too short for so many streams.
+    Attributes:
+        types: (types, 50) character ids of the different tokens in them.
+        forward: of the text.
+        backward: of the text read from its end.
+        position: number of the window's first step in its streams, for messages.
     """
-    length = (len(text.tokens) - 1) // batch
-    if length < 1:
-        raise CorpusError(f"{len(text.tokens)} tokens are too few for {batch} streams")
 
-    def streams(values: NDArray[np.int64] | NDArray[np.bool_], shift: int) -> NDArray:  # type: ignore[type-arg]
-        return values[shift : shift + batch * length].reshape(batch, length).T
+    types: CharacterIds
+    forward: Window
+    backward: Window
+    position: int
 
-    tokens, targets = streams(text.tokens, 0), streams(text.classes, 1)
-    counted = ~streams(text.begins, 1)
-    for start in range(0, length, steps):
-        part = slice(start, start + steps)
-        yield Window(tokens[part], targets[part], counted[part])
+    @property
+    def directions(self) -> tuple[Window, Window]:
+        """Forward, backward."""
+        return self.forward, self.backward
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """A text as contiguous streams of equal length, read together; up to `n_streams` tokens at the end are left over.
+
+    Attributes:
+        corpus: the text.
+        vocabulary: that targets are looked up in.
+        n_streams: of each direction.
+        n_steps: steps of a window.
+    """
+
+    corpus: Corpus
+    vocabulary: Vocabulary
+    n_streams: int
+    n_steps: int
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise CorpusError(
+                f"{self.corpus.path}: {self.corpus.n_tokens} tokens are too few for {self.n_streams} streams"
+            )
+
+    @property
+    def length(self) -> int:
+        """Steps of a stream."""
+        return (self.corpus.n_tokens - 1) // self.n_streams
+
+    @property
+    def n_windows(self) -> int:
+        """Windows until the streams end; the last one may be shorter."""
+        return -(-self.length // self.n_steps)
+
+    def check(self) -> None:
+        """Makes sure that every word has a class, before hours of training.
+
+        Raises:
+            CorpusError: as `windows`.
+        """
+        if UNKNOWN not in self.vocabulary.classes:
+            for _ in self.windows():
+                pass
+
+    def windows(self, first: int = 0) -> Iterator[WindowPair]:
+        """The windows in order, each going on where the one before it ended.
+
+        Raises:
+            CorpusError: if a word is unknown to a vocabulary without "<unk>".
+        """
+        for number in range(first, self.n_windows):
+            yield self._window(number * self.n_steps)
+
+    def _window(self, start: int) -> WindowPair:
+        end = min(start + self.n_steps, self.length) + 1  # the last step's target is one further
+        starts = range(0, self.n_streams * self.length, self.length)
+        last = self.corpus.n_tokens
+        forward = [self.corpus.tokens(first + start, first + end) for first in starts]
+        backward = [self.corpus.tokens(last - first - end, last - first - start)[::-1] for first in starts]
+        types = {token: n for n, token in enumerate(dict.fromkeys(t for row in (*forward, *backward) for t in row))}
+        targets = self._targets(types)
+        windows = (_window_of(forward, types, targets, BEGIN_TOKEN), _window_of(backward, types, targets, END_TOKEN))
+        return WindowPair(_type_ids(types), *windows, start)
+
+    def _targets(self, types: Iterable[str]) -> NDArray[np.int64]:
+        try:
+            return np.array([self.vocabulary.target(token) for token in types], np.int64)
+        except CorpusError as error:
+            raise CorpusError(f"{self.corpus.path}: {error}") from error
+
+
+def _window_of(rows: Sequence[list[str]], types: dict[str, int], targets: NDArray[np.int64], begin: str) -> Window:
+    indices = np.array([[types[token] for token in row] for row in rows], np.int64).T
+    follows = indices[1:]
+    return Window(indices[:-1], targets[follows], follows != types.get(begin, -1))
+
+
+def _type_ids(types: Iterable[str]) -> CharacterIds:
+    return np.stack([_cached_ids(token) for token in types])
+
+
+_cached_ids = lru_cache(_CACHED_WORDS)(token_ids)

@@ -1,148 +1,281 @@
-"""The training loop: epochs over a text, a model file after each."""
+"""The training loop: windows, steps, checkpoints; a run that was killed goes on as if it hadn't been."""
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import zipfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from bilm_model.bilm import Bilm, initialize
-from bilm_model.training.corpus import Text, Vocabulary, Window, index_text, read_lines, windows
-from bilm_model.training.evaluation import Perplexity, perplexity
-from bilm_model.training.objective import BilmObjective
-from bilm_model.training.recipe import Optimisation, Recipe
+from bilm_model.bilm import BilmState
+from bilm_model.training.corpus import Corpus, Streams, Vocabulary, WindowPair
+from bilm_model.training.evaluation import mean_losses, valid_streams
+from bilm_model.training.learner import Learner, Objective
+from bilm_model.training.recipe import Recipe, read_recipe, to_toml
+from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder, RunLog, StepRecord, replaced, write_text
 from bilm_model.weights import single_file
 
-MODEL_FILE, SOFTMAX_FILE, LOG_FILE = "model.safetensors", "softmax.pt", "log.jsonl"
+NewObjective = Callable[[Recipe, Vocabulary, torch.device], Objective]
 
 
-@dataclass(frozen=True)
-class EpochReport:
-    """A line of the log.
+class Trainer:
+    """A run: everything that a checkpoint holds, and the texts.
 
     Attributes:
-        epoch: from 1.
-        train_loss: mean negative log likelihood per token, both directions, with dropout, in nats.
-        valid: perplexities on the validation text.
-        tokens_per_s: training speed, each token counted once for both directions.
-        minutes: since the start of the run.
+        recipe: the run's choices.
+        folder: where it leaves its files.
+        stop: set to end after the present step, with a checkpoint.
     """
 
-    epoch: int
-    train_loss: float
-    valid: Perplexity
-    tokens_per_s: float
-    minutes: float
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        objective: Objective,
+        *,
+        train: Streams,
+        valid: Corpus,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.stop = False
+        self._objective, self._train, self._valid, self._device = objective, train, valid, device
+        optimisation = recipe.optimisation
+        self._learner = Learner(objective, optimisation, train.n_windows * optimisation.epochs, device)
+        self._step, self._seconds = 0, 0.0
+        self._best = math.inf
+        self._states = objective.zero_state(optimisation.batch)
+        self._epoch_loss, self._epoch_tokens, self._epoch_seconds = 0.0, 0, 0.0
+
+    @classmethod
+    def start(cls, recipe: Recipe, folder: RunFolder, new_objective: NewObjective, device: torch.device) -> "Trainer":
+        """A new run; writes its recipe and vocabulary.
+
+        Raises:
+            RunError: if the folder holds a run already.
+            CorpusError: if a text can't be used.
+        """
+        if folder.config.exists():
+            raise RunError(f"{folder.path}: holds a run already; go on with it by  bilm-train resume {folder.path}")
+        counts: Counter[str] = Counter()
+        corpus = Corpus.open(recipe.data.train, counts)
+        vocabulary = Vocabulary.of(counts, recipe.data.max_words)
+        trainer = cls._of(recipe, folder, corpus, vocabulary, new_objective=new_objective, device=device)
+        folder.create()
+        write_text(folder.vocabulary, vocabulary.to_text())
+        write_text(folder.config, to_toml(recipe))
+        return trainer
+
+    @classmethod
+    def resume(cls, folder: RunFolder, new_objective: NewObjective, device: torch.device) -> "Trainer":
+        """A run as its last checkpoint has it; from the beginning if it didn't come to the first one.
+
+        Raises:
+            RunError: if there is no run, or its checkpoint is damaged or of other texts.
+            CorpusError: if a text can't be used any more.
+        """
+        recipe = read_recipe(str(folder.config))
+        vocabulary = read_vocabulary(folder)
+        # Without a step there is nothing to lose: the disk was full, for one
+        begun = folder.checkpoint.exists() or folder.steps.exists()
+        checkpoint = _read_checkpoint(folder.checkpoint) if begun else None
+        trainer = cls._of(
+            recipe, folder, Corpus.open(recipe.data.train), vocabulary, new_objective=new_objective, device=device
+        )
+        if checkpoint is not None:
+            trainer._restore(checkpoint)
+        return trainer
+
+    @classmethod
+    def _of(
+        cls,
+        recipe: Recipe,
+        folder: RunFolder,
+        corpus: Corpus,
+        vocabulary: Vocabulary,
+        *,
+        new_objective: NewObjective,
+        device: torch.device,
+    ) -> "Trainer":
+        streams = Streams(corpus, vocabulary, recipe.optimisation.batch, recipe.optimisation.steps)
+        valid = Corpus.open(recipe.data.valid)
+        valid_streams(valid, vocabulary).check()
+        objective = new_objective(recipe, vocabulary, device)
+        return cls(recipe, folder, objective, train=streams, valid=valid, device=device)
+
+    def run(self) -> bool:
+        """Trains to the end -> True, or until `stop` is set -> False.
+
+        Raises:
+            DivergedError: if the loss is no number any more; the last checkpoint is from before that.
+            OSError: if something can't be written; the last checkpoint stays as it was.
+        """
+        self._started = time.monotonic() - self._seconds
+        if self._step == 0:
+            self._save_checkpoint()
+        with RunLog(self.folder, self._step) as log:
+            while self._step < self._train.n_windows * self.recipe.optimisation.epochs:
+                if not self._epoch(log):
+                    return False
+        return True
+
+    def _epoch(self, log: RunLog) -> bool:
+        epochs, n_windows = self.recipe.optimisation.epochs, self._train.n_windows
+        epoch, first = self._step // n_windows + 1, self._step % n_windows
+        self._learner.module.train()
+        bar = tqdm(total=n_windows, initial=first, desc=f"epoch {epoch}/{epochs}", unit="step")
+        with bar:
+            for pair in self._train.windows(first):
+                if self.stop:
+                    self._checkpoint(log)
+                    return False
+                record = self._learn(pair, epoch)
+                log.step(record)
+                bar.set_postfix_str(f"loss {record.loss:.3f}", refresh=False)
+                bar.update()
+                if self._step % self.recipe.optimisation.checkpoint_steps == 0 and self._step % n_windows:
+                    self._checkpoint(log)
+        self._end_epoch(log, epoch)
+        return True
+
+    def _learn(self, pair: WindowPair, epoch: int) -> StepRecord:
+        begun = time.monotonic()
+        learnt = self._learner.learn(pair, self._states)
+        self._states = learnt.states
+        self._step += 1
+        seconds = time.monotonic() - begun
+        loss, n_tokens = float(learnt.sums.sum()), int(learnt.counts.sum())
+        self._epoch_loss += loss
+        self._epoch_tokens += n_tokens
+        self._epoch_seconds += seconds
+        forward, backward = (learnt.sums / learnt.counts).tolist()
+        return StepRecord(
+            step=self._step,
+            epoch=epoch,
+            loss=loss / max(1, n_tokens),
+            loss_forward=forward,
+            loss_backward=backward,
+            learning_rate=learnt.learning_rate,
+            gradient_norm=learnt.gradient_norm,
+            tokens_per_s=pair.forward.tokens.size / seconds,
+            seconds=self._elapsed(),
+        )
+
+    def _end_epoch(self, log: RunLog, epoch: int) -> None:
+        found = mean_losses(self._objective, valid_streams(self._valid, self._train.vocabulary))
+        record = EpochRecord(
+            epoch=epoch,
+            step=self._step,
+            train_loss=self._epoch_loss / self._epoch_tokens,
+            valid_forward=self._objective.figure(found[0]),
+            valid_backward=self._objective.figure(found[1]),
+            tokens_per_s=self._train.n_windows * self._train.n_steps * self._train.n_streams / self._epoch_seconds,
+            seconds=self._elapsed(),
+        )
+        if record.valid_mean < self._best:
+            self._best = record.valid_mean
+            self._save_best()
+        log.epoch(record)
+        tqdm.write(
+            f"epoch {epoch}: valid {record.valid_forward:.4g} forward, {record.valid_backward:.4g} backward; "
+            f"{record.tokens_per_s:,.0f} tokens/s"
+        )
+        self._epoch_loss, self._epoch_tokens, self._epoch_seconds = 0.0, 0, 0.0
+        self._states = self._objective.zero_state(self.recipe.optimisation.batch)
+        self._checkpoint(log)
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    # ---- what stays ---------------------------------------------------------------------------------------------
+
+    def _save_best(self) -> None:
+        bilm = self._objective.bilm
+        with replaced(self.folder.best) as draft:
+            torch.save(self._learner.module.state_dict(), draft)
+        with replaced(self.folder.model) as draft:
+            single_file.write(draft, bilm.config, {name: tensor.cpu() for name, tensor in bilm.state_dict().items()})
+
+    def _checkpoint(self, log: RunLog) -> None:
+        log.sync()
+        self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        content = {
+            "step": self._step,
+            "seconds": self._elapsed(),
+            "best": self._best,
+            "epoch": (self._epoch_loss, self._epoch_tokens, self._epoch_seconds),
+            "objective": self._learner.module.state_dict(),
+            **self._learner.state_dict(),
+            "states": [(state.h, state.c) for state in self._states],
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
+            "digests": self._digests(),
+        }
+        with replaced(self.folder.checkpoint) as draft:
+            torch.save(content, draft)
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        for path, digest in self._digests().items():
+            if content["digests"].get(path) != digest:
+                raise RunError(f"{path}: is another text than the run {self.folder.path} began with")
+        self._step, self._seconds, self._best = content["step"], content["seconds"], content["best"]
+        self._epoch_loss, self._epoch_tokens, self._epoch_seconds = content["epoch"]
+        _load_parameters(self._learner.module, content["objective"], self.folder.checkpoint)
+        self._learner.load_state_dict(content)
+        self._states = tuple(BilmState(h.to(self._device), c.to(self._device)) for h, c in content["states"])
+        torch.set_rng_state(content["random"])
+        if content["cuda_random"] is not None and self._device.type == "cuda":
+            torch.cuda.set_rng_state(content["cuda_random"], self._device)
+
+    def _digests(self) -> dict[str, str]:
+        return {str(corpus.path): corpus.digest for corpus in (self._train.corpus, self._valid)}
 
 
-def train(recipe: Recipe, train_path: Path, valid_path: Path, out: Path, device: str = "cpu") -> None:
-    """Trains a biLM; leaves the model (float32), the softmax and a log in `out`.
+def read_vocabulary(folder: RunFolder) -> Vocabulary:
+    """The words of a run's softmax.
 
     Raises:
-        CorpusError: if a text can't be used.
+        RunError: if they can't be read.
     """
-    started = time.monotonic()
-    lines = read_lines(train_path)
-    vocabulary = Vocabulary.of(lines)
-    text = index_text(lines, vocabulary)
-    valid = index_text(read_lines(valid_path), vocabulary)
-    objective = new_objective(recipe, vocabulary).to(device)
-    step = _Stepper(objective, recipe.optimisation, _windows_per_epoch(text, recipe.optimisation))
-    out.mkdir(parents=True, exist_ok=True)
-    for epoch in range(1, recipe.optimisation.epochs + 1):
-        begun = time.monotonic()
-        loss = _epoch(step, text, recipe.optimisation, f"epoch {epoch}/{recipe.optimisation.epochs}")
-        speed = len(text.tokens) / (time.monotonic() - begun)
-        found = perplexity(objective, valid)
-        _save(objective, vocabulary, out)
-        _log(out, EpochReport(epoch, loss, found, speed, (time.monotonic() - started) / 60))
+    try:
+        return Vocabulary.from_text(folder.vocabulary.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{folder.vocabulary}: {error}") from error
 
 
-def new_objective(recipe: Recipe, vocabulary: Vocabulary) -> BilmObjective:
-    """The untrained biLM of a recipe, with its softmax; seeds torch's random numbers."""
-    torch.manual_seed(recipe.seed)
-    bilm = initialize(Bilm(recipe.architecture), torch.Generator().manual_seed(recipe.seed))
-    optimisation = recipe.optimisation
-    return BilmObjective(bilm, len(vocabulary.words), optimisation.softmax_cutoffs, optimisation.dropout)
+def load_best(folder: RunFolder, objective: Objective) -> None:
+    """Gives an objective the parameters with the best figure on the validation text.
+
+    Raises:
+        RunError: if they can't be read, or are another objective's.
+    """
+    _load_parameters(cast(nn.Module, objective), _read_checkpoint(folder.best), folder.best)
 
 
-def load_objective(recipe: Recipe, run: Path) -> tuple[BilmObjective, Vocabulary]:
-    """What `train` left in a folder."""
-    stored = torch.load(run / SOFTMAX_FILE, weights_only=True)
-    vocabulary = Vocabulary(tuple(stored["words"]))
-    objective = new_objective(recipe, vocabulary)
-    objective.softmax.load_state_dict(stored["softmax"])
-    _, tensors, _ = single_file.read(run / MODEL_FILE)
-    objective.bilm.load_state_dict(tensors)
-    return objective, vocabulary
+def _load_parameters(module: nn.Module, content: dict[str, Any], path: Path) -> None:
+    try:
+        module.load_state_dict(content)
+    except RuntimeError as error:
+        raise RunError(f"{path}: doesn't fit the run's configuration and vocabulary: {error}") from error
 
 
-def pairs(text: Text, batch: int, steps: int) -> Iterator[tuple[Window, Window]]:
-    """Windows of a text and of the same text reversed."""
-    return zip(windows(text, batch, steps), windows(text.reversed(), batch, steps), strict=True)
-
-
-class _Stepper:
-    """One step of the optimiser for each window."""
-
-    def __init__(self, objective: BilmObjective, optimisation: Optimisation, windows_per_epoch: int) -> None:
-        self.objective = objective
-        self._clip = optimisation.gradient_clip
-        self._optimiser = torch.optim.Adam(objective.parameters(), lr=optimisation.learning_rate)
-        rate = _schedule(optimisation.warmup_steps, windows_per_epoch * optimisation.epochs)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, rate)
-
-    def __call__(self, loss: torch.Tensor) -> None:
-        self._optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.objective.parameters(), self._clip)
-        self._optimiser.step()
-        self._schedule.step()
-        # The row of 'no token here' must stay what the published format takes it for
-        self.objective.bilm.encoder.char_cnn.embedding.data[0] = 0.0
-
-
-def _schedule(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    def rate(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
-
-    return rate
-
-
-def _epoch(step: _Stepper, text: Text, optimisation: Optimisation, title: str) -> float:
-    objective = step.objective.train()
-    state = objective.bilm.zero_state(optimisation.batch)
-    total, count = 0.0, 0
-    bar = tqdm(total=_windows_per_epoch(text, optimisation), desc=title, unit="step")
-    for pair in pairs(text, optimisation.batch, optimisation.steps):
-        sums, counts, state = objective(text.types, pair, state)
-        step(sums.sum() / int(counts.sum()))
-        total, count = total + float(sums.detach().sum()), count + int(counts.sum())
-        bar.set_postfix_str(f"loss {total / count:.3f}", refresh=False)
-        bar.update()
-    bar.close()
-    return total / count
-
-
-def _windows_per_epoch(text: Text, optimisation: Optimisation) -> int:
-    return math.ceil((len(text.tokens) - 1) // optimisation.batch / optimisation.steps)
-
-
-def _save(objective: BilmObjective, vocabulary: Vocabulary, out: Path) -> None:
-    bilm = objective.bilm
-    single_file.write(out / MODEL_FILE, bilm.config, {k: v.cpu() for k, v in bilm.state_dict().items()})
-    torch.save({"words": list(vocabulary.words), "softmax": objective.softmax.state_dict()}, out / SOFTMAX_FILE)
-
-
-def _log(out: Path, report: EpochReport) -> None:
-    line = json.dumps(asdict(report))
-    tqdm.write(line)
-    with (out / LOG_FILE).open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads what torch.save wrote; torch itself doesn't look at the checksums in the file."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged is not None:
+            raise RunError(f"{path}: damaged (checksum of {damaged})")
+        content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: missing") from error
+    except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
+        raise RunError(f"{path}: damaged: {error}") from error
+    return content

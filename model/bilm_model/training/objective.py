@@ -1,74 +1,190 @@
 """What is learnt: the next word, forward and backward.
 
-Legend: S steps, B streams, P projection, V words.
+Legend: S steps, B streams, N = S·B rows, P projection, V words, U different tokens of a window.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bilm_model.bilm import Bilm, BilmState
-from bilm_model.characters import CharacterIds, check_ids
-from bilm_model.packing import Packing
-from bilm_model.training.corpus import Window
+from bilm_model.characters import END_WORD, MAX_CHARACTERS, CharacterIds, check_ids
+from bilm_model.errors import ModelError
+from bilm_model.training.corpus import Window, WindowPair
+from bilm_model.training.evaluation import of_nats
+from bilm_model.training.recipe import Softmax
+from bilm_model.training.unrolled import unrolled
+
+# Tokens are convolved in groups by length: most are far shorter than the 50 places that a token has
+_GROUP_BOUNDS = (6, 10, 16)
+
+
+class TargetError(ModelError):
+    """A target that the softmax has no class for."""
 
 
 class BilmObjective(nn.Module):
     """A biLM with the softmax that it is trained under (Peters et al. 2018, section 3.1).
 
-    Both directions share the character encoder and one adaptive softmax (Grave et al. 2017), which gives exact
-    probabilities over the whole vocabulary at a fraction of a full softmax's cost.
+    Both directions share the character encoder and the softmax.
     """
 
-    def __init__(self, bilm: Bilm, n_classes: int, cutoffs: tuple[int, ...], dropout: float) -> None:
+    def __init__(self, bilm: Bilm, n_classes: int, softmax: Softmax, dropout: float) -> None:
         super().__init__()
         self.bilm = bilm
-        bounds = [cutoff for cutoff in cutoffs if cutoff < n_classes - 1]
-        self.softmax = nn.AdaptiveLogSoftmaxWithLoss(bilm.config.projection_dim, n_classes, bounds or [n_classes - 1])
+        self.n_classes = n_classes
+        self.softmax = _new_softmax(softmax, bilm.config.projection_dim, n_classes)
         self.dropout = nn.Dropout(dropout)
 
+    def zero_state(self, n_streams: int) -> tuple[BilmState]:
+        """The state before any text."""
+        return (self.bilm.zero_state(n_streams),)
+
+    def figure(self, mean_loss: float) -> float:
+        """Perplexity, of nats a token."""
+        return of_nats(mean_loss)
+
     def forward(
-        self, types: CharacterIds, pair: tuple[Window, Window], state: BilmState
-    ) -> tuple[Tensor, Tensor, BilmState]:
+        self, pair: WindowPair, states: tuple[BilmState, ...], product_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, tuple[BilmState]]:
         """Runs one window of each direction.
 
         Args:
-            types: character ids of the text's types.
-            pair: the windows of the text and of the text reversed.
-            state: after the windows before.
+            pair: the windows.
+            states: after the windows before: one.
+            product_dtype: format of the LSTMs' products; None: that of the parameters.
 
         Returns:
-            The negative log likelihood of each direction, (2,), summed over counted targets; their numbers, (2,); and
-            the state, cut off from the graph.
-        """
-        vectors, places = self._token_vectors(types, pair)
-        sums, ends = [], []
-        for d, (direction, window, index) in enumerate(zip(self.bilm.directions, pair, places, strict=True)):
-            packing = _full_packing(*window.tokens.shape)
-            outputs, h, c = direction(self.dropout(vectors[index]), packing, state.h[:, d], state.c[:, d])
-            sums.append(self._loss(outputs[-1], window))
-            ends.append((h.detach(), c.detach()))
-        h, c = (torch.stack(parts, dim=1) for parts in zip(*ends, strict=True))
-        counts = torch.tensor([int(window.counted.sum()) for window in pair])
-        return torch.stack(sums), counts, BilmState(h, c)
+            The negative log likelihood of each direction, (2,), in nats, summed over counted targets; their numbers,
+            (2,); and the state, cut off from the graph.
 
-    def _token_vectors(self, types: CharacterIds, pair: tuple[Window, Window]) -> tuple[Tensor, list[Tensor]]:
-        """Each different token is encoded once: its vector (types here, P), and where each row of a window finds it."""
-        present, inverse = np.unique(np.concatenate([w.tokens.ravel() for w in pair]), return_inverse=True)
-        check_ids(types[present])
-        device = self.bilm.encoder.char_cnn.embedding.device
-        vectors = self.bilm.encoder(torch.from_numpy(types[present]).long().to(device))
-        sizes = [window.tokens.size for window in pair]
-        return vectors, list(torch.split(torch.from_numpy(inverse.ravel()).to(device), sizes))
+        Raises:
+            TargetError: naming the place of a target that has no class.
+        """
+        check_targets(pair, self.n_classes)
+        layers, state = self.layers(pair, states[0], product_dtype)
+        sums = [self._loss(outputs[-1], window) for outputs, window in zip(layers, pair.directions, strict=True)]
+        counts = torch.tensor([int(window.counted.sum()) for window in pair.directions])
+        return torch.stack(sums), counts, (state,)
+
+    def layers(
+        self, pair: WindowPair, state: BilmState, product_dtype: torch.dtype | None
+    ) -> tuple[list[list[Tensor]], BilmState]:
+        """See `window_layers`."""
+        return window_layers(self.bilm, pair, state, self.dropout, product_dtype)
 
     def _loss(self, output: Tensor, window: Window) -> Tensor:
-        counted = torch.from_numpy(window.counted.ravel()).to(output.device)
+        counted = torch.from_numpy(np.flatnonzero(window.counted)).to(output.device)
         targets = torch.from_numpy(window.targets.ravel()).to(output.device)[counted]
-        log_likelihood: Tensor = self.softmax(self.dropout(output[counted]), targets).output
-        return -log_likelihood.sum()
+        x = self.dropout(output.flatten(0, 1)[counted])
+        if isinstance(self.softmax, nn.AdaptiveLogSoftmaxWithLoss):
+            # On a CPU it can't be had in mixed precision: autocast leaves its parts in formats that don't go together
+            with torch.autocast(x.device.type, enabled=x.device.type != "cpu" and torch.is_autocast_enabled()):
+                return -_at_least_float32(self.softmax(x, targets).output).sum()
+        return F.cross_entropy(_at_least_float32(self.softmax(x)), targets, reduction="sum")
 
 
-def _full_packing(n_steps: int, n_streams: int) -> Packing:
-    """Streams of equal length: the packed layout is simply step after step."""
-    rows = torch.arange(n_steps * n_streams)
-    return Packing(torch.arange(n_streams), (n_streams,) * n_steps, rows, rows)
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _new_softmax(softmax: Softmax, n_in: int, n_classes: int) -> nn.Module:
+    """Adaptive (Grave et al. 2017): exact over the whole vocabulary, at a fraction of a full softmax's cost."""
+    if softmax.kind == "full":
+        return nn.Linear(n_in, n_classes)
+    cutoffs = [cutoff for cutoff in softmax.cutoffs if cutoff < n_classes - 1]
+    return nn.AdaptiveLogSoftmaxWithLoss(n_in, n_classes, cutoffs or [n_classes - 1], softmax.divisor)
+
+
+def check_targets(pair: WindowPair, n_classes: int) -> None:
+    """Makes sure that the softmax has every target.
+
+    On a GPU a bad one is an assertion of the device, which names no place and ends the process's use of it.
+
+    Raises:
+        TargetError: naming direction, stream and step.
+    """
+    for name, window in zip(("forward", "backward"), pair.directions, strict=True):
+        bad = np.argwhere((window.targets < 0) | (window.targets >= n_classes))
+        if len(bad):
+            step, stream = map(int, bad[0])
+            found = int(window.targets[step, stream])
+            raise TargetError(
+                f"{name} target of stream {stream}, step {pair.position + step}: expected a class from 0 to "
+                f"{n_classes - 1}, found {found}"
+            )
+
+
+def window_layers(
+    bilm: Bilm, pair: WindowPair, state: BilmState, dropout: nn.Module, product_dtype: torch.dtype | None = None
+) -> tuple[list[list[Tensor]], BilmState]:
+    """What a biLM makes of a window.
+
+    Dropout stands where bilm-tf has it: before each LSTM layer, the residual included.
+
+    Returns:
+        For each direction the token layer and the LSTM layers' outputs, (S, B, P) each; the state, cut off.
+    """
+    vectors, places = _token_vectors(bilm, pair)
+    layers, ends = [], []
+    for d, index in enumerate(places):
+        x = F.embedding(index, vectors)  # (S, B, P); its gradient is summed up in a fixed order
+        outputs, *end = _direction(bilm, d, x, state, dropout=dropout, product_dtype=product_dtype)
+        layers.append([x, *outputs])
+        ends.append(end)
+    h, c = (torch.stack(parts, dim=1) for parts in zip(*ends, strict=True))
+    return layers, BilmState(h, c)
+
+
+def _direction(
+    bilm: Bilm, d: int, x: Tensor, state: BilmState, *, dropout: nn.Module, product_dtype: torch.dtype | None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """See `Direction` in the reference network."""
+    residual = bilm.config.residual
+    outputs: list[Tensor] = []
+    ends = []
+    for k, lstm in enumerate(bilm.lstms(d)):
+        x = dropout(x)
+        y, *end = unrolled(lstm, x, state.h[k, d], state.c[k, d], product_dtype)
+        ends.append(end)
+        if residual == "published" and k:
+            y = y + x
+        outputs.append(y)
+        x = x + y if residual == "input_to_input" else y
+    return outputs, torch.stack([h for h, _ in ends]), torch.stack([c for _, c in ends])
+
+
+def _token_vectors(bilm: Bilm, pair: WindowPair) -> tuple[Tensor, list[Tensor]]:
+    """Each different token is encoded once: the vectors (U, P), and which of them stands at each place (S, B)."""
+    check_ids(pair.types)
+    device = bilm.encoder.char_cnn.embedding.device
+    widest = max(width for width, _ in bilm.config.filters)
+    groups, order = _groups_by_length(pair.types, widest)
+    # One after another for the convolutions only: what follows doesn't know about characters
+    peaks = [bilm.encoder.char_cnn(torch.from_numpy(ids).long().to(device)) for ids in groups]
+    # In mixed precision only products are in the reduced format
+    vectors = bilm.encoder.after_cnn(torch.cat(peaks)).to(bilm.encoder.char_cnn.embedding.dtype)
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return vectors, [torch.from_numpy(inverse[window.tokens]).to(device) for window in pair.directions]
+
+
+def _groups_by_length(types: CharacterIds, widest: int) -> tuple[Sequence[CharacterIds], NDArray[np.int64]]:
+    """Character ids by length, cut off where only padding follows, and the order that they stand in together.
+
+    Behind a token's end every convolution sees padding and nothing else, over and over: once is enough for the maximum.
+    """
+    ends = np.argmax(types == END_WORD, axis=1)  # place of the mark; 48 bytes at most stand before it
+    groups, order = [], []
+    lower = -1
+    for bound in (*_GROUP_BOUNDS, MAX_CHARACTERS):
+        chosen = np.flatnonzero((ends > lower) & (ends <= bound))
+        lower = bound
+        if len(chosen):
+            groups.append(types[chosen, : min(MAX_CHARACTERS, int(ends[chosen].max()) + 1 + widest)])
+            order.append(chosen)
+    return groups, np.concatenate(order)
