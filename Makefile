@@ -14,7 +14,7 @@ PROTO_TOOLS := grpcio-tools==1.74.0 protobuf==6.33.6 googleapis-common-protos==1
 DATA ?= ../shared/data/wikitext-2
 RUN ?= runs/wikitext2-mini
 
-.PHONY: demo serve test test-slow check proto bench bench-full bench-page train clean
+.PHONY: demo serve test test-slow check proto bench bench-full bench-training bench-page train clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -46,6 +46,10 @@ bench: $(VENV)/.dev
 # load sweeps, and what else one could run: about an hour
 bench-full: $(VENV)/.dev $(TRITON_VENV)/.installed
 	$(BIN)/python -m benchmarks.full --triton-python $(TRITON_VENV)/bin/python
+
+# training, against the published order of work: three minutes
+bench-training: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.training
 
 bench-page: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.page

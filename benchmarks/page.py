@@ -43,7 +43,7 @@ def write_page(folder: Path = _RESULTS) -> None:
     try:
         from benchmarks import plots  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        print(f"no page: {error}; pip install '.[bench]'")
+        print(f"no page: {error}; pip install '.[train]'")
         return
     paths = {name: folder / f"{name}.json" for name in _BENCHMARKS}
     found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}

@@ -36,13 +36,13 @@ class PublishedOrder:
         # longest first, so that the sentences which reach a place are the first rows
         order = sorted(range(len(marked)), key=lambda b: -len(marked[b]))
         lengths = [len(marked[b]) for b in order]
-        layers = self._contextualize(self._encode(_padded_ids([marked[b] for b in order], lengths[0])), lengths)
+        layers = self._contextualize(self.encode(_padded_ids([marked[b] for b in order], lengths[0])), lengths)
         result = [layers] * len(marked)
         for row, b in enumerate(order):
             result[b] = layers[:, row, : lengths[row]]
         return result
 
-    def _encode(self, ids: Tensor) -> Tensor:
+    def encode(self, ids: Tensor) -> Tensor:
         """Character ids (B, T, S) -> (B, T, P)."""
         B, T, S = ids.shape
         cnn = self._encoder.char_cnn
@@ -87,11 +87,15 @@ class PublishedOrder:
                 n_rows += 1
             while not backward and lengths[n_rows - 1] <= place:
                 n_rows -= 1
-            h_step, c_step = self._step(x[:n_rows, place], h[:n_rows], c[:n_rows], cell)
+            h_step, c_step = self.step(x[:n_rows, place], h[:n_rows], c[:n_rows], cell)
             h[:n_rows], c[:n_rows], y[:n_rows, place] = h_step, c_step, h_step
         return y
 
-    def _step(self, x: Tensor, h: Tensor, c: Tensor, cell: Parameters) -> tuple[Tensor, Tensor]:
+    def cells(self, direction: int) -> list[Parameters]:
+        """The layers of a direction, 0 forward, 1 backward."""
+        return self._directions[direction]
+
+    def step(self, x: Tensor, h: Tensor, c: Tensor, cell: Parameters) -> tuple[Tensor, Tensor]:
         """X (R, P), h (R, P), c (R, C) -> the next h and c."""
         gates = F.linear(x, cell["input"], cell["bias"]) + F.linear(h, cell["recurrent"])
         i, j, f, o = gates.chunk(4, dim=-1)
