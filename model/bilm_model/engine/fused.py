@@ -315,8 +315,9 @@ def run(compiled: _Kernel, n_numbers: int, *arguments: int) -> None:
 
 @functools.cache
 def openmp() -> Callable[..., None] | None:
-    """To be called before a kernel is compiled: makes the thread's number known to kernels. `GOMP_parallel` of the OpenMP library that torch runs on; None where torch brought none, or another kind.
+    """`GOMP_parallel` of the OpenMP library that torch runs on; None where torch brought none, or another kind.
 
+    To be called before a kernel is compiled: it makes the thread's number known to kernels.
     Source: libgomp's ABI, `void GOMP_parallel (void (*fn) (void *), void *data, unsigned num_threads, unsigned flags)`.
     """
     folder = Path(torch.__file__).parent

@@ -10,63 +10,19 @@ from pathlib import Path
 from shlex import quote
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from bilm_model.bilm import Bilm
 from bilm_model.config import BilmConfig, from_options
 from bilm_model.errors import ConfigError
+from bilm_model.training.knowledge.report import Knowledge, read_knowledge
+from bilm_model.training.knowledge.scores import TreebankReport, best
 from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder, write_bytes, write_text
 
 PERPLEXITY_IMAGE, PROBES_IMAGE, PAGE = "perplexity.png", "probes.png", "compare.md"
 _NOTHING = "–"
 
 Table = list[list[str]]  # the first row is the head
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Perplexities(_Section):
-    """Of a text."""
-
-    forward: float
-    backward: float
-
-    @property
-    def mean(self) -> float:
-        """The mean of the two directions."""
-        return (self.forward + self.backward) / 2
-
-
-class Accuracy(_Section):
-    """Shares of tokens with the right part of speech, 0 to 1."""
-
-    accuracy: float
-    accuracy_with_typos: float
-
-
-class LayerAccuracy(Accuracy):
-    """Of a probe on one layer; 0 is the token layer."""
-
-    layer: int
-
-
-class Probe(_Section):
-    """Probes of all layers on a treebank, and what they are to be held against."""
-
-    treebank: str
-    model: tuple[LayerAccuracy, ...]
-    random: tuple[LayerAccuracy, ...] = ()
-    word_identity: Accuracy | None = None
-
-
-class Evaluation(_Section):
-    """What this command needs of an eval.json."""
-
-    perplexity: dict[str, Perplexities] = {}
-    probes: tuple[Probe, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +38,7 @@ class Run:
         seconds: until the last line of the logs.
         tokens_per_s: median over the steps; NaN without any.
         vocabulary: hash of the words; None if they aren't there.
-        evaluation: None before `bilm-train eval`.
+        knowledge: None before `bilm-train eval`.
     """
 
     name: str
@@ -93,7 +49,7 @@ class Run:
     seconds: float
     tokens_per_s: float
     vocabulary: str | None
-    evaluation: Evaluation | None
+    knowledge: Knowledge | None
 
     @property
     def best(self) -> EpochRecord | None:
@@ -102,9 +58,9 @@ class Run:
         return min(finite, key=lambda epoch: epoch.valid_mean, default=None)
 
     @property
-    def probes(self) -> tuple[Probe, ...]:
-        """One a treebank; none before `bilm-train eval` has probed."""
-        return self.evaluation.probes if self.evaluation else ()
+    def treebanks(self) -> tuple[TreebankReport, ...]:
+        """None before `bilm-train eval` has probed."""
+        return self.knowledge.treebanks if self.knowledge else ()
 
 
 def compare(runs: Sequence[Path], out: Path | None = None) -> str:
@@ -171,7 +127,7 @@ def _read(name: str, folder: RunFolder) -> Run:
         seconds=seconds,
         tokens_per_s=statistics.median(speeds) if speeds else math.nan,
         vocabulary=hashlib.sha256(folder.vocabulary.read_bytes()).hexdigest() if folder.vocabulary.exists() else None,
-        evaluation=_read_evaluation(folder.eval) if folder.eval.exists() else None,
+        knowledge=read_knowledge(folder.eval) if folder.eval.exists() else None,
     )
 
 
@@ -184,41 +140,33 @@ def _read_config(path: Path) -> BilmConfig:
         raise RunError(f"{path}: not a model file of this program: {error}") from error
 
 
-def _read_evaluation(path: Path) -> Evaluation:
-    try:
-        return Evaluation.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        reasons = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise RunError(f"{path}: {'; '.join(reasons)}") from error
-
-
 # ---- tables -------------------------------------------------------------------------------------------------------
 
 
 def _tables(runs: Sequence[Run]) -> list[Table]:
     tables = [_runs_table(runs)]
-    if any(run.probes for run in runs):
+    if any(run.treebanks for run in runs):
         tables.append(_probes_table(runs))
     return tables
 
 
 def _runs_table(runs: Sequence[Run]) -> Table:
-    texts = list(dict.fromkeys(name for run in runs if run.evaluation for name in run.evaluation.perplexity))
+    texts = list(dict.fromkeys(name for run in runs if run.knowledge for name in run.knowledge.perplexity))
     head = ["run", "size", "residual", "steps", "epochs", "best", "minutes", "tokens/s"]
     head += ["valid fwd", "valid bwd", "valid mean", *(texts or ["test"])]
     return [head, *(_run_row(run, texts or ["test"]) for run in runs)]
 
 
 def _run_row(run: Run, texts: Sequence[str]) -> list[str]:
-    best, tested = run.best, run.evaluation.perplexity if run.evaluation else {}
-    valid = (best.valid_forward, best.valid_backward, best.valid_mean) if best else (math.nan,) * 3
+    top, tested = run.best, run.knowledge.perplexity if run.knowledge else {}
+    valid = (top.valid_forward, top.valid_backward, top.valid_mean) if top else (math.nan,) * 3
     return [
         run.name,
         f"{_parameter_count(run.config) / 1e6:.1f} M" if run.config else _NOTHING,
         run.config.residual if run.config else _NOTHING,
         f"{run.n_steps:,}",
         str(max((epoch.epoch for epoch in run.epochs), default=0)),
-        str(best.epoch) if best else _NOTHING,
+        str(top.epoch) if top else _NOTHING,
         f"{run.seconds / 60:,.1f}",
         _number(run.tokens_per_s, 0),
         *(_number(value, 1) for value in valid),
@@ -233,18 +181,16 @@ def _parameter_count(config: BilmConfig) -> int:
 
 def _probes_table(runs: Sequence[Run]) -> Table:
     head = ["run", "treebank", "best layer", "POS %", "with typos %", "typo loss", "random %", "word identity %"]
-    rows = [_probe_row(run.name, probe) for run in runs for probe in run.probes]
-    blank = [[run.name] + [_NOTHING] * (len(head) - 1) for run in runs if not run.probes]
+    rows = [_probe_row(run.name, probe) for run in runs for probe in run.treebanks]
+    blank = [[run.name] + [_NOTHING] * (len(head) - 1) for run in runs if not run.treebanks]
     return [head, *rows, *blank]
 
 
-def _probe_row(name: str, probe: Probe) -> list[str]:
-    best = max(probe.model, key=lambda layer: layer.accuracy, default=None)
-    plain, typos = (best.accuracy, best.accuracy_with_typos) if best else (math.nan, math.nan)
-    random = max((layer.accuracy for layer in probe.random), default=math.nan)
-    identity = probe.word_identity.accuracy if probe.word_identity else math.nan
-    shares = (plain, typos, plain - typos, random, identity)
-    return [name, probe.treebank, str(best.layer) if best else _NOTHING, *(_number(100 * x, 1) for x in shares)]
+def _probe_row(name: str, report: TreebankReport) -> list[str]:
+    top = best(report.model)
+    shares = (top.accuracy, top.accuracy_with_typos, top.loss / 100, best(report.random).accuracy)
+    percent = [_number(100 * share, 1) for share in (*shares, report.word_identity.accuracy)]
+    return [name, report.name, str(top.layer), *percent]
 
 
 def _number(value: float, digits: int) -> str:
@@ -253,12 +199,12 @@ def _number(value: float, digits: int) -> str:
 
 def _notes(runs: Sequence[Run]) -> list[str]:
     notes = ["best: the epoch with the lowest validation perplexity; valid: perplexities after it"]
-    if any(run.evaluation and run.evaluation.perplexity for run in runs):
+    if any(run.knowledge and run.knowledge.perplexity for run in runs):
         notes.append("under a text's name: its perplexity, mean of both directions")
     if len({run.vocabulary for run in runs} - {None}) > 1:
         notes.append("The vocabularies differ: perplexities over different words can't be compared.")
     notes += [f"{run.name}: no epoch finished yet" for run in runs if not run.epochs]
-    unmeasured = [run for run in runs if run.epochs and run.evaluation is None]
+    unmeasured = [run for run in runs if run.epochs and run.knowledge is None]
     notes += [f"{run.name}: not evaluated yet; bilm-train eval {quote(str(run.folder.path))}" for run in unmeasured]
     return notes
 

@@ -13,10 +13,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from bilm_model.training.knowledge.scores import ProbeScore, TreebankReport
 from bilm_model.training.run_folder import EpochRecord
 
 if TYPE_CHECKING:
-    from bilm_model.training.compare import Accuracy, Probe, Run
+    from bilm_model.training.compare import Run
 
 Curve = list[EpochRecord]
 Legend = list[tuple[Line2D | Patch, str]]
@@ -61,16 +62,16 @@ def perplexity(runs: Sequence["Run"]) -> bytes | None:
 
 def probes(runs: Sequence["Run"]) -> bytes | None:
     """Accuracy of each layer, a panel a treebank; what typos take away is pale."""
-    treebanks = list(dict.fromkeys(probe.treebank for run in runs for probe in run.probes if probe.model))
+    treebanks = list(dict.fromkeys(probe.name for run in runs for probe in run.treebanks))
     if not treebanks:
         return None
     with mpl.rc_context(_STYLE):
         figure = _figure(2.9 * len(treebanks))
         for axes, treebank in zip(figure.subplots(len(treebanks), squeeze=False)[:, 0], treebanks, strict=True):
-            found = {n: p for n, run in enumerate(runs) for p in run.probes if p.treebank == treebank and p.model}
+            found = {n: p for n, run in enumerate(runs) for p in run.treebanks if p.name == treebank}
             _draw_probes(axes, found)
             axes.set_title(treebank, loc="left", fontsize=10)
-        probed = [n for n, run in enumerate(runs) if any(probe.model for probe in run.probes)]
+        probed = [n for n, run in enumerate(runs) if run.treebanks]
         _add_legend(figure, [(Patch(**_fill(n)), runs[n].name) for n in probed] + _controls())
         return _png(figure)
 
@@ -119,27 +120,26 @@ def _ring(colour: str) -> dict[str, Any]:
 # ---- bars ---------------------------------------------------------------------------------------------------------
 
 
-def _draw_probes(axes: Axes, found: dict[int, "Probe"]) -> None:
-    layers = sorted({layer.layer for probe in found.values() for layer in probe.model})
+def _draw_probes(axes: Axes, found: dict[int, TreebankReport]) -> None:
+    layers = range(max(len(probe.model) for probe in found.values()))
     width = 0.8 / len(found)
     for k, (n, probe) in enumerate(found.items()):
-        places = {layer: place + (k - (len(found) - 1) / 2) * width for place, layer in enumerate(layers)}
+        places = [layer + (k - (len(found) - 1) / 2) * width for layer in layers]
         labelled = len(found) * len(layers) <= _MOST_LABELLED_BARS
-        for layer in probe.model:
-            _draw_bar(axes, places[layer.layer], 0.9 * width, layer, _fill(n), labelled=labelled)
-        for layer in probe.random:
-            if layer.layer in places:
-                _draw_mark(axes, places[layer.layer], 0.9 * width, layer)
-    for identity in {probe.word_identity.accuracy for probe in found.values() if probe.word_identity}:
+        for place, score in zip(places, probe.model, strict=False):  # fewer layers than another run has
+            _draw_bar(axes, place, 0.9 * width, score, _fill(n), labelled=labelled)
+        for place, score in zip(places, probe.random, strict=False):
+            _draw_mark(axes, place, 0.9 * width, score)
+    for identity in {probe.word_identity.accuracy for probe in found.values()}:
         axes.axhline(100 * identity, color=_INK, linestyle="--", linewidth=1)
-    axes.set_xticks(range(len(layers)), [f"LSTM {layer}" if layer else "tokens" for layer in layers])
+    axes.set_xticks(layers, [f"LSTM {layer}" if layer else "tokens" for layer in layers])
     axes.grid(visible=False, axis="x")
     bottom = _bottom(found.values())
     axes.set_ylim(bottom, 102)
     axes.set_ylabel("accuracy, %" + (f"\n(axis from {bottom})" if bottom else ""))
 
 
-def _draw_bar(axes: Axes, x: float, width: float, found: "Accuracy", fill: dict[str, Any], *, labelled: bool) -> None:
+def _draw_bar(axes: Axes, x: float, width: float, found: ProbeScore, fill: dict[str, Any], *, labelled: bool) -> None:
     low, high = sorted((100 * found.accuracy_with_typos, 100 * found.accuracy))
     axes.bar(x, low, width, **fill)
     axes.bar(x, high - low, width, bottom=low, alpha=_PALE, **fill)
@@ -149,17 +149,17 @@ def _draw_bar(axes: Axes, x: float, width: float, found: "Accuracy", fill: dict[
         )
 
 
-def _draw_mark(axes: Axes, x: float, width: float, found: "Accuracy") -> None:
+def _draw_mark(axes: Axes, x: float, width: float, found: ProbeScore) -> None:
     ends = (x - width / 2, x + width / 2)
     axes.hlines(100 * found.accuracy, *ends, color="white", linewidth=4)  # seen on any colour
     axes.hlines(100 * found.accuracy, *ends, color=_INK, linewidth=1.8)
 
 
-def _bottom(found: Collection["Probe"]) -> int:
+def _bottom(found: Collection[TreebankReport]) -> int:
     """The ten below all that is drawn: from 0 on, all bars would look the same."""
     shown = [value for probe in found for layer in probe.model for value in (layer.accuracy, layer.accuracy_with_typos)]
     shown += [layer.accuracy for probe in found for layer in probe.random]
-    shown += [probe.word_identity.accuracy for probe in found if probe.word_identity]
+    shown += [probe.word_identity.accuracy for probe in found]
     return max(0, math.floor(10 * min(shown) - 0.3) * 10)
 
 

@@ -42,7 +42,7 @@ class Data(_Section):
 class Softmax(_Section):
     """The softmax over the vocabulary, used in training and for perplexities; it isn't served."""
 
-    kind: Literal["adaptive", "full"] = "adaptive"
+    kind: Literal["adaptive", "full"] = Field("adaptive", description="adaptive or full")
     cutoffs: tuple[int, ...] = Field((2000, 10000), description="where the adaptive softmax's clusters begin")
     divisor: float = Field(2.0, ge=1, description="each cluster's vectors are smaller by this factor")
 
@@ -56,18 +56,20 @@ class Softmax(_Section):
 class Optimisation(_Section):
     """How the weights are learnt."""
 
-    epochs: int = Field(ge=1)
+    epochs: int = Field(ge=1, description="times through the text")
     batch: int = Field(ge=1, description="streams read together, of each direction")
     steps: int = Field(ge=1, description="tokens that a gradient reaches back")
-    optimiser: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
+    optimiser: Literal["adam", "adamw", "adagrad", "sgd"] = Field("adam", description="adam, adamw, adagrad or sgd")
     learning_rate: float = Field(gt=0, description="peak, after a linear warm-up")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="from the peak down to 0, or not")
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="cosine or linear, from the peak down to 0; or constant"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps until the peak")
+    weight_decay: float = Field(0.0, ge=0, description="as the optimiser takes it")
     gradient_clip: float = Field(gt=0, description="bound of the gradient's Euclidean norm")
     dropout: float = Field(ge=0, lt=1, description="before each LSTM layer and the softmax")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the products' factors; the rest is float32"
+        "float32", description="of the products' factors, float32 or bfloat16; the rest is float32"
     )
     checkpoint_steps: int = Field(500, ge=1, description="steps from one checkpoint to the next")
 
@@ -86,7 +88,7 @@ class Distillation(_Section):
 class Recipe(_Section):
     """A training run."""
 
-    seed: int = Field(ge=0, lt=2**63)
+    seed: int = Field(ge=0, lt=2**63, description="of the initial weights and of dropout")
     data: Data
     architecture: BilmConfig
     softmax: Softmax = Softmax()

@@ -9,22 +9,28 @@ from typing import Any
 import pytest
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
+from bilm_model.errors import ModelError
 from bilm_model.training import compare_plots
 from bilm_model.training.compare import compare, read_runs
+from bilm_model.training.evaluation import Perplexity
+from bilm_model.training.knowledge.report import Knowledge
+from bilm_model.training.knowledge.scores import ProbeScore, TreebankReport
 from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder, StepRecord, write_text
 from bilm_model.weights import single_file
 
 # forward, backward: the second is the best
 PERPLEXITIES = ((100.0, 120.0), (50.0, 60.0), (70.0, 60.0))
-PROBE = {
-    "treebank": "UD_English-EWT",
-    "model": [
-        {"layer": 0, "accuracy": 0.90, "accuracy_with_typos": 0.85},
-        {"layer": 1, "accuracy": 0.95, "accuracy_with_typos": 0.885},
-    ],
-    "random": [{"layer": 0, "accuracy": 0.8, "accuracy_with_typos": 0.7}],
-    "word_identity": {"accuracy": 0.86, "accuracy_with_typos": 0.6},
-}
+PROBE = TreebankReport(
+    name="UD_English-EWT",
+    train_tokens=100,
+    test_tokens=10,
+    typos=1,
+    tags=("NOUN", "VERB"),
+    seed=1,
+    model=(ProbeScore(0, 0.90, 0.85, True), ProbeScore(1, 0.95, 0.885, True)),
+    random=(ProbeScore(0, 0.8, 0.7, True),),
+    word_identity=ProbeScore(None, 0.86, 0.6, True),
+)
 PNG = b"\x89PNG\r\n"
 
 
@@ -43,8 +49,8 @@ def _run(path: Path, perplexities: Iterable[tuple[float, float]] = PERPLEXITIES,
 
 
 def _evaluate(folder: RunFolder, **perplexity: float) -> None:
-    texts = {name: {"forward": p - 1, "backward": p + 1, "tokens": 9} for name, p in perplexity.items()}
-    write_text(folder.eval, json.dumps({"model": "model.safetensors", "perplexity": texts, "probes": [PROBE]}))
+    texts = {name: Perplexity(p - 1, p + 1, tokens=9) for name, p in perplexity.items()}
+    write_text(folder.eval, json.dumps(Knowledge((PROBE,), perplexity=texts).to_dict()))
 
 
 def _cells(table: str) -> list[dict[str, str]]:
@@ -189,7 +195,7 @@ def test_every_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     ("name", "content", "reason"),
     [
         ("eval.json", '{"perplexity": {"text": {"forward": "low", "backward": 2}}}', "perplexity.text.forward: "),
-        ("eval.json", "{", "JSON"),
+        ("eval.json", "{", "Expecting property name"),
         ("model.safetensors", "no model", "not a model file"),
         ("steps.jsonl", "{}\n", "line 1: step: missing"),
     ],
@@ -197,7 +203,7 @@ def test_every_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 def test_what_is_damaged_is_named(tmp_path: Path, name: str, content: str, reason: str) -> None:
     folder = _run(tmp_path / "run", model=False)
     write_text(folder.path / name, content)
-    with pytest.raises(RunError, match=rf"{name}.*{reason}"):
+    with pytest.raises(ModelError, match=rf"{name}.*{reason}"):
         compare([folder.path])
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from bilm_client.batch.settings import RunSettings
+from bilm_model.training.recipe import Data, Distillation, Optimisation, Recipe, Softmax
 from bilm_server.config import ServerConfig
 from bilm_server.errors import Reason, RefusalError
 from pydantic_settings import BaseSettings
@@ -33,6 +34,21 @@ def test_the_readme_lists_every_flag_with_its_default(title: str, settings: type
         shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
         expected[f"--{name.replace('_', '-')}"] = "" if shown in (None, "") or shown is False else f"`{shown}`"
     assert listed == expected
+
+
+def test_the_training_page_lists_every_key_of_a_recipe() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([a-z_.]+)` \| (.*?) \| (.*?) \|$", page, flags=re.MULTILINE)
+    expected = [("seed", "", Recipe.model_fields["seed"].description)]
+    for section in (Data, Softmax, Optimisation, Distillation):
+        for name, field in section.model_fields.items():
+            default = "" if field.is_required() or field.default is None else f"`{_toml(field.default)}`"
+            expected.append((f"{section.__name__.lower()}.{name}", default, field.description))
+    assert listed == expected
+
+
+def _toml(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def test_every_module_is_in_the_architecture_page() -> None:
