@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from bilm_model.characters import BEGIN_TOKEN, END_TOKEN, CharacterIds, token_ids
 from bilm_model.errors import ModelError
+from bilm_model.training.typos import with_typos
 
 BOUNDARY = 0
 """The class that ends a sentence: after its last word reading forward, after its first reading backward."""
@@ -247,12 +248,16 @@ class Streams:
         vocabulary: that targets are looked up in.
         n_streams: of each direction.
         n_steps: steps of a window.
+        typos: share of the words that are read with a typo, drawn anew in each epoch; what is to be predicted stays.
+        seed: of the typos.
     """
 
     corpus: Corpus
     vocabulary: Vocabulary
     n_streams: int
     n_steps: int
+    typos: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -280,37 +285,46 @@ class Streams:
             for _ in self.windows():
                 pass
 
-    def windows(self, first: int = 0) -> Iterator[WindowPair]:
+    def windows(self, first: int = 0, epoch: int = 1) -> Iterator[WindowPair]:
         """The windows in order, each going on where the one before it ended.
+
+        Args:
+            first: number of the first one, from 0.
+            epoch: that the typos are those of.
 
         Raises:
             CorpusError: if a word is unknown to a vocabulary without "<unk>".
         """
         for number in range(first, self.n_windows):
-            yield self._window(number * self.n_steps)
+            yield self._window(number * self.n_steps, epoch)
 
-    def _window(self, start: int) -> WindowPair:
+    def _window(self, start: int, epoch: int) -> WindowPair:
         end = min(start + self.n_steps, self.length) + 1  # the last step's target is one further
         starts = range(0, self.n_streams * self.length, self.length)
         last = self.corpus.n_tokens
         forward = [self.corpus.tokens(first + start, first + end) for first in starts]
         backward = [self.corpus.tokens(last - first - end, last - first - start)[::-1] for first in starts]
-        types = {token: n for n, token in enumerate(dict.fromkeys(t for row in (*forward, *backward) for t in row))}
-        targets = self._targets(types)
-        windows = (_window_of(forward, types, targets, BEGIN_TOKEN), _window_of(backward, types, targets, END_TOKEN))
+        read = [self._read(rows, (self.seed, epoch, start, d)) for d, rows in enumerate((forward, backward))]
+        types = {token: n for n, token in enumerate(dict.fromkeys(t for rows in read for row in rows for t in row))}
+        tokens = [np.array([[types[token] for token in row] for row in rows], np.int64).T for rows in read]
+        windows = (
+            Window(tokens[0], *self._targets(forward, BEGIN_TOKEN)),
+            Window(tokens[1], *self._targets(backward, END_TOKEN)),
+        )
         return WindowPair(_type_ids(types), *windows, start)
 
-    def _targets(self, types: Iterable[str]) -> NDArray[np.int64]:
+    def _read(self, rows: Sequence[list[str]], seed: Sequence[int]) -> Sequence[Sequence[str]]:
+        """What is read of each stream: all but the last token, which is only predicted."""
+        read = [row[:-1] for row in rows]
+        return with_typos(read, self.typos, seed) if self.typos else read
+
+    def _targets(self, rows: Sequence[list[str]], begin: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         try:
-            return np.array([self.vocabulary.target(token) for token in types], np.int64)
+            targets = [[self.vocabulary.target(token) for token in row[1:]] for row in rows]
         except CorpusError as error:
             raise CorpusError(f"{self.corpus.path}: {error}") from error
-
-
-def _window_of(rows: Sequence[list[str]], types: dict[str, int], targets: NDArray[np.int64], begin: str) -> Window:
-    indices = np.array([[types[token] for token in row] for row in rows], np.int64).T
-    follows = indices[1:]
-    return Window(indices[:-1], targets[follows], follows != types.get(begin, -1))
+        counted = [[token != begin for token in row[1:]] for row in rows]
+        return np.array(targets, np.int64).T, np.array(counted, np.bool_).T
 
 
 def _type_ids(types: Iterable[str]) -> CharacterIds:

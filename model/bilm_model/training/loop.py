@@ -102,7 +102,8 @@ class Trainer:
         new_objective: NewObjective,
         device: torch.device,
     ) -> "Trainer":
-        streams = Streams(corpus, vocabulary, recipe.optimisation.batch, recipe.optimisation.steps)
+        batch, steps = recipe.optimisation.batch, recipe.optimisation.steps
+        streams = Streams(corpus, vocabulary, batch, steps, recipe.data.typos, recipe.seed)
         valid = Corpus.open(recipe.data.valid)
         valid_streams(valid, vocabulary).check()
         objective = new_objective(recipe, vocabulary, device)
@@ -130,7 +131,7 @@ class Trainer:
         self._learner.module.train()
         bar = tqdm(total=n_windows, initial=first, desc=f"epoch {epoch}/{epochs}", unit="step")
         with bar:
-            for pair in self._train.windows(first):
+            for pair in self._train.windows(first, epoch):
                 if self.stop:
                     self._checkpoint(log)
                     return False

@@ -37,6 +37,7 @@ class Data(_Section):
     train: Path = Field(description="text, UTF-8, a sentence or paragraph a line")
     valid: Path = Field(description="text to measure on after each epoch")
     max_words: int | None = Field(None, ge=2, description="words that the softmax knows; the rest counts as <unk>")
+    typos: float = Field(0.0, ge=0, le=1, description="share of the words that are read with a typo while learning")
 
 
 class Softmax(_Section):
