@@ -5,6 +5,7 @@ same however many rows there are: that is why a sentence's bits don't depend on 
 the exception; so none is computed alone.
 """
 
+import functools
 import logging
 from typing import Protocol
 
@@ -79,6 +80,7 @@ def cpu_product() -> NewProduct:
     return PackedProduct if _works() else PlainProduct
 
 
+@functools.cache
 @torch.no_grad()
 def _works() -> bool:
     """Tries the operators, which a release of torch may change or leave out, and compares with what they stand for."""

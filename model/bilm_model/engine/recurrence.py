@@ -130,9 +130,7 @@ class _Weight:
 class Recurrence:
     """A cell's ticks, one row after another; bit for bit what products and elementwise arithmetic give."""
 
-    def __init__(
-        self, recurrent: _Weight, projection: _Weight | None, config: BilmConfig
-    ) -> None:
+    def __init__(self, recurrent: _Weight, projection: _Weight | None, config: BilmConfig) -> None:
         self._recurrent, self._projection, self._config = recurrent, projection, config
         self._clips = torch.tensor([config.cell_clip, config.proj_clip])
         n_gates = 4 * config.cell_dim

@@ -13,7 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from bilm_model.bilm import BilmState
-from bilm_model.training.corpus import Corpus, Streams, Vocabulary, WindowPair
+from bilm_model.characters import END_TOKEN
+from bilm_model.training.corpus import UNKNOWN, Corpus, Streams, Vocabulary, WindowPair
 from bilm_model.training.evaluation import mean_losses, valid_streams
 from bilm_model.training.learner import Learner, Objective
 from bilm_model.training.recipe import Recipe, read_recipe, to_toml
@@ -62,9 +63,12 @@ class Trainer:
         """
         if folder.config.exists():
             raise RunError(f"{folder.path}: holds a run already; go on with it by  bilm-train resume {folder.path}")
-        counts: Counter[str] = Counter()
-        corpus = Corpus.open(recipe.data.train, counts)
-        vocabulary = Vocabulary.of(counts, recipe.data.max_words)
+        if recipe.distillation is None:
+            counts: Counter[str] = Counter()
+            corpus = Corpus.open(recipe.data.train, counts)
+            vocabulary = Vocabulary.of(counts, recipe.data.max_words)
+        else:  # no word is predicted
+            corpus, vocabulary = Corpus.open(recipe.data.train), Vocabulary((END_TOKEN, UNKNOWN))
         trainer = cls._of(recipe, folder, corpus, vocabulary, new_objective=new_objective, device=device)
         folder.create()
         write_text(folder.vocabulary, vocabulary.to_text())

@@ -46,7 +46,7 @@ class StepRecord:
     Attributes:
         step: from 1, over the whole run.
         epoch: from 1.
-        loss: mean negative log likelihood a token, of both directions, in nats.
+        loss: mean negative log likelihood a token, of both directions, in nats; for a student, see `valid_forward`.
         loss_forward: the same, forward.
         loss_backward: the same, backward.
         learning_rate: of this step.
@@ -106,9 +106,9 @@ class EpochRecord:
         return {
             "epoch/train_loss": self.train_loss,
             "epoch/tokens_per_s": self.tokens_per_s,
-            "valid/perplexity": self.valid_mean,
-            "valid/perplexity_forward": self.valid_forward,
-            "valid/perplexity_backward": self.valid_backward,
+            "valid/mean": self.valid_mean,
+            "valid/forward": self.valid_forward,
+            "valid/backward": self.valid_backward,
         }
 
 

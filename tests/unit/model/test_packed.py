@@ -21,13 +21,15 @@ def test_a_packed_product_is_the_product(dtype: torch.dtype, clip: float | None,
 
 
 def test_without_the_operators_plain_products_do(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> None:
     class Gone(PackedProduct):
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
             raise NotImplementedError("no such operator")
 
     monkeypatch.setattr(packed, "PackedProduct", Gone)
+    packed._works.cache_clear()
+    request.addfinalizer(packed._works.cache_clear)
     assert cpu_product() is PlainProduct
     assert "no such operator" in caplog.text
 

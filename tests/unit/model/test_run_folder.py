@@ -62,7 +62,7 @@ def test_what_is_logged_is_read(folder: RunFolder) -> None:
     assert list(folder.read_epochs()) == [replace(EPOCH, epoch=n, step=2 * n) for n in (1, 2)]
     assert json.loads(folder.steps.read_text().splitlines()[0]) == asdict(replace(STEP, loss=1.0))
     assert _curve(folder, "train/loss") == [(n, float(n)) for n in range(1, 5)]
-    assert _curve(folder, "valid/perplexity") == [(2, 105.0), (4, 105.0)]
+    assert _curve(folder, "valid/mean") == [(2, 105.0), (4, 105.0)]
 
 
 def test_a_line_is_there_as_soon_as_it_is_logged(folder: RunFolder) -> None:
@@ -78,7 +78,7 @@ def test_a_run_that_goes_on_leaves_no_part_twice(folder: RunFolder) -> None:
     assert [record.step for record in folder.read_steps()] == list(range(1, 10))
     assert [record.step for record in folder.read_epochs()] == [2, 4, 6, 8]
     assert [step for step, _ in _curve(folder, "train/loss")] == list(range(1, 10))
-    assert [step for step, _ in _curve(folder, "valid/perplexity_forward")] == [2, 4, 6, 8]
+    assert [step for step, _ in _curve(folder, "valid/forward")] == [2, 4, 6, 8]
 
 
 def test_a_new_run_in_an_old_folder_begins_anew(folder: RunFolder) -> None:

@@ -1,0 +1,138 @@
+"""A student against its teacher, as served: speed and size. What either knows is measured by `bilm-train eval`.
+
+python -m benchmarks.distillation TEACHER STUDENT --text FILE
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from bilm_model.bilm import Bilm
+from bilm_model.engine.device import default_threads, resolve_device
+from bilm_model.engine.engine import Engine, EngineOptions, Precision
+from bilm_model.weights.loading import load as load_model
+
+from benchmarks.in_process import Effort, Sentences, run_seconds
+from benchmarks.report import RESULTS, Figure, Report
+from benchmarks.roofline import multiply_adds
+from benchmarks.rounds import Contestant, Spread, interleave, percentile, ratio
+from benchmarks.sentences import DATA, read_sentences
+from benchmarks.steady import SteadyLoad, show_all_words
+
+_MEGA, _MIB = 1e6, 2**20
+_BYTES_OF_A_FLOAT = 4
+
+
+def compare_speed(
+    report: Report, models: Mapping[str, Bilm], sentences: Sentences, effort: Effort, options: EngineOptions
+) -> None:
+    """The engine on each model with all rows taken, and on one sentence at a time; their caches know the words.
+
+    Args:
+        report: receives the figures.
+        models: "teacher" and "student", on the device to measure on; they are taken over.
+        sentences: that both embed.
+        effort: how long to measure.
+        options: of both engines.
+    """
+    sizes = {name: _sizes(bilm) for name, bilm in models.items()}
+    engines = {name: _engine(bilm, sentences, options) for name, bilm in models.items()}
+    report.detail("engines", {name: engine.backend for name, engine in engines.items()})
+    loads = {name: SteadyLoad(engine, sentences, engine.max_rows) for name, engine in engines.items()}
+    full: dict[str, Contestant] = {name: partial(_tokens_per_s, load, effort) for name, load in loads.items()}
+    singles = sentences[: effort.singles]
+    alone: dict[str, Contestant] = {name: partial(_median_ms, engine, singles) for name, engine in engines.items()}
+    interleave(alone, 1)  # before the rows are full: nothing else may be in flight
+    alone_ms = interleave(alone, effort.rounds)
+    for load in loads.values():
+        load.measure(effort.window_s / 4)
+    tokens_per_s = interleave(full, effort.rounds)
+    _add(report, "tokens_per_s", "all rows taken", tokens_per_s, "tokens/s")
+    _add(report, "alone", "one sentence at a time, median", alone_ms, "ms")
+    for key, unit in (("parameters", "million"), ("weights", "MiB"), ("multiply_adds", "million")):
+        _add(report, key, _SIZES[key], {name: [found[key]] for name, found in sizes.items()}, unit)
+
+
+_SIZES = {
+    "parameters": "parameters",
+    "weights": "parameters in float32",
+    "multiply_adds": "multiply-adds of a known word",
+}
+
+
+def _sizes(bilm: Bilm) -> dict[str, float]:
+    return {
+        "parameters": bilm.parameter_count / _MEGA,
+        "weights": bilm.parameter_count * _BYTES_OF_A_FLOAT / _MIB,
+        "multiply_adds": multiply_adds(bilm.config) / _MEGA,
+    }
+
+
+def _engine(bilm: Bilm, sentences: Sentences, options: EngineOptions) -> Engine:
+    engine = Engine(bilm, bilm.zero_state(0).h.device, options)
+    engine.warm_up()
+    show_all_words(engine, sentences)
+    return engine
+
+
+def _tokens_per_s(load: SteadyLoad, effort: Effort) -> float:
+    return load.measure(effort.window_s).tokens_per_s
+
+
+def _median_ms(engine: Engine, sentences: Sentences) -> float:
+    return 1e3 * percentile([run_seconds(engine, sentence) for sentence in sentences], 50)
+
+
+def _add(report: Report, key: str, what: str, found: Mapping[str, Sequence[float]], unit: str) -> None:
+    report.detail(key, dict(found))
+    for name in ("teacher", "student"):
+        report.add(Figure(f"{key}/{name}", f"{name}: {what}", Spread.of(found[name]), unit))
+    report.add(Figure(f"{key}/ratio", "  student / teacher", ratio(found["student"], found["teacher"]), "×"))
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads or default_threads())
+    device = resolve_device(arguments.device)
+    sentences = read_sentences(arguments.sentences, arguments.text)
+    if not sentences:
+        raise SystemExit(f"{arguments.text}: no sentence that ends in a full stop, a question or an exclamation mark")
+    effort = Effort(arguments.rounds, arguments.window_s, arguments.singles)
+    loaded = {name: load_model(str(getattr(arguments, name))) for name in ("teacher", "student")}
+    settings = {
+        **{name: f"{model.name}, version {model.version}" for name, model in loaded.items()},
+        "text": str(arguments.text),
+        "sentences": len(sentences),
+        "tokens": sum(map(len, sentences)),
+        **vars(effort),
+        "precision": arguments.precision,
+        "threads": torch.get_num_threads(),
+    }
+    report = Report("distillation", settings)
+    precision: Precision = arguments.precision
+    models = {name: model.bilm.to(device) for name, model in loaded.items()}
+    compare_speed(report, models, sentences, effort, EngineOptions(precision=precision))
+    report.write(arguments.out)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", metavar="TEACHER", help="as bilm-serve's --model")
+    parser.add_argument("student", metavar="STUDENT", help="as bilm-serve's --model")
+    parser.add_argument("--text", type=Path, default=DATA, help="with white space between its tokens (%(default)s)")
+    parser.add_argument("--sentences", type=int, default=512, help="of the text's first (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="that each of them has (%(default)s)")
+    parser.add_argument("--window-s", type=float, default=2.0, help="of each throughput measurement (%(default)s)")
+    parser.add_argument("--singles", type=int, default=50, help="sentences one at a time, a round (%(default)s)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (one for each core that this process may use)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "distillation.json", help="(%(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
