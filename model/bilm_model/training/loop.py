@@ -1,8 +1,11 @@
 """The training loop: windows, steps, checkpoints; a run that was killed goes on as if it hadn't been."""
 
 import math
+import pickle
+import struct
 import time
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,8 @@ from bilm_model.training.learner import Learner, Objective
 from bilm_model.training.recipe import Recipe, read_recipe, to_toml
 from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder, RunLog, StepRecord, replaced, write_text
 from bilm_model.weights import single_file
+
+_DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError)
 
 NewObjective = Callable[[Recipe, Vocabulary, torch.device], Objective]
 
@@ -201,8 +206,7 @@ class Trainer:
 
     def _save_best(self) -> None:
         bilm = self._objective.bilm
-        with replaced(self.folder.best) as draft:
-            torch.save(self._learner.module.state_dict(), draft)
+        _write_checkpoint(self.folder.best, self._learner.module.state_dict())
         with replaced(self.folder.model) as draft:
             single_file.write(draft, bilm.config, {name: tensor.cpu() for name, tensor in bilm.state_dict().items()})
 
@@ -223,8 +227,7 @@ class Trainer:
             "cuda_random": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
             "digests": self._digests(),
         }
-        with replaced(self.folder.checkpoint) as draft:
-            torch.save(content, draft)
+        _write_checkpoint(self.folder.checkpoint, content)
 
     def _restore(self, content: dict[str, Any]) -> None:
         for path, digest in self._digests().items():
@@ -271,16 +274,24 @@ def _load_parameters(module: nn.Module, content: dict[str, Any], path: Path) -> 
         raise RunError(f"{path}: doesn't fit the run's configuration and vocabulary: {error}") from error
 
 
+def _write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    # Given a path, torch writes by itself, and doesn't say why it can't
+    with replaced(path) as draft, draft.open("wb") as file:
+        torch.save(content, file)
+
+
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads what torch.save wrote; torch itself doesn't look at the checksums in the file."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
-        if damaged is not None:
-            raise RunError(f"{path}: damaged (checksum of {damaged})")
+            # These have no checksum, and by one of their bits torch takes a tensor for a folder, and anything for it
+            attributes = [entry.filename for entry in file.infolist() if entry.external_attr]
+        if damaged is not None or attributes:
+            raise RunError(f"{path}: damaged ({damaged or attributes[0]})")
         content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError as error:
         raise RunError(f"{path}: missing") from error
-    except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
+    except (*_DAMAGED, OSError, EOFError, RuntimeError, ValueError) as error:
         raise RunError(f"{path}: damaged: {error}") from error
     return content

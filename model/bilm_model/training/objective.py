@@ -4,6 +4,7 @@ Legend: S steps, B streams, N = S·B rows, P projection, V words, U different to
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bilm_model.bilm import Bilm, BilmState
 from bilm_model.characters import END_WORD, MAX_CHARACTERS, CharacterIds, check_ids
+from bilm_model.engine.packed import padded_rows
 from bilm_model.errors import ModelError
 from bilm_model.training.corpus import Window, WindowPair
 from bilm_model.training.evaluation import of_nats
@@ -78,26 +80,46 @@ class BilmObjective(nn.Module):
         return window_layers(self.bilm, pair, state, self.dropout, product_dtype)
 
     def _loss(self, output: Tensor, window: Window) -> Tensor:
-        counted = torch.from_numpy(np.flatnonzero(window.counted)).to(output.device)
-        targets = torch.from_numpy(window.targets.ravel()).to(output.device)[counted]
-        x = self.dropout(output.flatten(0, 1)[counted])
+        # All rows, and the others' loss left out afterwards: as many in each window, see `_Cluster`
+        targets = torch.from_numpy(window.targets.ravel()).to(output.device)
+        counted = torch.from_numpy(window.counted.ravel()).to(output.device)
+        x = self.dropout(output.flatten(0, 1))
         if isinstance(self.softmax, nn.AdaptiveLogSoftmaxWithLoss):
-            # On a CPU it can't be had in mixed precision: autocast leaves its parts in formats that don't go together
-            with torch.autocast(x.device.type, enabled=x.device.type != "cpu" and torch.is_autocast_enabled()):
-                return -_at_least_float32(self.softmax(x, targets).output).sum()
-        return F.cross_entropy(_at_least_float32(self.softmax(x)), targets, reduction="sum")
+            losses = -self.softmax(x, targets).output
+        else:
+            losses = F.cross_entropy(self.softmax(x), targets, reduction="none")
+        total: Tensor = losses.masked_fill(~counted, 0.0).sum()
+        return total
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class _Cluster(nn.Sequential):
+    """A cluster of the adaptive softmax. On a CPU it isn't computed in reduced precision.
+
+    It has another number of rows in each window, and oneDNN compiles a kernel for each number, which takes longer than
+    the product. In float32 torch's products aren't oneDNN's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (rows, P) -> (rows, words of the cluster)."""
+        if x.device.type != "cpu":
+            return cast(Tensor, super().forward(x))
+        with torch.autocast("cpu", enabled=False):
+            return cast(Tensor, super().forward(x))
 
 
 def _new_softmax(softmax: Softmax, n_in: int, n_classes: int) -> nn.Module:
     """Adaptive (Grave et al. 2017): exact over the whole vocabulary, at a fraction of a full softmax's cost."""
     if softmax.kind == "full":
-        return nn.Linear(n_in, n_classes)
-    cutoffs = [cutoff for cutoff in softmax.cutoffs if cutoff < n_classes - 1]
-    return nn.AdaptiveLogSoftmaxWithLoss(n_in, n_classes, cutoffs or [n_classes - 1], softmax.divisor)
+        module: nn.Module = nn.Linear(n_in, n_classes)
+    else:
+        cutoffs = [cutoff for cutoff in softmax.cutoffs if cutoff < n_classes - 1]
+        module = nn.AdaptiveLogSoftmaxWithLoss(n_in, n_classes, cutoffs or [n_classes - 1], softmax.divisor)
+        module.tail = nn.ModuleList(_Cluster(*cast(nn.Sequential, tail)) for tail in module.tail)
+    for product in module.modules():
+        if isinstance(product, nn.Linear):
+            # In mixed precision only products are in the reduced format, not the logarithms after them
+            product.register_forward_hook(lambda _, x, y: y.to(x[0].dtype))
+    return module
 
 
 def check_targets(pair: WindowPair, n_classes: int) -> None:
@@ -163,28 +185,31 @@ def _token_vectors(bilm: Bilm, pair: WindowPair) -> tuple[Tensor, list[Tensor]]:
     check_ids(pair.types)
     device = bilm.encoder.char_cnn.embedding.device
     widest = max(width for width, _ in bilm.config.filters)
-    groups, order = _groups_by_length(pair.types, widest)
+    groups, places = _groups_by_length(pair.types, widest)
     # One after another for the convolutions only: what follows doesn't know about characters
     peaks = [bilm.encoder.char_cnn(torch.from_numpy(ids).long().to(device)) for ids in groups]
     # In mixed precision only products are in the reduced format
     vectors = bilm.encoder.after_cnn(torch.cat(peaks)).to(bilm.encoder.char_cnn.embedding.dtype)
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(len(order))
-    return vectors, [torch.from_numpy(inverse[window.tokens]).to(device) for window in pair.directions]
+    return vectors, [torch.from_numpy(places[window.tokens]).to(device) for window in pair.directions]
 
 
 def _groups_by_length(types: CharacterIds, widest: int) -> tuple[Sequence[CharacterIds], NDArray[np.int64]]:
-    """Character ids by length, cut off where only padding follows, and the order that they stand in together.
+    """Character ids by length, cut off where only padding follows, and the row of each type in the groups together.
 
     Behind a token's end every convolution sees padding and nothing else, over and over: once is enough for the maximum.
+    Rows and lengths are rounded up, rows by repeating one, so that few shapes occur: see `padded_rows`.
     """
     ends = np.argmax(types == END_WORD, axis=1)  # place of the mark; 48 bytes at most stand before it
-    groups, order = [], []
+    groups, n_rows = [], 0
+    places = np.empty(len(types), np.int64)
     lower = -1
     for bound in (*_GROUP_BOUNDS, MAX_CHARACTERS):
         chosen = np.flatnonzero((ends > lower) & (ends <= bound))
         lower = bound
         if len(chosen):
-            groups.append(types[chosen, : min(MAX_CHARACTERS, int(ends[chosen].max()) + 1 + widest)])
-            order.append(chosen)
-    return groups, np.concatenate(order)
+            last_end = min(bound, -(-int(ends[chosen].max()) // 8) * 8)
+            places[chosen] = n_rows + np.arange(len(chosen))
+            padded = np.concatenate([chosen, np.repeat(chosen[:1], padded_rows(len(chosen)) - len(chosen))])
+            groups.append(types[padded, : min(MAX_CHARACTERS, last_end + 1 + widest)])
+            n_rows += len(padded)
+    return groups, places
