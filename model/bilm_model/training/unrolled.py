@@ -146,7 +146,4 @@ def _inputs_half(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) ->
 
 def _weight_gradient(d_out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Of a product's weight (out, in), from the gradient of what it gave (S·B, out) and its input (S, B, in)."""
-    gradient: Tensor = (
-        (d_out.t() @ x.flatten(0, 1).to(dtype)).float() if dtype == torch.bfloat16 else d_out.t() @ (x.flatten(0, 1))
-    )
-    return gradient
+    return (d_out.t() @ x.flatten(0, 1).to(dtype)).to(x.dtype)
