@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from bilm_model.training.recipe import PRESETS
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("proto", "model", "server", "client", "pyproject.toml", "LICENSE", "README.md")
@@ -90,6 +91,7 @@ def test_the_wheel_has_the_data_files_too(wheel: Path) -> None:
     assert "bilm_api/v1/embed.proto" in names
     assert "bilm_api/v1/embed_pb2.pyi" in names
     assert "bilm_model/pretrained/wikitext2-mini.safetensors" in names
+    assert {f"bilm_model/training/presets/{name}.toml" for name in PRESETS} <= names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(packages)  # no tests, no benchmarks
     assert wheel.stat().st_size < 20 * 2**20
