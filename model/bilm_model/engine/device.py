@@ -16,12 +16,17 @@ def resolve_device(name: str) -> torch.device:
         name: "cpu", "cuda", "cuda:N", or "auto": the first CUDA device where there is one, else the CPU.
 
     Raises:
-        ModelError: if there is no such device here.
+        ModelError: if the name is none of these, or there is no such device here.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda:0" if available else "cpu"
-    device = torch.device("cuda:0" if name == "cuda" else name)
+    try:
+        device = torch.device("cuda:0" if name == "cuda" else name)
+    except RuntimeError as error:
+        raise ModelError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
     if device.type == "cuda" and (device.index or 0) >= available:
         raise ModelError(
             f"device {name}: this machine has {available} CUDA devices that torch {torch.__version__} sees"

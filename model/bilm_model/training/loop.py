@@ -1,5 +1,6 @@
 """The training loop: windows, steps, checkpoints; a run that was killed goes on as if it hadn't been."""
 
+import hashlib
 import math
 import pickle
 import struct
@@ -232,7 +233,7 @@ class Trainer:
     def _restore(self, content: dict[str, Any]) -> None:
         for path, digest in self._digests().items():
             if content["digests"].get(path) != digest:
-                raise RunError(f"{path}: is another text than the run {self.folder.path} began with")
+                raise RunError(f"{path}: isn't what the run {self.folder.path} began with")
         self._step, self._seconds, self._best = content["step"], content["seconds"], content["best"]
         self._epoch_loss, self._epoch_tokens, self._epoch_seconds = content["epoch"]
         _load_parameters(self._learner.module, content["objective"], self.folder.checkpoint)
@@ -243,7 +244,9 @@ class Trainer:
             torch.cuda.set_rng_state(content["cuda_random"], self._device)
 
     def _digests(self) -> dict[str, str]:
-        return {str(corpus.path): corpus.digest for corpus in (self._train.corpus, self._valid)}
+        texts = {str(corpus.path): corpus.digest for corpus in (self._train.corpus, self._valid)}
+        words = hashlib.blake2b(self._train.vocabulary.to_text().encode(), digest_size=16).hexdigest()
+        return {**texts, self.folder.vocabulary.name: words}
 
 
 def read_vocabulary(folder: RunFolder) -> Vocabulary:

@@ -53,14 +53,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _distill(arguments: argparse.Namespace) -> int:
-    return _start(arguments, [f"distillation.teacher={json.dumps(arguments.teacher)}"])
+    return _start(arguments, [f"distillation.teacher={json.dumps(arguments.teacher, ensure_ascii=False)}"])
 
 
 def _start(arguments: argparse.Namespace, overrides: list[str]) -> int:
     device = resolve_device(arguments.device)
     for name in ("train", "valid"):
         if getattr(arguments, name) is not None:
-            overrides.append(f"data.{name}={json.dumps(str(getattr(arguments, name)))}")
+            overrides.append(f"data.{name}={json.dumps(str(getattr(arguments, name)), ensure_ascii=False)}")
     recipe = read_recipe(arguments.recipe, [*overrides, *arguments.set])
     return _train(Trainer.start(recipe, RunFolder(arguments.out), new_objective, device))
 

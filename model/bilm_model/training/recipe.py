@@ -105,6 +105,17 @@ class Recipe(_Section):
             raise ValueError(str(error)) from error  # for pydantic to list it with the others
         return config
 
+    @model_validator(mode="after")
+    def _clusters_have_a_size(self) -> Self:
+        n_clusters = len(self.softmax.cutoffs)
+        smallest = self.architecture.projection_dim // self.softmax.divisor**n_clusters
+        if self.softmax.kind == "adaptive" and smallest < 1:
+            raise ValueError(
+                f"softmax: divided by {self.softmax.divisor:g} for each of {n_clusters} clusters, nothing is left of "
+                f"architecture.projection_dim {self.architecture.projection_dim}"
+            )
+        return self
+
 
 def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe.
@@ -122,8 +133,13 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        lines = [f"{source}: {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        lines = [": ".join((source, *_place(item["loc"]), item["msg"])) for item in error.errors()]
         raise ConfigError("\n".join(lines)) from error
+
+
+def _place(loc: Sequence[int | str]) -> Sequence[str]:
+    """What is about the recipe as a whole has no place."""
+    return (".".join(map(str, loc)),) if loc else ()
 
 
 def _with_preset(content: dict[str, Any], source: str) -> dict[str, Any]:

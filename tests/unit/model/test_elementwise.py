@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from bilm_model.engine import fused
 from bilm_model.engine.elementwise import Elementwise, TorchElementwise, Windows
 from bilm_model.engine.fused import FusedElementwise
 
@@ -75,7 +76,7 @@ def test_a_peak_that_is_not_a_number_stays_one() -> None:
 
 
 def test_without_openmp_one_thread_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FUSED[torch.float32], "_parallel", None)
+    monkeypatch.setattr(fused, "openmp", lambda: None)
     assert "one thread" in FUSED[torch.float32].name
     test_lstm(torch.float32, 130, 64, 2.0)
     test_highway(torch.float32)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
+from bilm_model.engine.device import resolve_device
 from bilm_model.engine.engine import EmbeddedSentence, Engine, EngineOptions, Sentence, Ticket
 from bilm_model.errors import CharacterError, ConfigError, ModelError
 
@@ -105,3 +106,9 @@ def test_words_seen_before_are_not_encoded_again() -> None:
 def test_an_input_cache_that_is_too_small_is_an_error() -> None:
     with pytest.raises(ConfigError, match="input_cache_mib: expected 0 or at least"):
         Engine(random_bilm(SIZES["small"]), torch.device("cpu"), EngineOptions(input_cache_mib=1))
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:x", "mps", ""])
+def test_a_device_that_nobody_knows_is_named(name: str) -> None:
+    with pytest.raises(ModelError, match=f"expected auto, cpu, cuda or cuda:N, found '{name}'"):
+        resolve_device(name)

@@ -60,6 +60,7 @@ def test_the_last_override_of_a_key_counts() -> None:
         ("seed=many", r"mini: seed: .*integer"),
         ("softmax.cutoffs=[5, 3]", r"mini: softmax: .*each above the last, found \(5, 3\)"),
         ("softmax.cutoffs=[0]", r"mini: softmax: .*positive"),
+        ("softmax.divisor=100", r"mini: .*softmax: divided by 100 for each of 3 clusters, nothing is left of .*128"),
         ("nothing=1", r"mini: nothing: Extra inputs"),
         ("optimisation.nothing=1", r"mini: optimisation\.nothing: Extra inputs"),
         ("optimisation.learning_rate=nan", r"mini: optimisation\.learning_rate: "),

@@ -18,9 +18,16 @@ from bilm_model.training.run_folder import (
     write_bytes,
     write_text,
 )
+from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 STEP = StepRecord(1, 1, 5.5, 5.0, 6.0, 1e-3, 0.5, 1000.0, 2.5)
 EPOCH = EpochRecord(1, 2, 5.5, 100.0, 110.0, 1000.0, 5.0)
+
+
+@pytest.fixture(autouse=True)
+def _files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads files by name; in those of one second a counter's 10 sorts before its 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 @pytest.fixture

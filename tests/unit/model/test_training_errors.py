@@ -51,6 +51,7 @@ def change(how: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 
 
 DOES_NOT_FIT = r"run/checkpoint\.pt: doesn't fit the run's configuration and vocabulary: (?s:.*)size mismatch .*"
+OTHER = "{}: isn't what the run run began with"
 
 
 @pytest.mark.parametrize(
@@ -61,19 +62,16 @@ DOES_NOT_FIT = r"run/checkpoint\.pt: doesn't fit the run's configuration and voc
         ("run/checkpoint.pt", change(lambda data: b""), r"run/checkpoint\.pt: damaged: .*"),
         ("run/checkpoint.pt", Path.unlink, r"run/checkpoint\.pt: missing"),
         ("run/vocabulary.txt", Path.unlink, r"run/vocabulary\.txt: .*No such file.*"),
-        ("run/vocabulary.txt", change(lambda data: data + b"new\n"), DOES_NOT_FIT),
+        ("run/vocabulary.txt", change(lambda data: data + b"new\n"), OTHER.format("vocabulary.txt")),
+        ("run/vocabulary.txt", change(lambda data: data.replace(b"w0\n", b"v0\n")), OTHER.format("vocabulary.txt")),
         ("run/config.toml", change(lambda data: data.replace(b"cell_dim = 9", b"cell_dim = 8")), DOES_NOT_FIT),
         ("run/config.toml", change(lambda data: data + b"more"), r"run/config\.toml: .*"),
         ("run/config.toml", Path.unlink, r"run: not the folder of a run \(config\.toml is missing\)"),
-        (
-            "train",
-            change(lambda data: data.replace(b"w5", b"w0", 1)),
-            "train: is another text than the run run began with",
-        ),
-        ("valid", change(lambda data: data + b"w0\n"), "valid: is another text than the run run began with"),
+        ("train", change(lambda data: data.replace(b"w5", b"w0", 1)), OTHER.format("train")),
+        ("valid", change(lambda data: data + b"w0\n"), OTHER.format("valid")),
         ("train", Path.unlink, "train: .*No such file.*"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_a_run_that_can_not_go_on_says_why_and_stays_as_it_is(
     begun: Path, name: str, damage: Callable[[Path], object], message: str, capsys: pytest.CaptureFixture[str]
