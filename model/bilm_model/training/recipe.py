@@ -24,7 +24,7 @@ from pydantic import (
 from bilm_model.config import BilmConfig
 from bilm_model.errors import ConfigError
 
-PRESETS = ("mini", "small", "medium", "original")
+PRESETS = ("mini", "small", "medium", "original", "student")
 
 
 class _Section(BaseModel):
