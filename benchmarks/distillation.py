@@ -104,7 +104,7 @@ def main() -> None:
     loaded = {name: load_model(str(getattr(arguments, name))) for name in ("teacher", "student")}
     settings = {
         **{name: f"{model.name}, version {model.version}" for name, model in loaded.items()},
-        "text": str(arguments.text),
+        "text": arguments.text.name,
         "sentences": len(sentences),
         "tokens": sum(map(len, sentences)),
         **vars(effort),
