@@ -121,7 +121,9 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str | bytes, message: str) ->
 
 
 def test_what_is_neither_file_nor_preset_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^large: neither a file nor a preset \(mini, small, medium, original, student\)$"):
+    with pytest.raises(
+        ConfigError, match=r"^large: neither a file nor a preset \(mini, small, medium, original, student\)$"
+    ):
         read_recipe("large")
     with pytest.raises(ConfigError, match=f"^{tmp_path}: .*directory"):
         read_recipe(str(tmp_path))
