@@ -38,8 +38,8 @@ def test_the_readme_lists_every_flag_with_its_default(title: str, settings: type
 
 def test_the_training_page_lists_every_key_of_a_recipe() -> None:
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    section = page.partition("## The recipe")[2].partition("\n#")[0]
-    listed = re.findall(r"^\| `([a-z_.]+)` \| (.*?) \| (.*?) \|$", section, flags=re.MULTILINE)
+    listing = page.partition("## The recipe")[2].partition("\n#")[0]
+    listed = re.findall(r"^\| `([a-z_.]+)` \| (.*?) \| (.*?) \|$", listing, flags=re.MULTILINE)
     expected = [("seed", "", Recipe.model_fields["seed"].description)]
     for section in (Data, Softmax, Optimisation, Distillation):
         for name, field in section.model_fields.items():
