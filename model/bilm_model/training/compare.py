@@ -59,7 +59,7 @@ class Run:
 
     @property
     def treebanks(self) -> tuple[TreebankReport, ...]:
-        """None before `bilm-train eval` has probed."""
+        """Empty before `bilm-train eval` has probed."""
         return self.knowledge.treebanks if self.knowledge else ()
 
 

@@ -89,7 +89,7 @@ class Distillation(_Section):
 class Recipe(_Section):
     """A training run."""
 
-    seed: int = Field(ge=0, lt=2**63, description="of the initial weights and of dropout")
+    seed: int = Field(ge=0, lt=2**63, description="of the initial weights, of dropout and of typos")
     data: Data
     architecture: BilmConfig
     softmax: Softmax = Softmax()
