@@ -7,7 +7,7 @@ from bilm_model.engine.engine import EmbeddedSentence, Engine, Sentence, Ticket
 from bilm_model.engine.transfer import HostCopy
 from numpy.typing import NDArray
 
-from bilm_server.inference import Computed, Job
+from bilm_server.jobs import Computed, Job
 from bilm_server.responses import wire_tensor
 from bilm_server.scheduler import Room
 
@@ -86,3 +86,7 @@ class ModelCompute:
         for jobs in (self._tickets, self._jobs, self._arriving):
             jobs.clear()
         self._engine.warm_up()
+
+    def check(self) -> None:
+        """Computes something small while nothing is in flight; raises if that fails or has changed."""
+        self._engine.check()

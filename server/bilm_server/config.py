@@ -77,12 +77,46 @@ class ServerConfig(BaseSettings):
     max_stream_mib: int = Field(1024, ge=1, description="the same for all streams together")
     max_stream_items_in_flight: int = Field(64, ge=1, description="items that one stream reads ahead of its results")
 
+    max_connections: int = Field(0, ge=0, description="connections at a time; 0: what the descriptors allow")
+    max_connection_age_s: float = Field(
+        300.0, gt=0, description="seconds after which a connection is asked to be opened anew, so that load spreads"
+    )
+    stream_stall_s: float = Field(
+        60.0, gt=0, description="seconds that a stream waits for its caller to read a result; then it is ended"
+    )
+
+    tls_cert: Path | None = Field(None, description="PEM file with the server's certificate chain; turns TLS on")
+    tls_key: Path | None = Field(None, description="PEM file with its private key")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file with the authorities of callers' certificates, which are then required"
+    )
+    token_file: Path | None = Field(
+        None, description="bearer tokens that callers must show, `NAME TOKEN` a line; read again when it changes"
+    )
+    caller_tokens_per_s: int = Field(0, ge=0, description="tokens a second for each caller, on average; 0: no limit")
+    caller_max_calls: int = Field(0, ge=0, description="calls at a time for each caller; 0: no limit")
+
+    hang_s: float = Field(10.0, gt=0, description="seconds without progress after which the engine counts as hung")
+    give_up_s: float = Field(
+        60.0, gt=0, description="seconds that a hung or failing engine gets before the process ends with code 3"
+    )
     drain_delay_s: float = Field(
         4.0, ge=0, description="seconds between NOT_SERVING and refusing new calls: check interval × fall + 1"
     )
     grace_s: float = Field(30.0, ge=0, description="seconds that calls in flight get to finish after that")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log lines")
     log_format: Literal["text", "json"] = Field("text", description="of the log lines")
+    loggers: str = Field("", description="levels of single parts, as in access=off,health=debug")
+    test_log: Path | None = Field(
+        None, description="file for the access lines of calls marked x-bilm-no-log; without it they leave none"
+    )
+    metrics_listen: str = Field("", description="HOST:PORT for Prometheus metrics over HTTP; empty: none")
+    trace_endpoint: str = Field("", description="URL of an OTLP/HTTP collector for traces; empty: none")
+    trace_sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="share of the calls that are traced where the caller doesn't say"
+    )
+    alert_url: str = Field("", description="webhook that errors in the log are posted to; empty: none")
+    alert_format: Literal["json", "jandi"] = Field("json", description="of these posts")
 
     @field_validator("listen")
     @classmethod

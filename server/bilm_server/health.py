@@ -1,42 +1,51 @@
 """The standard health service: SERVING is said only when inference has been seen to work."""
 
-import asyncio
 import logging
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+LIVENESS = "liveness"
+"""The name to ask for whether the process should go on; it doesn't depend on load, nor on whether the model works."""
+
 _log = logging.getLogger("bilm_server.health")
+
+_SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class HealthReporter:
-    """`grpc.health.v1.Health`, for the server as a whole ("") and for one service."""
+    """`grpc.health.v1.Health`: readiness of the server as a whole ("") and of one service, and liveness."""
 
     def __init__(self, service: str) -> None:
         self._names = ("", service)
         self._servicer = health.aio.HealthServicer()
         self._serving: bool | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._draining = False
+
+    @property
+    def serving(self) -> bool:
+        """Whether it says SERVING."""
+        return bool(self._serving) and not self._draining
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the service."""
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
-    def report(self, serving: bool) -> None:
-        """Says whether inference works; called on the event loop."""
-        task = asyncio.get_running_loop().create_task(self.set(serving))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def start(self) -> None:
+        """Alive, but not ready."""
+        await self._servicer.set(LIVENESS, _SERVING)
+        await self.set(False)
 
     async def set(self, serving: bool) -> None:
-        """Like `report`; done when it returns."""
-        if serving != self._serving:
-            _log.log(logging.INFO if serving else logging.WARNING, "health: %sSERVING", "" if serving else "NOT_")
+        """Says whether calls can be answered; while the server drains it stays at NOT_SERVING."""
+        if serving == self._serving or self._draining:
+            return
+        _log.log(logging.INFO if serving else logging.WARNING, "health: %sSERVING", "" if serving else "NOT_")
         self._serving = serving
-        status = health_pb2.HealthCheckResponse
         for name in self._names:
-            await self._servicer.set(name, status.SERVING if serving else status.NOT_SERVING)
+            await self._servicer.set(name, _SERVING if serving else _NOT_SERVING)
 
     async def drain(self) -> None:
-        """NOT_SERVING from now on, whatever is reported."""
-        await self._servicer.enter_graceful_shutdown()
+        """NOT_SERVING from now on, whatever is said later; alive all the same."""
+        await self.set(False)
+        self._draining = True

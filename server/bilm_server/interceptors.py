@@ -1,37 +1,45 @@
-"""What every call passes through: frames that don't parse, errors, the access log."""
+"""What every call passes through: who calls, frames that don't parse, errors, and those who watch."""
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from bilm_server.calls import TEST_MARK, CallObserver, CallRecord, entered
 from bilm_server.errors import CallerGoneError, Reason, RefusalError, internal_error
 
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+
 _log = logging.getLogger("bilm_server.errors")
-_access_log = logging.getLogger("bilm_server.access")
 
-Deserializer = Callable[[bytes], Any]
+Parse = Callable[[bytes], Any]
 Behavior = Callable[..., Any]
+Gate = Callable[[CallRecord, "Context"], AbstractContextManager[None]]
+"""Finds out who calls, and holds what that caller may have of the server for as long as the call lasts.
 
-
-@dataclass(frozen=True)
-class _Malformed:
-    """Stands for a message that doesn't parse.
-
-    Left to itself, grpc would answer UNKNOWN with protobuf's own text before any of our code sees the call.
-    """
+Raises a RefusalError to whom it doesn't let in.
+"""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the methods of one service."""
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, service: str, gate: Gate, observers: Sequence[CallObserver]) -> None:
+        """Keeps its arguments.
+
+        Args:
+            service: full name.
+            gate: comes before a byte of the request is looked at.
+            observers: see every call, in this order; each must neither raise nor take long.
+        """
         self._prefix = f"/{service}/"
+        self._gate, self._observers = gate, tuple(observers)
 
     async def intercept_service(
         self,
@@ -43,53 +51,74 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not handler_call_details.method.startswith(self._prefix):
             return handler
         method = handler_call_details.method.removeprefix(self._prefix)
-        deserializer, serializer = _lenient(handler.request_deserializer), _passing_bytes(handler.response_serializer)
+        parse, serializer = _parser(handler.request_deserializer), _passing_bytes(handler.response_serializer)
+        # Without a deserialiser grpc hands over bytes. Left to it, a frame that doesn't parse would be answered with
+        # UNKNOWN and protobuf's own text before any of our code sees the call.
         if handler.stream_stream is not None:
-            behavior = _guard(method, handler.stream_stream, _checked_stream)
-            return grpc.stream_stream_rpc_method_handler(behavior, deserializer, serializer)
+            behavior = self._guard(method, handler.stream_stream, lambda requests: _parsed(requests, parse))
+            return grpc.stream_stream_rpc_method_handler(behavior, None, serializer)
         if handler.unary_unary is not None:
-            behavior = _guard(method, handler.unary_unary, _checked)
-            return grpc.unary_unary_rpc_method_handler(behavior, deserializer, serializer)
+            behavior = self._guard(method, handler.unary_unary, parse)
+            return grpc.unary_unary_rpc_method_handler(behavior, None, serializer)
         return handler
 
+    def _guard(self, method: str, behavior: Behavior, read: Callable[[Any], Any]) -> Behavior:
+        """Runs a method so that every way to fail ends in a status, and every end is seen."""
 
-def _guard(method: str, behavior: Behavior, check: Callable[[Any], Any]) -> Behavior:
-    """Runs a method so that every way to fail ends in a status and a line in the log."""
+        async def guarded(request: Any, context: "Context") -> Any:
+            metadata = tuple(context.invocation_metadata() or ())
+            call = CallRecord(method, context.peer(), metadata, is_test=any(key == TEST_MARK for key, _ in metadata))
+            begun_s = time.monotonic()
+            for observer in self._observers:
+                observer.begin(call)
+            try:
+                with entered(call), self._gate(call, context):
+                    response = await behavior(read(request), context)
+                call.code = grpc.StatusCode.OK
+                return response
+            except RefusalError as error:
+                await _abort(call, context, error)
+            except CallerGoneError:
+                call.code = _code_of_cancelled(context)
+            except asyncio.CancelledError:
+                call.code = _code_of_cancelled(context)
+                raise
+            except Exception:
+                _log.exception("%s failed", method)
+                await _abort(call, context, internal_error())
+            finally:
+                call.duration_s = time.monotonic() - begun_s
+                for observer in self._observers:
+                    observer.end(call)
 
-    async def guarded(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-        begun_s, code = time.monotonic(), grpc.StatusCode.OK
+        return guarded
+
+
+def _code_of_cancelled(context: "Context") -> grpc.StatusCode:
+    """What the caller saw: grpc cancels a method at its deadline, too."""
+    remaining_s = context.time_remaining()
+    late = remaining_s is not None and remaining_s <= 0
+    return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+
+
+async def _abort(call: CallRecord, context: "Context", refusal: RefusalError) -> None:
+    call.code, call.reason = refusal.code, refusal.reason.value
+    await context.abort(refusal.code, str(refusal), refusal.trailing_metadata())
+
+
+def _parser(deserializer: Parse | None) -> Parse:
+    def parse(data: bytes) -> Any:
         try:
-            return await behavior(check(request), context)
-        except RefusalError as error:
-            code = error.code
-            await context.abort(code, str(error), error.trailing_metadata())
-        except CallerGoneError:
-            code = grpc.StatusCode.CANCELLED
-        except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
-            raise
-        except Exception:
-            _log.exception("%s failed", method)
-            code = grpc.StatusCode.INTERNAL
-            refusal = internal_error()
-            await context.abort(code, str(refusal), refusal.trailing_metadata())
-        finally:
-            _access_log.info("%s %s %.1f ms %s", method, code.name, 1e3 * (time.monotonic() - begun_s), context.peer())
-
-    return guarded
-
-
-def _lenient(deserializer: Deserializer | None) -> Deserializer | None:
-    if deserializer is None:
-        return None
-
-    def deserialize(data: bytes) -> Any:
-        try:
-            return deserializer(data)
+            return deserializer(data) if deserializer else data
         except DecodeError:
-            return _Malformed()
+            raise RefusalError(Reason.MALFORMED_REQUEST, "the message doesn't parse (strings must be UTF-8)") from None
 
-    return deserialize
+    return parse
+
+
+async def _parsed(requests: AsyncIterator[bytes], parse: Parse) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield parse(request)
 
 
 def _passing_bytes(serializer: Callable[[Any], bytes] | None) -> Callable[[Any], bytes] | None:
@@ -97,14 +126,3 @@ def _passing_bytes(serializer: Callable[[Any], bytes] | None) -> Callable[[Any],
     if serializer is None:
         return None
     return lambda response: response if isinstance(response, bytes) else serializer(response)
-
-
-def _checked(request: Any) -> Any:
-    if isinstance(request, _Malformed):
-        raise RefusalError(Reason.MALFORMED_REQUEST, "the message doesn't parse (strings must be UTF-8)")
-    return request
-
-
-async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _checked(request)

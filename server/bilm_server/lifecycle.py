@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import grpc
@@ -19,6 +20,7 @@ from bilm_server.interceptors import CallInterceptor
 from bilm_server.parts import Parts
 from bilm_server.served_model import ServedModel
 from bilm_server.service import EmbedService
+from bilm_server.watchdog import Watchdog
 
 SERVICE_NAME = embed_pb2.DESCRIPTOR.services_by_name["EmbedService"].full_name
 
@@ -32,9 +34,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_concurrent_streams", 256),
     # A second server on the port must fail, not take half of the connections
     ("grpc.so_reuseport", 0),
-    # Connections spread again behind an L4 balancer; the grace is longer than any sensible deadline
-    ("grpc.max_connection_age_ms", 300_000),
-    ("grpc.max_connection_age_grace_ms", 600_000),
+    ("grpc.max_connection_age_grace_ms", 600_000),  # longer than any sensible deadline
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -55,13 +55,14 @@ class Server:
         self._parts = Parts(
             config=config,
             model=model,
-            inference=InferenceThread(ModelCompute(model.engine), self._health.report),
+            inference=InferenceThread(ModelCompute(model.engine)),
             conversions=ThreadPoolExecutor(_CONVERSION_THREADS, "conversion"),
             admission=Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB),
             stream_admission=Admission(config.max_stream_tokens, config.max_stream_mib * _MIB),
         )
         self._grpc: grpc.aio.Server | None = None
         self._stop_asked: asyncio.Event | None = None
+        self._watching: asyncio.Task[None] | None = None
         self.target = ""
         """Where clients find the server, once it has started."""
 
@@ -74,17 +75,28 @@ class Server:
         """
         self._stop_asked = asyncio.Event()
         self._grpc = self._new_grpc_server()
-        await self._health.set(False)
+        await self._health.start()
         self.target = self._bind(self._grpc)
         await self._grpc.start()
         _log.info("listening on %s", self.target)
         await self._parts.inference.start()
+        config = self._config
+        watchdog = Watchdog(self._parts.inference, config.hang_s, config.give_up_s, self._health.set)
+        self._watching = asyncio.create_task(watchdog.run())
         await self._health.set(True)
 
     async def serve(self) -> None:
-        """Returns when `ask_to_stop` has been called."""
-        assert self._stop_asked is not None  # noqa: S101 - start() comes first
-        await self._stop_asked.wait()
+        """Returns when `ask_to_stop` has been called.
+
+        Raises:
+            EngineLostError: if the engine can't go on in this process.
+        """
+        assert self._stop_asked is not None and self._watching is not None  # noqa: S101, PT018 - start() comes first
+        stop_asked = asyncio.create_task(self._stop_asked.wait())
+        await asyncio.wait({stop_asked, self._watching}, return_when=asyncio.FIRST_COMPLETED)
+        stop_asked.cancel()
+        if self._watching.done():
+            self._watching.result()
 
     def ask_to_stop(self) -> None:
         """Ends `serve`; may be called from a signal handler on the event loop."""
@@ -104,12 +116,17 @@ class Server:
         """Ends everything; idempotent."""
         if self._grpc is not None:
             await self._grpc.stop(0)
+        if self._watching is not None:
+            self._watching.cancel()
         await self._parts.inference.stop()
         self._parts.conversions.shutdown(wait=False, cancel_futures=True)
         _log.info("stopped")
 
     def _new_grpc_server(self) -> grpc.aio.Server:
-        server = grpc.aio.server(interceptors=[CallInterceptor(SERVICE_NAME)], options=_CHANNEL_OPTIONS)
+        age_ms = round(1000 * self._config.max_connection_age_s)
+        options = (*_CHANNEL_OPTIONS, ("grpc.max_connection_age_ms", age_ms))
+        interceptor = CallInterceptor(SERVICE_NAME, lambda call, context: nullcontext(), ())
+        server = grpc.aio.server(interceptors=[interceptor], options=options)
         embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedService(self._parts), server)
         self._health.add_to(server)
         if self._config.reflection:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 
@@ -12,15 +13,18 @@ from bilm_server.config import ConfigurationError, ServerConfig, load_config
 from bilm_server.lifecycle import BindError, Server
 from bilm_server.logs import configure_logs
 from bilm_server.served_model import load_served_model
+from bilm_server.watchdog import EngineLostError
 
 _log = logging.getLogger("bilm_server.main")
+
+_ENGINE_LOST = 3
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the server.
 
     Returns:
-        0 after SIGTERM or SIGINT, 1 if it couldn't start, 2 for a bad configuration.
+        0 after SIGTERM or SIGINT, 1 if it couldn't start, 2 for a bad configuration, 3 if the engine was lost.
     """
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
@@ -51,6 +55,10 @@ async def _run(config: ServerConfig) -> None:
         await server.start()
         await server.serve()
         await server.drain()
+    except EngineLostError as error:
+        _log.critical("%s; the process ends, so that its supervisor starts another", error)
+        logging.shutdown()
+        os._exit(_ENGINE_LOST)  # nothing orderly: a thread that hangs inside the model would be waited for
     finally:
         await server.stop()
 

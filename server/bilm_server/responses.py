@@ -7,7 +7,7 @@ from bilm_api.v1 import embed_pb2
 from google.protobuf.duration_pb2 import Duration
 from torch import Tensor
 
-from bilm_server.inference import Outcome
+from bilm_server.jobs import Outcome
 from bilm_server.requests import DataType, PreparedSentence, Wanted
 from bilm_server.served_model import ServedModel
 

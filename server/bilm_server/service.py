@@ -12,9 +12,10 @@ from bilm_model.characters import MAX_TOKEN_BYTES
 import bilm_server
 from bilm_server import responses
 from bilm_server.admission import Cost
+from bilm_server.calls import current_call
 from bilm_server.config import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, ServerConfig
 from bilm_server.errors import Reason, RefusalError
-from bilm_server.inference import Call, Job, Outcome
+from bilm_server.jobs import Call, Job, Outcome
 from bilm_server.parts import INLINE_BYTES, Parts
 from bilm_server.requests import PreparedSentence, Wanted, check_model, parse_options, prepare_sentence
 from bilm_server.served_model import ServedModel
@@ -46,6 +47,7 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         cost = _cost(prepared, wanted, parts)
         with parts.admission.admit(cost, parts.retry_after_ms()):
             outcomes = await _compute_all(prepared, wanted, _new_call(context), parts)
+            _record(prepared, outcomes)
             return await parts.convert(
                 cost.answer_bytes, lambda: _response(prepared, outcomes, wanted, parts.model, cost.answer_bytes)
             )
@@ -140,10 +142,29 @@ async def _compute_all(
         if isinstance(sentence, PreparedSentence)
     ]
     try:
-        outcomes = iter(await asyncio.gather(*map(parts.inference.submit, jobs)))
+        outcomes = iter(await asyncio.gather(*[_outcome(parts.inference.submit(job)) for job in jobs]))
     finally:
         parts.inference.abandon(call)
     return [sentence if isinstance(sentence, RefusalError) else next(outcomes) for sentence in prepared]
+
+
+async def _outcome(future: asyncio.Future[Outcome]) -> Outcome | RefusalError:
+    """A sentence that the model fails at costs the call's other sentences nothing; all else ends the call."""
+    try:
+        return await future
+    except RefusalError as error:
+        if error.reason is Reason.INTERNAL:
+            return error
+        raise
+
+
+def _record(prepared: list[Prepared], outcomes: list[Outcome | RefusalError]) -> None:
+    call = current_call()
+    for sentence, outcome in zip(prepared, outcomes, strict=True):
+        if isinstance(sentence, PreparedSentence) and isinstance(outcome, Outcome):
+            call.computed(len(sentence.tokens), outcome.queue_s, outcome.inference_s)
+        else:
+            call.sentence_failed()
 
 
 def _response(
@@ -155,9 +176,9 @@ def _response(
 ) -> bytes | embed_pb2.EmbedResponse:
     results, done = [], []
     for sentence, outcome in zip(prepared, outcomes, strict=True):
-        if isinstance(sentence, RefusalError):
-            results.append(embed_pb2.EmbedResult(error=sentence.status()))
-        elif isinstance(outcome, Outcome):
+        if isinstance(outcome, RefusalError):
+            results.append(embed_pb2.EmbedResult(error=outcome.status()))
+        elif isinstance(sentence, PreparedSentence):
             done.append((sentence, outcome))
             embedding = responses.embedding(sentence, outcome, wanted, model)
             results.append(embed_pb2.EmbedResult(embedding=embedding))

@@ -8,8 +8,9 @@ from bilm_api.v1 import embed_pb2
 
 from bilm_server import responses
 from bilm_server.admission import Cost
+from bilm_server.calls import current_call
 from bilm_server.errors import CallerGoneError, Reason, RefusalError
-from bilm_server.inference import Call, Job, Outcome
+from bilm_server.jobs import Call, Job, Outcome
 from bilm_server.parts import Parts
 from bilm_server.requests import PreparedSentence, State, Wanted, check_model, parse_options, prepare_sentence
 
@@ -82,7 +83,7 @@ class StreamSession:
         try:
             sentence, cost = await self._admit(item, wanted)
         except RefusalError as error:
-            await self._write_error(item.id, error)
+            await self._fail(item.id, error)
             self._room.release()
             return
         task = tasks.create_task(self._answer(item.id, sentence, wanted))
@@ -98,7 +99,7 @@ class StreamSession:
             job = Job(sentence, wanted, sentence.state, sentence.return_state, self._call)
             await self._write_rows(item_id, sentence, await self._parts.inference.submit(job), wanted)
         except RefusalError as error:
-            await self._write_error(item_id, error)
+            await self._fail(item_id, error)
 
     # ---- items that go on from one another ----
 
@@ -113,7 +114,7 @@ class StreamSession:
             finally:
                 self._parts.stream_admission.release(cost)
         except RefusalError as error:
-            await self._write_error(item.id, error)
+            await self._fail(item.id, error)
         self._room.release()
 
     async def _compute_carrying(self, sentence: PreparedSentence, wanted: Wanted) -> Outcome:
@@ -136,19 +137,27 @@ class StreamSession:
 
     async def _write_rows(self, item_id: int, sentence: PreparedSentence, outcome: Outcome, wanted: Wanted) -> None:
         model = self._parts.model
+        current_call().computed(len(sentence.tokens), outcome.queue_s, outcome.inference_s)
         for rows in responses.stream_rows(sentence, outcome, wanted, model):
             usage = responses.usage([(sentence, outcome)], model) if rows.last else None
             if rows.last:
                 self._ids.remove(item_id)  # before it is sent: the caller may use it again as soon as this arrives
             await self._send(embed_pb2.EmbedStreamResponse(id=item_id, rows=rows, usage=usage))
 
-    async def _write_error(self, item_id: int, error: RefusalError) -> None:
+    async def _fail(self, item_id: int, error: RefusalError) -> None:
+        """Answers an item with an error, unless the error isn't the item's: then the whole stream had better move."""
+        if error.code is grpc.StatusCode.UNAVAILABLE:
+            raise error
+        current_call().sentence_failed()
         self._ids.remove(item_id)
         await self._send(embed_pb2.EmbedStreamResponse(id=item_id, error=error.status()))
 
     async def _send(self, message: embed_pb2.EmbedStreamResponse) -> None:
         async with self._writing:
             try:
-                await self._write(message)
+                async with asyncio.timeout(self._parts.config.stream_stall_s):
+                    await self._write(message)
             except grpc.aio.InternalError as error:  # that's how grpc tells before it cancels the handler
                 raise CallerGoneError from error
+            except TimeoutError:
+                raise RefusalError(Reason.STREAM_STALLED, "the results were not read in time") from None

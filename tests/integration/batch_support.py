@@ -16,7 +16,7 @@ import pytest
 from bilm_client.batch.main import main
 from bilm_client.testing.server import wait_until_serving
 from bilm_server.compute import ModelCompute
-from bilm_server.inference import Computed, Job
+from bilm_server.jobs import Computed, Job
 from numpy.typing import NDArray
 
 Datasets = dict[str, NDArray[Any]]

@@ -18,7 +18,10 @@ import grpc
 import pytest
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_server.compute import ModelCompute
-from bilm_server.inference import Computed, Job
+from bilm_server.health import LIVENESS
+from bilm_server.jobs import Computed, Job
+from bilm_server.watchdog import EngineLostError
+from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2
 from integration_support import PLAIN, RunningServer, health_stub, tokens
 from test_embed import refusal
@@ -59,8 +62,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.open.set()
 
 
-def one(word: str, **fields: Any) -> embed_pb2.EmbedRequest:
-    return embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(word)], **fields)
+def one(*words: str, **fields: Any) -> embed_pb2.EmbedRequest:
+    return embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*words)], **fields)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -153,11 +156,42 @@ def test_a_failure_is_internal_and_says_nothing_of_the_inside(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(ModelCompute, "advance", lambda *_: 1 / 0)
-        with pytest.raises(grpc.RpcError) as error:
-            server.stub().Embed(one("w"))
-    assert refusal(error.value)[:2] == (grpc.StatusCode.INTERNAL, "INTERNAL")
-    assert "division" not in str(error.value.details())
+        (result,) = server.stub().Embed(one("w")).results
+    assert result.error.code == code_pb2.INTERNAL
+    assert "division" not in result.error.message
     assert server.stub().Embed(one("w")).results[0].HasField("embedding")
+
+
+def test_a_poisoned_sentence_is_its_callers_alone(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sentences of three calls and a stream are in flight together, and one of them makes every round fail."""
+    advance = ModelCompute.advance
+    words = [["a"] * 40, ["b", "b"], ["poison"] * 30, ["c"]]
+    known = [server.stub().Embed(one(*sentence)) for sentence in words]
+
+    def poisoned(compute: ModelCompute) -> list[tuple[Job, Computed]]:
+        if any(job.sentence.tokens[0] == "poison" for job in compute._tickets):
+            raise MemoryError("out of memory, simulated")
+        return advance(compute)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(ModelCompute, "advance", poisoned)
+        stub = server.stub()
+        together = embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*sentence) for sentence in words[1:]])
+        calls = [pool.submit(stub.Embed, one(*sentence)) for sentence in words]
+        mixed = pool.submit(stub.Embed, together).result(20)
+        start = embed_pb2.EmbedStreamRequest(start=embed_pb2.StreamStart(options=PLAIN))
+        items = [
+            embed_pb2.EmbedStreamRequest(item=embed_pb2.StreamItem(id=number, sentence=tokens(*sentence)))
+            for number, sentence in enumerate(words)
+        ]
+        streamed = {message.id: message for message in stub.EmbedStream(iter([start, *items]))}
+        results = [call.result(20).results[0] for call in calls]
+    assert [result.WhichOneof("outcome") for result in mixed.results] == ["embedding", "error", "embedding"]
+    assert [result.WhichOneof("outcome") for result in results] == ["embedding", "embedding", "error", "embedding"]
+    assert results[2].error.code == streamed[2].error.code == code_pb2.INTERNAL
+    for index in (0, 1, 3):
+        data = known[index].results[0].embedding.tensor.data
+        assert results[index].embedding.tensor.data == streamed[index].rows.embedding.tensor.data == data
 
 
 def test_health_follows_the_model(start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,11 +201,42 @@ def test_health_follows_the_model(start: Callable[..., RunningServer], monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(ModelCompute, "advance", lambda *_: 1 / 0)
         patch.setattr(ModelCompute, "probe", lambda *_: 1 / 0)
-        with pytest.raises(grpc.RpcError):
+        with pytest.raises(grpc.RpcError) as error:
             server.stub().Embed(one("w"))
+        assert refusal(error.value)[:2] == (grpc.StatusCode.UNAVAILABLE, "MODEL_FAILING")
+        with pytest.raises(grpc.RpcError) as error:  # a stream as a whole, so that its caller resumes it elsewhere
+            list(server.stub().EmbedStream(iter(stream_of("w"))))
+        assert refusal(error.value)[:2] == (grpc.StatusCode.UNAVAILABLE, "MODEL_FAILING")
         assert next(updates).status == NOT_SERVING
+        assert is_alive(server)
     assert next(updates).status == SERVING  # found out by itself: a balancer would send nothing
     updates.cancel()
+
+
+def test_a_hung_engine_is_out_and_its_callers_are_let_go(start: Callable[..., RunningServer], gate: Gate) -> None:
+    server = start("--hang-s", "0.5")
+    updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+    assert next(updates).status == SERVING
+    with pytest.raises(grpc.RpcError) as error:
+        server.stub().Embed(one("w"), timeout=20)
+    assert refusal(error.value)[:2] == (grpc.StatusCode.UNAVAILABLE, "MODEL_FAILING")
+    assert next(updates).status == NOT_SERVING
+    assert is_alive(server)
+    gate.open.set()
+    assert next(updates).status == SERVING
+    assert server.stub().Embed(one("w")).results[0].HasField("embedding")
+    updates.cancel()
+
+
+def test_a_lost_engine_ends_the_service(start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start("--give-up-s", "0.5")
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelCompute, "advance", lambda *_: 1 / 0)
+        patch.setattr(ModelCompute, "probe", lambda *_: 1 / 0)
+        with pytest.raises(grpc.RpcError):
+            server.stub().Embed(one("w"))
+        with pytest.raises(EngineLostError, match="fails"):
+            server.call(server.server.serve)
 
 
 def test_not_serving_before_the_warm_up(start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +264,17 @@ def test_not_serving_before_the_warm_up(start: Callable[..., RunningServer], mon
     assert seen == [NOT_SERVING, NOT_SERVING]
 
 
+def is_alive(server: RunningServer) -> bool:
+    request = health_pb2.HealthCheckRequest(service=LIVENESS)
+    return bool(health_stub(server.channel()).Check(request, timeout=5).status == SERVING)
+
+
+def stream_of(*words: str) -> list[embed_pb2.EmbedStreamRequest]:
+    start = embed_pb2.EmbedStreamRequest(start=embed_pb2.StreamStart(options=PLAIN))
+    item = embed_pb2.StreamItem(id=1, sentence=tokens(*words))
+    return [start, embed_pb2.EmbedStreamRequest(item=item)]
+
+
 def test_reflection_is_there_only_when_asked_for(start: Callable[..., RunningServer]) -> None:
     from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -219,9 +295,11 @@ def test_reflection_is_there_only_when_asked_for(start: Callable[..., RunningSer
 
 
 @contextmanager
-def process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(
+    *flags: str, launcher: tuple[str, ...] = ("-m", "bilm_server")
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process and where it listens, once it is SERVING."""
-    command = [sys.executable, "-m", "bilm_server", "--model", "random:tiny", "--drain-delay-s", "0", *flags]
+    command = [sys.executable, *launcher, "--model", "random:tiny", "--drain-delay-s", "0", *flags]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     drain = threading.Thread(target=child.stderr.read)  # a pipe that nobody reads would fill up
@@ -242,6 +320,25 @@ def process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         if drain.ident is not None:
             drain.join()
         child.stderr.close()
+
+
+_HANGS = """
+import sys, threading
+from bilm_server.compute import ModelCompute
+from bilm_server.health import LIVENESS
+from bilm_server.main import main
+ModelCompute.advance = lambda *_: threading.Event().wait()
+sys.exit(main())
+"""
+
+
+def test_a_process_whose_engine_hangs_ends_with_3() -> None:
+    flags = ("--listen", "127.0.0.1:0", "--hang-s", "0.5", "--give-up-s", "0.5")
+    with process(*flags, launcher=("-c", _HANGS)) as (child, target), grpc.insecure_channel(target) as channel:
+        with pytest.raises(grpc.RpcError) as error:
+            embed_pb2_grpc.EmbedServiceStub(channel).Embed(one("w"), timeout=20)
+        assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert child.wait(20) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

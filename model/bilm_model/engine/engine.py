@@ -36,6 +36,9 @@ _COLLECTED_STEPS = 2048
 """Steps of the results that one round copies out beside one sentence's: bounds the memory for it, and the time."""
 
 _MIB = 2**20
+_SAME = 0.05
+"""Relative distance of vectors that count as the same: beyond rounding in bfloat16, below anything that went wrong."""
+
 _WARM_UP = (("The", "engine", "warms", "up", "."), ("Twice",))
 
 
@@ -176,6 +179,7 @@ class Engine:
         self._n_cached = options.token_cache_mib * _MIB // vector_bytes
         memory = Memory.of(bilm.config, device, self.max_rows, self.max_tokens, self.max_tokens + self._n_cached)
         self._backend = _new_backend(bilm, memory, self.max_rows, input_cache_mib * _MIB)
+        self._known: Tensor | None = None
         self._reset()
 
     @property
@@ -209,10 +213,24 @@ class Engine:
         """
         self._reset()
         self._backend.prepare()
-        for embedded in self.run([Sentence(tokens) for tokens in _WARM_UP]):
-            if not bool(torch.isfinite(embedded.layers).all()):
-                raise ModelError("the warm-up pass gave values that are not finite numbers")
+        known = [embedded.layers.cpu() for embedded in self.run([Sentence(tokens) for tokens in _WARM_UP])]
+        if not all(bool(torch.isfinite(layers).all()) for layers in known):
+            raise ModelError("the warm-up pass gave values that are not finite numbers")
+        if self._known is None:
+            self._known = known[0]
+        self.check()
         self._reset()
+
+    def check(self) -> None:
+        """Runs a sentence whose vectors are known from the first warm-up, while nothing else is in flight.
+
+        Raises:
+            ModelError: if other vectors come out than came then, beyond rounding.
+        """
+        found = self.run([Sentence(_WARM_UP[0])])[0].layers.cpu()
+        assert self._known is not None  # noqa: S101 - warm_up() comes first
+        if not float((found - self._known).norm()) <= _SAME * float(self._known.norm()):  # nan compares as False
+            raise ModelError("a sentence has other vectors than it had at the start")
 
     def run(self, sentences: Sequence[Sentence]) -> list[EmbeddedSentence]:
         """Embeds sentences, any number of them, while nothing else is in flight.

@@ -153,7 +153,9 @@ def test_progress_starts_the_count_anew(connect: Connect, scripted: Scripted) ->
     service.stream_acts.extend([service.answer_then_fail(1)] * 9)
     client = connect(retry=RetryPolicy(max_attempts=2))
     check_same(list(client.embed_stream(sentences(12), window=2)), expected(12))
-    assert client.delays_s == [0.1] * 9
+    # More than nine where gRPC loses an answer to the failure behind it; a count that went on would end the stream
+    assert set(client.delays_s) == {0.1}
+    assert len(client.delays_s) >= 9
 
 
 def test_reading_again_is_no_progress(connect: Connect, scripted: Scripted) -> None:

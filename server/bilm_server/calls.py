@@ -1,0 +1,93 @@
+"""What is known of a call while it goes on: for the access log, the metrics and the traces. Never the caller's text."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+TEST_MARK = "x-bilm-no-log"
+"""Metadata that marks a call as a test, whatever its value: it leaves no access log."""
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+@dataclass(eq=False)
+class CallRecord:
+    """One call of our service.
+
+    Attributes:
+        method: without the service.
+        peer: as grpc names it.
+        metadata: the caller's; never logged.
+        caller: who it is, once that is known; an address where nothing better is.
+        is_test: whether the caller marked it so.
+        code: at its end.
+        reason: of a refusal of the whole call.
+        sentences: that were asked for.
+        failed_sentences: of them, those that were answered with an error.
+        tokens: that were computed.
+        queue_s: longest of its sentences.
+        inference_s: longest of its sentences.
+        duration_s: of the whole call, at its end.
+    """
+
+    method: str
+    peer: str
+    metadata: Metadata = ()
+    caller: str = ""
+    is_test: bool = False
+    code: grpc.StatusCode | None = None
+    reason: str = ""
+    sentences: int = 0
+    failed_sentences: int = 0
+    tokens: int = 0
+    queue_s: float = 0.0
+    inference_s: float = 0.0
+    duration_s: float = 0.0
+
+    def computed(self, tokens: int, queue_s: float, inference_s: float) -> None:
+        """Counts a sentence that was computed."""
+        self.sentences += 1
+        self.tokens += tokens
+        self.queue_s = max(self.queue_s, queue_s)
+        self.inference_s = max(self.inference_s, inference_s)
+
+    def sentence_failed(self) -> None:
+        """Counts a sentence that was answered with an error."""
+        self.sentences += 1
+        self.failed_sentences += 1
+
+
+class CallObserver(Protocol):
+    """Sees every call begin and end, on the event loop; also those that are refused."""
+
+    def begin(self, call: CallRecord) -> None:
+        """Before anything else is done; nothing but method, peer, metadata and `is_test` is known."""
+
+    def end(self, call: CallRecord) -> None:
+        """After everything else, however the call ended."""
+
+
+_current: ContextVar[CallRecord] = ContextVar("call")
+
+
+def current_call() -> CallRecord:
+    """The call that the running task belongs to.
+
+    Raises:
+        LookupError: outside of a call.
+    """
+    return _current.get()
+
+
+@contextmanager
+def entered(call: CallRecord) -> Iterator[None]:
+    """Makes a call the current one."""
+    token = _current.set(call)
+    try:
+        yield
+    finally:
+        _current.reset(token)

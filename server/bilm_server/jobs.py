@@ -1,0 +1,90 @@
+"""What is to be computed, for whom, and what came of it; and what computes it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bilm_server.requests import PreparedSentence, State, Wanted
+from bilm_server.scheduler import Room
+
+
+@dataclass(eq=False)
+class Call:
+    """An RPC: the unit of fairness, and of giving up.
+
+    Attributes:
+        deadline_s: on the clock of `time.monotonic`.
+        abandoned: whether nobody waits for it any more.
+    """
+
+    deadline_s: float
+    abandoned: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The result of a sentence.
+
+    Attributes:
+        vectors: as wanted, in the format of the wire.
+        state: after the sentence, where it was asked for.
+        queue_s: seconds between its arrival and its joining the engine.
+        inference_s: seconds between that and its end.
+    """
+
+    vectors: NDArray[np.generic]
+    state: State | None
+    queue_s: float
+    inference_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A sentence to compute.
+
+    Attributes:
+        sentence: what.
+        wanted: what of it.
+        state: to go on from.
+        want_state: whether the state after it is needed.
+        call: whose it is.
+    """
+
+    sentence: PreparedSentence
+    wanted: Wanted
+    state: State | None
+    want_state: bool
+    call: Call
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """What a `Compute` gives for one job."""
+
+    vectors: NDArray[np.generic]
+    state: State | None
+
+
+class Compute(Protocol):
+    """The model, as this thread drives it."""
+
+    @property
+    def room(self) -> Room:
+        """What may be in flight."""
+
+    def join(self, job: Job) -> None:
+        """Takes a job in, for which there is room."""
+
+    def leave(self, job: Job) -> None:
+        """Drops a job in flight."""
+
+    def advance(self) -> list[tuple[Job, Computed]]:
+        """Moves everything in flight on; returns what has ended."""
+
+    def probe(self) -> None:
+        """Drops everything in flight and computes something small; raises if that fails."""
+
+    def check(self) -> None:
+        """Computes something small while nothing is in flight; raises if that fails or has changed."""

@@ -1,0 +1,95 @@
+"""Looks whether the engine gets anywhere: health follows what it sees, and it says when there is no hope left."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+_log = logging.getLogger("bilm_server.watchdog")
+
+_INTERVAL_S = 0.25
+
+
+class EngineLostError(Exception):
+    """The engine won't recover in this process; the message says what is wrong with it."""
+
+
+class Watched(Protocol):
+    """What can be seen of the inference thread from outside."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last thing that the model computed succeeded."""
+
+    @property
+    def beats(self) -> int:
+        """Grows with everything that the thread gets done."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything that should make it grow."""
+
+    def refuse_pending(self) -> None:
+        """Tells everybody who waits that the model fails."""
+
+
+class Watchdog:
+    """Watches an inference thread from the event loop.
+
+    Time is counted in looks, not read from a clock: a process that was stopped for a minute, by a signal or with its
+    machine, has not hung for a minute.
+    """
+
+    def __init__(
+        self, watched: Watched, hang_s: float, give_up_s: float, on_health: Callable[[bool], Awaitable[None]]
+    ) -> None:
+        """Keeps its arguments.
+
+        Args:
+            watched: what to look at.
+            hang_s: seconds that one thing may take before the engine counts as hung.
+            give_up_s: seconds that it may stay hung, or go on failing, before it counts as lost.
+            on_health: told at each look whether the engine works.
+        """
+        self._watched, self._on_health = watched, on_health
+        self._looks_to_hang = max(1, round(hang_s / _INTERVAL_S))
+        self._looks_to_loss = max(1, round(give_up_s / _INTERVAL_S))
+        self._beats = -1
+        self._still = 0
+        self._bad = 0
+
+    async def run(self) -> None:
+        """Watches until it is cancelled.
+
+        Raises:
+            EngineLostError: when waiting longer makes no sense.
+        """
+        while True:
+            await self.look()
+            await asyncio.sleep(_INTERVAL_S)
+
+    async def look(self) -> None:
+        """Looks once; what `run` does again and again."""
+        hung = self._is_hung()
+        works = self._watched.alive and self._watched.healthy and not hung
+        self._bad = 0 if works else self._bad + 1
+        await self._on_health(works)
+        if hung:
+            self._watched.refuse_pending()
+        if not self._watched.alive:
+            raise EngineLostError("the inference thread has ended")
+        if self._bad > self._looks_to_loss:
+            what = "hangs" if hung else "fails"
+            raise EngineLostError(f"the model {what} and hasn't recovered in {self._bad * _INTERVAL_S:g} s")
+
+    def _is_hung(self) -> bool:
+        moved = self._watched.beats != self._beats or not self._watched.has_work
+        self._beats = self._watched.beats
+        self._still = 0 if moved else self._still + 1
+        if self._still == self._looks_to_hang:
+            _log.error("the engine hangs: nothing got done in %g s", self._still * _INTERVAL_S)
+        return self._still >= self._looks_to_hang

@@ -1,0 +1,60 @@
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from bilm_server.health import LIVENESS, HealthReporter
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICE = "some.v1.Service"
+
+
+class Served:
+    def __init__(self, reporter: HealthReporter, channel: grpc.aio.Channel) -> None:
+        self.reporter = reporter
+        self._stub: Any = health_pb2_grpc.HealthStub(channel)
+
+    async def ask(self, service: str) -> int:
+        response = await self._stub.Check(health_pb2.HealthCheckRequest(service=service))
+        return int(response.status)
+
+    async def ready(self) -> set[int]:
+        return {await self.ask(""), await self.ask(SERVICE)}
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    server, reporter = grpc.aio.server(), HealthReporter(SERVICE)
+    reporter.add_to(server)
+    await reporter.start()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield Served(reporter, channel)
+    await server.stop(None)
+
+
+async def test_alive_from_the_start_ready_when_told(served: Served) -> None:
+    assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
+    await served.reporter.set(True)
+    assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {SERVING})
+    assert served.reporter.serving
+    await served.reporter.set(False)
+    assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
+
+
+async def test_draining_is_for_good_and_alive(served: Served) -> None:
+    await served.reporter.set(True)
+    await served.reporter.drain()
+    await served.reporter.set(True)
+    assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
+    assert not served.reporter.serving
+
+
+async def test_only_changes_are_logged(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "bilm_server.health")
+    for serving in (False, True, True, False, False):
+        await served.reporter.set(serving)
+    assert [record.getMessage() for record in caplog.records] == ["health: SERVING", "health: NOT_SERVING"]
