@@ -101,11 +101,11 @@ def read(path: Path, config: BilmConfig) -> dict[str, Tensor]:
     tensors = {}
     try:
         with h5py.File(path, "r") as file:
-            _refuse_unknown_keys(file, path, config)
+            _refuse_unknown_keys(_stored_keys(file, path, config), path, config)
             for key, name, axes in names(config):
                 shape = axes.stored_shape(_joined_shape(expected, name))
                 tensors.update(_ours(name, axes.from_stored(_read_dataset(file, path, key, shape)), config))
-    except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for a file that is damaged
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, OverflowError) as error:  # h5py's, for damage
         raise WeightsError(f"{path}: not a readable HDF5 file: {error}") from error
     return tensors
 
@@ -158,19 +158,61 @@ def _read_dataset(file: h5py.File, path: Path, key: str, shape: tuple[int, ...])
         raise WeightsError(f"{path}: {key}: expected shape {shape}, found {dataset.shape}")
     if not np.issubdtype(dataset.dtype, np.floating):
         raise WeightsError(f"{path}: {key}: expected floating-point numbers, found {dataset.dtype}")
-    array = dataset[()].astype(np.float32)
+    _check_storage(dataset, path, key)
+    with np.errstate(over="ignore"):  # of float64: infinite then, and refused
+        array = dataset[()].astype(np.float32)
     if not np.isfinite(array).all():
         raise WeightsError(f"{path}: {key}: holds values that are not finite numbers")
     return torch.from_numpy(array)
 
 
-def _refuse_unknown_keys(file: h5py.File, path: Path, config: BilmConfig) -> None:
+def _check_storage(dataset: h5py.Dataset, path: Path, key: str) -> None:
+    """Makes sure that the numbers are in the file, one after another.
+
+    Elsewhere (another file, another dataset), in pieces or compressed, a small file could be any number of bytes, and
+    read from wherever it says; published files are plain.
+    """
+    properties = dataset.id.get_create_plist()
+    plain = properties.get_layout() in (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS) and not dataset.external
+    if not plain or properties.get_nfilters():
+        raise WeightsError(
+            f"{path}: {key}: stored in pieces, compressed or outside of the file; `h5repack -l CONTI -f NONE` undoes it"
+        )
+    expected, found = dataset.nbytes, dataset.id.get_storage_size()
+    if found != expected:
+        raise WeightsError(f"{path}: {key}: expected {expected} bytes in the file, found {found}")
+
+
+# Objects of a published file: the biLM's groups and weights, and whatever training left; far from these numbers
+_MAX_OBJECTS, _MAX_DEPTH = 10_000, 10
+
+
+def _stored_keys(file: h5py.File, path: Path, config: BilmConfig) -> list[str]:
+    """The keys of all objects in the groups that hold a biLM's weights, none of them behind a soft or external link.
+
+    Without h5py's `visititems`, which goes down as deep as the file says, on the C stack.
+    """
+    found, n_objects = [], 0
+    groups = {key.split("/")[0] for key, _, _ in names(config)}
+    waiting = [group for group in sorted(groups) if file.id.links.exists(group.encode())]
+    while waiting:
+        key, n_objects = waiting.pop(), n_objects + 1
+        if n_objects > _MAX_OBJECTS or key.count("/") > _MAX_DEPTH:
+            raise WeightsError(f"{path}: {key}: too many objects, or too deep, for a model")
+        if not isinstance(file.get(key, getlink=True), h5py.HardLink):
+            raise WeightsError(f"{path}: {key}: a link to elsewhere, expected a weight or a group")
+        item = file[key]
+        if isinstance(item, h5py.Group) and len(item) <= _MAX_OBJECTS:
+            waiting += [f"{key}/{name}" for name in item]
+        else:
+            found.append(key)
+    return found
+
+
+def _refuse_unknown_keys(found: list[str], path: Path, config: BilmConfig) -> None:
     """A weight that the options don't mention means that the options belong to another model."""
     known = {key for key, _, _ in names(config)}
-    groups = {key.split("/")[0] for key in known}
-    found: list[str] = []
-    file.visititems(lambda key, item: found.append(key) if isinstance(item, h5py.Dataset) else None)
     # bilm-tf's training leaves its own softmax and counters beside the biLM's weights
-    unknown = sorted(key for key in found if key not in known and key.split("/")[0] in groups)
+    unknown = sorted(key for key in found if key not in known)
     if unknown:
         raise WeightsError(f"{path}: {unknown[0]}: not part of the model that the options describe")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from bilm_model import pretrained
 from bilm_model.bilm import Bilm, random_bilm
-from bilm_model.config import SIZES, read_options
+from bilm_model.config import SIZES
 from bilm_model.errors import WeightsError
 from bilm_model.weights import hdf5, single_file
+from bilm_model.weights.options import read_options_file
 from bilm_model.weights.version import content_version
 
 _RANDOM = "random:"
@@ -53,14 +54,23 @@ def load(source: str, options: Path | None = None) -> LoadedModel:
         if options is None:
             raise WeightsError(f"{path}: a published weight file needs its options; name them with --options")
         return _published(path, options, path)
+    _check_is_file(path)
     config, tensors, version = single_file.read(path)
     return LoadedModel(Bilm.from_tensors(config, tensors), path.stem, version)
 
 
 def _published(weights: Path, options: Path, source: Path) -> LoadedModel:
-    config = read_options(options)
+    for path in (weights, options):
+        _check_is_file(path)
+    config = read_options_file(options)
     tensors = hdf5.read(weights, config)
     return LoadedModel(Bilm.from_tensors(config, tensors), source.stem, content_version(config, tensors))
+
+
+def _check_is_file(path: Path) -> None:
+    """A pipe would be waited for, and a device read for ever."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file, or not an ordinary one")
 
 
 def _only(folder: Path, name: str, suffix: str) -> Path:

@@ -14,12 +14,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bilm_model.bilm import Bilm
-from bilm_model.config import BilmConfig, from_options, to_options
+from bilm_model.config import BilmConfig, to_options
 from bilm_model.errors import ConfigError, WeightsError
+from bilm_model.weights.options import parse_options
 from bilm_model.weights.version import content_version
 
 FORMAT = "bilm-serve/1"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_STORED_DTYPES = ("F32", "F16")
+
+# The library takes 100 MB and makes ten times as much of them; the model that ships has 4 KB
+_MAX_HEADER_BYTES = 2**20
 
 
 def read(path: Path) -> tuple[BilmConfig, dict[str, Tensor], str]:
@@ -32,11 +37,12 @@ def read(path: Path) -> tuple[BilmConfig, dict[str, Tensor], str]:
         WeightsError: if the file can't be read, isn't ours, has a tensor too many or too few or of the wrong shape or
             format, or its content doesn't hash to the version it names.
     """
+    _check_header_size(path)
     try:
         with safe_open(path, framework="pt") as file:
             config, version = _read_metadata(path, file.metadata() or {})
             tensors = _read_tensors(path, file, Bilm.parameter_shapes(config))
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # a ValueError for an empty file
         raise WeightsError(f"{path}: not a readable safetensors file: {error}") from error
     found = content_version(config, tensors)
     if found != version:
@@ -61,6 +67,18 @@ def write(path: Path, config: BilmConfig, tensors: Mapping[str, Tensor], dtype: 
     return version
 
 
+def _check_header_size(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            n_bytes = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    if n_bytes > _MAX_HEADER_BYTES:
+        raise WeightsError(
+            f"{path}: not a readable safetensors file: a header of {n_bytes} bytes, more than {_MAX_HEADER_BYTES}"
+        )
+
+
 def _read_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[BilmConfig, str]:
     for key in ("format", "options", "version"):
         if key not in metadata:
@@ -68,8 +86,8 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[BilmConfig,
     if metadata["format"] != FORMAT:
         raise WeightsError(f"{path}: metadata format: expected {FORMAT}, found {metadata['format']}")
     try:
-        return from_options(json.loads(metadata["options"])), metadata["version"]
-    except (json.JSONDecodeError, ConfigError) as error:
+        return parse_options(metadata["options"]), metadata["version"]
+    except ConfigError as error:
         raise WeightsError(f"{path}: metadata options: {error}") from error
 
 
@@ -81,12 +99,14 @@ def _read_tensors(path: Path, file: safe_open, shapes: Mapping[str, tuple[int, .
     for name, shape in shapes.items():
         if name not in found:
             raise WeightsError(f"{path}: {name}: missing, expected shape {shape}")
+        stored = file.get_slice(name)
+        if tuple(stored.get_shape()) != shape:
+            raise WeightsError(f"{path}: {name}: expected shape {shape}, found {tuple(stored.get_shape())}")
+        if stored.get_dtype() not in _STORED_DTYPES:
+            raise WeightsError(f"{path}: {name}: expected float32 or float16, found {stored.get_dtype()}")
         tensor = file.get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise WeightsError(f"{path}: {name}: expected shape {shape}, found {tuple(tensor.shape)}")
-        if tensor.dtype not in _DTYPES.values():
-            raise WeightsError(f"{path}: {name}: expected float32 or float16, found {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{path}: {name}: holds values that are not finite numbers")
-        tensors[name] = tensor.float()
+        # Copied: what safe_open gives is the file itself, and would change with it under a running server
+        tensors[name] = tensor.to(torch.float32, copy=True)
     return tensors
