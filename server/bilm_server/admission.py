@@ -26,7 +26,8 @@ class Admission:
     """Room for work; used from the event loop only."""
 
     def __init__(self, max_tokens: int, max_answer_bytes: int) -> None:
-        self._capacity = Cost(max_tokens, max_answer_bytes)
+        self.capacity = Cost(max_tokens, max_answer_bytes)
+        """What there is room for."""
         self._used = Cost(0, 0)
         self._waiting: deque[tuple[Cost, asyncio.Future[None]]] = deque()
 
@@ -56,7 +57,7 @@ class Admission:
         Raises:
             RefusalError: RESPONSE_TOO_LARGE, if there can never be so much.
         """
-        if cost.tokens > self._capacity.tokens or cost.answer_bytes > self._capacity.answer_bytes:
+        if cost.tokens > self.capacity.tokens or cost.answer_bytes > self.capacity.answer_bytes:
             raise RefusalError(Reason.RESPONSE_TOO_LARGE, f"the answer has {cost.answer_bytes} bytes, more than fit")
         if not self._waiting and self._fits(cost):
             self._take(cost)
@@ -78,8 +79,8 @@ class Admission:
 
     def _fits(self, cost: Cost) -> bool:
         return (
-            self._used.tokens + cost.tokens <= self._capacity.tokens
-            and self._used.answer_bytes + cost.answer_bytes <= self._capacity.answer_bytes
+            self._used.tokens + cost.tokens <= self.capacity.tokens
+            and self._used.answer_bytes + cost.answer_bytes <= self.capacity.answer_bytes
         )
 
     def _take(self, cost: Cost) -> None:

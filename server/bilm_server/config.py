@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
@@ -14,6 +15,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from bilm_server.logs import parse_levels
 from bilm_server.scheduler import Room
 
 MAX_REQUEST_BYTES = 4 * 2**20
@@ -77,7 +79,15 @@ class ServerConfig(BaseSettings):
     max_stream_mib: int = Field(1024, ge=1, description="the same for all streams together")
     max_stream_items_in_flight: int = Field(64, ge=1, description="items that one stream reads ahead of its results")
 
-    max_connections: int = Field(0, ge=0, description="connections at a time; 0: what the descriptors allow")
+    health_listen: str = Field(
+        "", description="HOST:PORT or unix:PATH for health alone, with connections of its own and no TLS; empty: none"
+    )
+    ready_listen: str = Field(
+        "", description="HOST:PORT that is open while the server is SERVING, for checks that only connect; empty: none"
+    )
+    max_connections: int = Field(
+        0, ge=0, description="connections at a time; 0: what the descriptors allow, at most 10,000"
+    )
     max_connection_age_s: float = Field(
         300.0, gt=0, description="seconds after which a connection is asked to be opened anew, so that load spreads"
     )
@@ -111,23 +121,55 @@ class ServerConfig(BaseSettings):
         None, description="file for the access lines of calls marked x-bilm-no-log; without it they leave none"
     )
     metrics_listen: str = Field("", description="HOST:PORT for Prometheus metrics over HTTP; empty: none")
-    trace_endpoint: str = Field("", description="URL of an OTLP/HTTP collector for traces; empty: none")
+    trace_endpoint: str = Field(
+        "", description="URL of an OTLP collector over gRPC, as in http://127.0.0.1:4317; empty: none"
+    )
     trace_sample_ratio: float = Field(
         1.0, ge=0, le=1, description="share of the calls that are traced where the caller doesn't say"
     )
     alert_url: str = Field("", description="webhook that errors in the log are posted to; empty: none")
     alert_format: Literal["json", "jandi"] = Field("json", description="of these posts")
 
-    @field_validator("listen")
+    @field_validator("listen", "health_listen")
     @classmethod
-    def _check_listen(cls, value: str) -> str:
+    def _check_listen(cls, value: str, info: ValidationInfo) -> str:
         if value.startswith("unix:"):
             if len(value) > len("unix:"):
                 return value
             raise ValueError("a Unix socket needs a path, as in unix:/run/bilm.sock")
-        host, separator, port = value.rpartition(":")
-        if not (separator and host and port.isdecimal() and int(port) <= 65535):
-            raise ValueError("expected HOST:PORT or unix:PATH")
+        if value or info.field_name == "listen":
+            split_address(value, "HOST:PORT or unix:PATH")
+        return value
+
+    @field_validator("metrics_listen", "ready_listen")
+    @classmethod
+    def _check_address(cls, value: str) -> str:
+        if value:
+            split_address(value)
+        return value
+
+    @field_validator("alert_url", "trace_endpoint")
+    @classmethod
+    def _check_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if value and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("expected an http or https URL")
+        return value
+
+    @field_validator("loggers")
+    @classmethod
+    def _check_loggers(cls, value: str) -> str:
+        parse_levels(value)
+        return value
+
+    @field_validator("tls_key", "tls_client_ca")
+    @classmethod
+    def _check_tls(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        has_certificate = info.data.get("tls_cert") is not None
+        if value is not None and not has_certificate:
+            raise ValueError("needs tls_cert")
+        if info.field_name == "tls_key" and value is None and has_certificate:
+            raise ValueError("tls_cert needs it")
         return value
 
     # Validators of single fields, also where two are meant: one of the whole would be silent while any field is bad.
@@ -157,6 +199,19 @@ class ServerConfig(BaseSettings):
         if value * 2**20 < MAX_RESPONSE_BYTES:
             raise ValueError(f"must be at least {MAX_RESPONSE_BYTES // 2**20}, one response")
         return value
+
+
+def split_address(listen: str, expected: str = "HOST:PORT") -> tuple[str, int]:
+    """Host and port of HOST:PORT; IPv6 in brackets, which the host comes without.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    host, _, port = listen.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (host and port.isdecimal() and int(port) <= 65535):
+        raise ValueError(f"expected {expected}")
+    return host, int(port)
 
 
 def _at_least(value: int, smaller: str, info: ValidationInfo) -> int:

@@ -31,12 +31,14 @@ class Round:
     """What a round did.
 
     Attributes:
-        rows: sentences that advanced.
+        rows: sentences that advanced, or would have.
         seconds: that it took.
+        failed: whether it did.
     """
 
     rows: int
     seconds: float
+    failed: bool = False
 
 
 @dataclass(eq=False)
@@ -261,6 +263,7 @@ class InferenceThread:
             ended = self._compute.advance()
         except Exception:
             _log.exception("a round of %d sentences failed", rows)
+            self._on_round(Round(rows, time.monotonic() - begun_s, failed=True))
             self._find_culprit()
             return
         seconds = time.monotonic() - begun_s

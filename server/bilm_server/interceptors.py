@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 _log = logging.getLogger("bilm_server.errors")
+
+_STATUS_TIMEOUT_S = 1.0
 
 Parse = Callable[[bytes], Any]
 Behavior = Callable[..., Any]
@@ -48,8 +50,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Part of grpc's interface."""
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(self._prefix):
+        if handler is None:
             return handler
+        if not handler_call_details.method.startswith(self._prefix):
+            return _foreign(handler)
         method = handler_call_details.method.removeprefix(self._prefix)
         parse, serializer = _parser(handler.request_deserializer), _passing_bytes(handler.response_serializer)
         # Without a deserialiser grpc hands over bytes. Left to it, a frame that doesn't parse would be answered with
@@ -58,8 +62,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             behavior = self._guard(method, handler.stream_stream, lambda requests: _parsed(requests, parse))
             return grpc.stream_stream_rpc_method_handler(behavior, None, serializer)
         if handler.unary_unary is not None:
-            behavior = self._guard(method, handler.unary_unary, parse)
-            return grpc.unary_unary_rpc_method_handler(behavior, None, serializer)
+            behavior = self._guard(method, _from_stream(handler.unary_unary, parse), lambda requests: requests)
+            return grpc.stream_unary_rpc_method_handler(behavior, None, serializer)
         return handler
 
     def _guard(self, method: str, behavior: Behavior, read: Callable[[Any], Any]) -> Behavior:
@@ -71,27 +75,73 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             begun_s = time.monotonic()
             for observer in self._observers:
                 observer.begin(call)
-            try:
-                with entered(call), self._gate(call, context):
+            with entered(call), ExitStack() as held:
+                try:
+                    held.enter_context(self._gate(call, context))
                     response = await behavior(read(request), context)
-                call.code = grpc.StatusCode.OK
-                return response
-            except RefusalError as error:
-                await _abort(call, context, error)
-            except CallerGoneError:
-                call.code = _code_of_cancelled(context)
-            except asyncio.CancelledError:
-                call.code = _code_of_cancelled(context)
-                raise
-            except Exception:
-                _log.exception("%s failed", method)
-                await _abort(call, context, internal_error())
-            finally:
-                call.duration_s = time.monotonic() - begun_s
-                for observer in self._observers:
-                    observer.end(call)
+                    call.code = grpc.StatusCode.OK
+                    return response
+                except RefusalError as error:
+                    await _abort(call, context, error)
+                except CallerGoneError:
+                    call.code = _code_of_cancelled(context)
+                except asyncio.CancelledError:
+                    call.code = _code_of_cancelled(context)
+                    raise
+                except Exception:
+                    _log.exception("%s failed", method)
+                    await _abort(call, context, internal_error())
+                finally:
+                    call.duration_s = time.monotonic() - begun_s
+                    for observer in self._observers:
+                        observer.end(call)
 
         return guarded
+
+
+def _from_stream(behavior: Behavior, parse: Parse) -> Behavior:
+    """A unary method, fed from a stream of one message.
+
+    grpc.aio leaves a unary call that ends before its message is whole without any status, for ever.
+    """
+
+    async def fed(requests: AsyncIterator[bytes], context: "Context") -> Any:
+        data = await anext(requests, None)
+        if data is None:
+            raise RefusalError(Reason.MALFORMED_REQUEST, "the call ended before a whole message came")
+        return await behavior(parse(data), context)
+
+    return fed
+
+
+def _foreign(handler: "grpc.RpcMethodHandler[Any, Any]") -> "grpc.RpcMethodHandler[Any, Any]":
+    """A method of health or reflection: bad messages are refused there as here, and everything else is left alone."""
+    parse, serializer = _parser(handler.request_deserializer), handler.response_serializer
+    if handler.unary_unary is not None:
+        behavior = _refusing(_from_stream(handler.unary_unary, parse))
+        return grpc.stream_unary_rpc_method_handler(behavior, None, serializer)
+    if handler.unary_stream is not None:
+        behavior = _refusing(_from_stream(handler.unary_stream, parse))
+        return grpc.stream_stream_rpc_method_handler(behavior, None, serializer)
+    if handler.stream_stream is not None:
+        answers: Behavior = handler.stream_stream
+
+        async def write_all(requests: AsyncIterator[bytes], context: "Context") -> None:
+            async for answer in answers(_parsed(requests, parse), context):
+                await context.write(answer)
+
+        return grpc.stream_stream_rpc_method_handler(_refusing(write_all), None, serializer)
+    return handler
+
+
+def _refusing(behavior: Behavior) -> Behavior:
+    async def refusing(requests: AsyncIterator[bytes], context: "Context") -> Any:
+        try:
+            return await behavior(requests, context)
+        except RefusalError as error:
+            await _send_status(context, error)
+
+    return refusing
 
 
 def _code_of_cancelled(context: "Context") -> grpc.StatusCode:
@@ -103,7 +153,16 @@ def _code_of_cancelled(context: "Context") -> grpc.StatusCode:
 
 async def _abort(call: CallRecord, context: "Context", refusal: RefusalError) -> None:
     call.code, call.reason = refusal.code, refusal.reason.value
-    await context.abort(refusal.code, str(refusal), refusal.trailing_metadata())
+    await _send_status(context, refusal)
+
+
+async def _send_status(context: "Context", refusal: RefusalError) -> None:
+    """Ends a call, but doesn't wait for a caller who reads nothing: grpc has the status, and sends it if they do."""
+    try:
+        async with asyncio.timeout(_STATUS_TIMEOUT_S):
+            await context.abort(refusal.code, str(refusal), refusal.trailing_metadata())
+    except (TimeoutError, grpc.aio.InternalError):  # … or the caller has left meanwhile
+        raise asyncio.CancelledError from None  # the way to end a method of which grpc doesn't complain in the log
 
 
 def _parser(deserializer: Parse | None) -> Parse:

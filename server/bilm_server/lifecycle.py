@@ -3,21 +3,29 @@
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager
+from typing import Any
 
 import grpc
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from bilm_server.acceptor import Acceptor
 from bilm_server.admission import Admission
+from bilm_server.auth import Authenticator
+from bilm_server.caller_limits import CallerLimits
+from bilm_server.calls import CallRecord
 from bilm_server.compute import ModelCompute
-from bilm_server.config import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, ServerConfig
+from bilm_server.config import ServerConfig, split_address
+from bilm_server.descriptors import connection_limit, health_server
 from bilm_server.health import HealthReporter
 from bilm_server.inference import InferenceThread
 from bilm_server.interceptors import CallInterceptor
+from bilm_server.listening import BindError, bind, channel_options, credentials
+from bilm_server.monitoring import NO_LOSSES, Losses, Monitoring
 from bilm_server.parts import Parts
+from bilm_server.ready_port import ReadyPort
 from bilm_server.served_model import ServedModel
 from bilm_server.service import EmbedService
 from bilm_server.watchdog import Watchdog
@@ -28,75 +36,74 @@ _log = logging.getLogger("bilm_server.lifecycle")
 
 _CONVERSION_THREADS = 2
 _MIB = 2**20
-_CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    ("grpc.max_send_message_length", MAX_RESPONSE_BYTES + _MIB),  # a response is bounded before it is computed
-    ("grpc.max_concurrent_streams", 256),
-    # A second server on the port must fail, not take half of the connections
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_connection_age_grace_ms", 600_000),  # longer than any sensible deadline
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
-)
-
-
-class BindError(Exception):
-    """The address can't be listened on."""
 
 
 class Server:
     """A gRPC server on one model."""
 
-    def __init__(self, config: ServerConfig, model: ServedModel) -> None:
+    def __init__(self, config: ServerConfig, model: ServedModel, losses: Losses = NO_LOSSES) -> None:
+        """Puts the parts together.
+
+        Args:
+            config: everything that was chosen.
+            model: what to serve.
+            losses: of log lines and alerts, for the metrics.
+
+        Raises:
+            ConfigurationError: if something is wanted that isn't installed.
+        """
         self._config = config
         self._health = HealthReporter(SERVICE_NAME)
-        self._parts = Parts(
-            config=config,
-            model=model,
-            inference=InferenceThread(ModelCompute(model.engine)),
-            conversions=ThreadPoolExecutor(_CONVERSION_THREADS, "conversion"),
-            admission=Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB),
-            stream_admission=Admission(config.max_stream_tokens, config.max_stream_mib * _MIB),
-        )
-        self._grpc: grpc.aio.Server | None = None
+        self._monitoring = Monitoring(config, SERVICE_NAME, losses)
+        self._parts = _parts(config, model, self._monitoring)
+        inference = self._parts.inference
+        self._watchdog = Watchdog(inference, config.hang_s, config.give_up_s, self._report)
+        self._authenticator = Authenticator(config.token_file)
+        self._ready_port = ReadyPort(*split_address(config.ready_listen)) if config.ready_listen else None
+        self._acceptor: Acceptor | None = None
+        self._health_acceptor: Acceptor | None = None
         self._stop_asked: asyncio.Event | None = None
         self._watching: asyncio.Task[None] | None = None
-        self.target = ""
+
+    @property
+    def target(self) -> str:
         """Where clients find the server, once it has started."""
+        return "" if self._acceptor is None else self._acceptor.target
 
     async def start(self) -> None:
         """Listens at once, NOT_SERVING; SERVING when a warm-up pass has succeeded.
 
         Raises:
-            BindError: if the address can't be listened on.
+            BindError: if an address can't be listened on.
+            ConfigurationError: if files for TLS or tokens are bad, or more connections are asked for than fit.
             Exception: what the warm-up pass raised.
         """
         self._stop_asked = asyncio.Event()
-        self._grpc = self._new_grpc_server()
+        self._authenticator.load()
+        max_connections = connection_limit(self._config.max_connections)
+        self._monitoring.observe(self._parts, self._health, self._watchdog, max_connections)
         await self._health.start()
-        self.target = self._bind(self._grpc)
-        await self._grpc.start()
-        _log.info("listening on %s", self.target)
+        await self._listen(max_connections)
         await self._parts.inference.start()
-        config = self._config
-        watchdog = Watchdog(self._parts.inference, config.hang_s, config.give_up_s, self._health.set)
-        self._watching = asyncio.create_task(watchdog.run())
-        await self._health.set(True)
+        self._watching = asyncio.create_task(self._watchdog.run())
+        await self._report(True)
 
     async def serve(self) -> None:
         """Returns when `ask_to_stop` has been called.
 
         Raises:
             EngineLostError: if the engine can't go on in this process.
+            BindError: if nothing listens any more.
         """
-        assert self._stop_asked is not None and self._watching is not None  # noqa: S101, PT018 - start() comes first
-        stop_asked = asyncio.create_task(self._stop_asked.wait())
-        await asyncio.wait({stop_asked, self._watching}, return_when=asyncio.FIRST_COMPLETED)
-        stop_asked.cancel()
+        assert self._stop_asked and self._watching and self._acceptor  # noqa: S101, PT018 - start() comes first
+        ends = [asyncio.create_task(event.wait()) for event in (self._stop_asked, self._acceptor.lost)]
+        await asyncio.wait({*ends, self._watching}, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
         if self._watching.done():
             self._watching.result()
+        if self._acceptor.lost.is_set():
+            raise BindError(f"listen: can't listen on {self.target} any more")
 
     def ask_to_stop(self) -> None:
         """Ends `serve`; may be called from a signal handler on the event loop."""
@@ -108,40 +115,85 @@ class Server:
         delay_s, grace_s = self._config.drain_delay_s, self._config.grace_s
         _log.info("draining: NOT_SERVING, new calls refused in %g s, calls in flight get %g s more", delay_s, grace_s)
         await self._health.drain()
+        await self._show_readiness()
         await asyncio.sleep(delay_s)
-        if self._grpc is not None:
-            await self._grpc.stop(grace_s)
+        if self._acceptor is not None:
+            await self._acceptor.stop(grace_s)
 
     async def stop(self) -> None:
         """Ends everything; idempotent."""
-        if self._grpc is not None:
-            await self._grpc.stop(0)
+        for server in (self._acceptor, self._health_acceptor):
+            if server is not None:
+                await server.stop(0)
         if self._watching is not None:
             self._watching.cancel()
+        if self._ready_port is not None:
+            await self._ready_port.show(False)
         await self._parts.inference.stop()
         self._parts.conversions.shutdown(wait=False, cancel_futures=True)
+        await self._monitoring.stop()
         _log.info("stopped")
 
-    def _new_grpc_server(self) -> grpc.aio.Server:
-        age_ms = round(1000 * self._config.max_connection_age_s)
-        options = (*_CHANNEL_OPTIONS, ("grpc.max_connection_age_ms", age_ms))
-        interceptor = CallInterceptor(SERVICE_NAME, lambda call, context: nullcontext(), ())
-        server = grpc.aio.server(interceptors=[interceptor], options=options)
+    async def _listen(self, max_connections: int) -> None:
+        grace_s, tls = self._config.grace_s, credentials(self._config)
+        self._acceptor = Acceptor(
+            lambda: self._new_grpc_server(max_connections),
+            self._add_services,
+            lambda server, listen: bind(server, "listen", listen, tls),
+            grace_s,
+        )
+        await self._acceptor.start(self._config.listen)
+        _log.info("listening on %s", self.target)
+        if listen := self._config.health_listen:
+            self._health_acceptor = Acceptor(
+                health_server,
+                self._health.add_to,
+                lambda server, listen: bind(server, "health_listen", listen),
+                grace_s,
+            )
+            await self._health_acceptor.start(listen)
+            _log.info("health alone on %s", self._health_acceptor.target)
+        try:
+            if address := self._monitoring.start():
+                _log.info("metrics on http://%s/metrics", address)
+        except OSError as error:
+            raise BindError(f"metrics_listen: can't listen on {self._config.metrics_listen}") from error
+
+    def _new_grpc_server(self, max_connections: int) -> grpc.aio.Server:
+        interceptor = CallInterceptor(SERVICE_NAME, self._gate, self._monitoring.observers)
+        options = channel_options(self._config, max_connections)
+        return grpc.aio.server(interceptors=[interceptor], options=options)
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
         embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedService(self._parts), server)
         self._health.add_to(server)
         if self._config.reflection:
             health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
             reflection.enable_server_reflection((SERVICE_NAME, health_name, reflection.SERVICE_NAME), server)
-        return server
 
-    def _bind(self, server: grpc.aio.Server) -> str:
-        listen = self._config.listen
-        try:
-            port = server.add_insecure_port(listen)
-        except RuntimeError as error:
-            raise BindError(f"listen: can't listen on {listen}") from error
-        if listen.startswith("unix:"):
-            if not Path(listen.removeprefix("unix:")).exists():
-                raise BindError(f"listen: can't listen on {listen}")
-            return listen
-        return f"{listen.rpartition(':')[0]}:{port}"
+    def _gate(self, call: CallRecord, context: "grpc.aio.ServicerContext[Any, Any]") -> AbstractContextManager[None]:
+        call.caller = self._authenticator.identify(call.metadata, call.peer, context.auth_context()).name
+        return self._parts.caller_limits.call(call.caller)
+
+    async def _report(self, works: bool) -> None:
+        await self._health.set(works)
+        await self._show_readiness()
+
+    async def _show_readiness(self) -> None:
+        if self._ready_port is not None:
+            try:
+                await self._ready_port.show(self._health.serving)
+            except OSError as error:
+                raise BindError(f"ready_listen: can't listen on {self._config.ready_listen}") from error
+
+
+def _parts(config: ServerConfig, model: ServedModel, monitoring: Monitoring) -> Parts:
+    return Parts(
+        config=config,
+        model=model,
+        inference=InferenceThread(ModelCompute(model.engine), monitoring.on_round),
+        conversions=ThreadPoolExecutor(_CONVERSION_THREADS, "conversion"),
+        admission=Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB),
+        stream_admission=Admission(config.max_stream_tokens, config.max_stream_mib * _MIB),
+        caller_limits=CallerLimits(config.caller_tokens_per_s, config.caller_max_calls, config.max_tokens_per_request),
+    )

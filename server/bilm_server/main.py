@@ -5,13 +5,17 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 
 from bilm_model.errors import ModelError
 
+from bilm_server.alerts import AlertHandler
 from bilm_server.config import ConfigurationError, ServerConfig, load_config
-from bilm_server.lifecycle import BindError, Server
-from bilm_server.logs import configure_logs
+from bilm_server.lifecycle import Server
+from bilm_server.listening import BindError
+from bilm_server.logs import Logs, configure_logs, parse_levels
+from bilm_server.monitoring import Losses
 from bilm_server.served_model import load_served_model
 from bilm_server.watchdog import EngineLostError
 
@@ -32,24 +36,43 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"bilm-serve: {line}", file=sys.stderr)
         return 2
-    configure_logs(config.log_level, config.log_format)
+    try:
+        logs = configure_logs(config.log_level, config.log_format, parse_levels(config.loggers), config.test_log)
+    except OSError as error:
+        print(f"bilm-serve: test_log: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    return _serve(config, logs)
+
+
+def _serve(config: ServerConfig, logs: Logs) -> int:
+    alerts = _start_alerts(config)
     # Until the event loop takes over: process 1 of a container gets only those signals that it handles
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        asyncio.run(_run(config))
+        asyncio.run(_run(config, Losses(lambda: logs.dropped, lambda: alerts.dropped if alerts else 0)))
     except (BindError, ConfigurationError, ModelError) as error:
+        logs.flush()
         print(f"bilm-serve: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-async def _run(config: ServerConfig) -> None:
+def _start_alerts(config: ServerConfig) -> AlertHandler | None:
+    if not config.alert_url:
+        return None
+    alerts = AlertHandler(config.alert_url, config.alert_format, f"{socket.gethostname()} {config.listen}")
+    logging.getLogger().addHandler(alerts)
+    alerts.start()
+    return alerts
+
+
+async def _run(config: ServerConfig, losses: Losses) -> None:
     model = load_served_model(config)
     _log.info(
         "model %s, version %s, %s, %s, tokenizer %s",
         model.name, model.version, model.precision, model.engine.backend, model.tokenizer.name,
     )  # fmt: skip
-    server = Server(config, model)
+    server = Server(config, model, losses)
     _stop_on_signals(server)
     try:
         await server.start()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from bilm_server.admission import Admission
+from bilm_server.caller_limits import CallerLimits
 from bilm_server.config import ServerConfig
 from bilm_server.inference import InferenceThread
 from bilm_server.served_model import ServedModel
@@ -30,6 +31,7 @@ class Parts:
         conversions: threads for conversions that would hold the event loop.
         admission: of Embed calls.
         stream_admission: of all streams' items.
+        caller_limits: of each caller by itself.
     """
 
     config: ServerConfig
@@ -38,6 +40,7 @@ class Parts:
     conversions: Executor
     admission: Admission
     stream_admission: Admission
+    caller_limits: CallerLimits
 
     async def convert(self, n_bytes: int, function: Callable[[], R]) -> R:
         """Runs a conversion, in another thread if it is large."""

@@ -46,6 +46,7 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         prepared = await parts.convert(request.ByteSize(), lambda: _prepare_all(request, wanted, parts))
         cost = _cost(prepared, wanted, parts)
         with parts.admission.admit(cost, parts.retry_after_ms()):
+            parts.caller_limits.charge(current_call().caller, cost.tokens)  # what isn't admitted costs nothing
             outcomes = await _compute_all(prepared, wanted, _new_call(context), parts)
             _record(prepared, outcomes)
             return await parts.convert(
@@ -56,6 +57,8 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         self, request_iterator: AsyncIterator[embed_pb2.EmbedStreamRequest], context: "Context"
     ) -> None:
         """Sentences as they come."""
+        # By itself: were it to go with the first message, a status behind a message that nobody reads could not be sent
+        await context.send_initial_metadata(())
         call = _new_call(context)
         try:
             await StreamSession(self._parts, call, context.write).run(request_iterator)

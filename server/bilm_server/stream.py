@@ -27,6 +27,7 @@ class StreamSession:
         self._ids: set[int] = set()
         self._n_items = 0
         self._carried: State | None = None
+        self._stalled = False
 
     async def run(self, requests: AsyncIterator[embed_pb2.EmbedStreamRequest]) -> None:
         """Serves the stream until the caller has sent everything and got everything.
@@ -132,6 +133,8 @@ class StreamSession:
             lambda: prepare_sentence(item.sentence, wanted, parts.model, parts.config.max_tokens_per_sentence),
         )
         cost = Cost(len(sentence.tokens), sentence.answer_bytes(wanted, parts.model))
+        # The caller's own limit first: whoever waits for it holds no room that others could use
+        await parts.caller_limits.acquire(current_call().caller, cost.tokens)
         await parts.stream_admission.acquire(cost)
         return sentence, cost
 
@@ -154,10 +157,17 @@ class StreamSession:
 
     async def _send(self, message: embed_pb2.EmbedStreamResponse) -> None:
         async with self._writing:
+            if self._stalled:  # grpc has still the message that nobody reads, and takes no other one
+                raise _stalled()
             try:
                 async with asyncio.timeout(self._parts.config.stream_stall_s):
                     await self._write(message)
             except grpc.aio.InternalError as error:  # that's how grpc tells before it cancels the handler
                 raise CallerGoneError from error
             except TimeoutError:
-                raise RefusalError(Reason.STREAM_STALLED, "the results were not read in time") from None
+                self._stalled = True
+                raise _stalled() from None
+
+
+def _stalled() -> RefusalError:
+    return RefusalError(Reason.STREAM_STALLED, "the results were not read in time")

@@ -62,6 +62,11 @@ class Watchdog:
         self._still = 0
         self._bad = 0
 
+    @property
+    def stalled_s(self) -> float:
+        """How long the engine has had work and got nothing done."""
+        return self._still * _INTERVAL_S
+
     async def run(self) -> None:
         """Watches until it is cancelled.
 

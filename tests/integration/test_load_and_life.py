@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 import pytest
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
+from bilm_server import lifecycle, listening
 from bilm_server.compute import ModelCompute
 from bilm_server.health import LIVENESS
 from bilm_server.jobs import Computed, Job
@@ -251,15 +252,14 @@ def test_not_serving_before_the_warm_up(start: Callable[..., RunningServer], mon
         channel.close()
 
     targets: list[str] = []
-    original = RunningServer.start
+    bind = listening.bind
 
-    def start_and_tell(running: RunningServer) -> None:
-        bind = running.server._bind
-        running.server._bind = lambda grpc_server: targets.append(bind(grpc_server)) or targets[0]  # type: ignore[method-assign, assignment, func-returns-value]
-        original(running)
+    def bind_and_tell(*arguments: Any) -> str:
+        targets.append(bind(*arguments))
+        return targets[0]
 
     monkeypatch.setattr(ModelCompute, "probe", probe)
-    monkeypatch.setattr(RunningServer, "start", start_and_tell)
+    monkeypatch.setattr(lifecycle, "bind", bind_and_tell)
     start()
     assert seen == [NOT_SERVING, NOT_SERVING]
 
@@ -324,6 +324,7 @@ def process(
 
 _HANGS = """
 import sys, threading
+from bilm_server import lifecycle, listening
 from bilm_server.compute import ModelCompute
 from bilm_server.health import LIVENESS
 from bilm_server.main import main

@@ -188,6 +188,11 @@ class Engine:
         return self._backend.name
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
+
+    @property
     def free_rows(self) -> int:
         """Sentences that can join."""
         return len(self._flight.slots)

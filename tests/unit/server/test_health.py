@@ -4,7 +4,7 @@ from typing import Any
 
 import grpc
 import pytest
-from bilm_server.health import LIVENESS, HealthReporter
+from bilm_server.health import INFERENCE, LIVENESS, HealthReporter
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -40,6 +40,7 @@ async def test_alive_from_the_start_ready_when_told(served: Served) -> None:
     assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
     await served.reporter.set(True)
     assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {SERVING})
+    assert await served.ask(INFERENCE) == SERVING
     assert served.reporter.serving
     await served.reporter.set(False)
     assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
@@ -48,9 +49,11 @@ async def test_alive_from_the_start_ready_when_told(served: Served) -> None:
 async def test_draining_is_for_good_and_alive(served: Served) -> None:
     await served.reporter.set(True)
     await served.reporter.drain()
-    await served.reporter.set(True)
-    assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
-    assert not served.reporter.serving
+    for works in (True, False, True):
+        await served.reporter.set(works)
+        assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
+        assert await served.ask(INFERENCE) == (SERVING if works else NOT_SERVING)
+        assert not served.reporter.serving
 
 
 async def test_only_changes_are_logged(served: Served, caplog: pytest.LogCaptureFixture) -> None:

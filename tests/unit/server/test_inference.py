@@ -232,4 +232,5 @@ async def test_every_round_is_told() -> None:
     rounds: list[Round] = []
     async with running(Model(), rounds.append) as thread:
         await thread.submit(job())
-    assert [done.rows for done in rounds] == [1, 1, 1]
+        await settled(thread.submit(job("poison")))
+    assert [(done.rows, done.failed) for done in rounds] == [(1, False)] * 3 + [(1, True)]

@@ -1,0 +1,132 @@
+"""Connections take descriptors: how many fit below `ulimit -n`, how those that nobody uses end, and health beside them.
+
+At the limit a process can't accept, open a file or even say so. So gRPC is told to refuse connections before that.
+Options and numbers were measured on grpcio 1.85.1; docs/descriptors.md has them.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Final
+
+import grpc
+
+from bilm_server.config import ConfigurationError
+
+HEALTH_CONNECTIONS: Final = 64
+"""Connections that the health listener has for itself."""
+OWN_RESERVE: Final = 64
+"""Descriptors for everything else that is opened later: files that are read again, metrics, traces, alerts, a GPU."""
+MOST_BY_DEFAULT: Final = 10_000
+"""Connections unless more are asked for, as each takes memory, too, and some systems set no limit to descriptors."""
+
+_LOW = 512  # a checker that opens a connection a second and closes none has 330 of them at the default age of 300 s
+_MAX_INT = 2**31 - 1  # gRPC's options are C ints
+
+_SILENCE_MS = 20_000  # for a handshake, the first HTTP/2 frames and the answer to a ping
+_KEEPALIVE_MS = 60_000
+_AGE_GRACE_MS = 600_000  # longer than any sensible deadline
+_HEALTH_SILENCE_MS = 5_000
+_HEALTH_AGE_MS = 30_000
+_HEALTH_GRACE_MS = 300_000  # for Watch, the only call there that lasts
+
+_log = logging.getLogger("bilm_server.descriptors")
+
+Options = tuple[tuple[str, int], ...]
+
+
+def open_descriptors() -> int:
+    """Descriptors that this process has open; 0 on Windows, which has none."""
+    if sys.platform == "win32":
+        return 0
+    folder = Path("/proc/self/fd")
+    if not folder.exists():
+        folder = Path("/dev/fd")
+    return sum(1 for _ in folder.iterdir()) - 1  # one is for listing them
+
+
+def descriptor_limit() -> int:
+    """What `ulimit -n` says, the soft limit; the largest C int if there is none."""
+    if sys.platform == "win32":
+        return _MAX_INT
+    import resource  # noqa: PLC0415 - not on Windows
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_INT if soft == resource.RLIM_INFINITY else min(soft, _MAX_INT)
+
+
+def connection_limit(wanted: int) -> int:
+    """How many connections the server accepts; a warning is logged if the limit of descriptors makes them few.
+
+    Call it when the model is loaded: what is open by then counts.
+
+    Args:
+        wanted: the number that was configured; 0: as many as fit, at most `MOST_BY_DEFAULT`.
+
+    Raises:
+        ConfigurationError: if so many don't fit, or none.
+    """
+    limit, used, reserve = descriptor_limit(), open_descriptors(), OWN_RESERVE + HEALTH_CONNECTIONS
+    fitting = limit - used - reserve
+    why = f"ulimit -n is {limit}, with {used} descriptors in use and {reserve} kept in reserve"
+    if wanted > fitting or fitting < 1:
+        asked = f"{wanted} connections don't fit" if wanted else "no connection fits"
+        raise ConfigurationError(f"max_connections: {asked}: {why}; {_remedy(used + reserve + (wanted or _LOW))}")
+    if not wanted and fitting < _LOW:
+        _log.warning("only %d connections fit: %s; %s", fitting, why, _remedy(used + reserve + _LOW))
+    return wanted or min(fitting, MOST_BY_DEFAULT)
+
+
+def _remedy(least: int) -> str:
+    rounded = -(-least // 1024) * 1024
+    return f"set it to {rounded} or more (LimitNOFILE= in a systemd unit, --ulimit nofile= for a container)"
+
+
+def connection_options(max_connections: int, max_age_s: float) -> Options:
+    """Options of gRPC for how many connections there are and how they end.
+
+    No option for idle ones: `grpc.max_connection_idle_ms` loses the call that comes just then (1 of 200; some hang
+    until their deadline). Age ends them without a loss.
+
+    Args:
+        max_connections: beyond these a caller gets UNAVAILABLE at once.
+        max_age_s: when callers are asked to connect anew, so that they spread again behind an L4 balancer.
+    """
+    return (
+        *_limits(max_connections, _SILENCE_MS),
+        ("grpc.max_connection_age_ms", min(_MAX_INT, round(1000 * max_age_s))),
+        ("grpc.max_connection_age_grace_ms", _AGE_GRACE_MS),
+        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+    )
+
+
+def health_server() -> grpc.aio.Server:
+    """A server for an address where there is nothing but health.
+
+    gRPC counts the connections of each address by themselves, so a flood of the other one doesn't shut checkers out.
+    Checkers that never close their connections find them closed soon.
+    """
+    options: Options = (
+        *_limits(HEALTH_CONNECTIONS, _HEALTH_SILENCE_MS),
+        ("grpc.max_connection_age_ms", _HEALTH_AGE_MS),
+        ("grpc.max_connection_age_grace_ms", _HEALTH_GRACE_MS),
+        ("grpc.keepalive_time_ms", _HEALTH_AGE_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.max_receive_message_length", 64 * 1024),
+        ("grpc.max_concurrent_streams", 16),
+        ("grpc.so_reuseport", 0),
+    )
+    return grpc.aio.server(options=options)
+
+
+def _limits(max_connections: int, silence_ms: int) -> Options:
+    return (
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        ("grpc.server_handshake_timeout_ms", silence_ms),  # 120 s by default, for those that say nothing at all
+        ("grpc.http2.settings_timeout", silence_ms),  # 60 s by default, for those that say hello and go
+        ("grpc.keepalive_timeout_ms", silence_ms),
+        ("grpc.http2.ping_timeout_ms", silence_ms),  # without it the answer to a keepalive ping may take 60 s
+    )

@@ -1,0 +1,115 @@
+"""The small HTTP server that offers the metrics. Bounded in connections, in time and in what it reads."""
+
+import asyncio
+import logging
+import socket
+import threading
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from bilm_server.config import split_address
+
+_log = logging.getLogger("bilm_server.metrics")
+
+_MAX_CONNECTIONS = 16
+_EXCHANGE_TIMEOUT_S = 5.0
+_MAX_HEAD_BYTES = 8 * 1024
+_STOP_TIMEOUT_S = 5.0
+_END_OF_HEAD = b"\r\n\r\n"
+
+
+class MetricsExporter:
+    """Offers a registry at /metrics, over HTTP without TLS, on an event loop of its own in a thread of its own.
+
+    A connection serves one request and gets 5 s for all of it; those beyond 16 at a time are closed at once. So idle
+    and slow callers cost no more than that, and the event loop of the service nothing.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, listen: str, exchange_timeout_s: float = _EXCHANGE_TIMEOUT_S
+    ) -> None:
+        """Prepares; `start` starts.
+
+        Args:
+            registry: what to offer.
+            listen: HOST:PORT, port 0: any free one.
+            exchange_timeout_s: for all of a connection.
+        """
+        self._registry, self._listen = registry, split_address(listen)
+        self._exchange_timeout_s = exchange_timeout_s
+        self._n_connections = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop_asked = asyncio.Event()
+        self._thread: threading.Thread | None = None
+        self.address = ""
+        """HOST:PORT, once it has started."""
+
+    def start(self) -> None:
+        """Listens.
+
+        Raises:
+            OSError: if the address can't be listened on.
+        """
+        host, port = self._listen
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=_MAX_CONNECTIONS)
+        shown = f"[{host}]" if family == socket.AF_INET6 else host
+        self.address = f"{shown}:{listener.getsockname()[1]}"
+        started = threading.Event()
+        serve = self._serve(listener, started)
+        self._thread = threading.Thread(target=asyncio.run, args=(serve,), name="metrics", daemon=True)
+        self._thread.start()
+        started.wait()
+
+    def stop(self) -> None:
+        """Ends it, connections included; idempotent."""
+        if self._thread is not None and self._loop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop_asked.set)
+            self._thread.join(_STOP_TIMEOUT_S)
+
+    # ---- in the thread ----
+
+    async def _serve(self, listener: socket.socket, started: threading.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        server = await asyncio.start_server(self._connected, sock=listener, limit=_MAX_HEAD_BYTES)
+        started.set()
+        await self._stop_asked.wait()
+        server.close()  # and asyncio.run cancels what is still going on
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._n_connections += 1
+        try:
+            if self._n_connections <= _MAX_CONNECTIONS:
+                async with asyncio.timeout(self._exchange_timeout_s):
+                    await self._exchange(reader, writer)
+        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+            _log.debug("a scrape failed: %s", type(error).__name__)
+        finally:
+            self._n_connections -= 1
+            writer.transport.abort()
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(_END_OF_HEAD)
+        writer.write(self._response(head.decode("latin-1")))
+        writer.close()
+        await writer.wait_closed()  # that is, until the caller has taken everything
+
+    def _response(self, head: str) -> bytes:
+        request, *headers = head.split("\r\n")
+        method, _, target = request.partition(" ")
+        if target.partition(" ")[0].partition("?")[0] != "/metrics":
+            return _http("404 Not Found")
+        if method != "GET":
+            return _http("405 Method Not Allowed", extra="Allow: GET\r\n")
+        accept = next((line.partition(":")[2] for line in headers if line.lower().startswith("accept:")), "")
+        try:
+            encode, content_type = choose_encoder(accept.strip())
+            return _http("200 OK", encode(self._registry), f"Content-Type: {content_type}\r\n")
+        except Exception:
+            _log.exception("the metrics can't be collected")
+            return _http("500 Internal Server Error")
+
+
+def _http(status: str, body: bytes = b"", extra: str = "") -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{extra}\r\n".encode() + body
