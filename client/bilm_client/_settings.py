@@ -15,6 +15,8 @@ _MIB = 1024 * 1024
 MAX_SEND_BYTES = 4 * _MIB
 # The server cuts its messages to 16 MiB; the slack keeps a server that counts a little differently from costing a call.
 MAX_RECEIVE_BYTES = 17 * _MIB
+# By gRPC's default of two minutes a client goes on failing long after its server is back.
+_MAX_RECONNECT_BACKOFF_MS = 5_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,10 @@ class Settings:
             "grpc.max_send_message_length": MAX_SEND_BYTES,
             "grpc.keepalive_time_ms": round(self.keepalive.time_s * 1000),
             "grpc.keepalive_timeout_ms": round(self.keepalive.timeout_s * 1000),
+            "grpc.http2.ping_timeout_ms": round(self.keepalive.timeout_s * 1000),  # else its 60 s decide
             "grpc.keepalive_permit_without_calls": 1,
             "grpc.http2.max_pings_without_data": 0,  # else an idle connection gets two pings and then none
+            "grpc.max_reconnect_backoff_ms": _MAX_RECONNECT_BACKOFF_MS,
             "grpc.enable_retries": 1,
             "grpc.per_rpc_retry_buffer_size": MAX_SEND_BYTES + _MIB,  # default 256 KiB: larger calls aren't retried
             "grpc.service_config": self.retry.service_config(),

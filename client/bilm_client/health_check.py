@@ -7,18 +7,22 @@ import argparse
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bilm_client._credentials import CredentialsError, channel_credentials, read_token
+
 SERVING, NOT_SERVING, UNREACHABLE = 0, 1, 2
 _RECONNECT_PAUSE_S = 1.0
 _Status = health_pb2.HealthCheckResponse.ServingStatus
+_Metadata = tuple[tuple[str, str], ...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,12 +33,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 SERVING, 1 not serving or an unknown service, 2 unreachable or too slow.
+
+    Raises:
+        SystemExit: with 2, for bad arguments or a file that can't be used.
     """
-    args = _parser().parse_args(argv)
-    with _channel(args) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        credentials, metadata = _credentials(args)
+    except CredentialsError as error:
+        parser.error(str(error))
+    with _channel(args.target, credentials) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=args.service)
-        return _watch(stub, request) if args.watch else _check(stub, request, args.timeout_s)
+        if args.watch:
+            return _watch(partial(stub.Watch, request, metadata=metadata))
+        return _check(partial(stub.Check, request, metadata=metadata, timeout=args.timeout_s))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout-s", type=_seconds, default=1.0, help="longest wait of a check (%(default)s)")
     parser.add_argument("--tls", action="store_true", help="connect by TLS")
     parser.add_argument("--ca-file", type=Path, metavar="PEM", help="certificates to trust; implies --tls")
+    parser.add_argument("--cert-file", type=Path, metavar="PEM", help="own certificate, for mutual TLS; implies --tls")
+    parser.add_argument("--key-file", type=Path, metavar="PEM", help="its key")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token; bilm-serve itself wants none")
     return parser
 
 
@@ -59,22 +76,26 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _credentials(args: argparse.Namespace) -> tuple[grpc.ChannelCredentials | None, _Metadata]:
+    token = read_token(args.token_file)
+    credentials = channel_credentials(
+        tls=args.tls, ca_file=args.ca_file, cert_file=args.cert_file, key_file=args.key_file
+    )
+    return credentials, () if token is None else (("authorization", f"Bearer {token}"),)
+
+
 @contextmanager
-def _channel(args: argparse.Namespace) -> Iterator[grpc.Channel]:
-    if args.tls or args.ca_file:
-        roots = args.ca_file.read_bytes() if args.ca_file else None
-        channel = grpc.secure_channel(args.target, grpc.ssl_channel_credentials(roots))
-    else:
-        channel = grpc.insecure_channel(args.target)
+def _channel(target: str, credentials: grpc.ChannelCredentials | None) -> Iterator[grpc.Channel]:
+    channel = grpc.insecure_channel(target) if credentials is None else grpc.secure_channel(target, credentials)
     try:
         yield channel
     finally:
         channel.close()
 
 
-def _check(stub: Any, request: health_pb2.HealthCheckRequest, timeout_s: float) -> int:
+def _check(check: Callable[[], health_pb2.HealthCheckResponse]) -> int:
     try:
-        response = stub.Check(request, timeout=timeout_s)
+        response = check()
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.NOT_FOUND:
             print("SERVICE_UNKNOWN")
@@ -85,14 +106,14 @@ def _check(stub: Any, request: health_pb2.HealthCheckRequest, timeout_s: float) 
     return _exit_code(response.status)
 
 
-def _watch(stub: Any, request: health_pb2.HealthCheckRequest) -> int:
+def _watch(watch: Callable[..., Iterator[health_pb2.HealthCheckResponse]]) -> int:
     last = UNREACHABLE
     connected = True  # a loss is told once, however often the connection is tried again
     pause = threading.Event()
     try:
         while True:
             try:
-                for response in stub.Watch(request, wait_for_ready=not connected):
+                for response in watch(wait_for_ready=not connected):
                     connected, last = True, _exit_code(response.status)
                     _tell(_Status.Name(response.status))
             except grpc.RpcError as error:

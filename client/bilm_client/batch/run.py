@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+import grpc
 from tqdm import tqdm
 
 from bilm_client.aio import AsyncClient
@@ -56,7 +57,8 @@ async def embed_file(settings: RunSettings, text: InputText) -> Summary | None:
         BilmError: if the server refuses, or can't be reached for longer than the patience.
     """
     _check_not_there(settings)
-    async with AsyncClient(settings.target, timeout_s=settings.timeout_s) as client:
+    credentials, token = settings.credentials()
+    async with _client(settings, credentials, token) as client:
         info = await _model_info(client, settings.patience_s)
         identity = {
             "input_sha256": text.sha256,
@@ -68,12 +70,22 @@ async def embed_file(settings: RunSettings, text: InputText) -> Summary | None:
             _check_same_run(settings.output, read_run(settings.output), identity)
             return None
     # From here on, a server with another model must refuse rather than mix its vectors in
-    async with AsyncClient(
-        settings.target, expected_model_version=info.version, timeout_s=settings.timeout_s
-    ) as client:
+    async with _client(settings, credentials, token, info.version) as client:
         with _Run(settings, text, identity) as run:
             await (run.embed_in_order(client) if settings.carry_state else run.embed_in_batches(client))
             return run.finish()
+
+
+def _client(
+    settings: RunSettings, credentials: grpc.ChannelCredentials | None, token: str | None, model_version: str = ""
+) -> AsyncClient:
+    return AsyncClient(
+        settings.target,
+        expected_model_version=model_version,
+        timeout_s=settings.timeout_s,
+        credentials=credentials,
+        token=token,
+    )
 
 
 async def _model_info(client: AsyncClient, patience_s: float) -> ModelInfo:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import grpc
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
@@ -14,6 +15,8 @@ from pydantic_settings import (
     SettingsError,
     TomlConfigSettingsSource,
 )
+
+from bilm_client._credentials import CredentialsError, channel_credentials, read_token
 
 
 class UsageError(Exception):
@@ -39,6 +42,11 @@ class RunSettings(BaseSettings):
 
     config: Path | None = Field(None, description="TOML file with any of these choices, named as the flags with _")
     target: str = Field("127.0.0.1:50051", min_length=1, description="HOST:PORT or unix:PATH of the server")
+    tls: bool = Field(False, description="connect by TLS; a file of certificates or a key implies it")
+    ca_file: Path | None = Field(None, description="PEM file of certificates to trust; by default those of gRPC")
+    cert_file: Path | None = Field(None, description="PEM file of the own certificate, for mutual TLS")
+    key_file: Path | None = Field(None, description="PEM file of its key")
+    token_file: Path | None = Field(None, description="file with the bearer token for the server")
     raw: bool = Field(False, description="the server tokenises; otherwise white space separates the tokens")
     layers: Literal["all", "top", "average"] = Field("all", description="which layers")
     pool: Literal["none", "mean", "max"] = Field("none", description="over the tokens of a sentence")
@@ -74,6 +82,20 @@ class RunSettings(BaseSettings):
         if value and info.data.get("resume"):
             raise ValueError("resume and overwrite exclude each other")
         return value
+
+    def credentials(self) -> tuple[grpc.ChannelCredentials | None, str | None]:
+        """Credentials (None: plaintext) and token (None: none) from their files.
+
+        Raises:
+            UsageError: a file can't be used.
+        """
+        try:
+            channel = channel_credentials(
+                tls=self.tls, ca_file=self.ca_file, cert_file=self.cert_file, key_file=self.key_file
+            )
+            return channel, read_token(self.token_file)
+        except CredentialsError as error:
+            raise UsageError(str(error)) from error
 
     def recorded(self) -> dict[str, Any]:
         """The choices that decide what a result looks like; a run can only be resumed with the same ones."""

@@ -1,0 +1,77 @@
+"""TLS credentials and the token of a command, from the files that its flags name; imports no numpy."""
+
+import ssl
+from pathlib import Path
+
+import grpc
+
+
+class CredentialsError(Exception):
+    """A file with certificates, a key or a token can't be used; the message names it and nothing of its content."""
+
+
+def channel_credentials(
+    *, tls: bool = False, ca_file: Path | None = None, cert_file: Path | None = None, key_file: Path | None = None
+) -> grpc.ChannelCredentials | None:
+    """Credentials of a channel; None: plaintext, which is what nothing but defaults asks for.
+
+    Args:
+        tls: Connect by TLS; any of the files implies it.
+        ca_file: Certificates to trust, as PEM; None: those that gRPC brings along.
+        cert_file: The caller's own certificate chain, as PEM, for a server that wants one.
+        key_file: Its private key, as PEM, without a password.
+
+    Raises:
+        CredentialsError: A file can't be used, or one of certificate and key is missing.
+    """
+    if not (tls or ca_file or cert_file or key_file):
+        return None
+    roots = None if ca_file is None else _roots(ca_file)
+    if cert_file is None and key_file is None:
+        return grpc.ssl_channel_credentials(roots)
+    if cert_file is None or key_file is None:
+        raise CredentialsError("a certificate and its key go together; one of the two files isn't named")
+    chain, key = _read(cert_file), _read(key_file)
+    _check_pair(cert_file, key_file)
+    return grpc.ssl_channel_credentials(roots, key, chain)
+
+
+def read_token(path: Path | None) -> str | None:
+    """The bearer token that a file holds, with nothing but white space around it; None for no file.
+
+    Raises:
+        CredentialsError: The file can't be read, or holds something else.
+    """
+    if path is None:
+        return None
+    words = _read(path).decode("ascii", "replace").split()
+    if len(words) != 1 or not (words[0].isascii() and words[0].isprintable()):
+        raise CredentialsError(f"{path}: expected one token of printable ASCII and nothing else")
+    return words[0]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CredentialsError(f"{path}: {error.strerror}") from error
+
+
+def _roots(path: Path) -> bytes:
+    roots = _read(path)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=roots.decode("ascii"))
+    except (ssl.SSLError, ValueError) as error:
+        raise CredentialsError(f"{path}: no certificates as PEM") from error
+    return roots
+
+
+def _check_pair(cert_file: Path, key_file: Path) -> None:
+    try:
+        # Without a password at hand, OpenSSL would ask the terminal for it
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert_file, key_file, password=lambda: "")
+    except OSError as error:  # which ssl.SSLError is
+        raise CredentialsError(
+            f"{cert_file}, {key_file}: not a certificate chain and the key that belongs to it, without a password, as "
+            "PEM"
+        ) from error
