@@ -1,0 +1,132 @@
+"""Requests through the server's checks, in this process: coverage says which mutations lead somewhere new.
+
+`python fuzz_fields.py` runs it under atheris (libFuzzer); its arguments are libFuzzer's. An input is one byte that says
+which request, and the request.
+"""
+
+import random
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from google.protobuf.message import DecodeError, Message
+
+_MEASURED = ["bilm_server", "bilm_model.characters", "bilm_model.engine.state", "sacremoses"]
+
+
+def _measuring() -> AbstractContextManager[object]:
+    """Where this is the program, imports inside are made to tell which of their lines run."""
+    if __name__ != "__main__":
+        return nullcontext()
+    import atheris  # type: ignore[import-untyped]
+
+    context: AbstractContextManager[object] = atheris.instrument_imports(include=_MEASURED)
+    return context
+
+
+with _measuring():
+    from bilm_api.v1 import embed_pb2
+    from bilm_model.characters import bytes_ids, read_bytes
+    from bilm_model.scalar_mix import Selection
+    from bilm_server.config import load_config
+    from bilm_server.errors import Reason, RefusalError
+    from bilm_server.requests import Wanted, check_model, parse_options, prepare_sentence
+    from bilm_server.served_model import ServedModel, load_served_model
+    from fuzz_messages import almost, damage, embed_request, item_request, model_request, mutate, start_request
+
+_MAX_TOKENS = 1000
+_PLAIN = Wanted(Selection("all", "none", False), "float32", omit_tokens=False)
+_REQUESTS: tuple[tuple[type[Message], Callable[[], Message]], ...] = (
+    (embed_pb2.EmbedRequest, embed_request),
+    (embed_pb2.EmbedStreamRequest, start_request),
+    (embed_pb2.EmbedStreamRequest, lambda: item_request(0)),
+    (embed_pb2.GetModelRequest, model_request),
+)
+
+
+class FieldCheck:
+    """Sends requests through everything that stands between the wire and the engine."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+
+    def __call__(self, data: bytes) -> str:
+        """Checks one input; returns what came of it: "malformed", a reason, or "prepared".
+
+        Raises:
+            Exception: which is a bug: input may lead to a refusal only.
+        """
+        request = _kind(data)[0]()
+        try:
+            request.ParseFromString(data[1:])
+        except DecodeError:
+            return "malformed"
+        try:
+            self._check(request)
+        except RefusalError as error:
+            reason = error.reason
+        else:
+            return "prepared"
+        assert reason is not Reason.INTERNAL
+        return reason.value
+
+    def _check(self, request: Message) -> None:
+        if isinstance(request, embed_pb2.EmbedStreamRequest):
+            if request.WhichOneof("message") == "item":
+                return self._prepare(request.item.sentence, _PLAIN)
+            request = request.start
+        assert isinstance(request, embed_pb2.EmbedRequest | embed_pb2.StreamStart | embed_pb2.GetModelRequest)
+        check_model(request.model, request.expected_model_version, self._model)
+        if isinstance(request, embed_pb2.GetModelRequest):
+            return None
+        wanted = parse_options(request.options, self._model)
+        for sentence in request.sentences if isinstance(request, embed_pb2.EmbedRequest) else ():
+            self._prepare(sentence, wanted)
+        return None
+
+    def _prepare(self, sentence: embed_pb2.Sentence, wanted: Wanted) -> None:
+        prepared = prepare_sentence(sentence, wanted, self._model, _MAX_TOKENS)
+        assert prepared.answer_bytes(wanted, self._model) > 0
+        n_bytes = len(sentence.text.encode())
+        for start, end in zip(prepared.starts, prepared.ends, strict=True):
+            assert 0 <= start < end <= n_bytes
+        for token in prepared.tokens:
+            assert token
+            assert 0 < int(bytes_ids(read_bytes(token)).max()) <= 261
+
+
+def new_check() -> FieldCheck:
+    """A check on the smallest model."""
+    return FieldCheck(load_served_model(load_config(["--model", "random:tiny", "--device", "cpu"])))
+
+
+def input_of(rng: random.Random) -> bytes:
+    """An input without coverage to guide it."""
+    kind = rng.randrange(len(_REQUESTS))
+    return bytes([kind]) + almost(rng, _REQUESTS[kind][1])
+
+
+def _kind(data: bytes) -> tuple[type[Message], Callable[[], Message]]:
+    return _REQUESTS[data[0] % len(_REQUESTS) if data else 0]
+
+
+def _mutate(data: bytes, max_size: int, seed: int) -> bytes:
+    """As libFuzzer wants it: another input from one that was worth keeping."""
+    rng = random.Random(seed)
+    if not data or rng.random() < 0.05:
+        return input_of(rng)[:max_size]
+    request = _kind(data)[0]()
+    try:
+        request.ParseFromString(data[1:])
+        mutate(rng, request)
+        changed = request.SerializeToString()
+    except DecodeError:
+        changed = damage(rng, data[1:])
+    return (data[:1] + (damage(rng, changed) if rng.random() < 0.1 else changed))[:max_size]
+
+
+if __name__ == "__main__":
+    import atheris
+
+    atheris.Setup(sys.argv, new_check(), custom_mutator=_mutate)
+    atheris.Fuzz()

@@ -1,0 +1,77 @@
+"""A short run of the fuzzers, the same each time; `make fuzz` is the long one. And: that they see what is wrong."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bilm_server import requests
+from fuzz_fields import input_of, new_check
+from fuzz_frames import KINDS, Case
+from fuzz_http2 import Reply
+from fuzz_run import Report, fuzz_server, judge, new_case
+
+_ROUNDS, _INPUTS_IN_PROCESS = 6, 400
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return fuzz_server(seed=7, rounds=range(_ROUNDS), end_s=time.monotonic() + 300)
+
+
+def test_connections_that_go_wrong(report: Report) -> None:
+    assert report.complaints == []
+    assert report.inputs == Counter({function.__name__: _ROUNDS for function in KINDS})
+
+
+def test_the_inputs_lead_somewhere(report: Report) -> None:
+    """Not all of them to the same end."""
+    assert {"OK", "INVALID_ARGUMENT", "UNAVAILABLE", "reset", "INTERNAL"} <= report.statuses.keys()
+
+
+def test_requests_that_are_almost_right() -> None:
+    check, rng = new_check(), random.Random(7)
+    outcomes = Counter(check(input_of(rng)) for _ in range(_INPUTS_IN_PROCESS))
+    assert outcomes["prepared"] > _INPUTS_IN_PROCESS // 10
+    assert len(outcomes) > 8, outcomes
+
+
+def test_a_bug_in_the_checks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "_check_tokens", lambda *_: None)  # lets empty tokens pass
+    check, rng = new_check(), random.Random(7)
+    with pytest.raises(AssertionError):
+        Counter(check(input_of(rng)) for _ in range(10_000))
+
+
+@pytest.mark.parametrize("function", KINDS, ids=lambda function: function.__name__)
+def test_an_input_can_be_made_again(function: Callable[[random.Random], Case]) -> None:
+    kind = KINDS.index(function)
+    assert new_case(1, kind, 3) == new_case(1, kind, 3)
+    assert len({new_case(1, kind, number).data for number in range(20)}) > 5
+    assert max(len(new_case(1, kind, number).data) for number in range(20)) < 2**20
+
+
+@pytest.mark.parametrize(
+    ("reply", "complaint"),
+    [
+        (Reply(statuses={1: (0, "")}, ended={1}), "still open"),
+        (Reply(closed=True), "has no status"),
+        (Reply(statuses={1: (2, "")}, ended={1}, closed=True), "UNKNOWN"),
+        (
+            Reply(statuses={1: (13, "internal error; the server's log has the details")}, ended={1}, closed=True),
+            "INTERN",
+        ),
+    ],
+    ids=["open", "no status", "unknown", "internal"],
+)
+def test_a_bad_reply_is_seen(reply: Reply, complaint: str) -> None:
+    assert complaint in "".join(judge(Case(b"", (1,)), reply))
+
+
+def test_findings_are_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fuzz_run.judge", lambda case, reply: ["found"])
+    path = tmp_path / "failures.jsonl"
+    found = fuzz_server(seed=7, rounds=range(1), end_s=time.monotonic() + 300, failures=path)
+    assert len(found.complaints) == len(path.read_text(encoding="utf-8").splitlines()) == len(KINDS)
