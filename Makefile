@@ -11,10 +11,11 @@ PROTO_VENV := .venv-proto
 TRITON_VENV := .venv-triton
 # The oldest tools whose output we support: their versions set the floors of grpcio and protobuf in pyproject.toml.
 PROTO_TOOLS := grpcio-tools==1.74.0 protobuf==6.33.6 googleapis-common-protos==1.76.0 mypy-protobuf==5.1.0
+AUDIT_VENV := .venv-audit
 DATA ?= ../shared/data
 RUN ?= runs/wikitext2-mini
 
-.PHONY: demo serve test test-slow check proto bench bench-full bench-training bench-page train clean
+.PHONY: demo serve test test-slow chaos fuzz audit check proto bench bench-full bench-training bench-page train clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -27,6 +28,20 @@ test: check
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
+
+# faults of all kinds under load, each answer compared with the known one; five minutes
+chaos: $(VENV)/.dev
+	$(BIN)/python tests/fault/chaos.py --minutes 5 $(ARGS)
+
+# malformed frames and fields against a real server; ten minutes
+fuzz: $(VENV)/.dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python tests/security/fuzz_run.py --minutes 10 $(ARGS)
+
+# known vulnerabilities of what is installed; fails where the index has no such list
+audit: $(VENV)/.dev $(AUDIT_VENV)/.installed
+	$(BIN)/pip freeze --exclude-editable | sed 's/+[^ ]*$$//' > $(AUDIT_VENV)/installed.txt
+	$(AUDIT_VENV)/bin/pip-audit -s pypi --strict --no-deps --disable-pip -r $(AUDIT_VENV)/installed.txt
 
 check: $(VENV)/.dev $(PROTO_VENV)/.installed
 	$(BIN)/ruff check
@@ -62,7 +77,7 @@ train: $(VENV)/.dev
 	  --treebank $(DATA)/UD_English-EWT --treebank $(DATA)/UD_Korean-GSD --neighbours $(DATA)/wikitext-2/test.txt
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) $(TRITON_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_VENV) $(TRITON_VENV) $(AUDIT_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or later; PYTHON=… names one")'
@@ -79,6 +94,11 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 $(PROTO_VENV)/.installed: Makefile
 	$(PYTHON) -m venv $(PROTO_VENV)
 	$(PROTO_VENV)/bin/pip install --quiet $(PROTO_TOOLS)
+	touch $@
+
+$(AUDIT_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/pip install --quiet pip-audit==2.10.1
 	touch $@
 
 $(TRITON_VENV)/.installed: Makefile

@@ -1,0 +1,209 @@
+"""Faults at random moments while every kind of caller is at work, each of whose answers is known.
+
+    python tests/fault/chaos.py --minutes 5 --seed 1
+
+A supervisor restarts a real server; callers of all kinds (chaos_callers) go to it directly and through a proxy; faults
+come as the seed has it (chaos_schedule, chaos_faults). Ends with 0 if there was no wrong answer, no call that hung
+beyond its deadline, no failure that no fault explains, no leak and no error in the server's log; 1 otherwise. Where it
+may, it runs in a network namespace of its own, in which packets can be lost, too.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from bilm_client import Client
+from chaos_bad_requests import MAX_REQUEST_TOKENS
+from chaos_callers import CHANNEL_OPTIONS, LIMIT_S
+from chaos_faults import STALL_S, Injector
+from chaos_records import Recorder, read_records
+from chaos_report import Holdings, Outcome, failures, table, write_json
+from chaos_schedule import KINDS, PACKETS, schedule
+from chaos_supervisor import Supervisor
+from fault_support import HERE, ServerProcess, descriptors, resident_bytes
+from packets import PacketFilter, enter_namespace
+from proxy import FaultyProxy
+
+_MAX_STREAM_TOKENS = 8192
+_FLAGS = {
+    "max-tokens-per-request": MAX_REQUEST_TOKENS,
+    "max-waiting-tokens": MAX_REQUEST_TOKENS,  # so one request can tell whether all room has been given back
+    "max-tokens-per-sentence": _MAX_STREAM_TOKENS,
+    "max-stream-tokens": _MAX_STREAM_TOKENS,
+    "max-waiting-mib": 16,
+    "max-stream-mib": 16,
+    "token-cache-mib": 4,
+    "input-cache-mib": 4,
+    "threads": 1,
+    "stream-stall-s": STALL_S,
+    "drain-delay-s": 0.2,
+    "grace-s": 3,
+    "log-format": "json",
+}
+_MIB = 2**20
+_SETTLE_S = 8.0
+"""Of the run's time, for the calls under way to end and for what is looked at afterwards."""
+_LEAST_S = 20.0
+_CALLERS_TIMEOUT_S = 120.0
+
+
+class Run:
+    """One run.
+
+    Args:
+        seed: Of the schedule and the callers.
+        folder: For the log and the records.
+        in_namespace: Whether packets may be lost.
+    """
+
+    def __init__(self, seed: int, folder: Path, in_namespace: bool) -> None:
+        self._seed, self._folder = seed, folder
+        flags = [part for name, value in _FLAGS.items() for part in (f"--{name}", str(value))]
+        self._server = ServerProcess(*flags, log=folder / "server.log")
+        self._supervisor = Supervisor(self._server)
+        self._packets = PacketFilter(self._server.port, in_namespace)
+        self._recorder = Recorder(folder / "injector.jsonl")
+        self._callers_file = folder / "callers.jsonl"
+        self.outcome = Outcome(seed)
+
+    def run(self, until_s: float) -> None:
+        """Runs until that time on the monotonic clock, or a little longer.
+
+        Raises:
+            Exception: What kept the run itself from going on; all its processes have ended.
+        """
+        begun_s = time.monotonic()
+        self._recorder.open()
+        with ExitStack() as stack:
+            stack.callback(self._recorder.close)
+            stack.callback(self._supervisor.give_up)
+            self._supervisor.start()
+            proxy = stack.enter_context(FaultyProxy(self._server.port))
+            callers = stack.enter_context(self._callers(proxy))
+            self._go_through(callers, proxy, until_s - _SETTLE_S)
+            self._supervisor.stop()
+        self._collect()
+        self.outcome.seconds = time.monotonic() - begun_s
+
+    def _go_through(self, callers: "subprocess.Popen[str]", proxy: FaultyProxy, until_s: float) -> None:
+        self.outcome.exact = _said(callers)["exact"]
+        before = self._held()
+        _tell(callers, "go\n")
+        kinds = KINDS if self._packets.available else [kind for kind in KINDS if kind not in PACKETS]
+        if len(kinds) < len(KINDS):
+            self.outcome.skipped = f"{', '.join(PACKETS)} (they need nft and a network namespace)"
+        injector = Injector(self._server, self._supervisor, proxy, self._packets, self._recorder)
+        self.outcome.windows = injector.windows
+        for fault in schedule(self._seed, kinds):
+            if time.monotonic() >= until_s:
+                break
+            injector.inject(fault)
+        assert callers.stdin is not None
+        callers.stdin.close()
+        told = _said(callers)
+        self.outcome.hung = told["hung"]
+        self.outcome.holdings["callers"] = _holdings(told["before"], told["after"])
+        self._take_all_room()
+        self.outcome.holdings["server"] = _holdings(before, self._held_at_last(before["descriptors"]))
+
+    def _take_all_room(self) -> None:
+        """One request and one item of a stream that need all the room there is: none may have been lost."""
+        with Client(self._server.target, channel_options=CHANNEL_OPTIONS) as client:
+            half = ["w"] * (MAX_REQUEST_TOKENS // 2)
+            with self._recorder.call("all room", "direct", LIMIT_S):
+                client.embed([half, half], pool="mean", timeout_s=LIMIT_S)
+            with self._recorder.call("all room", "direct", LIMIT_S):
+                list(client.embed_stream([["w"] * _MAX_STREAM_TOKENS], pool="mean", timeout_s=LIMIT_S))
+
+    @contextmanager
+    def _callers(self, proxy: FaultyProxy) -> "Iterator[subprocess.Popen[str]]":
+        command = [sys.executable, str(HERE / "chaos_load.py"), "--direct", self._server.target]
+        command += ["--proxy", proxy.target, "--records", str(self._callers_file), "--seed", str(self._seed)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                yield process
+                process.wait(_CALLERS_TIMEOUT_S)
+            finally:
+                process.kill()
+
+    def _held(self) -> dict[str, float]:
+        pid = self._server.pid
+        return {"descriptors": descriptors(pid), "resident_mib": resident_bytes(pid) / _MIB}
+
+    def _held_at_last(self, descriptors_before: float) -> dict[str, float]:
+        end_s = time.monotonic() + _SETTLE_S
+        while (held := self._held())["descriptors"] > descriptors_before and time.monotonic() < end_s:
+            time.sleep(0.1)
+        return held
+
+    def _collect(self) -> None:
+        outcome = self.outcome
+        self._recorder.close()
+        outcome.records = [*read_records(self._callers_file), *read_records(self._folder / "injector.jsonl")]
+        outcome.ends, outcome.start_s = self._supervisor.ends, self._supervisor.start_s
+        lines = self._server.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        outcome.log_lines = len(lines)
+        outcome.log_errors = [line for line in lines if _is_error(line)]
+
+
+def _said(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, f"the callers' process ended with {process.wait()}"
+    said: dict[str, Any] = json.loads(line)
+    return said
+
+
+def _tell(process: "subprocess.Popen[str]", line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line)
+    process.stdin.flush()
+
+
+def _holdings(before: dict[str, float], after: dict[str, float]) -> Holdings:
+    return Holdings(
+        int(before["descriptors"]), int(after["descriptors"]), before["resident_mib"], after["resident_mib"]
+    )
+
+
+def _is_error(line: str) -> bool:
+    """Whether the server says so itself; a line that a kill cut short, or one of gRPC's, isn't JSON."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return "Traceback" in line
+    return found["level"] in {"ERROR", "CRITICAL"}
+
+
+def main() -> int:
+    """Runs it.
+
+    Returns:
+        0 if the run has passed, else 1.
+    """
+    parser = argparse.ArgumentParser(description="Faults at random moments under load.")
+    parser.add_argument("--minutes", type=float, default=5.0, help="in all, starts and clearing up included")
+    parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same faults in the same order")
+    parser.add_argument("--json", type=Path, help="write the results here, too")
+    parser.add_argument("--keep", type=Path, help="an empty folder for the server's log and the calls")
+    arguments = parser.parse_args()
+    end_s = time.monotonic() + max(_LEAST_S, 60 * arguments.minutes)
+    in_namespace = enter_namespace(sys.argv)
+    with tempfile.TemporaryDirectory(prefix="bilm-chaos-") as folder:
+        run = Run(arguments.seed, arguments.keep or Path(folder), in_namespace)
+        run.run(end_s)
+    print(table(run.outcome))
+    if arguments.json is not None:
+        write_json(run.outcome, arguments.json)
+    return 1 if failures(run.outcome) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Callers that send and don't read, and callers that vanish: what they hold is bounded, and given back."""
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from bilm_api.v1 import embed_pb2 as pb
+from bilm_api.v1 import embed_pb2_grpc
+from bilm_client import Client
+from bilm_client.errors import service_error
+from fault_support import HERE, ServerProcess, descriptors, resident_bytes, wait_until
+from integration_support import RunningServer, running
+from known_answers import PLAIN, bare_options, endless_items, sentence
+
+STALL_S = 1.0
+ITEM_TOKENS = 1000
+ROOM_TOKENS = 4 * ITEM_TOKENS
+MIB = 2**20
+LIMITS = (
+    f"--stream-stall-s={STALL_S}",
+    f"--max-tokens-per-sentence={ITEM_TOKENS}",
+    f"--max-stream-tokens={ROOM_TOKENS}",
+    "--log-level=warning",
+)
+# Without probing the bandwidth, gRPC buffers 64 KiB for a caller that doesn't read: less than one item's result
+OWN_SMALL_WINDOW = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+# How late the machine may be, which is busy with other things
+SLACK_S = 5.0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    with running("--model", "random:tiny", *LIMITS) as server:
+        yield server
+
+
+def used_tokens(server: RunningServer) -> int:
+    return server.server._parts.stream_admission.used.tokens
+
+
+@contextmanager
+def deaf_streams(target: str, n_streams: int) -> Iterator[list[Any]]:
+    """Streams that send without end and never read, each over a connection of its own."""
+    with ExitStack() as stack:
+        streams = []
+        for _ in range(n_streams):
+            channel = stack.enter_context(grpc.insecure_channel(target, OWN_SMALL_WINDOW))
+            streams.append(embed_pb2_grpc.EmbedServiceStub(channel).EmbedStream(endless_items(ITEM_TOKENS)))
+        yield streams
+
+
+def until_full(server: RunningServer) -> None:
+    """Until what the streams may hold is used up, and nothing gets on: nobody reads any more."""
+    wait_until(lambda: used_tokens(server) == ROOM_TOKENS, "the room for streams is full")
+
+
+def end_of(stream: Any) -> tuple[grpc.StatusCode, str]:
+    """Reads a stream to its end; its status and the reason."""
+    try:
+        for _ in stream:
+            pass
+    except grpc.RpcError as error:
+        found = service_error(error)
+        return found.code, found.reason
+    return grpc.StatusCode.OK, ""
+
+
+@pytest.fixture(autouse=True)
+def _no_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A caller's behaviour is no error of the server's."""
+    yield
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_others_are_served_while_callers_do_not_read(server: RunningServer) -> None:
+    with deaf_streams(server.target, 4) as streams, Client(server.target) as client:
+        until_full(server)
+        client.embed(["a"], timeout_s=SLACK_S)  # calls have room of their own
+        begun_s = time.monotonic()
+        assert len(list(client.embed_stream(["a", "b"], timeout_s=STALL_S + SLACK_S))) == 2
+        assert time.monotonic() - begun_s < STALL_S + SLACK_S
+        wait_until(lambda: used_tokens(server) == 0, "all of them are ended", 4 * STALL_S + SLACK_S)
+        for stream in streams:  # and each of them hears why, when it reads at last
+            assert end_of(stream) == (grpc.StatusCode.UNAVAILABLE, "STREAM_STALLED")
+
+
+def test_who_reads_slowly_is_not_ended(server: RunningServer) -> None:
+    """Each result in less than the time allowed, all of them in more."""
+    n_items = 24
+
+    def items() -> Iterator[pb.EmbedStreamRequest]:
+        yield pb.EmbedStreamRequest(start=pb.StreamStart(options=bare_options(PLAIN)))
+        for number in range(n_items):
+            yield pb.EmbedStreamRequest(item=pb.StreamItem(id=number, sentence=sentence(ITEM_TOKENS)))
+
+    with grpc.insecure_channel(server.target) as channel:
+        begun_s, found = time.monotonic(), 0
+        for _ in embed_pb2_grpc.EmbedServiceStub(channel).EmbedStream(items()):
+            threading.Event().wait(STALL_S / 8)
+            found += 1
+    assert found == n_items
+    assert time.monotonic() - begun_s > 2 * STALL_S
+
+
+def test_a_caller_that_is_killed_leaves_nothing(server: RunningServer) -> None:
+    """With SIGKILL, in the middle of its streams; long before anybody would notice a stall."""
+    command = [sys.executable, str(HERE / "vanishing_client.py"), server.target]
+    with ExitStack() as stack:
+        children = [stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE)) for _ in range(2)]
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"under way\n"
+        for child in children:
+            child.kill()
+    wait_until(lambda: used_tokens(server) == 0, "the work is given up")
+    with Client(server.target) as client:  # all the room there is
+        assert len(list(client.embed_stream([["w"] * ITEM_TOKENS] * 4, pool="mean", timeout_s=30.0))) == 4
+
+
+def test_memory_does_not_grow_with_those_who_do_not_read(tmp_path: Path) -> None:
+    """Wave after wave, none of them ever reads: what was computed for them isn't kept."""
+    with ServerProcess(*LIMITS, log=tmp_path / "log") as server, ExitStack() as stack, Client(server.target) as client:
+
+        def wave() -> None:
+            stack.enter_context(deaf_streams(server.target, 6))
+            # Comes after all that they have asked for, and needs all the room there is
+            list(client.embed_stream([["w"] * ITEM_TOKENS] * 4, pool="mean", timeout_s=6 * STALL_S + 6 * SLACK_S))
+
+        wave()
+        before = resident_bytes(server.pid)
+        for _ in range(3):
+            wave()
+        assert resident_bytes(server.pid) < before + 32 * MIB
+        connected = descriptors(server.pid)
+        stack.close()
+        wait_until(lambda: descriptors(server.pid) <= connected - 24, "the connections are closed")
