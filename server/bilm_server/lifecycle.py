@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from bilm_server.acceptor import Acceptor
 from bilm_server.admission import Admission
@@ -169,7 +169,8 @@ class Server:
         self._health.add_to(server)
         if self._config.reflection:
             health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-            reflection.enable_server_reflection((SERVICE_NAME, health_name, reflection.SERVICE_NAME), server)
+            servicer = reflection.aio.ReflectionServicer((SERVICE_NAME, health_name, reflection.SERVICE_NAME))
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
     def _gate(self, call: CallRecord, context: "grpc.aio.ServicerContext[Any, Any]") -> AbstractContextManager[None]:
         call.caller = self._authenticator.identify(call.metadata, call.peer, context.auth_context()).name

@@ -9,10 +9,18 @@ from bilm_server.descriptors import connection_options
 from bilm_server.tls import server_credentials
 
 _MIB = 2**20
+_MAX_HEADER_BYTES = 16 * 1024
+_WINDOW_BYTES = 256 * 1024
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_RESPONSE_BYTES + _MIB),  # a response is bounded before it is computed
     ("grpc.max_concurrent_streams", 256),
+    # A caller's headers; between gRPC's soft and hard limit a call would be refused at random
+    ("grpc.max_metadata_size", _MAX_HEADER_BYTES),
+    ("grpc.absolute_max_metadata_size", _MAX_HEADER_BYTES),
+    # What a stream has sent and nobody has read yet: a fixed window, where gRPC's probing lets it grow to megabytes
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
     # A second server on the port must fail, not take half of the connections
     ("grpc.so_reuseport", 0),
 )

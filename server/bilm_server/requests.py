@@ -148,8 +148,21 @@ def _parse_mix(options: embed_pb2.EmbedOptions, layer_count: int) -> ScalarMix:
     return ScalarMix(tuple(mix.weights), gamma, mix.layer_norm)
 
 
+@dataclass(frozen=True)
+class SentenceLimits:
+    """How long a sentence may be.
+
+    Attributes:
+        tokens: of it.
+        text_bytes: in UTF-8, where it comes as raw text.
+    """
+
+    tokens: int
+    text_bytes: int
+
+
 def prepare_sentence(
-    sentence: embed_pb2.Sentence, wanted: Wanted, model: ServedModel, max_tokens: int
+    sentence: embed_pb2.Sentence, wanted: Wanted, model: ServedModel, limits: SentenceLimits
 ) -> PreparedSentence:
     """Checks a sentence and cuts it into tokens.
 
@@ -160,13 +173,14 @@ def prepare_sentence(
     ends: tuple[int, ...] = ()
     match sentence.WhichOneof("input"):
         case "text":
+            _check_text(sentence.text, limits.text_bytes)
             text = model.tokenizer(sentence.text)
             tokens, starts, ends = text.tokens, text.starts, text.ends
         case "tokens":
             tokens = tuple(sentence.tokens.tokens)
         case _:
             raise RefusalError(Reason.SENTENCE_MISSING, "the sentence has neither text nor tokens")
-    _check_tokens(tokens, wanted, max_tokens)
+    _check_tokens(tokens, wanted, limits.tokens)
     return PreparedSentence(
         tokens=tokens,
         starts=starts,
@@ -175,6 +189,12 @@ def prepare_sentence(
         state=_decode_state(sentence.state, model),
         return_state=sentence.return_state,
     )
+
+
+def _check_text(text: str, max_bytes: int) -> None:
+    n_bytes = len(text.encode())
+    if n_bytes > max_bytes:
+        raise RefusalError(Reason.SENTENCE_TOO_LONG, f"the text has {n_bytes} bytes, more than {max_bytes}")
 
 
 def _check_tokens(tokens: tuple[str, ...], wanted: Wanted, max_tokens: int) -> None:

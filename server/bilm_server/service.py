@@ -16,7 +16,7 @@ from bilm_server.calls import current_call
 from bilm_server.config import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, ServerConfig
 from bilm_server.errors import Reason, RefusalError
 from bilm_server.jobs import Call, Job, Outcome
-from bilm_server.parts import INLINE_BYTES, Parts
+from bilm_server.parts import INLINE_BYTES, TOKENISING_WEIGHT, Parts
 from bilm_server.requests import PreparedSentence, Wanted, check_model, parse_options, prepare_sentence
 from bilm_server.served_model import ServedModel
 from bilm_server.stream import StreamSession
@@ -43,7 +43,8 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         check_model(request.model, request.expected_model_version, parts.model)
         _check_counts(request, parts.config)
         wanted = parse_options(request.options, parts.model)
-        prepared = await parts.convert(request.ByteSize(), lambda: _prepare_all(request, wanted, parts))
+        weight = TOKENISING_WEIGHT * request.ByteSize()
+        prepared = await parts.convert(weight, lambda: _prepare_all(request, wanted, parts))
         cost = _cost(prepared, wanted, parts)
         with parts.admission.admit(cost, parts.retry_after_ms()):
             parts.caller_limits.charge(current_call().caller, cost.tokens)  # what isn't admitted costs nothing
@@ -112,20 +113,22 @@ def _check_counts(request: embed_pb2.EmbedRequest, config: ServerConfig) -> None
 
 def _prepare_all(request: embed_pb2.EmbedRequest, wanted: Wanted, parts: Parts) -> list[Prepared]:
     prepared: list[Prepared] = []
+    tokens, limit = 0, parts.config.max_tokens_per_request
     for sentence in request.sentences:
         try:
-            prepared.append(prepare_sentence(sentence, wanted, parts.model, parts.config.max_tokens_per_sentence))
+            found = prepare_sentence(sentence, wanted, parts.model, parts.sentence_limits)
         except RefusalError as error:
             prepared.append(error)
+            continue
+        prepared.append(found)
+        tokens += len(found.tokens)
+        if tokens > limit:  # tokenising the rest would be for nothing
+            raise RefusalError(Reason.TOO_MANY_TOKENS, f"{tokens} tokens and more are more than {limit}")
     return prepared
 
 
 def _cost(prepared: list[Prepared], wanted: Wanted, parts: Parts) -> Cost:
     sentences = [sentence for sentence in prepared if isinstance(sentence, PreparedSentence)]
-    tokens = sum(len(sentence.tokens) for sentence in sentences)
-    if tokens > parts.config.max_tokens_per_request:
-        limit = parts.config.max_tokens_per_request
-        raise RefusalError(Reason.TOO_MANY_TOKENS, f"{tokens} tokens are more than {limit}")
     answer_bytes = sum(sentence.answer_bytes(wanted, parts.model) for sentence in sentences)
     if answer_bytes > MAX_RESPONSE_BYTES:
         raise RefusalError(
@@ -133,7 +136,7 @@ def _cost(prepared: list[Prepared], wanted: Wanted, parts: Parts) -> Cost:
             f"the answer would have about {answer_bytes} bytes, more than {MAX_RESPONSE_BYTES}: send fewer sentences, "
             "ask for less of them (layers, pooling, data_type), or use EmbedStream",
         )
-    return Cost(tokens, answer_bytes)
+    return Cost(sum(len(sentence.tokens) for sentence in sentences), answer_bytes)
 
 
 async def _compute_all(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,13 @@ class Run:
 
     Args:
         seed: Of the schedule and the callers.
+        kinds: Of faults.
         folder: For the log and the records.
         in_namespace: Whether packets may be lost.
     """
 
-    def __init__(self, seed: int, folder: Path, in_namespace: bool) -> None:
-        self._seed, self._folder = seed, folder
+    def __init__(self, seed: int, kinds: Sequence[str], folder: Path, in_namespace: bool) -> None:
+        self._seed, self._kinds, self._folder = seed, kinds, folder
         flags = [part for name, value in _FLAGS.items() for part in (f"--{name}", str(value))]
         self._server = ServerProcess(*flags, log=folder / "server.log")
         self._supervisor = Supervisor(self._server)
@@ -96,9 +97,10 @@ class Run:
         self.outcome.exact = _said(callers)["exact"]
         before = self._held()
         _tell(callers, "go\n")
-        kinds = KINDS if self._packets.available else [kind for kind in KINDS if kind not in PACKETS]
-        if len(kinds) < len(KINDS):
-            self.outcome.skipped = f"{', '.join(PACKETS)} (they need nft and a network namespace)"
+        skipped = () if self._packets.available else [kind for kind in self._kinds if kind in PACKETS]
+        kinds = [kind for kind in self._kinds if kind not in skipped]
+        if skipped:
+            self.outcome.skipped = f"{', '.join(skipped)} (they need nft and a network namespace)"
         injector = Injector(self._server, self._supervisor, proxy, self._packets, self._recorder)
         self.outcome.windows = injector.windows
         for fault in schedule(self._seed, kinds):
@@ -182,6 +184,13 @@ def _is_error(line: str) -> bool:
     return found["level"] in {"ERROR", "CRITICAL"}
 
 
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(text.split(","))
+    if unknown := set(kinds) - set(KINDS):
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}")
+    return kinds
+
+
 def main() -> int:
     """Runs it.
 
@@ -191,13 +200,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Faults at random moments under load.")
     parser.add_argument("--minutes", type=float, default=5.0, help="in all, starts and clearing up included")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same faults in the same order")
+    parser.add_argument("--faults", type=_kinds, default=KINDS, help=f"a list of: {','.join(KINDS)} (all)")
     parser.add_argument("--json", type=Path, help="write the results here, too")
     parser.add_argument("--keep", type=Path, help="an empty folder for the server's log and the calls")
     arguments = parser.parse_args()
     end_s = time.monotonic() + max(_LEAST_S, 60 * arguments.minutes)
     in_namespace = enter_namespace(sys.argv)
     with tempfile.TemporaryDirectory(prefix="bilm-chaos-") as folder:
-        run = Run(arguments.seed, arguments.keep or Path(folder), in_namespace)
+        run = Run(arguments.seed, arguments.faults, arguments.keep or Path(folder), in_namespace)
         run.run(end_s)
     print(table(run.outcome))
     if arguments.json is not None:

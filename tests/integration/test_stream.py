@@ -97,7 +97,7 @@ def test_a_bad_item_costs_the_others_nothing(server: RunningServer) -> None:
         ([start_message(), Request()], "STREAM_ORDER"),
         ([start_message(options=None)], "OPTIONS_MISSING"),
         ([start_message(options=options(layers=55))], "LAYERS_INVALID"),
-        ([start_message(), item(1, tokens(*["a"] * 3000)), item(1, tokens("b"))], "ID_IN_USE"),
+        ([start_message(), item(1, tokens(*["a"] * 30000)), item(1, tokens("b"))], "ID_IN_USE"),
     ],
 )
 def test_a_bad_stream_is_refused(

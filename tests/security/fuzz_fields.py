@@ -30,11 +30,11 @@ with _measuring():
     from bilm_model.scalar_mix import Selection
     from bilm_server.config import load_config
     from bilm_server.errors import Reason, RefusalError
-    from bilm_server.requests import Wanted, check_model, parse_options, prepare_sentence
+    from bilm_server.requests import SentenceLimits, Wanted, check_model, parse_options, prepare_sentence
     from bilm_server.served_model import ServedModel, load_served_model
     from fuzz_messages import almost, damage, embed_request, item_request, model_request, mutate, start_request
 
-_MAX_TOKENS = 1000
+_LIMITS = SentenceLimits(tokens=1000, text_bytes=64 * 1024)
 _PLAIN = Wanted(Selection("all", "none", False), "float32", omit_tokens=False)
 _REQUESTS: tuple[tuple[type[Message], Callable[[], Message]], ...] = (
     (embed_pb2.EmbedRequest, embed_request),
@@ -85,7 +85,7 @@ class FieldCheck:
         return None
 
     def _prepare(self, sentence: embed_pb2.Sentence, wanted: Wanted) -> None:
-        prepared = prepare_sentence(sentence, wanted, self._model, _MAX_TOKENS)
+        prepared = prepare_sentence(sentence, wanted, self._model, _LIMITS)
         assert prepared.answer_bytes(wanted, self._model) > 0
         n_bytes = len(sentence.text.encode())
         for start, end in zip(prepared.starts, prepared.ends, strict=True):
