@@ -86,7 +86,9 @@ class Acceptor:
     def _ended(self, loop: "asyncio.Task[Any]") -> None:
         if self._stopping or loop.cancelled() or (crash := loop.exception()) is None:
             return
-        _log.error("grpc stopped taking calls in (%s); listening anew", type(crash).__name__)  # its text is a caller's
+        _log.warning(
+            "grpc stopped taking calls in (%s): listening anew", type(crash).__name__
+        )  # its text is a caller's
         task = asyncio.get_running_loop().create_task(self._replace(_running(_REACTION)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -264,8 +264,8 @@ def configure_logs(
 
 
 def _keep(record: logging.LogRecord) -> bool:
-    """Leaves out what grpc logs as an error, with the caller's bytes, when a header is not UTF-8."""
-    return not str(record.msg).startswith("Invalid encoding on")
+    """Leaves out what grpc logs as an error, with the caller's bytes, when a header or a path is not UTF-8."""
+    return not (isinstance(record.msg, UnicodeDecodeError) or str(record.msg).startswith("Invalid encoding on"))
 
 
 class _TextFormatter(logging.Formatter):

@@ -80,7 +80,7 @@ def _measure(server: ServerProcess) -> dict[str, dict[str, Any]]:
     calls.make(_FEW_CALLS, _LIMIT_S)
     before = _held(server)
     found = {}
-    for name, per_mille, verdict in (("lost packets", 50, DROP), ("packet resets", 10, RESET)):
+    for name, per_mille, verdict in (("lost packets", 50, DROP), ("packet resets", 20, RESET)):
         hit = packets.packets_hit
         with packets.rule(per_mille, verdict):
             found[name] = calls.make(_CALLS, _LIMIT_S)

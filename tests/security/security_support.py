@@ -177,9 +177,11 @@ class Watch:
         """The results of the known sentences, on a connection of their own, after a look at health."""
         with grpc.insecure_channel(self._server.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
             health: Any = health_pb2_grpc.HealthStub(channel)
-            status = health.Check(health_pb2.HealthCheckRequest(), timeout=_CHECK_TIMEOUT_S).status
+            # A call with a bad path has the server listen anew, which takes some milliseconds
+            options: dict[str, Any] = {"timeout": _CHECK_TIMEOUT_S, "wait_for_ready": True}
+            status = health.Check(health_pb2.HealthCheckRequest(), **options).status
             request = embed_pb2.EmbedRequest(options=PLAIN, sentences=known_sentences())
-            response = embed_pb2_grpc.EmbedServiceStub(channel).Embed(request, timeout=_CHECK_TIMEOUT_S)
+            response = embed_pb2_grpc.EmbedServiceStub(channel).Embed(request, **options)
             return [b"health %d" % status, *(result.SerializeToString() for result in response.results)]
 
 

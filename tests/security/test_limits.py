@@ -245,7 +245,7 @@ def test_what_callers_send_is_in_no_log_and_no_error() -> None:
         with grpc.insecure_channel(server.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
             endings = [*_unary_endings(channel), *_stream_endings(channel)]
         endings += _raw_endings(server)
-        assert sum("internal error" in text for text in endings) >= 4  # the engine did fail
+        assert sum("internal error" in text for text in endings) >= 2  # the engine did fail; of an Embed, one sentence
         assert [line for line in watch.complaints() if "in the log" not in line] == []
         log = server.stop()
     for name in (CANARY, CANARY.lower()):
