@@ -24,7 +24,7 @@ serve: $(VENV)/.demo
 	$(BIN)/bilm-serve $(ARGS)
 
 test: check
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
