@@ -36,6 +36,15 @@ class Admission:
         """What is in."""
         return self._used
 
+    def check(self, least: Cost, retry_after_ms: int) -> None:
+        """Refuses what is sure not to fit, before its whole cost is known.
+
+        Raises:
+            RefusalError: OVERLOADED with the given pushback, if there is no room for even that now.
+        """
+        if self._waiting or not self._fits(least):
+            raise RefusalError(Reason.OVERLOADED, "too much work is waiting already; try again", retry_after_ms)
+
     @contextmanager
     def admit(self, cost: Cost, retry_after_ms: int) -> Iterator[None]:
         """Takes room for as long as the context lasts.
@@ -43,8 +52,7 @@ class Admission:
         Raises:
             RefusalError: OVERLOADED with the given pushback, if there is no room now.
         """
-        if self._waiting or not self._fits(cost):
-            raise RefusalError(Reason.OVERLOADED, "too much work is waiting already; try again", retry_after_ms)
+        self.check(cost, retry_after_ms)
         self._take(cost)
         try:
             yield

@@ -43,6 +43,8 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         check_model(request.model, request.expected_model_version, parts.model)
         _check_counts(request, parts.config)
         wanted = parse_options(request.options, parts.model)
+        least = _least_cost(request, parts.config.max_tokens_per_request)
+        parts.admission.check(least, parts.retry_after_ms())  # before any work is done for it
         weight = TOKENISING_WEIGHT * request.ByteSize()
         prepared = await parts.convert(weight, lambda: _prepare_all(request, wanted, parts))
         cost = _cost(prepared, wanted, parts)
@@ -109,6 +111,11 @@ def _check_counts(request: embed_pb2.EmbedRequest, config: ServerConfig) -> None
     if len(request.sentences) > config.max_sentences_per_request:
         found, limit = len(request.sentences), config.max_sentences_per_request
         raise RefusalError(Reason.TOO_MANY_SENTENCES, f"sentences: {found} are more than {limit}")
+
+
+def _least_cost(request: embed_pb2.EmbedRequest, limit: int) -> Cost:
+    """What is known without looking at a single token; what is too much in any case is told later."""
+    return Cost(min(limit, sum(len(sentence.tokens.tokens) for sentence in request.sentences)), 0)
 
 
 def _prepare_all(request: embed_pb2.EmbedRequest, wanted: Wanted, parts: Parts) -> list[Prepared]:
