@@ -15,7 +15,7 @@ AUDIT_VENV := .venv-audit
 DATA ?= ../shared/data
 RUN ?= runs/wikitext2-mini
 
-.PHONY: demo serve test test-slow chaos fuzz audit check proto bench bench-full bench-training bench-page train clean
+.PHONY: demo serve test test-slow chaos fuzz audit diagrams check proto bench bench-full bench-training bench-page train clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -42,6 +42,10 @@ fuzz: $(VENV)/.dev
 audit: $(VENV)/.dev $(AUDIT_VENV)/.installed
 	$(BIN)/pip freeze --exclude-editable | sed 's/+[^ ]*$$//' > $(AUDIT_VENV)/installed.txt
 	$(AUDIT_VENV)/bin/pip-audit -s pypi --strict --no-deps --disable-pip -r $(AUDIT_VENV)/installed.txt
+
+# docs/diagrams/*.puml -> *.svg; needs plantuml and graphviz
+diagrams: $(VENV)/.dev
+	$(BIN)/python docs/diagrams/render.py
 
 check: $(VENV)/.dev $(PROTO_VENV)/.installed
 	$(BIN)/ruff check
