@@ -19,6 +19,7 @@ from bilm_client.errors import (
     sentence_error,
     version_changed,
 )
+from bilm_client.policy import broke_off
 from bilm_client.results import Embedding, ModelInfo
 
 Outcome = Embedding | SentenceError
@@ -31,15 +32,16 @@ class EmbedJob:
     """The sentences of one call on their way.
 
     A driver takes parts with `take()`, sends `request(part)`, and hands back what came by `succeed` or `fail`, until
-    `take()` gives None with nothing under way; then it sends `oversized` by stream.
+    `take()` gives None with nothing under way; then it sends what `by_stream` names by stream.
     """
 
     def __init__(self, inputs: list[Input], options: Options, settings: Settings) -> None:
         self.inputs = inputs
         self.options = options
-        self.oversized: list[int] = []
+        self.by_stream: list[int] = []
         self._model = settings.model
         self._expected = settings.expected_model_version
+        self._retries = settings.retry.max_attempts > 1
         self._version = self._expected
         self._parts: deque[range] = deque()
         self._in_flight = 0
@@ -60,7 +62,7 @@ class EmbedJob:
         self.options.check_layer_count(info.layer_count)
         planned = plan(self.inputs, self.options, info)
         self._parts.extend(planned.parts)
-        self.oversized.extend(planned.oversized)
+        self.by_stream.extend(planned.oversized)
         for index in planned.unsendable:
             self.settle(index, _too_large(self.inputs[index], index, info))
 
@@ -103,12 +105,17 @@ class EmbedJob:
     def fail(self, part: range, error: ServiceError) -> None:
         """Take the failure of a part: one that was too much is cut in two, or goes by stream.
 
+        So does one whose connection broke in the middle of the answer: gRPC retries no call that has got a part of its
+        answer already, and a stream outlives its connections.
+
         Raises:
             ServiceError: `error`, where cutting can't help.
         """
         self._in_flight -= 1
         if error.reason in _TOO_MUCH:
             self._cut(part)
+        elif self._retries and broke_off(error):
+            self.by_stream.extend(part)
         elif isinstance(error, ModelVersionError) and self._version != self._expected:
             raise version_changed(self._version, "another one") from error
         else:
@@ -130,7 +137,7 @@ class EmbedJob:
 
     def _cut(self, part: range) -> None:
         if len(part) == 1:
-            self.oversized.append(part.start)
+            self.by_stream.append(part.start)
             return
         middle = part.start + len(part) // 2
         self._parts.extendleft((range(middle, part.stop), range(part.start, middle)))

@@ -106,8 +106,8 @@ def stream_session(
     )
 
 
-def oversized_session(settings: Settings, job: EmbedJob, uniform: Callable[[], float]) -> StreamSession:
-    """The session for those sentences of a job that fit no Embed."""
+def by_stream_session(settings: Settings, job: EmbedJob, uniform: Callable[[], float]) -> StreamSession:
+    """The session for those sentences of a job that an Embed can't bring."""
     options = replace(job.options, on_error="return")  # the job settles, by the sentence's number in the call
     return StreamSession(options, settings, window=WINDOW, uniform=uniform, version=job.version)
 

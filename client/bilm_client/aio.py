@@ -142,7 +142,7 @@ class AsyncClient:
             return []
         job.plan(self._model_info or await self._fetch_model_info(deadline))
         await self._run_parts(job, deadline)
-        await self._run_oversized(job, deadline)
+        await self._run_by_stream(job, deadline)
         return job.results()
 
     @overload
@@ -247,12 +247,12 @@ class AsyncClient:
         else:
             job.succeed(part, response)
 
-    async def _run_oversized(self, job: EmbedJob, deadline: Deadline) -> None:
-        if not job.oversized:
+    async def _run_by_stream(self, job: EmbedJob, deadline: Deadline) -> None:
+        if not job.by_stream:
             return
-        session = _surface.oversized_session(self._settings, job, self._uniform)
-        inputs = _as_async(job.inputs[index] for index in job.oversized)
-        indices = iter(job.oversized)
+        session = _surface.by_stream_session(self._settings, job, self._uniform)
+        inputs = _as_async(job.inputs[index] for index in job.by_stream)
+        indices = iter(job.by_stream)
         async with aclosing(self._stream(session, inputs, None, deadline)) as outcomes:
             async for outcome in outcomes:
                 index = next(indices)

@@ -172,7 +172,7 @@ class Client:
             return []
         job.plan(self._model_info or self._fetch_model_info(deadline))
         self._run_parts(job, deadline)
-        self._run_oversized(job, deadline)
+        self._run_by_stream(job, deadline)
         return job.results()
 
     @overload
@@ -326,12 +326,12 @@ class Client:
         else:
             job.succeed(part, response)
 
-    def _run_oversized(self, job: EmbedJob, deadline: Deadline) -> None:
-        if not job.oversized:
+    def _run_by_stream(self, job: EmbedJob, deadline: Deadline) -> None:
+        if not job.by_stream:
             return
-        session = _surface.oversized_session(self._settings, job, self._uniform)
-        inputs = (job.inputs[index] for index in job.oversized)
-        for index, outcome in zip(job.oversized, self._stream(session, inputs, None, deadline), strict=True):
+        session = _surface.by_stream_session(self._settings, job, self._uniform)
+        inputs = (job.inputs[index] for index in job.by_stream)
+        for index, outcome in zip(job.by_stream, self._stream(session, inputs, None, deadline), strict=True):
             job.settle(index, at_index(outcome, index))
 
     def _stream(

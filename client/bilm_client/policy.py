@@ -13,6 +13,8 @@ SERVICE_NAME = "bilm_api.v1.EmbedService"
 _RETRIED_METHODS = ("Embed", "GetModel")
 # A wait that gRPC rounds to 0 ms hangs the call until its deadline (grpcio 1.85.1: half of the retries at 1 ms).
 _MIN_BACKOFF_S = 0.01
+# gRPC's words for a server that can't be reached at all; its own retries were for that.
+_NO_CONNECTION = "failed to connect"
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -125,3 +127,8 @@ def is_resumable(error: ServiceError) -> bool:
             return not error.reason and "RST_STREAM" in error.message
         case _:
             return False
+
+
+def broke_off(error: ServiceError) -> bool:
+    """Whether a unary call's connection was lost on the way, after gRPC's own retries; not whether there was none."""
+    return not error.reason and is_resumable(error) and _NO_CONNECTION not in error.message

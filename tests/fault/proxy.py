@@ -22,6 +22,8 @@ class FaultyProxy:
     Attributes:
         delay_s: How long each piece of bytes is kept, in both directions.
         refusing: Whether new connections are reset at once.
+        cut_in_bytes: After so many more bytes from the server, their connection is reset, once; None: never.
+        n_cuts: How often that has happened.
         n_accepted: Connections that were ever accepted.
     """
 
@@ -34,7 +36,9 @@ class FaultyProxy:
         self._passing: asyncio.Event | None = None
         self.delay_s = 0.0
         self.refusing = False
+        self.cut_in_bytes: int | None = None
         self.n_accepted = 0
+        self.n_cuts = 0
         self.target = ""
         """Where clients find it, once it has started."""
 
@@ -127,6 +131,17 @@ class FaultyProxy:
         assert self._passing is not None, "the proxy hasn't started"
         return self._passing
 
+    def cuts(self, n_bytes: int) -> bool:
+        """Counts bytes from the server; whether their connection is to be reset."""
+        if self.cut_in_bytes is None:
+            return False
+        self.cut_in_bytes -= n_bytes
+        if self.cut_in_bytes > 0:
+            return False
+        self.cut_in_bytes = None
+        self.n_cuts += 1
+        return True
+
     async def pass_time(self) -> None:
         """Waits as long as a piece of bytes has to."""
         if self.delay_s:
@@ -150,7 +165,9 @@ class _Link:
         """Passes bytes until both ends are done."""
         (client_reader, client_writer), (server_reader, server_writer) = self._client, self._server
         try:
-            await asyncio.gather(self._pump(client_reader, server_writer), self._pump(server_reader, client_writer))
+            await asyncio.gather(
+                self._pump(client_reader, server_writer), self._pump(server_reader, client_writer, from_server=True)
+            )
         finally:
             for writer in (client_writer, server_writer):
                 writer.close()
@@ -171,13 +188,17 @@ class _Link:
         for _, writer in (self._client, self._server):
             _abort(writer)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, from_server: bool = False
+    ) -> None:
         with suppress(OSError):  # the far end was reset: the pump of the other direction sees to its own end
             while piece := await reader.read(_CHUNK_BYTES):
                 await self._proxy.pass_time()
                 if not self._swallowing:
                     writer.write(piece)
                     await writer.drain()
+                if from_server and self._proxy.cuts(len(piece)):
+                    self.reset()
             if not self._swallowing:
                 writer.write_eof()
 

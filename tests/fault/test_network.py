@@ -111,6 +111,23 @@ def test_cut_connections_cost_no_call(proxy: FaultyProxy, client: Client, known:
             done.set()
 
 
+def test_a_connection_that_breaks_in_the_middle_of_an_answer(
+    proxy: FaultyProxy, client: Client, known: KnownAnswers
+) -> None:
+    """gRPC retries no call that has got a part of its answer; the client goes on by stream."""
+    sentence = ["w"] * 2000
+    (whole,) = client.embed([sentence])
+    for in_bytes in (100, 20_000, whole.vectors.nbytes // 2):
+        proxy.cut_in_bytes = in_bytes
+        (found,) = client.embed([sentence])
+        assert found.vectors.tobytes() == whole.vectors.tobytes()
+    assert proxy.n_cuts == 3
+    proxy.cut_in_bytes = 20_000
+    once = RetryPolicy(max_attempts=1)
+    with Client(proxy.target, retry=once, channel_options=FAST) as impatient, pytest.raises(UnavailableError):
+        impatient.embed([sentence])
+
+
 @pytest.mark.parametrize("side", ["client", "server"])
 def test_half_a_connection(
     proxy: FaultyProxy, client: Client, known: KnownAnswers, side: Literal["client", "server"]

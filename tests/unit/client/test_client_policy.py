@@ -7,7 +7,7 @@ import grpc
 import pytest
 from bilm_client import Keepalive, RetryPolicy
 from bilm_client.errors import ServiceError
-from bilm_client.policy import is_resumable
+from bilm_client.policy import broke_off, is_resumable
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,18 @@ def test_what_a_stream_resumes_after(
 ) -> None:
     error = ServiceError(message, code=grpc.StatusCode[code], reason=reason, pushback_ms=pushback_ms)
     assert is_resumable(error) is expected
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "message", "expected"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "", "recvmsg:Connection reset by peer", True),
+        (grpc.StatusCode.UNAVAILABLE, "", "failed to connect to all addresses; last error: …", False),
+        (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN", "the server is shutting down", False),
+        (grpc.StatusCode.INTERNAL, "", "Received RST_STREAM with error code 2", True),
+        (grpc.StatusCode.INTERNAL, "INTERNAL", "internal error", False),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "", "Deadline Exceeded", False),
+    ],
+)
+def test_which_calls_broke_off(code: grpc.StatusCode, reason: str, message: str, expected: bool) -> None:
+    assert broke_off(ServiceError(message, code=code, reason=reason)) is expected
