@@ -66,7 +66,7 @@ def test_retries_until_it_works(connect: Connect, scripted: Scripted) -> None:
 
 
 def test_attempts_are_counted(connect: Connect, scripted: Scripted) -> None:
-    scripted.fail_next(UNAVAILABLE, times=5)
+    scripted.fail_next(UNAVAILABLE, "SHUTTING_DOWN", times=5)
     with pytest.raises(errors.UnavailableError):
         connect(retry=RetryPolicy(max_attempts=3, initial_backoff_s=0.01)).embed("a")
     assert len(scripted.service.embed_requests) == 3
