@@ -30,8 +30,8 @@ _FAST = (
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 _PATIENT = RetryPolicy(initial_backoff_s=0.3, throttle_tokens=1000)
-# The operating system gives a connection up whose bytes haven't been acknowledged for so long; where only the server was
-# told of a reset, a client that waits for an answer learns of it by its next ping
+# The operating system gives a connection up whose bytes haven't been acknowledged for so long; where only the server
+# was told of a reset, a client that waits for an answer learns of it by its next ping
 _QUICK = Keepalive(time_s=21.0, timeout_s=2.0)
 
 
