@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bilm_client.batch.settings import UsageError
+from bilm_client._choices import UsageError
 
 _HEADER = struct.Struct("<IQQI")  # lengths of description, vectors and state; CRC-32 of the three
 _MAX_DESCRIPTION_BYTES = 2**20

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from bilm_client._choices import UsageError
 from bilm_client.batch.output import RUN_KEY
-from bilm_client.batch.settings import RunSettings, UsageError
+from bilm_client.batch.settings import RunSettings
 
 _SHOWN = 20
 _MAX_KEY_BYTES = 65_000  # a zip archive's names, and so an .npz's, end at 65,535

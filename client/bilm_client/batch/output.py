@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from bilm_client.batch.settings import UsageError
+from bilm_client._choices import UsageError
 
 RUN_KEY = "bilm_serve"
 SENTENCES_KEY = "sentence_to_index"

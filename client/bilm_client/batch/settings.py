@@ -1,26 +1,13 @@
 """What can be chosen for a run: by flag, by environment (`BILM_EMBED_…`) or by a TOML file, in that order."""
 
-import argparse
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import grpc
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliPositionalArg,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-    TomlConfigSettingsSource,
-)
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
-from bilm_client._credentials import CredentialsError, channel_credentials, read_token
-
-
-class UsageError(Exception):
-    """Something that can't be run as it was asked for; the message has one reason a line."""
+from bilm_client._choices import credentials_from_files, load_choices
 
 
 class RunSettings(BaseSettings):
@@ -89,13 +76,13 @@ class RunSettings(BaseSettings):
         Raises:
             UsageError: a file can't be used.
         """
-        try:
-            channel = channel_credentials(
-                tls=self.tls, ca_file=self.ca_file, cert_file=self.cert_file, key_file=self.key_file
-            )
-            return channel, read_token(self.token_file)
-        except CredentialsError as error:
-            raise UsageError(str(error)) from error
+        return credentials_from_files(
+            tls=self.tls,
+            ca_file=self.ca_file,
+            cert_file=self.cert_file,
+            key_file=self.key_file,
+            token_file=self.token_file,
+        )
 
     def recorded(self) -> dict[str, Any]:
         """The choices that decide what a result looks like; a run can only be resumed with the same ones."""
@@ -110,44 +97,4 @@ def load_settings(argv: list[str]) -> RunSettings:
         UsageError: listing every bad value.
         SystemExit: for --help, or a flag that doesn't exist.
     """
-    toml_file = _toml_file(argv)
-
-    class _Sources(RunSettings):
-        __doc__ = RunSettings.__doc__
-
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            *_unused: Any,
-            **_also_unused: Any,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            toml = [TomlConfigSettingsSource(settings_cls, toml_file)] if toml_file else []
-            return (env_settings, *toml)
-
-    try:
-        return _Sources(_cli_parse_args=argv)
-    except ValidationError as error:
-        raise UsageError("\n".join(map(_line, error.errors()))) from error
-    except (SettingsError, ValueError) as error:
-        raise UsageError(f"{toml_file or 'environment'}: {error}") from error
-
-
-def _toml_file(argv: list[str]) -> Path | None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=os.environ.get("BILM_EMBED_CONFIG"))
-    name = parser.parse_known_args(argv)[0].config
-    if name is None:
-        return None
-    path = Path(name)
-    if not path.is_file():
-        raise UsageError(f"config: no such file: {path}")
-    return path
-
-
-def _line(error: Any) -> str:
-    place = ".".join(map(str, error["loc"]))
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{place}: {message} (found {error['input']!r})" if place else message
+    return load_choices(RunSettings, argv)

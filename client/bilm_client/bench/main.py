@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         as asked for, 3 if the server can't be reached or a file can't be written, 130 after Ctrl-C.
     """
     try:
-        from bilm_client.batch.settings import UsageError  # noqa: PLC0415 - without the extra, say what to install
+        from bilm_client._choices import UsageError  # noqa: PLC0415 - without the extra, say what to install
         from bilm_client.bench.settings import load_settings  # noqa: PLC0415
     except ModuleNotFoundError as error:
         if error.name in ("pydantic", "pydantic_settings", "tqdm"):
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(settings: "BenchSettings") -> int:
-    from bilm_client.batch.settings import UsageError  # noqa: PLC0415 - see main
+    from bilm_client._choices import UsageError  # noqa: PLC0415 - see main
     from bilm_client.bench.report import is_violated, make_report  # noqa: PLC0415
     from bilm_client.bench.resources import check_readable  # noqa: PLC0415
     from bilm_client.bench.run import measure, server_reader  # noqa: PLC0415

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bilm_client.batch.settings import UsageError
+from bilm_client._choices import UsageError
 
 _PAGE_TIMEOUT_S = 2.0
 _MOST_PAGE_BYTES = 16 * 2**20

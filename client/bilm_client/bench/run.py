@@ -87,12 +87,13 @@ async def measure(settings: BenchSettings, sentences: Sequence[Sentence], tell: 
     """
     options = Options(settings.layers, settings.pool, settings.dtype, None, False, "return")
     wire_options = options.to_proto(omit_tokens=not settings.raw)
+    credentials, token = settings.credentials()
     connection = client_settings(
         settings.target,
         timeout_s=settings.timeout_s,
         retry=DEFAULT_RETRY if settings.retry else ONE_ATTEMPT,
-        credentials=settings.credentials(),
-        token=None if settings.token is None else settings.token.get_secret_value(),
+        credentials=credentials,
+        token=token,
         metadata=settings.call_metadata(),
     )
     async with Connections(connection, settings.connections) as connections:

@@ -1,23 +1,13 @@
 """What can be chosen for a run: by flag, by environment (`BILM_BENCH_…`) or by a TOML file, in that order."""
 
-import argparse
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import grpc
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliToggleFlag,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-    TomlConfigSettingsSource,
-)
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict
 
-from bilm_client._credentials import CredentialsError, channel_credentials
-from bilm_client.batch.settings import UsageError
+from bilm_client._choices import credentials_from_files, load_choices
 from bilm_client.bench.conditions import Condition
 from bilm_client.bench.schedule import Step, parse_duration_s, parse_ramp
 
@@ -71,7 +61,7 @@ class BenchSettings(BaseSettings):
     verify: bool = Field(False, description="compare each answer with that to the sentence alone, before the run")
     tolerance: float = Field(0.0, ge=0, allow_inf_nan=False, description="largest difference; 0: the same bits")
 
-    token: SecretStr | None = Field(None, description="bearer token; better by BILM_BENCH_TOKEN")
+    token_file: Path | None = Field(None, description="file with our bearer token")
     metadata: list[str] | None = Field(None, description="of every call, NAME=VALUE; several by comma or repeated")
     # A flag of its own kind: argparse takes --no-log for the negation of --log.
     no_log: CliToggleFlag[bool] = Field(
@@ -79,8 +69,8 @@ class BenchSettings(BaseSettings):
     )
     tls: bool = Field(False, description="connect by TLS")
     ca_file: Path | None = Field(None, description="certificates to trust (PEM); implies --tls")
-    cert: Path | None = Field(None, description="our certificate (PEM), for a server that asks; implies --tls")
-    key: Path | None = Field(None, description="the key of --cert (PEM)")
+    cert_file: Path | None = Field(None, description="our certificate (PEM), for a server that asks; implies --tls")
+    key_file: Path | None = Field(None, description="the key of --cert-file (PEM)")
 
     server_pid: int | None = Field(None, ge=1, description="the server's process here: memory, descriptors from /proc")
     metrics_url: str = Field("", pattern=r"^(https?://.+)?$", description="or the server's Prometheus page: the same")
@@ -119,14 +109,6 @@ class BenchSettings(BaseSettings):
             raise ValueError("goes with verify only")
         return value
 
-    @field_validator("token")
-    @classmethod
-    def _check_token(cls, value: SecretStr | None) -> SecretStr | None:
-        shown = "" if value is None else value.get_secret_value()
-        if value is not None and not (shown and shown.isascii() and shown.isprintable()):
-            raise ValueError("must be printable ASCII and not empty")
-        return value
-
     @field_validator("metadata", "fail_on", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -141,18 +123,18 @@ class BenchSettings(BaseSettings):
                 raise ValueError("expected NAME=VALUE with a name in lower case, not grpc-… or …-bin")
         return value
 
-    @field_validator("ca_file", "cert", "key")
+    @field_validator("ca_file", "cert_file", "key_file", "token_file")
     @classmethod
     def _check_file(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_file():
             raise ValueError("no such file")
         return value
 
-    @field_validator("key")
+    @field_validator("key_file")
     @classmethod
     def _check_key(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if (value is None) != (info.data.get("cert", value) is None):
-            raise ValueError("cert and key go together")
+        if (value is None) != (info.data.get("cert_file", value) is None):
+            raise ValueError("cert_file and key_file go together")
         return value
 
     @field_validator("metrics_url")
@@ -199,21 +181,24 @@ class BenchSettings(BaseSettings):
         given = tuple((name, value) for name, _, value in (entry.partition("=") for entry in self.metadata or ()))
         return (*given, *((NO_LOG,) if self.no_log else ()))
 
-    def credentials(self) -> grpc.ChannelCredentials | None:
-        """TLS credentials from their files; None: plaintext.
+    def credentials(self) -> tuple[grpc.ChannelCredentials | None, str | None]:
+        """Credentials (None: plaintext) and token (None: none) from their files.
 
         Raises:
             UsageError: a file can't be used.
         """
-        try:
-            return channel_credentials(tls=self.tls, ca_file=self.ca_file, cert_file=self.cert, key_file=self.key)
-        except CredentialsError as error:
-            raise UsageError(str(error)) from error
+        return credentials_from_files(
+            tls=self.tls,
+            ca_file=self.ca_file,
+            cert_file=self.cert_file,
+            key_file=self.key_file,
+            token_file=self.token_file,
+        )
 
     def shown(self) -> dict[str, Any]:
-        """The choices for a report; of token and metadata, which may hold secrets, that they were there."""
-        choices = self.model_dump(mode="json", exclude={"config", "token", "metadata", "json_file", "html_file"})
-        return {**choices, "token": self.token is not None, "metadata": [name for name, _ in self.call_metadata()]}
+        """The choices for a report; of metadata, which may hold secrets, the names."""
+        choices = self.model_dump(mode="json", exclude={"config", "metadata", "json_file", "html_file"})
+        return {**choices, "metadata": [name for name, _ in self.call_metadata()]}
 
 
 def load_settings(argv: list[str]) -> BenchSettings:
@@ -223,46 +208,4 @@ def load_settings(argv: list[str]) -> BenchSettings:
         UsageError: listing every bad value.
         SystemExit: for --help, or a flag that doesn't exist.
     """
-    toml_file = _toml_file(argv)
-
-    class _Sources(BenchSettings):
-        __doc__ = BenchSettings.__doc__
-
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            *_unused: Any,
-            **_also_unused: Any,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            toml = [TomlConfigSettingsSource(settings_cls, toml_file)] if toml_file else []
-            return (env_settings, *toml)
-
-    try:
-        return _Sources(_cli_parse_args=argv)
-    except ValidationError as error:
-        raise UsageError("\n".join(map(_line, error.errors()))) from error
-    except (SettingsError, ValueError) as error:
-        raise UsageError(f"{toml_file or 'environment'}: {error}") from error
-
-
-def _toml_file(argv: list[str]) -> Path | None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=os.environ.get("BILM_BENCH_CONFIG"))
-    name = parser.parse_known_args(argv)[0].config
-    if name is None:
-        return None
-    path = Path(name)
-    if not path.is_file():
-        raise UsageError(f"config: no such file: {path}")
-    return path
-
-
-def _line(error: Any) -> str:
-    place = ".".join(map(str, error["loc"]))
-    message = error["msg"].removeprefix("Value error, ")
-    if not place or place == "token":  # a secret, even a bad one, is not to be shown
-        return f"{place}: {message}" if place else message
-    return f"{place}: {message} (found {error['input']!r})"
+    return load_choices(BenchSettings, argv)

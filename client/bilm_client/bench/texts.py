@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bilm_client._choices import UsageError
 from bilm_client._inputs import Sentence
-from bilm_client.batch.settings import UsageError
 
 _ENDS = (".", "?", "!")
 _HEADING = "="

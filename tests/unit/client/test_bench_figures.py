@@ -7,8 +7,8 @@ from random import Random
 
 import numpy as np
 import pytest
+from bilm_client._choices import UsageError
 from bilm_client._options import Options
-from bilm_client.batch.settings import UsageError
 from bilm_client.bench.calls import Answer, Kind, Request, make_requests
 from bilm_client.bench.conditions import Condition, flat
 from bilm_client.bench.figures import figures_of_nothing, resource_figures, slope_per_hour, tally_figures

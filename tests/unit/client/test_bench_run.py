@@ -101,9 +101,10 @@ def test_the_same_seed_sends_the_same(scripted: Scripted, bench: Bench) -> None:
     assert sent[0] != sent[2]
 
 
-def test_what_is_asked_for_is_sent(scripted: Scripted, bench: Bench) -> None:
+def test_what_is_asked_for_is_sent(scripted: Scripted, bench: Bench, tmp_path: Path) -> None:
+    (token := tmp_path / "token").write_text("secret", encoding="utf-8")
     flags = ("--raw", "--layers", "top", "--pool", "mean", "--dtype", "float16", "--no-log", "--metadata", "x-a=b")
-    assert bench(scripted.target, *flags, "--token", "secret") == DONE
+    assert bench(scripted.target, *flags, "--token-file", str(token)) == DONE
     request, metadata = scripted.service.embed_requests[0], scripted.service.metadata
     assert request.sentences[0].text in SENTENCES
     options = request.options

@@ -55,8 +55,8 @@ def test_mutual_tls_for_calls_and_health_checks(
     certificate, key = (str(path) for path in authority.issue("me").write(tmp_path, "me"))
     base = ["--target", target, "--text", str(text), *LOAD, "--ca-file", str(authority.write(tmp_path))]
     conditions = ["--fail-on", "failed>0,health.unanswered>0,health.checks<1,accepted.calls<1"]
-    assert main([*base, "--cert", certificate, "--key", key, *conditions]) == DONE
+    assert main([*base, "--cert-file", certificate, "--key-file", key, *conditions]) == DONE
     assert main(base) == STOPPED  # nobody without a certificate
     assert "bilm-bench: UNAVAILABLE" in capsys.readouterr().err
-    assert main([*base, "--cert", key, "--key", key]) == UNUSABLE
+    assert main([*base, "--cert-file", key, "--key-file", key]) == UNUSABLE
     assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""A command's choices: the same by flag, by environment and by a TOML file, in that order."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError, TomlConfigSettingsSource
+
+from bilm_client._credentials import CredentialsError, channel_credentials, read_token
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+class UsageError(Exception):
+    """Bad choices; the message has one a line."""
+
+
+def load_choices(cls: type[S], argv: list[str]) -> S:
+    """Reads flags, environment and TOML file.
+
+    Args:
+        cls: the choices; the environment variable of the file is its `env_prefix` with CONFIG behind it.
+        argv: the flags.
+
+    Raises:
+        UsageError: listing every bad value.
+        SystemExit: for --help, or a flag that doesn't exist.
+    """
+    toml_file = _toml_file(argv, f"{cls.model_config['env_prefix']}CONFIG")
+
+    class _Sources(cls):  # type: ignore[misc, valid-type]
+        __doc__ = cls.__doc__
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            *_unused: Any,
+            **_also_unused: Any,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            toml = [TomlConfigSettingsSource(settings_cls, toml_file)] if toml_file else []
+            return (env_settings, *toml)
+
+    try:
+        chosen: S = _Sources(_cli_parse_args=argv)
+    except ValidationError as error:
+        raise UsageError("\n".join(map(_line, error.errors()))) from error
+    except (SettingsError, ValueError) as error:
+        raise UsageError(f"{toml_file or 'environment'}: {error}") from error
+    return chosen
+
+
+def credentials_from_files(
+    *, tls: bool, ca_file: Path | None, cert_file: Path | None, key_file: Path | None, token_file: Path | None
+) -> tuple[grpc.ChannelCredentials | None, str | None]:
+    """Credentials (None: plaintext) and token (None: none) from the files that were chosen.
+
+    Raises:
+        UsageError: a file can't be used.
+    """
+    try:
+        channel = channel_credentials(tls=tls, ca_file=ca_file, cert_file=cert_file, key_file=key_file)
+        return channel, read_token(token_file)
+    except CredentialsError as error:
+        raise UsageError(str(error)) from error
+
+
+def _toml_file(argv: list[str], variable: str) -> Path | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=os.environ.get(variable))
+    name = parser.parse_known_args(argv)[0].config
+    if name is None:
+        return None
+    path = Path(name)
+    if not path.is_file():
+        raise UsageError(f"config: no such file: {path}")
+    return path
+
+
+def _line(error: Any) -> str:
+    place = ".".join(map(str, error["loc"]))
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{place}: {message} (found {error['input']!r})" if place else message
