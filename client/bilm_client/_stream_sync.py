@@ -89,7 +89,8 @@ class SyncStream:
                 timeout_s = 0
         except ServiceError as error:
             self._disconnect()
-            self._wait(self._session.broken(error))
+            if self._session.awaiting:  # else all that was due is here, and the stream's end may have come right behind
+                self._wait(self._session.broken(error))
             return
         if timeout_s != 0:
             raise DeadlineError(f"no result for {timeout_s} s", code=grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -88,6 +88,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 except asyncio.CancelledError:
                     call.code = _code_of_cancelled(context)
                     raise
+                except grpc.aio.BaseError as error:  # grpc goes on with this call no more: the server has stopped
+                    _log.warning("%s was ended by grpc: %s", method, type(error).__name__)
+                    call.code = grpc.StatusCode.UNAVAILABLE
+                    raise asyncio.CancelledError from None
                 except Exception:
                     _log.exception("%s failed", method)
                     await _abort(call, context, internal_error())

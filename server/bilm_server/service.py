@@ -114,8 +114,15 @@ def _check_counts(request: embed_pb2.EmbedRequest, config: ServerConfig) -> None
 
 
 def _least_cost(request: embed_pb2.EmbedRequest, limit: int) -> Cost:
-    """What is known without looking at a single token; what is too much in any case is told later."""
-    return Cost(min(limit, sum(len(sentence.tokens.tokens) for sentence in request.sentences)), 0)
+    """What is known without looking at a single token.
+
+    Raises:
+        RefusalError: TOO_MANY_TOKENS, if that is too much already.
+    """
+    tokens = sum(len(sentence.tokens.tokens) for sentence in request.sentences)
+    if tokens > limit:
+        raise RefusalError(Reason.TOO_MANY_TOKENS, f"{tokens} tokens are more than {limit}")
+    return Cost(tokens, 0)
 
 
 def _prepare_all(request: embed_pb2.EmbedRequest, wanted: Wanted, parts: Parts) -> list[Prepared]:

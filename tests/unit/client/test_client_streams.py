@@ -302,3 +302,10 @@ def test_an_id_that_is_not_in_flight_is_malformed(connect: Connect, scripted: Sc
     scripted.service.stream_acts.append(wrong)
     with pytest.raises(errors.MalformedResponseError, match="77"):
         list(connect().embed_stream(sentences(2)))
+
+
+def test_the_end_of_a_stream_right_behind_its_last_result_is_no_failure(connect: Connect, scripted: Scripted) -> None:
+    for _ in range(20):  # whether the end is there already when the last result is taken is up to the threads
+        client = connect(retry=RetryPolicy(max_attempts=1))
+        check_same(list(client.embed_stream(sentences(5))), expected(5))
+        assert client.delays_s == []
