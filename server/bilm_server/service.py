@@ -43,7 +43,7 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         check_model(request.model, request.expected_model_version, parts.model)
         _check_counts(request, parts.config)
         wanted = parse_options(request.options, parts.model)
-        least = _least_cost(request, parts.config.max_tokens_per_request)
+        least = _least_cost(request, parts.config)
         parts.admission.check(least, parts.retry_after_ms())  # before any work is done for it
         weight = TOKENISING_WEIGHT * request.ByteSize()
         prepared = await parts.convert(weight, lambda: _prepare_all(request, wanted, parts))
@@ -113,15 +113,16 @@ def _check_counts(request: embed_pb2.EmbedRequest, config: ServerConfig) -> None
         raise RefusalError(Reason.TOO_MANY_SENTENCES, f"sentences: {found} are more than {limit}")
 
 
-def _least_cost(request: embed_pb2.EmbedRequest, limit: int) -> Cost:
-    """What is known without looking at a single token.
+def _least_cost(request: embed_pb2.EmbedRequest, config: ServerConfig) -> Cost:
+    """What is known without looking at a single token; a sentence that is too long will cost nothing.
 
     Raises:
         RefusalError: TOO_MANY_TOKENS, if that is too much already.
     """
-    tokens = sum(len(sentence.tokens.tokens) for sentence in request.sentences)
-    if tokens > limit:
-        raise RefusalError(Reason.TOO_MANY_TOKENS, f"{tokens} tokens are more than {limit}")
+    counts = [len(sentence.tokens.tokens) for sentence in request.sentences]
+    tokens = sum(count for count in counts if count <= config.max_tokens_per_sentence)
+    if tokens > config.max_tokens_per_request:
+        raise RefusalError(Reason.TOO_MANY_TOKENS, f"{tokens} tokens are more than {config.max_tokens_per_request}")
     return Cost(tokens, 0)
 
 
