@@ -106,7 +106,7 @@ def _try(server: TcpServer, case: Case, report: Report, name: tuple[str, int]) -
             with Connection(server.address, _TIMEOUT_S) as connection:
                 reply = connection.exchange(case.data, case.expected, 0.02 if case.settles else 0.0)
             break
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, ConnectionResetError):
             if time.monotonic() > end_s:
                 report.complaints.append((*name, "the server doesn't take connections"))
                 return
