@@ -21,10 +21,6 @@ _REBIND_ATTEMPTS = 50
 _REBIND_PAUSE_S = 0.1
 
 
-class NotListeningError(Exception):
-    """The server stopped listening and can't listen anew."""
-
-
 class Acceptor:
     """Starts a gRPC server, and another in its place if it stops taking calls in."""
 

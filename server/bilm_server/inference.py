@@ -82,6 +82,7 @@ class InferenceThread:
         self._stopping = False
         self._healthy = True
         self._beats = 0
+        self._checking = False
         self._tokens_per_s = _INITIAL_TOKENS_PER_S
         self._loop: asyncio.AbstractEventLoop | None = None
         self._warm: asyncio.Future[None]
@@ -112,7 +113,7 @@ class InferenceThread:
     @property
     def has_work(self) -> bool:
         """Whether there is anything that should make it grow."""
-        return bool(self._in_flight or self._suspects or self._scheduler)
+        return bool(self._checking or self._in_flight or self._suspects or self._scheduler)
 
     @property
     def waiting(self) -> int:
@@ -298,11 +299,14 @@ class InferenceThread:
 
     def _check(self) -> None:
         """A model that nobody asks can be dead, too."""
+        self._checking = True  # it can hang, too
         try:
             self._compute.check()
         except Exception:
             _log.exception("the model failed while it was idle")
             self._probe()
+        finally:
+            self._checking = False
 
     def _probe(self) -> bool:
         """Finds out, after a failure, whether the model still works at all; if not, refuses everybody who waits."""

@@ -183,6 +183,20 @@ async def test_an_idle_model_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
         await until(lambda: not thread.healthy)
 
 
+async def test_a_model_that_hangs_while_it_is_idle_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "_IDLE_CHECK_INTERVAL_S", 0.01)
+    model = Model()
+    monkeypatch.setattr(model, "check", model.go_on.wait)
+    model.go_on.clear()
+    async with running(model) as thread:
+        await until(lambda: thread.has_work)
+        beats = thread.beats
+        assert thread.has_work
+        assert thread.beats == beats  # what the watchdog takes for hanging
+        model.go_on.set()
+        await until(lambda: thread.beats > beats)
+
+
 async def test_a_dead_thread_leaves_nobody_waiting() -> None:
     def bug(round: Round) -> None:
         raise AssertionError("an error of our own")
