@@ -4,10 +4,8 @@ The options are the published ones (`options.json` of AllenNLP and bilm-tf), rea
 ours for each stands in `BilmConfig`. One key is ours, `lstm.residual`, for what the published ones can't say.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bilm_model.characters import CHARACTER_COUNT, MAX_CHARACTERS
@@ -175,21 +173,6 @@ def to_options(config: BilmConfig) -> dict[str, Any]:
             "max_characters_per_token": MAX_CHARACTERS,
         },
     }
-
-
-def read_options(path: Path) -> BilmConfig:
-    """Reads an `options.json`.
-
-    Raises:
-        ConfigError: if the file can't be read, isn't JSON, or describes no biLM.
-    """
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-        return from_options(_mapping(options, "options"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 def _mapping(value: object, key: str) -> Mapping[str, Any]:

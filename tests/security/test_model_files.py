@@ -20,7 +20,7 @@ from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.config import SIZES, to_options
 from bilm_model.weights import hdf5, single_file
 from bilm_model.weights.loading import load
-from bilm_model.weights.options import read_options_file
+from bilm_model.weights.options import read_options
 from fuzz_messages import damage
 from safetensors.torch import save
 from security_support import MIB
@@ -237,7 +237,7 @@ def test_a_tiny_file_of_huge_shapes(folder: Path, loader: Loader) -> None:
     options = to_options(_TINY)
     options["lstm"].update(dim=2**13, projection_dim=2**11)
     (folder / "options.json").write_text(json.dumps(options), encoding="utf-8")
-    config = read_options_file(folder / "options.json")
+    config = read_options(folder / "options.json")
     with h5py.File(folder / "weights.hdf5", "w") as file:
         shapes = Bilm.parameter_shapes(config)
         for key, name, axes in hdf5.names(config):

@@ -8,7 +8,7 @@ from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.config import SIZES
 from bilm_model.errors import WeightsError
 from bilm_model.weights import hdf5, single_file
-from bilm_model.weights.options import read_options_file
+from bilm_model.weights.options import read_options
 from bilm_model.weights.version import content_version
 
 _RANDOM = "random:"
@@ -62,7 +62,7 @@ def load(source: str, options: Path | None = None) -> LoadedModel:
 def _published(weights: Path, options: Path, source: Path) -> LoadedModel:
     for path in (weights, options):
         _check_is_file(path)
-    config = read_options_file(options)
+    config = read_options(options)
     tensors = hdf5.read(weights, config)
     return LoadedModel(Bilm.from_tensors(config, tensors), source.stem, content_version(config, tensors))
 

@@ -22,7 +22,7 @@ MAX_PARTS = 64
 _MAX_MESSAGE_LENGTH = 500
 
 
-def read_options_file(path: Path) -> BilmConfig:
+def read_options(path: Path) -> BilmConfig:
     """Reads an `options.json`.
 
     Raises:

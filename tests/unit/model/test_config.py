@@ -7,8 +7,9 @@ from typing import Any, get_args
 import pytest
 import torch
 from bilm_model.bilm import Bilm
-from bilm_model.config import SIZES, Residual, from_options, read_options, to_options
+from bilm_model.config import SIZES, Residual, from_options, to_options
 from bilm_model.errors import ConfigError
+from bilm_model.weights.options import read_options
 
 
 @pytest.mark.parametrize(("size", "count"), [("small", 13_593_296), ("medium", 28_027_728), ("original", 93_600_848)])
