@@ -2,8 +2,6 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bilm_server.errors import Reason, RefusalError
@@ -45,19 +43,14 @@ class Admission:
         if self._waiting or not self._fits(least):
             raise RefusalError(Reason.OVERLOADED, "too much work is waiting already; try again", retry_after_ms)
 
-    @contextmanager
-    def admit(self, cost: Cost, retry_after_ms: int) -> Iterator[None]:
-        """Takes room for as long as the context lasts.
+    def take(self, cost: Cost, retry_after_ms: int) -> None:
+        """Takes room; give it back with `release`, all at once or bit by bit.
 
         Raises:
             RefusalError: OVERLOADED with the given pushback, if there is no room now.
         """
         self.check(cost, retry_after_ms)
         self._take(cost)
-        try:
-            yield
-        finally:
-            self.release(cost)
 
     async def acquire(self, cost: Cost) -> None:
         """Waits for room, first come, first served; give it back with `release`.

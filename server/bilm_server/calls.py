@@ -1,9 +1,9 @@
 """What is known of a call while it goes on: for the access log, the metrics and the traces. Never the caller's text."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
@@ -32,6 +32,7 @@ class CallRecord:
         queue_s: longest of its sentences.
         inference_s: longest of its sentences.
         duration_s: of the whole call, at its end.
+        held: what it holds of the server, to be given back; it lasts until the answer is sent, not only computed.
     """
 
     method: str
@@ -47,6 +48,7 @@ class CallRecord:
     queue_s: float = 0.0
     inference_s: float = 0.0
     duration_s: float = 0.0
+    held: ExitStack = field(default_factory=ExitStack)
 
     def computed(self, tokens: int, queue_s: float, inference_s: float) -> None:
         """Counts a sentence that was computed."""

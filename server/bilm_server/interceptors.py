@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -73,11 +73,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             metadata = tuple(context.invocation_metadata() or ())
             call = CallRecord(method, context.peer(), metadata, is_test=any(key == TEST_MARK for key, _ in metadata))
             begun_s = time.monotonic()
+            # Not when the method returns: grpc keeps an answer for as long as its caller reads none of it
+            context.add_done_callback(lambda _: call.held.close())  # type: ignore[arg-type] # the stub has no protocol
             for observer in self._observers:
                 observer.begin(call)
-            with entered(call), ExitStack() as held:
+            with entered(call):
                 try:
-                    held.enter_context(self._gate(call, context))
+                    call.held.enter_context(self._gate(call, context))
                     response = await behavior(read(request), context)
                     call.code = grpc.StatusCode.OK
                     return response

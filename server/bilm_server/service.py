@@ -48,13 +48,18 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         weight = TOKENISING_WEIGHT * request.ByteSize()
         prepared = await parts.convert(weight, lambda: _prepare_all(request, wanted, parts))
         cost = _cost(prepared, wanted, parts)
-        with parts.admission.admit(cost, parts.retry_after_ms()):
-            parts.caller_limits.charge(current_call().caller, cost.tokens)  # what isn't admitted costs nothing
+        parts.admission.take(cost, parts.retry_after_ms())
+        call = current_call()
+        call.held.callback(parts.admission.release, Cost(0, cost.answer_bytes))
+        try:
+            parts.caller_limits.charge(call.caller, cost.tokens)  # what isn't admitted costs nothing
             outcomes = await _compute_all(prepared, wanted, _new_call(context), parts)
-            _record(prepared, outcomes)
-            return await parts.convert(
-                cost.answer_bytes, lambda: _response(prepared, outcomes, wanted, parts.model, cost.answer_bytes)
-            )
+        finally:
+            parts.admission.release(Cost(cost.tokens, 0))
+        _record(prepared, outcomes)
+        return await parts.convert(
+            cost.answer_bytes, lambda: _response(prepared, outcomes, wanted, parts.model, cost.answer_bytes)
+        )
 
     async def EmbedStream(  # type: ignore[override] # noqa: N802 - grpc.aio also takes a coroutine that writes
         self, request_iterator: AsyncIterator[embed_pb2.EmbedStreamRequest], context: "Context"

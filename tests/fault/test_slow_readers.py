@@ -1,12 +1,14 @@
 """Callers that send and don't read, and callers that vanish: what they hold is bounded, and given back."""
 
 import logging
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,15 @@ import grpc
 import pytest
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
-from bilm_client import Client
-from bilm_client.errors import service_error
+from bilm_client import Client, RetryPolicy
+from bilm_client.errors import OverloadedError, service_error
+from bilm_server.admission import Admission, Cost
+from bilm_server.config import split_address
 from fault_support import HERE, ServerProcess, descriptors, resident_bytes, wait_until
+from fuzz_http2 import INITIAL_WINDOW, call, opening, settings
 from integration_support import RunningServer, running
 from known_answers import PLAIN, bare_options, endless_items, sentence
+from security_support import EMBED_PATH
 
 STALL_S = 1.0
 ITEM_TOKENS = 1000
@@ -108,6 +114,34 @@ def test_who_reads_slowly_is_not_ended(server: RunningServer) -> None:
             found += 1
     assert found == n_items
     assert time.monotonic() - begun_s > 2 * STALL_S
+
+
+def test_an_answer_that_nobody_reads_counts_until_its_caller_leaves() -> None:
+    """A call by hand: gRPC's clients read an answer whether anybody wants it or not."""
+    request = pb.EmbedRequest(options=bare_options(PLAIN), sentences=[sentence(ITEM_TOKENS)] * 4)
+    deaf_call = opening() + settings((INITIAL_WINDOW, 0)) + call(1, EMBED_PATH.encode(), request.SerializeToString())
+    with running("--model", "random:tiny", *LIMITS, "--max-waiting-mib=16") as server, ExitStack() as stack:
+        admission = server.server._parts.admission
+        client = stack.enter_context(Client(server.target, retry=RetryPolicy(max_attempts=1)))
+        client.embed([["w"] * ITEM_TOKENS] * 4)
+        wait_until(lambda: admission.used == Cost(0, 0), "what was read counts no more")
+        answer_bytes = 0
+        while 2 * answer_bytes + admission.used.answer_bytes <= admission.capacity.answer_bytes:
+            held_bytes = admission.used.answer_bytes
+            connection = stack.enter_context(socket.create_connection(split_address(server.target)))
+            connection.sendall(deaf_call)
+            wait_until(partial(_holds_more_than, admission, held_bytes), "the call is admitted")
+            answer_bytes = admission.used.answer_bytes - held_bytes
+        wait_until(lambda: admission.used.tokens == 0, "all answers are computed")
+        with pytest.raises(OverloadedError):
+            client.embed([["w"] * ITEM_TOKENS] * 8)
+        client.embed(["a"])  # what is left is there for others
+        stack.close()
+        wait_until(lambda: admission.used == Cost(0, 0), "their answers are dropped")
+
+
+def _holds_more_than(admission: Admission, answer_bytes: int) -> bool:
+    return admission.used.answer_bytes > answer_bytes
 
 
 def test_a_caller_that_is_killed_leaves_nothing(server: RunningServer) -> None:

@@ -19,7 +19,7 @@ DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDO
 END_STREAM, ACK, END_HEADERS, PADDED, PRIORITISED = 0x1, 0x1, 0x4, 0x8, 0x20
 MAX_FRAME_BYTES = 16384
 _HEADER_BYTES = 9
-_INITIAL_WINDOW = 4
+INITIAL_WINDOW = 4
 
 Done = Callable[[], bool]
 Headers = list[tuple[bytes, bytes]]
@@ -37,7 +37,7 @@ def settings(*pairs: tuple[int, int]) -> bytes:
 
 def opening() -> bytes:
     """What a well-behaved client begins with; windows wide enough for all answers to come."""
-    return PREFACE + settings((_INITIAL_WINDOW, 2**20)) + frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**24))
+    return PREFACE + settings((INITIAL_WINDOW, 2**20)) + frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**24))
 
 
 def integer(value: int, prefix_bits: int, first: int = 0) -> bytes:

@@ -24,7 +24,7 @@ from bilm_api.v1 import embed_pb2
 from fuzz_frames import KINDS, Case
 from fuzz_http2 import Connection, Reply, messages
 from google.protobuf.message import DecodeError
-from security_support import MIB, TcpServer, Watch, resident_bytes
+from security_support import LISTENS_ANEW_S, MIB, TcpServer, Watch, resident_bytes
 
 # Small caches: what is remembered of words would look like a leak
 SERVER_FLAGS = ("--token-cache-mib", "1", "--input-cache-mib", "1", "--log-level", "info", "--reflection")
@@ -93,14 +93,10 @@ def fuzz_server(seed: int, rounds: range, end_s: float, failures: Path | None = 
     return report
 
 
-_LISTENS_ANEW_S = 2.0
-"""A path that isn't UTF-8 has the server listen anew (bilm_server.acceptor), which takes some milliseconds."""
-
-
 def _try(server: TcpServer, case: Case, report: Report, name: tuple[str, int]) -> None:
     """One input on a connection of its own."""
     lines = len(server.bad_lines)
-    end_s = time.monotonic() + _LISTENS_ANEW_S
+    end_s = time.monotonic() + LISTENS_ANEW_S
     while True:
         try:
             with Connection(server.address, _TIMEOUT_S) as connection:

@@ -30,6 +30,10 @@ _LISTENING = re.compile(r"listening on (\S+):(\d+)")
 _CHECK_TIMEOUT_S = 20.0
 # Connections end a moment after their clients have seen the end
 _SETTLE_S = 10.0
+# A call with a path that isn't UTF-8 has the server listen anew (bilm_server.acceptor), which takes some milliseconds;
+# what comes in between is refused, reset or cancelled
+LISTENS_ANEW_S = 2.0
+_LISTENING_ANEW = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 _LOOK_INTERVAL_S = 0.02
 
 
@@ -174,11 +178,20 @@ class Watch:
         return found
 
     def _answer(self) -> list[bytes]:
+        end_s = time.monotonic() + LISTENS_ANEW_S
+        while True:
+            try:
+                return self._one_answer()
+            except grpc.RpcError as error:
+                if error.code() not in _LISTENING_ANEW or time.monotonic() > end_s:
+                    raise
+            time.sleep(_LOOK_INTERVAL_S)
+
+    def _one_answer(self) -> list[bytes]:
         """The results of the known sentences, on a connection of their own, after a look at health."""
         with grpc.insecure_channel(self._server.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
             health: Any = health_pb2_grpc.HealthStub(channel)
-            # A call with a bad path has the server listen anew, which takes some milliseconds
-            options: dict[str, Any] = {"timeout": _CHECK_TIMEOUT_S, "wait_for_ready": True}
+            options: dict[str, Any] = {"timeout": _CHECK_TIMEOUT_S}
             status = health.Check(health_pb2.HealthCheckRequest(), **options).status
             request = embed_pb2.EmbedRequest(options=PLAIN, sentences=known_sentences())
             response = embed_pb2_grpc.EmbedServiceStub(channel).Embed(request, **options)
