@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import grpc
 
-from bilm_client.errors import DeadlineError
+from bilm_client.errors import DeadlineError, ServiceError
 from bilm_client.policy import Keepalive, RetryPolicy
 
 _MIB = 1024 * 1024
@@ -44,6 +44,55 @@ class Deadline:
         return left_s
 
 
+NO_DEADLINE = Deadline(math.inf)
+
+
+class Patience:
+    """How long a stream's next message may take, through breaks and new connections.
+
+    Args:
+        timeout_s: From the beginning of the wait for a message to its arrival; None: for ever.
+        deadline: Of all of them.
+    """
+
+    def __init__(self, timeout_s: float | None, deadline: Deadline = NO_DEADLINE) -> None:
+        self.deadline = deadline
+        self._timeout_s = timeout_s
+        self._since_s: float | None = None
+
+    def rest(self) -> None:
+        """A message has come, or its result has left: the next wait is another one."""
+        self._since_s = None
+
+    def remaining_s(self) -> float | None:
+        """Seconds left, None: for ever; a wait begins, unless one is under way.
+
+        Raises:
+            DeadlineError: None is left.
+        """
+        left_s = self.deadline.remaining_s()
+        if self._timeout_s is None:
+            return left_s
+        now_s = time.monotonic()
+        if self._since_s is None:
+            self._since_s = now_s
+        wait_s = self._since_s + self._timeout_s - now_s
+        if wait_s <= 0:
+            raise DeadlineError(f"no result for {self._timeout_s} s", code=grpc.StatusCode.DEADLINE_EXCEEDED)
+        return wait_s if left_s is None else min(left_s, wait_s)
+
+    def pause_s(self, wait_s: float, error: ServiceError) -> float:
+        """The wait before another attempt.
+
+        Raises:
+            ServiceError: `error`, where that attempt would come too late.
+        """
+        left_s = self.remaining_s()
+        if left_s is not None and wait_s >= left_s:
+            raise error
+        return wait_s
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The arguments of a client, checked; see `Client` for what they mean."""
@@ -73,10 +122,10 @@ class Settings:
         """The deadline of a call that starts now; `timeout_s` None: the client's default."""
         return Deadline.after(self._timeout_or_default_s(timeout_s))
 
-    def progress_timeout_s(self, timeout_s: float | None) -> float | None:
-        """The longest wait of a stream for its next result, None: for ever; `timeout_s` None: the client's default."""
+    def patience(self, timeout_s: float | None) -> Patience:
+        """A stream's, for each of its results; `timeout_s` None: the client's default."""
         wait_s = self._timeout_or_default_s(timeout_s)
-        return None if math.isinf(wait_s) else wait_s
+        return Patience(None if math.isinf(wait_s) else wait_s)
 
     def _timeout_or_default_s(self, timeout_s: float | None) -> float:
         if timeout_s is None:

@@ -4,14 +4,14 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
-import grpc
 from bilm_api.v1 import embed_pb2 as pb
 
 from bilm_client._connection import Connect, Connection, Delivery, Translate
 from bilm_client._inputs import Input
 from bilm_client._job import Outcome
 from bilm_client._session import StreamSession
-from bilm_client.errors import BilmError, DeadlineError, ServiceError
+from bilm_client._settings import Patience
+from bilm_client.errors import BilmError, ServiceError
 
 
 class AsyncStream:
@@ -25,19 +25,18 @@ class AsyncStream:
         connect: Connect,
         translate: Translate,
         sleep: Callable[[float], Awaitable[object]],
-        timeout_s: float | None,
+        patience: Patience,
     ) -> None:
         self._session = session
         self._inputs = inputs
         self._connect = connect
         self._translate = translate
         self._sleep = sleep
-        self._timeout_s = timeout_s
+        self._patience = patience
         self._connection: Connection | None = None
         self._deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
         self._pulling: asyncio.Task[Input] | None = None
         self._reading: asyncio.Task[pb.EmbedStreamResponse] | None = None
-        self._waiting_since_s: float | None = None
 
     async def run(self) -> AsyncGenerator[Outcome, None]:
         """Yield the results in input order; closing the generator cancels the call."""
@@ -46,6 +45,7 @@ class AsyncStream:
                 self._start_tasks()
                 outcome = self._session.take()
                 if outcome is not None:
+                    self._patience.rest()
                     yield outcome
                 elif not self._session.finished:
                     await self._step()
@@ -61,23 +61,15 @@ class AsyncStream:
                 self._open()
             if self._reading is None and self._connection is not None:
                 self._reading = asyncio.ensure_future(self._read())
-            if self._waiting_since_s is None:
-                self._waiting_since_s = asyncio.get_running_loop().time()
 
     async def _step(self) -> None:
         tasks = {task for task in (self._pulling, self._reading) if task is not None}
-        done, _ = await asyncio.wait(tasks, timeout=self._patience_s(), return_when=asyncio.FIRST_COMPLETED)
-        if not done:
-            raise DeadlineError(f"no result for {self._timeout_s} s", code=grpc.StatusCode.DEADLINE_EXCEEDED)
+        timeout_s = self._patience.remaining_s() if self._session.awaiting else None
+        done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if self._pulling in done:
             self._take_input()
         if self._reading in done:
             await self._take_message()
-
-    def _patience_s(self) -> float | None:
-        if self._timeout_s is None or self._waiting_since_s is None:
-            return None
-        return max(0.0, self._waiting_since_s + self._timeout_s - asyncio.get_running_loop().time())
 
     def _take_input(self) -> None:
         task, self._pulling = self._pulling, None
@@ -95,12 +87,12 @@ class AsyncStream:
     async def _take_message(self) -> None:
         task, self._reading = self._reading, None
         assert task is not None  # noqa: S101 - the caller looked
-        self._waiting_since_s = None
         try:
             self._session.receive(task.result())
+            self._patience.rest()
         except ServiceError as error:
             self._disconnect()
-            await self._sleep(self._session.broken(error))
+            await self._sleep(self._patience.pause_s(self._session.broken(error), error))
 
     def _open(self) -> None:
         loop = asyncio.get_running_loop()

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Generator, Iterator
 from queue import Empty, SimpleQueue
 
-import grpc
 from bilm_api.v1 import embed_pb2 as pb
 
 from bilm_client._connection import Connect, Connection, Delivery, Translate
 from bilm_client._inputs import Input
 from bilm_client._job import Outcome
 from bilm_client._session import StreamSession
-from bilm_client.errors import BilmError, DeadlineError, ServiceError
+from bilm_client._settings import Patience
+from bilm_client.errors import BilmError, ServiceError
 
 
 class SyncStream:
@@ -24,14 +24,14 @@ class SyncStream:
         connect: Connect,
         translate: Translate,
         wait: Callable[[float], object],
-        timeout_s: float | None,
+        patience: Patience,
     ) -> None:
         self._session = session
         self._inputs = inputs
         self._connect = connect
         self._translate = translate
         self._wait = wait
-        self._timeout_s = timeout_s
+        self._patience = patience
         self._connection: Connection | None = None
         self._deliveries: SimpleQueue[Delivery] = SimpleQueue()
 
@@ -41,9 +41,10 @@ class SyncStream:
             while not self._session.finished:
                 self._feed()
                 while not self._session.ready and self._session.awaiting:
-                    self._receive(self._timeout_s)
+                    self._receive(wait=True)
                 outcome = self._session.take()
                 if outcome is not None:
+                    self._patience.rest()
                     yield outcome
             self._finish()
         finally:
@@ -63,7 +64,7 @@ class SyncStream:
                 self._open()
             else:
                 self._connection.send(message)
-            self._receive(0)
+            self._receive(wait=False)
             if self._session.ready:
                 return
 
@@ -79,21 +80,20 @@ class SyncStream:
         if self._session.ended:
             self._connection.half_close()
 
-    def _receive(self, timeout_s: float | None) -> None:
-        """Take what has come; with a timeout above 0, wait for the first message."""
+    def _receive(self, *, wait: bool) -> None:
+        """Take what has come, and before that, if asked to, wait for a message or a break."""
         if self._connection is None:
             self._open()
+        timeout_s = self._patience.remaining_s() if wait else 0.0
         try:
             while (response := self._poll(timeout_s)) is not None:
                 self._session.receive(response)
-                timeout_s = 0
+                self._patience.rest()
+                timeout_s = 0.0
         except ServiceError as error:
             self._disconnect()
             if self._session.awaiting:  # else all that was due is here, and the stream's end may have come right behind
-                self._wait(self._session.broken(error))
-            return
-        if timeout_s != 0:
-            raise DeadlineError(f"no result for {timeout_s} s", code=grpc.StatusCode.DEADLINE_EXCEEDED)
+                self._wait(self._patience.pause_s(self._session.broken(error), error))
 
     def _poll(self, timeout_s: float | None) -> pb.EmbedStreamResponse | None:
         """The next message; None if none comes in `timeout_s` seconds (0: don't wait; None: for ever)."""

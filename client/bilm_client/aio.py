@@ -16,7 +16,7 @@ from bilm_client._inputs import Input, Sentence
 from bilm_client._job import EmbedJob, Outcome, at_index
 from bilm_client._options import DTypeName, LayersName, OnError, PoolName, ScalarMix
 from bilm_client._session import StreamSession
-from bilm_client._settings import Deadline, Settings
+from bilm_client._settings import Deadline, Patience, Settings
 from bilm_client._stream_async import AsyncStream
 from bilm_client._surface import RETURN_STATE_EVERY, WINDOW, EmbedKeywords, StreamKeywords
 from bilm_client.client import new_channel
@@ -205,7 +205,7 @@ class AsyncClient:
             uniform=self._uniform,
         )
         inputs = _parsed(sentences, return_states)
-        return self._stream(session, inputs, self._settings.progress_timeout_s(timeout_s))
+        return self._stream(session, inputs, self._settings.patience(timeout_s))
 
     async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """Ask the server what it serves; as `Client.model_info`."""
@@ -253,7 +253,7 @@ class AsyncClient:
         session = _surface.by_stream_session(self._settings, job, self._uniform)
         inputs = _as_async(job.inputs[index] for index in job.by_stream)
         indices = iter(job.by_stream)
-        async with aclosing(self._stream(session, inputs, None, deadline)) as outcomes:
+        async with aclosing(self._stream(session, inputs, Patience(None, deadline))) as outcomes:
             async for outcome in outcomes:
                 index = next(indices)
                 job.settle(index, at_index(outcome, index))
@@ -262,17 +262,16 @@ class AsyncClient:
         self,
         session: StreamSession,
         inputs: AsyncIterator[Input],
-        timeout_s: float | None,
-        deadline: Deadline | None = None,
+        patience: Patience,
     ) -> AsyncGenerator[Outcome, None]:
         def connect(requests: Iterator[pb.EmbedStreamRequest]) -> Any:
             try:
-                return self._stream_stub().EmbedStream(requests, **self._call_arguments(deadline))
+                return self._stream_stub().EmbedStream(requests, **self._call_arguments(patience.deadline))
             except ValueError as error:
                 raise self._translated(error) from error
 
         return AsyncStream(
-            session, inputs, connect=connect, translate=self._translated, sleep=self._sleep, timeout_s=timeout_s
+            session, inputs, connect=connect, translate=self._translated, sleep=self._sleep, patience=patience
         ).run()
 
     async def _fetch_model_info(self, deadline: Deadline) -> ModelInfo:

@@ -16,7 +16,7 @@ from bilm_client._inputs import Input, Sentence
 from bilm_client._job import EmbedJob, Outcome, at_index
 from bilm_client._options import DTypeName, LayersName, OnError, PoolName, ScalarMix
 from bilm_client._session import StreamSession
-from bilm_client._settings import Deadline, Settings
+from bilm_client._settings import Deadline, Patience, Settings
 from bilm_client._stream_sync import SyncStream
 from bilm_client._surface import RETURN_STATE_EVERY, WINDOW, EmbedKeywords, StreamKeywords
 from bilm_client.errors import (
@@ -224,7 +224,8 @@ class Client:
             return_state_every: With `carry_state`, the results n, 2n, … bring their state; after a break the client
                 goes on from the last one, and holds the sentences since then to read them again.
             window: Sentences that are under way at once, counted until their result is taken.
-            timeout_s: Longest wait for a next result in seconds, not the stream's length; None: the client's default.
+            timeout_s: Longest wait for a next result in seconds, breaks and new connections included; None: the client's
+                default. How long the stream as a whole takes is not bounded.
 
         Returns:
             An iterator of Embedding (or SentenceError, with on_error="return") in input order.
@@ -256,7 +257,7 @@ class Client:
         # iter() first: a wrong type is told here, not by the first result.
         sentences = iter(sentences)
         inputs = (_surface.stream_input(sentence, index, return_states) for index, sentence in enumerate(sentences))
-        return self._stream(session, inputs, self._settings.progress_timeout_s(timeout_s))
+        return self._stream(session, inputs, self._settings.patience(timeout_s))
 
     def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """Ask the server what it serves.
@@ -331,20 +332,20 @@ class Client:
             return
         session = _surface.by_stream_session(self._settings, job, self._uniform)
         inputs = (job.inputs[index] for index in job.by_stream)
-        for index, outcome in zip(job.by_stream, self._stream(session, inputs, None, deadline), strict=True):
+        for index, outcome in zip(job.by_stream, self._stream(session, inputs, Patience(None, deadline)), strict=True):
             job.settle(index, at_index(outcome, index))
 
     def _stream(
-        self, session: StreamSession, inputs: Iterator[Input], timeout_s: float | None, deadline: Deadline | None = None
+        self, session: StreamSession, inputs: Iterator[Input], patience: Patience
     ) -> Generator[Outcome, None, None]:
         def connect(requests: Iterator[pb.EmbedStreamRequest]) -> Any:
             try:
-                return self._stub().EmbedStream(requests, **self._call_arguments(deadline))
+                return self._stub().EmbedStream(requests, **self._call_arguments(patience.deadline))
             except ValueError as error:
                 raise self._translated(error) from error
 
         return SyncStream(
-            session, inputs, connect=connect, translate=self._translated, wait=self._wait, timeout_s=timeout_s
+            session, inputs, connect=connect, translate=self._translated, wait=self._wait, patience=patience
         ).run()
 
     def _fetch_model_info(self, deadline: Deadline) -> ModelInfo:

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, 
 from bilm_client._inputs import Input
 from bilm_client._job import EmbedJob, Outcome
 from bilm_client._session import StreamSession
-from bilm_client._settings import Deadline
+from bilm_client._settings import Deadline, Patience
 from bilm_client.aio import AsyncClient
 from bilm_client.client import Client
 from bilm_client.results import HealthStatus, ModelInfo
@@ -48,7 +48,7 @@ class FakeClient(Client):
         return ModelInfo.from_proto(self._service.get_model())
 
     def _stream(
-        self, session: StreamSession, inputs: Iterator[Input], timeout_s: float | None, deadline: Deadline | None = None
+        self, session: StreamSession, inputs: Iterator[Input], patience: Patience
     ) -> Generator[Outcome, None, None]:
         stream = _FakeStream(session, self._service)
         for source in inputs:
@@ -95,8 +95,7 @@ class FakeAsyncClient(AsyncClient):
         self,
         session: StreamSession,
         inputs: AsyncIterator[Input],
-        timeout_s: float | None,
-        deadline: Deadline | None = None,
+        patience: Patience,
     ) -> AsyncGenerator[Outcome, None]:
         stream = _FakeStream(session, self._service)
         async for source in inputs:

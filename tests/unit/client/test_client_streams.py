@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -253,6 +254,30 @@ def test_no_result_in_time(connect: Connect, scripted: Scripted) -> None:
     with pytest.raises(errors.DeadlineError, match="no result for"):
         list(connect().embed_stream(sentences(3), timeout_s=0.2))
     released.set()
+
+
+def test_a_break_does_not_start_the_wait_anew(connect: Connect, scripted: Scripted) -> None:
+    released = threading.Event()
+
+    def late_break(_requests: Iterator[pb.EmbedStreamRequest], context: Any) -> Iterator[pb.EmbedStreamResponse]:
+        released.wait(0.6)
+        context.abort(UNAVAILABLE, "as scripted")
+        yield from ()
+
+    scripted.service.stream_acts.extend([late_break] * 10)
+    begun_s = time.monotonic()
+    with pytest.raises(errors.DeadlineError, match=r"no result for 1\.0 s"):
+        list(connect().embed_stream(sentences(3), timeout_s=1.0))
+    assert time.monotonic() - begun_s < 1.5
+    released.set()
+
+
+def test_no_wait_for_an_attempt_that_would_come_too_late(connect: Connect, scripted: Scripted) -> None:
+    scripted.service.stream_acts.append(scripted.service.answer_then_fail(0, EXHAUSTED, pushback_ms=60_000))
+    client = connect()
+    with pytest.raises(errors.ResourceExhaustedError):
+        list(client.embed_stream(sentences(3), timeout_s=30.0))
+    assert client.delays_s == []
 
 
 def test_leaving_the_iterator_cancels_the_call(connect: Connect, scripted: Scripted) -> None:
