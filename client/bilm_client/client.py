@@ -224,8 +224,8 @@ class Client:
             return_state_every: With `carry_state`, the results n, 2n, … bring their state; after a break the client
                 goes on from the last one, and holds the sentences since then to read them again.
             window: Sentences that are under way at once, counted until their result is taken.
-            timeout_s: Longest wait for a next result in seconds, breaks and new connections included; None: the client's
-                default. How long the stream as a whole takes is not bounded.
+            timeout_s: Longest wait for a next result in seconds, through breaks; None: the client's default. The stream
+                as a whole may take longer.
 
         Returns:
             An iterator of Embedding (or SentenceError, with on_error="return") in input order.
