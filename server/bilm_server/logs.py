@@ -255,7 +255,7 @@ def configure_logs(
     # Closed at the start of the process, descriptor 2 may by now be anything
     handler = _LineHandler(None if sys.stderr is None else sys.stderr.fileno(), formatter)
     handler.writer.start()
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_keep)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(is_no_callers_doing)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for part, names in PARTS.items():
         for name in names:
@@ -263,9 +263,13 @@ def configure_logs(
     return Logs(handler, test_handler, test_descriptor)
 
 
-def _keep(record: logging.LogRecord) -> bool:
-    """Leaves out what grpc logs as an error, with the caller's bytes, when a header or a path is not UTF-8."""
-    return not (isinstance(record.msg, UnicodeDecodeError) or str(record.msg).startswith("Invalid encoding on"))
+# A header that is not UTF-8, with its bytes; a caller that left while its answer was on its way
+_CALLERS_DOINGS = ("Invalid encoding on", "ExecuteBatchError raised in core")
+
+
+def is_no_callers_doing(record: logging.LogRecord) -> bool:
+    """A filter for grpc's logger: it logs as errors, some with a caller's bytes, what any caller can bring about."""
+    return not (isinstance(record.msg, UnicodeDecodeError) or str(record.msg).startswith(_CALLERS_DOINGS))
 
 
 class _TextFormatter(logging.Formatter):

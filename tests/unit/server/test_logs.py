@@ -121,6 +121,17 @@ def test_an_exception_in_a_json_line_names_the_place_of_the_raise(
 # ---- switches ----
 
 
+def test_what_any_caller_can_bring_about_is_no_error_of_grpcs(
+    configure: Configure, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found, log = configure("info", "text"), logging.getLogger("grpc._cython.cygrpc")
+    log.exception(UnicodeDecodeError("utf-8", b"a caller's \xff", 0, 1, "a caller's"))
+    log.error("ExecuteBatchError raised in core by servicer method [/bilm_api.v1.EmbedService/Embed]")
+    log.error("Unexpected [KeyError] raised by servicer method [/bilm_api.v1.EmbedService/Embed]")
+    (line,) = written(found, capfd)
+    assert "Unexpected [KeyError]" in line
+
+
 def test_each_part_is_switched_by_itself(configure: Configure, capfd: pytest.CaptureFixture[str]) -> None:
     found = configure("warning", "text", parse_levels("health=debug, access=off,model=error"))
     logging.getLogger("bilm_server.health").debug("seen: health")
