@@ -191,7 +191,7 @@ class _Link:
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, from_server: bool = False
     ) -> None:
-        with suppress(OSError):  # the far end was reset: the pump of the other direction sees to its own end
+        try:
             while piece := await reader.read(_CHUNK_BYTES):
                 await self._proxy.pass_time()
                 if not self._swallowing:
@@ -201,6 +201,9 @@ class _Link:
                     self.reset()
             if not self._swallowing:
                 writer.write_eof()
+        except OSError:  # one end was reset; the other one must hear of it, as without a proxy between them
+            if not self._swallowing:
+                self.reset()
 
 
 def _abort(writer: asyncio.StreamWriter) -> None:
