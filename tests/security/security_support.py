@@ -1,13 +1,15 @@
 """A real server over TCP, watched: its log, its answers, its descriptors, its memory."""
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import grpc
@@ -45,11 +47,17 @@ class TcpServer:
         core_lines: how many lines gRPC's C core has written.
     """
 
-    def __init__(self, *flags: str, program: tuple[str, ...] = ("-m", "bilm_server")) -> None:
+    def __init__(
+        self,
+        *flags: str,
+        program: tuple[str, ...] = ("-m", "bilm_server"),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.bad_lines: list[str] = []
         self.core_lines = 0
         self._command = [sys.executable, *program, "--model", "random:tiny", "--listen", "127.0.0.1:0"]
         self._command += ["--drain-delay-s", "0", *flags]
+        self._environment = {**os.environ, **environment}
         self._address: tuple[str, int] | None = None
         self._told = threading.Event()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -58,7 +66,9 @@ class TcpServer:
 
     def __enter__(self) -> "TcpServer":
         self._folder = tempfile.TemporaryDirectory(prefix="bilm-security-")
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self._process = subprocess.Popen(
+            self._command, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         self._reader.start()
         try:
             if not self._told.wait(START_TIMEOUT_S) or self._address is None:
