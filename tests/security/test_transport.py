@@ -311,6 +311,13 @@ def test_tokens_a_second_of_each_caller(limited: str) -> None:
         patient.embed(request)  # its retry waits for as long as it was told
 
 
+def test_calls_one_after_another_are_never_two(limited: str) -> None:
+    """A call's place is given back when its answer has been sent, which must be before the caller's next one."""
+    with Client(limited, token=OTHER_TOKEN, retry=ONCE) as client:
+        for _ in range(500):
+            client.model_info()
+
+
 def test_a_stream_is_slowed_down_and_not_refused(limited: str) -> None:
     begun_s = time.monotonic()
     with Client(limited, token=THIRD_TOKEN, retry=ONCE) as client:
