@@ -60,7 +60,7 @@ class Patience:
         self._timeout_s = timeout_s
         self._since_s: float | None = None
 
-    def rest(self) -> None:
+    def reset(self) -> None:
         """A message has come, or its result has left: the next wait is another one."""
         self._since_s = None
 

@@ -45,7 +45,7 @@ class AsyncStream:
                 self._start_tasks()
                 outcome = self._session.take()
                 if outcome is not None:
-                    self._patience.rest()
+                    self._patience.reset()
                     yield outcome
                 elif not self._session.finished:
                     await self._step()
@@ -89,7 +89,7 @@ class AsyncStream:
         assert task is not None  # noqa: S101 - the caller looked
         try:
             self._session.receive(task.result())
-            self._patience.rest()
+            self._patience.reset()
         except ServiceError as error:
             self._disconnect()
             await self._sleep(self._patience.pause_s(self._session.broken(error), error))

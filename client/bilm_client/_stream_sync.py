@@ -44,7 +44,7 @@ class SyncStream:
                     self._receive(wait=True)
                 outcome = self._session.take()
                 if outcome is not None:
-                    self._patience.rest()
+                    self._patience.reset()
                     yield outcome
             self._finish()
         finally:
@@ -88,7 +88,7 @@ class SyncStream:
         try:
             while (response := self._poll(timeout_s)) is not None:
                 self._session.receive(response)
-                self._patience.rest()
+                self._patience.reset()
                 timeout_s = 0.0
         except ServiceError as error:
             self._disconnect()
