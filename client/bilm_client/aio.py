@@ -293,9 +293,8 @@ class AsyncClient:
                 raise
             raise self._translated(await _finished_call(call)) from None
 
-    def _call_arguments(self, deadline: Deadline | None) -> dict[str, Any]:
-        timeout_s = None if deadline is None else deadline.remaining_s()
-        return {"timeout": timeout_s, "metadata": self._settings.call_metadata()}
+    def _call_arguments(self, deadline: Deadline) -> dict[str, Any]:
+        return {"timeout": deadline.remaining_s(), "metadata": self._settings.call_metadata()}
 
     def _stub(self) -> "embed_pb2_grpc.EmbedServiceAsyncStub":
         if self._embed_stub is None:

@@ -361,9 +361,8 @@ class Client:
         except (grpc.RpcError, ValueError) as error:
             raise self._translated(error) from error
 
-    def _call_arguments(self, deadline: Deadline | None) -> dict[str, Any]:
-        timeout_s = None if deadline is None else deadline.remaining_s()
-        return {"timeout": timeout_s, "metadata": self._settings.call_metadata()}
+    def _call_arguments(self, deadline: Deadline) -> dict[str, Any]:
+        return {"timeout": deadline.remaining_s(), "metadata": self._settings.call_metadata()}
 
     def _stub(self) -> embed_pb2_grpc.EmbedServiceStub:
         with self._lock:

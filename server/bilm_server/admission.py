@@ -9,7 +9,7 @@ from bilm_server.errors import Reason, RefusalError
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece of work takes up until it is answered.
+    """What a piece of work takes up.
 
     Attributes:
         tokens: to compute.

@@ -74,10 +74,10 @@ class ServerConfig(BaseSettings):
     max_tokens_per_request: int = Field(16384, ge=1, description="tokens in one Embed")
     max_tokens_per_sentence: int = Field(32768, ge=1, description="tokens in one sentence")
     max_text_kib: int = Field(256, ge=1, description="KiB of one raw text; tokenising takes its time")
-    max_waiting_tokens: int = Field(65536, ge=1, description="tokens admitted and not answered, of Embed calls")
+    max_waiting_tokens: int = Field(65536, ge=1, description="tokens admitted and not computed, of Embed calls")
     max_waiting_mib: int = Field(512, ge=1, description="MiB of answers admitted and not sent, of Embed calls")
-    max_stream_tokens: int = Field(65536, ge=1, description="the same for all streams together")
-    max_stream_mib: int = Field(1024, ge=1, description="the same for all streams together")
+    max_stream_tokens: int = Field(65536, ge=1, description="tokens admitted and not sent, of all streams together")
+    max_stream_mib: int = Field(1024, ge=1, description="MiB of answers admitted and not sent, likewise")
     max_stream_items_in_flight: int = Field(64, ge=1, description="items that one stream reads ahead of its results")
 
     health_listen: str = Field(

@@ -190,9 +190,11 @@ def _count(name: str, text: str, value: float) -> Metric:
 
 
 def _admission(taken: Mapping[str, Taken]) -> Iterator[Metric]:
-    tokens = GaugeMetricFamily("bilm_admitted_tokens", "Tokens admitted and not answered.", labels=["room"])
+    tokens = GaugeMetricFamily(
+        "bilm_admitted_tokens", "Tokens of calls not computed, of streams not sent.", labels=["room"]
+    )
     token_limit = GaugeMetricFamily("bilm_admitted_tokens_limit", "Their limit.", labels=["room"])
-    answers = GaugeMetricFamily("bilm_admitted_answer_bytes", "Bytes of their answers.", labels=["room"])
+    answers = GaugeMetricFamily("bilm_admitted_answer_bytes", "Bytes of answers not sent.", labels=["room"])
     answer_limit = GaugeMetricFamily("bilm_admitted_answer_bytes_limit", "Their limit.", labels=["room"])
     for room, work in taken.items():
         tokens.add_metric([room], work.used.tokens)
