@@ -61,7 +61,7 @@ class Trainer:
 
     @classmethod
     def start(cls, recipe: Recipe, folder: RunFolder, new_objective: NewObjective, device: torch.device) -> "Trainer":
-        """A new run; writes its recipe and vocabulary.
+        """A new run; writes its recipe and vocabulary into a folder that is taken.
 
         Raises:
             RunError: if the folder holds a run already.
@@ -76,7 +76,6 @@ class Trainer:
         else:  # no word is predicted
             corpus, vocabulary = Corpus.open(recipe.data.train), Vocabulary((END_TOKEN, UNKNOWN))
         trainer = cls._of(recipe, folder, corpus, vocabulary, new_objective=new_objective, device=device)
-        folder.create()
         write_text(folder.vocabulary, vocabulary.to_text())
         write_text(folder.config, to_toml(recipe))
         return trainer
@@ -113,7 +112,7 @@ class Trainer:
         device: torch.device,
     ) -> "Trainer":
         batch, steps = recipe.optimisation.batch, recipe.optimisation.steps
-        streams = Streams(corpus, vocabulary, batch, steps, recipe.data.typos, recipe.seed)
+        streams = Streams(corpus, vocabulary, batch, steps, typos=recipe.data.typos, seed=recipe.seed)
         valid = Corpus.open(recipe.data.valid)
         valid_streams(valid, vocabulary).check()
         objective = new_objective(recipe, vocabulary, device)
@@ -140,22 +139,24 @@ class Trainer:
         epoch, first = self._step // n_windows + 1, self._step % n_windows
         self._learner.module.train()
         bar = tqdm(total=n_windows, initial=first, desc=f"epoch {epoch}/{epochs}", unit="step")
+        begun = time.monotonic()
         with bar:
             for pair in self._train.windows(first, epoch):
                 if self.stop:
                     self._checkpoint(log)
                     return False
-                record = self._learn(pair, epoch)
+                record = self._learn(pair, epoch, begun)
+                begun = time.monotonic()
                 log.step(record)
                 bar.set_postfix_str(f"loss {record.loss:.3f}", refresh=False)
                 bar.update()
                 if self._step % self.recipe.optimisation.checkpoint_steps == 0 and self._step % n_windows:
                     self._checkpoint(log)
+                    begun = time.monotonic()  # checkpoints are no part of the speed, reading the text is
         self._end_epoch(log, epoch)
         return True
 
-    def _learn(self, pair: WindowPair, epoch: int) -> StepRecord:
-        begun = time.monotonic()
+    def _learn(self, pair: WindowPair, epoch: int, begun: float) -> StepRecord:
         learnt = self._learner.learn(pair, self._states)
         self._states = learnt.states
         self._step += 1
@@ -185,7 +186,7 @@ class Trainer:
             train_loss=self._epoch_loss / self._epoch_tokens,
             valid_forward=self._objective.figure(found[0]),
             valid_backward=self._objective.figure(found[1]),
-            tokens_per_s=self._train.n_windows * self._train.n_steps * self._train.n_streams / self._epoch_seconds,
+            tokens_per_s=self._train.length * self._train.n_streams / self._epoch_seconds,
             seconds=self._elapsed(),
         )
         if record.valid_mean < self._best:

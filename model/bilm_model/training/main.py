@@ -62,12 +62,15 @@ def _start(arguments: argparse.Namespace, overrides: list[str]) -> int:
         if getattr(arguments, name) is not None:
             overrides.append(f"data.{name}={json.dumps(str(getattr(arguments, name)), ensure_ascii=False)}")
     recipe = read_recipe(arguments.recipe, [*overrides, *arguments.set])
-    return _train(Trainer.start(recipe, RunFolder(arguments.out), new_objective, device))
+    folder = RunFolder(arguments.out)
+    with folder.taken():
+        return _train(Trainer.start(recipe, folder, new_objective, device))
 
 
 def _resume(arguments: argparse.Namespace) -> int:
     folder = RunFolder.of_run(arguments.run_folder)
-    return _train(Trainer.resume(folder, new_objective, resolve_device(arguments.device)))
+    with folder.taken():
+        return _train(Trainer.resume(folder, new_objective, resolve_device(arguments.device)))
 
 
 def _train(trainer: Trainer) -> int:

@@ -10,6 +10,7 @@ steps.jsonl         a StepRecord a line
 epochs.jsonl        an EpochRecord a line
 tensorboard/        the same as TensorBoard's scalars
 eval.json           what `bilm-train eval` found
+lock                locked by the process that trains into the folder, for as long as it lives
 ```
 
 Whole files appear by renaming (`replaced`). A log grows line by line; a kill can leave half a line at its end, which
@@ -25,6 +26,8 @@ from dataclasses import asdict, dataclass, fields
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from filelock import FileLock, Timeout
 
 from bilm_model.errors import ModelError
 
@@ -51,7 +54,7 @@ class StepRecord:
         loss_backward: the same, backward.
         learning_rate: of this step.
         gradient_norm: Euclidean, before it was clipped.
-        tokens_per_s: each token counted once for both directions.
+        tokens_per_s: each token counted once for both directions; reading the text is part of the time.
         seconds: since the start of the run, the time of interruptions left out.
     """
 
@@ -83,7 +86,7 @@ class EpochRecord:
         valid_forward: perplexity on the validation text; for a student, the share of its teacher's variance that it
             doesn't explain.
         valid_backward: the same, backward.
-        tokens_per_s: of training, each token counted once for both directions.
+        tokens_per_s: as in a step's record, over the epoch.
         seconds: since the start of the run, the time of interruptions left out.
     """
 
@@ -126,6 +129,7 @@ class RunFolder:
         self.epochs = path / "epochs.jsonl"
         self.tensorboard = path / "tensorboard"
         self.eval = path / "eval.json"
+        self.lock = path / "lock"
 
     @classmethod
     def of_run(cls, path: Path) -> Self:
@@ -141,9 +145,31 @@ class RunFolder:
             raise RunError(f"{path}: not the folder of a run ({folder.config.name} is missing)")
         return folder
 
-    def create(self) -> None:
-        """Makes the folder where it is missing."""
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Keeps other processes from training into the folder, which is made where it is missing.
+
+        A process that is killed leaves it free. If the body fails before it has written anything, a folder that was
+        missing is missing again.
+
+        Raises:
+            RunError: if another process has it.
+            OSError: if the folder can't be made.
+        """
+        missing = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.lock, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise RunError(f"{self.path}: another process is training into it") from error
+        try:
+            yield
+        finally:
+            if missing and [path.name for path in self.path.iterdir()] == [self.lock.name]:
+                self.lock.unlink()
+                self.path.rmdir()
+            lock.release()
 
     def read_steps(self) -> Iterator[StepRecord]:
         """All steps, line by line; none if the log isn't there.

@@ -157,10 +157,12 @@ def _started(recipe: Recipe, run: RunFolder) -> tuple[Trainer, DistillationObjec
         made.append(new_distillation(recipe, vocabulary, device))
         return made[-1]
 
+    run.path.mkdir()
     return Trainer.start(recipe, run, remembered, CPU), made[0]
 
 
 def _trained(recipe: Recipe, run: RunFolder) -> list[StepRecord]:
+    run.path.mkdir()
     assert Trainer.start(recipe, run, new_distillation, CPU).run()
     return list(run.read_steps())
 

@@ -207,6 +207,6 @@ def test_only_a_run_is_taken_for_one(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not the folder of a run"):
         RunFolder.of_run(tmp_path)
     folder = RunFolder(tmp_path / "a" / "run")
-    folder.create()
+    folder.path.mkdir(parents=True, exist_ok=True)
     write_text(folder.config, "")
     assert RunFolder.of_run(folder.path).path == folder.path

@@ -123,6 +123,23 @@ def test_a_run_is_not_written_over(begun: Path, capsys: pytest.CaptureFixture[st
     assert content() == before
 
 
+def test_one_process_at_a_time_trains_into_a_folder(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = content()
+    with RUN.taken():
+        assert resume() == 1
+        assert_says("run: another process is training into it", capsys)
+    assert content() == before
+    assert resume() == 0
+
+
+def test_a_folder_is_taken_before_anything_is_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RUN.taken():
+        assert train() == 1
+        assert_says("run: another process is training into it", capsys)
+        assert list(content()) == ["run/lock"]
+    assert not RUN.path.exists()
+
+
 @pytest.mark.parametrize("name", ["train", "valid"])
 @pytest.mark.parametrize(
     ("text", "message"),
