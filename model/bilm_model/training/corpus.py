@@ -241,13 +241,15 @@ class WindowPair:
 
 @dataclass(frozen=True, eq=False)
 class Streams:
-    """A text as contiguous streams of equal length, read together; up to `n_streams` tokens at the end are left over.
+    """A text as contiguous streams of equal length, read together.
 
     Attributes:
         corpus: the text.
         vocabulary: that targets are looked up in.
         n_streams: of each direction.
         n_steps: steps of a window.
+        whole: every token is predicted once, to the last one: the last stream begins a little earlier, and what it
+            shares with the one before doesn't count. Otherwise up to `n_streams` tokens at the end are left over.
         typos: share of the words that are read with a typo, drawn anew in each epoch; what is to be predicted stays.
         seed: of the typos.
     """
@@ -256,6 +258,7 @@ class Streams:
     vocabulary: Vocabulary
     n_streams: int
     n_steps: int
+    whole: bool = False
     typos: float = 0.0
     seed: int = 0
 
@@ -268,7 +271,8 @@ class Streams:
     @property
     def length(self) -> int:
         """Steps of a stream."""
-        return (self.corpus.n_tokens - 1) // self.n_streams
+        n_steps = self.corpus.n_tokens - 1
+        return -(-n_steps // self.n_streams) if self.whole else n_steps // self.n_streams
 
     @property
     def n_windows(self) -> int:
@@ -300,16 +304,17 @@ class Streams:
 
     def _window(self, start: int, epoch: int) -> WindowPair:
         end = min(start + self.n_steps, self.length) + 1  # the last step's target is one further
-        starts = range(0, self.n_streams * self.length, self.length)
         last = self.corpus.n_tokens
+        starts = [min(first, last - 1 - self.length) for first in self._shares]
+        before = [share - (first + start) for share, first in zip(self._shares, starts, strict=True)]
         forward = [self.corpus.tokens(first + start, first + end) for first in starts]
         backward = [self.corpus.tokens(last - first - end, last - first - start)[::-1] for first in starts]
         read = [self._read(rows, (self.seed, epoch, start, d)) for d, rows in enumerate((forward, backward))]
         types = {token: n for n, token in enumerate(dict.fromkeys(t for rows in read for row in rows for t in row))}
         tokens = [np.array([[types[token] for token in row] for row in rows], np.int64).T for rows in read]
         windows = (
-            Window(tokens[0], *self._targets(forward, BEGIN_TOKEN)),
-            Window(tokens[1], *self._targets(backward, END_TOKEN)),
+            Window(tokens[0], *self._targets(forward, BEGIN_TOKEN, before)),
+            Window(tokens[1], *self._targets(backward, END_TOKEN, before)),
         )
         return WindowPair(_type_ids(types), *windows, start)
 
@@ -318,12 +323,23 @@ class Streams:
         read = [row[:-1] for row in rows]
         return with_typos(read, self.typos, seed) if self.typos else read
 
-    def _targets(self, rows: Sequence[list[str]], begin: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    @property
+    def _shares(self) -> range:
+        """The first step of the text that counts in each stream."""
+        return range(0, self.n_streams * self.length, self.length)
+
+    def _targets(
+        self, rows: Sequence[list[str]], begin: str, before: Sequence[int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Each row's classes, and which count: what begins a sentence doesn't, nor what lies before a row's share."""
         try:
             targets = [[self.vocabulary.target(token) for token in row[1:]] for row in rows]
         except CorpusError as error:
             raise CorpusError(f"{self.corpus.path}: {error}") from error
-        counted = [[token != begin for token in row[1:]] for row in rows]
+        counted = [
+            [token != begin and step >= first for step, token in enumerate(row[1:])]
+            for row, first in zip(rows, before, strict=True)
+        ]
         return np.array(targets, np.int64).T, np.array(counted, np.bool_).T
 
 

@@ -37,9 +37,9 @@ class Perplexity:
 
 
 def valid_streams(corpus: Corpus, vocabulary: Vocabulary) -> Streams:
-    """A text to measure on: in up to 16 long streams."""
+    """A text to measure on, the whole of it: in up to 16 long streams."""
     streams = max(1, min(_MAX_STREAMS, corpus.n_tokens // _MIN_STREAM_TOKENS))
-    return Streams(corpus, vocabulary, streams, _STEPS)
+    return Streams(corpus, vocabulary, streams, _STEPS, whole=True)
 
 
 def perplexity(objective: Objective, streams: Streams) -> Perplexity:

@@ -209,13 +209,27 @@ def test_windows_are_the_text_and_the_text_reversed(tmp_path: Path, n_streams: i
             assert counted[:, b].tolist() == [token != begin for token in follows]
 
 
-def test_each_direction_predicts_every_word_and_end_of_line_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_streams", "n_steps"), [(1, 1000), (1, 4), (3, 4), (4, 2), (5, 1), (7, 50)])
+def test_each_direction_predicts_every_word_and_end_of_line_once(tmp_path: Path, n_streams: int, n_steps: int) -> None:
+    """Also where the text can't be divided by the streams: TEXT has 18 steps."""
     corpus = open_text(tmp_path, TEXT)
-    streams = streams_of(corpus)
-    (pair,) = streams.windows()
-    for window in pair.directions:
-        predicted = [streams.vocabulary.words[target] for target in window.targets[window.counted]]
+    streams = Streams(corpus, vocabulary_of(corpus), n_streams, n_steps, whole=True)
+    pairs = list(streams.windows())
+    for d in range(2):
+        windows = [pair.directions[d] for pair in pairs]
+        targets = np.concatenate([window.targets[window.counted] for window in windows])
+        predicted = [streams.vocabulary.words[target] for target in targets]
         assert sorted(predicted) == sorted(TEXT.split() + ["</S>"] * TEXT.count("\n"))
+
+
+def test_a_stream_that_begins_earlier_reads_what_is_there(tmp_path: Path) -> None:
+    corpus = open_text(tmp_path, TEXT)  # 18 steps: the fourth stream of five begins two early
+    (pair,) = Streams(corpus, vocabulary_of(corpus), 4, 100, whole=True).windows()
+    text = naive_tokens(corpus.path)
+    for window, read in zip(pair.directions, (text, text[::-1]), strict=True):
+        for b, first in enumerate((0, 5, 10, 13)):
+            assert (pair.types[window.tokens[:, b]] == character_ids(read[first : first + 5])).all()
+        assert not window.counted[:2, 3].any()
 
 
 def test_windows_can_begin_in_the_middle(tmp_path: Path) -> None:
