@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import statistics
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from bilm_model.training.knowledge.report import Knowledge, read_knowledge
 from bilm_model.training.knowledge.scores import TreebankReport, best
 from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder, write_bytes, write_text
 
-PERPLEXITY_IMAGE, PROBES_IMAGE, PAGE = "perplexity.png", "probes.png", "compare.md"
+PAGE = "compare.md"
 _NOTHING = "–"
 
 Table = list[list[str]]  # the first row is the head
@@ -32,6 +33,8 @@ class Run:
     Attributes:
         name: of the folder, with as many of its parents as set it apart from the others.
         folder: the run's.
+        student: whether it learnt a teacher's vectors; its figures on the validation text are no perplexities then,
+            see `EpochRecord`.
         config: None before there is a model.
         epochs: those finished.
         n_steps: done.
@@ -43,6 +46,7 @@ class Run:
 
     name: str
     folder: RunFolder
+    student: bool
     config: BilmConfig | None
     epochs: tuple[EpochRecord, ...]
     n_steps: int
@@ -53,9 +57,16 @@ class Run:
 
     @property
     def best(self) -> EpochRecord | None:
-        """The epoch with the lowest validation perplexity."""
+        """The epoch with the lowest figure on the validation text."""
         finite = [epoch for epoch in self.epochs if math.isfinite(epoch.valid_mean)]
         return min(finite, key=lambda epoch: epoch.valid_mean, default=None)
+
+    @property
+    def n_parameters(self) -> int | None:
+        """As `Bilm.parameter_count`, without a model; None before there is one."""
+        if self.config is None:
+            return None
+        return sum(math.prod(shape) for shape in Bilm.parameter_shapes(self.config).values()) - self.config.char_dim
 
     @property
     def treebanks(self) -> tuple[TreebankReport, ...]:
@@ -121,6 +132,7 @@ def _read(name: str, folder: RunFolder) -> Run:
     return Run(
         name=name,
         folder=folder,
+        student=_is_student(folder.config),
         config=_read_config(folder.model) if folder.model.exists() else None,
         epochs=epochs,
         n_steps=n_steps,
@@ -129,6 +141,13 @@ def _read(name: str, folder: RunFolder) -> Run:
         vocabulary=hashlib.sha256(folder.vocabulary.read_bytes()).hexdigest() if folder.vocabulary.exists() else None,
         knowledge=read_knowledge(folder.eval) if folder.eval.exists() else None,
     )
+
+
+def _is_student(path: Path) -> bool:
+    try:
+        return "distillation" in tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RunError(f"{path}: {error}") from error
 
 
 def _read_config(path: Path) -> BilmConfig:
@@ -144,39 +163,60 @@ def _read_config(path: Path) -> BilmConfig:
 
 
 def _tables(runs: Sequence[Run]) -> list[Table]:
-    tables = [_runs_table(runs)]
+    learners, students = _by_kind(runs)
+    tables = [_learners_table(learners)] if learners else []
+    if students:
+        tables.append(_students_table(students))
     if any(run.treebanks for run in runs):
         tables.append(_probes_table(runs))
     return tables
 
 
-def _runs_table(runs: Sequence[Run]) -> Table:
-    texts = list(dict.fromkeys(name for run in runs if run.knowledge for name in run.knowledge.perplexity))
-    head = ["run", "size", "residual", "steps", "epochs", "best", "minutes", "tokens/s"]
-    head += ["valid fwd", "valid bwd", "valid mean", *(texts or ["test"])]
-    return [head, *(_run_row(run, texts or ["test"]) for run in runs)]
+def _by_kind(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Those that learnt words, and those that learnt a teacher's vectors."""
+    return [run for run in runs if not run.student], [run for run in runs if run.student]
 
 
-def _run_row(run: Run, texts: Sequence[str]) -> list[str]:
-    top, tested = run.best, run.knowledge.perplexity if run.knowledge else {}
-    valid = (top.valid_forward, top.valid_backward, top.valid_mean) if top else (math.nan,) * 3
+def _learners_table(runs: Sequence[Run]) -> Table:
+    texts = list(dict.fromkeys(name for run in runs for name in _tested(run))) or ["test"]
+    head = [*_RUN_HEAD, "valid fwd", "valid bwd", "valid mean", *texts]
+    rows = [
+        [*_run_cells(run), *_valid_cells(run), *(_number(_tested(run).get(text, math.nan), 1) for text in texts)]
+        for run in runs
+    ]
+    return [head, *rows]
+
+
+def _students_table(runs: Sequence[Run]) -> Table:
+    head = [*_RUN_HEAD, "unexplained fwd %", "unexplained bwd %", "unexplained mean %"]
+    return [head, *([*_run_cells(run), *_valid_cells(run, 100)] for run in runs)]
+
+
+_RUN_HEAD = ["run", "size", "residual", "steps", "epochs", "best", "minutes", "tokens/s"]
+
+
+def _run_cells(run: Run) -> list[str]:
     return [
         run.name,
-        f"{_parameter_count(run.config) / 1e6:.1f} M" if run.config else _NOTHING,
+        f"{run.n_parameters / 1e6:.1f} M" if run.n_parameters else _NOTHING,
         run.config.residual if run.config else _NOTHING,
         f"{run.n_steps:,}",
         str(max((epoch.epoch for epoch in run.epochs), default=0)),
-        str(top.epoch) if top else _NOTHING,
+        str(run.best.epoch) if run.best else _NOTHING,
         f"{run.seconds / 60:,.1f}",
         _number(run.tokens_per_s, 0),
-        *(_number(value, 1) for value in valid),
-        *(_number(tested[text].mean if text in tested else math.nan, 1) for text in texts),
     ]
 
 
-def _parameter_count(config: BilmConfig) -> int:
-    """As `Bilm.parameter_count`, without a model."""
-    return sum(math.prod(shape) for shape in Bilm.parameter_shapes(config).values()) - config.char_dim
+def _valid_cells(run: Run, factor: int = 1) -> list[str]:
+    top = run.best
+    figures = (top.valid_forward, top.valid_backward, top.valid_mean) if top else (math.nan,) * 3
+    return [_number(factor * figure, 1) for figure in figures]
+
+
+def _tested(run: Run) -> dict[str, float]:
+    """The mean perplexity on each text."""
+    return {name: found.mean for name, found in run.knowledge.perplexity.items()} if run.knowledge else {}
 
 
 def _probes_table(runs: Sequence[Run]) -> Table:
@@ -198,10 +238,15 @@ def _number(value: float, digits: int) -> str:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    notes = ["best: the epoch with the lowest validation perplexity; valid: perplexities after it"]
-    if any(run.knowledge and run.knowledge.perplexity for run in runs):
+    learners, students = _by_kind(runs)
+    notes = ["best: the epoch with the lowest figure on the validation text"]
+    if learners:
+        notes.append("valid: perplexities after the best epoch")
+    if any(map(_tested, learners)):
         notes.append("under a text's name: its perplexity, mean of both directions")
-    if len({run.vocabulary for run in runs} - {None}) > 1:
+    if students:
+        notes.append("unexplained: the share of its teacher's variance that a student doesn't explain")
+    if len({run.vocabulary for run in learners} - {None}) > 1:
         notes.append("The vocabularies differ: perplexities over different words can't be compared.")
     notes += [f"{run.name}: no epoch finished yet" for run in runs if not run.epochs]
     unmeasured = [run for run in runs if run.epochs and run.knowledge is None]
@@ -241,8 +286,10 @@ def _write(runs: Sequence[Run], tables: Sequence[Table], notes: Sequence[str], o
     except ModuleNotFoundError as error:
         raise RunError(f"{error}: plots need matplotlib; leave --out away, or pip install matplotlib") from error
     images = {
-        PERPLEXITY_IMAGE: ("Validation perplexity", compare_plots.perplexity(runs)),
-        PROBES_IMAGE: ("Parts of speech, by layer", compare_plots.probes(runs)),
+        "perplexity.png": ("Validation perplexity", compare_plots.perplexity(runs)),
+        "unexplained.png": ("Students: what they don't explain of their teachers", compare_plots.unexplained(runs)),
+        "probes.png": ("Parts of speech, by layer", compare_plots.probes(runs)),
+        "cost.png": ("Size, and speed of training", compare_plots.cost(runs)),
     }
     parts = ["# Runs compared", *map(_markdown, tables), "\n".join(f"- {note}" for note in notes)]
     out.mkdir(parents=True, exist_ok=True)

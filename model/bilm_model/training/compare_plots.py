@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -41,22 +41,50 @@ _STYLE: Any = {  # matplotlib's type for it is a list of all names
 
 
 def perplexity(runs: Sequence["Run"]) -> bytes | None:
-    """Validation perplexity, mean of both directions, against steps and against minutes."""
-    curves = [[epoch for epoch in run.epochs if math.isfinite(epoch.valid_mean)] for run in runs]
-    if not any(curves):
+    """Validation perplexity, mean of both directions, against steps and against minutes; without students."""
+    return _learning({n: run for n, run in enumerate(runs) if not run.student}, "validation perplexity", 1)
+
+
+def unexplained(runs: Sequence["Run"]) -> bytes | None:
+    """The share of a teacher's variance that its student doesn't explain, against steps and against minutes."""
+    return _learning({n: run for n, run in enumerate(runs) if run.student}, "unexplained, %", 100)
+
+
+def _learning(runs: Mapping[int, "Run"], label: str, factor: int) -> bytes | None:
+    """The validation text's figure over the epochs, times a factor; runs by the number that their colour has."""
+    curves = {
+        n: [epoch for epoch in run.epochs if math.isfinite(epoch.valid_mean)] for n, run in runs.items() if run.best
+    }
+    if not curves:
         return None
     with mpl.rc_context(_STYLE):
         figure = _figure(3.6)
         by_step, by_minute = figure.subplots(1, 2, sharey=True)
-        _draw_curves(by_step, curves, lambda epoch: epoch.step, "steps")
-        _draw_curves(by_minute, curves, lambda epoch: epoch.seconds / 60, "minutes")
-        values = [epoch.valid_mean for curve in curves for epoch in curve]
+        _draw_curves(by_step, curves, lambda epoch: epoch.step, "steps", factor)
+        _draw_curves(by_minute, curves, lambda epoch: epoch.seconds / 60, "minutes", factor)
+        values = [epoch.valid_mean for curve in curves.values() for epoch in curve]
         if max(values) > 5 * min(values):
             by_step.set_yscale("log")
             _plain_numbers(by_step.yaxis, (1, 2, 5))
-        by_step.set_ylabel("validation perplexity")
-        legend: Legend = [(Line2D([], [], **_line(n)), run.name) for n, run in enumerate(runs) if curves[n]]
+        by_step.set_ylabel(label)
+        legend: Legend = [(Line2D([], [], **_line(n)), runs[n].name) for n in curves]
         _add_legend(figure, [*legend, (Line2D([], [], **_ring(_INK)), "best epoch")])
+        return _png(figure)
+
+
+def cost(runs: Sequence["Run"]) -> bytes | None:
+    """Parameters, and tokens learnt a second."""
+    sizes = [(run.n_parameters or math.nan) / 1e6 for run in runs]
+    speeds = [run.tokens_per_s for run in runs]
+    if not any(map(math.isfinite, sizes + speeds)):
+        return None
+    with mpl.rc_context(_STYLE):
+        figure = _figure(0.8 + 0.3 * len(runs))
+        by_size, by_speed = figure.subplots(1, 2, sharey=True)
+        _draw_amounts(by_size, sizes, 1, "parameters, million")
+        _draw_amounts(by_speed, speeds, 0, "tokens/s in training")
+        by_size.set_yticks(range(len(runs)), [run.name for run in runs])
+        by_size.set_ylim(len(runs) - 0.5, -0.5)  # the first one on top
         return _png(figure)
 
 
@@ -79,13 +107,14 @@ def probes(runs: Sequence["Run"]) -> bytes | None:
 # ---- curves -------------------------------------------------------------------------------------------------------
 
 
-def _draw_curves(axes: Axes, curves: Sequence[Curve], x: Callable[[EpochRecord], float], label: str) -> None:
-    for n, curve in enumerate(curves):
-        axes.plot([x(epoch) for epoch in curve], [epoch.valid_mean for epoch in curve], **_line(n))
-        if curve:
-            best = min(curve, key=lambda epoch: epoch.valid_mean)
-            axes.plot(x(best), best.valid_mean, **_ring(_line(n)["color"]))
-    ends = [x(curve[-1]) for curve in curves if curve]
+def _draw_curves(
+    axes: Axes, curves: Mapping[int, Curve], x: Callable[[EpochRecord], float], label: str, factor: int
+) -> None:
+    for n, curve in curves.items():
+        axes.plot([x(epoch) for epoch in curve], [factor * epoch.valid_mean for epoch in curve], **_line(n))
+        best = min(curve, key=lambda epoch: epoch.valid_mean)
+        axes.plot(x(best), factor * best.valid_mean, **_ring(_line(n)["color"]))
+    ends = [x(curve[-1]) for curve in curves.values()]
     if max(ends) > 30 * min(ends) > 0:  # else the short run would be a smear at the edge
         axes.set_xscale("log")
         _plain_numbers(axes.xaxis, (1, 3))  # more would write over each other
@@ -169,6 +198,19 @@ def _controls() -> Legend:
         (Line2D([], [], color=_INK, linewidth=1.8), "random weights"),
         (Line2D([], [], color=_INK, linestyle="--", linewidth=1), "word identity"),
     ]
+
+
+def _draw_amounts(axes: Axes, values: Sequence[float], digits: int, label: str) -> None:
+    """A bar across for each run that has a value."""
+    for n, value in enumerate(values):
+        if math.isfinite(value):
+            axes.barh(n, value, 0.6, **_fill(n))
+            axes.annotate(f"{value:,.{digits}f}", (value, n), (4, 0), textcoords="offset points", va="center")
+    axes.set_xlim(0, 1.2 * max(filter(math.isfinite, values), default=1))  # room for the longest bar's number
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(_NUMBERS)
+    axes.set_xlabel(label)
+    axes.grid(visible=False, axis="y")
 
 
 # ---- the figure ---------------------------------------------------------------------------------------------------

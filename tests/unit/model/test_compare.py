@@ -37,7 +37,7 @@ PNG = b"\x89PNG\r\n"
 def _run(path: Path, perplexities: Iterable[tuple[float, float]] = PERPLEXITIES, *, model: bool = True) -> RunFolder:
     """Ten steps an epoch, six seconds a step."""
     folder = RunFolder(path)
-    folder.create()
+    folder.path.mkdir(parents=True, exist_ok=True)
     write_text(folder.config, "")
     epochs = [EpochRecord(n, 10 * n, 5.0, *pair, 1.0, 60.0 * n) for n, pair in enumerate(perplexities, start=1)]
     steps = [StepRecord(n, 1, 5, 5, 5, 1, 1, 1000.0 + n, 6.0 * n) for n in range(1, 10 * len(epochs) + 6)]
@@ -94,6 +94,28 @@ def test_the_table_says_what_the_logs_say(tmp_path: Path) -> None:
     }
 
 
+def test_a_student_s_figures_are_not_taken_for_perplexities(tmp_path: Path) -> None:
+    learner, student = _run(tmp_path / "learner"), _run(tmp_path / "student", [(0.4, 0.5), (0.2, 0.3)])
+    write_text(student.config, '[distillation]\nteacher = "learner"\n')
+    write_text(learner.vocabulary, "the\n")
+    write_text(student.vocabulary, "<unk>\n")
+    shown = compare([learner.path, student.path], tmp_path / "out")
+    (row,), (taught,) = _tables(tmp_path / "out" / "compare.md")
+    assert (row["run"], row["valid mean"]) == ("learner", "55.0")
+    assert {name: taught[name] for name in taught if name == "run" or "unexplained" in name} == {
+        "run": "student",
+        "unexplained fwd %": "20.0",
+        "unexplained bwd %": "30.0",
+        "unexplained mean %": "25.0",
+    }
+    assert "vocabularies" not in shown
+    learners, students = compare_plots.perplexity, compare_plots.unexplained
+    first, second = read_runs([learner.path, student.path])
+    assert learners([first, second]) == learners([first])
+    assert students([second]) is not None
+    assert (learners([second]), students([first])) == (None, None)
+
+
 def test_a_terminal_gets_the_same_aligned(tmp_path: Path) -> None:
     for name in ("run", "a-longer-name"):
         _evaluate(_run(tmp_path / name), text=44.0)
@@ -140,7 +162,7 @@ def test_plots_lie_beside_the_page(tmp_path: Path) -> None:
     for name in names:
         _evaluate(_run(tmp_path / name), text=44.0)
     compare([tmp_path / name for name in names], out)
-    for name in ("perplexity.png", "probes.png"):
+    for name in ("perplexity.png", "probes.png", "cost.png"):
         assert f"]({name})" in (out / "compare.md").read_text()
         assert (out / name).read_bytes().startswith(PNG)
 
@@ -149,7 +171,7 @@ def test_runs_of_any_length_and_number_can_be_drawn(tmp_path: Path) -> None:
     for n in range(10):
         _evaluate(_run(tmp_path / str(n), [(900.0 / (n + 1), 1000.0)] * (1 if n else 40), model=False), text=44.0)
     runs = read_runs([tmp_path / str(n) for n in range(10)])
-    for draw in (compare_plots.perplexity, compare_plots.probes):
+    for draw in (compare_plots.perplexity, compare_plots.probes, compare_plots.cost):
         image = draw(runs)
         assert image is not None
         assert image.startswith(PNG)
