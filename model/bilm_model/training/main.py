@@ -40,9 +40,15 @@ def main(argv: list[str] | None = None) -> int:
             torch.set_num_threads(arguments.threads or default_threads())
         code: int = arguments.run(arguments) or 0
     except (ModelError, OSError) as error:
-        print(f"bilm-train: {error}", file=sys.stderr)
+        print(f"bilm-train: {_reason(error)}", file=sys.stderr)
         return 1
     return code
+
+
+def _reason(error: ModelError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 # ---- run, distill, resume --------------------------------------------------------------------------------------------

@@ -81,8 +81,8 @@ class Distillation(_Section):
     teacher: str = Field(description="as bilm-serve's --model")
     map: Literal["linear", "identity"] = Field(
         "linear",
-        description="from the student's vectors to the teacher's: learnt, and left behind after training; or none, so "
-        "that the student's vectors can stand for the teacher's (projection_dim must be the same)",
+        description="from the student's vectors to the teacher's: learnt, and left behind after training; or identity, "
+        "so that the student's vectors can stand for the teacher's (projection_dim must be the same)",
     )
 
 
