@@ -4,6 +4,7 @@ Legend: N tokens, S characters of a token (50), F filters of all widths, E size 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilm_model.affine import convolve
@@ -27,7 +28,8 @@ class CharCnn(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (N, S) -> (N, F)."""
-        characters = self.embedding[ids].transpose(1, 2)  # (N, E, S)
+        # Not embedding[ids], whose gradient threads sum up in whatever order they come
+        characters = F.embedding(ids, self.embedding).transpose(1, 2)  # (N, E, S)
         peaks = [
             convolve(characters, kernel).max(dim=-1).values + bias
             for kernel, bias in zip(self.kernels, self.biases, strict=True)

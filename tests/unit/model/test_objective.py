@@ -2,7 +2,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -234,6 +234,26 @@ def test_gradients_are_finite_differences(tmp_path: Path, softmax: Softmax, conf
         }
         for entry in entries:
             assert difference(loss, parameter, entry) == pytest.approx(float(gradient[entry]), abs=2e-6), (name, entry)
+
+
+def test_gradients_are_the_same_bits_each_time_with_several_threads(tmp_path: Path) -> None:
+    """Some of torch's gradients are sums in whatever order the threads come: the character embedding's was one."""
+    text = " ".join(f"word{n}" for n in range(3000))  # much to sum up for each of few letters
+    streams = streams_of(open_text(tmp_path, text), n_streams=8)
+    (pair,) = streams.windows()
+    objective = new_objective(replace(TINY, char_dim=16), len(streams.vocabulary.words), Softmax(cutoffs=(300, 1000)))
+    found = []
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for _ in range(6):
+            objective.zero_grad()
+            torch.autograd.backward(objective(pair, objective.zero_state(8))[0].sum())
+            found.append({name: cast(Tensor, p.grad).clone() for name, p in objective.named_parameters()})
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert [name for name, gradient in found[0].items() if not torch.equal(other[name], gradient)] == []
 
 
 def check_bounds(objective: BilmObjective, tokens: list[str]) -> None:
