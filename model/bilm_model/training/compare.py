@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from bilm_model.bilm import Bilm
 from bilm_model.config import BilmConfig, from_options
-from bilm_model.errors import ConfigError
+from bilm_model.errors import ConfigError, reason
 from bilm_model.training.knowledge.report import Knowledge, read_knowledge
 from bilm_model.training.knowledge.scores import TreebankReport, best
 from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder, write_bytes, write_text
@@ -147,7 +147,7 @@ def _is_student(path: Path) -> bool:
     try:
         return "distillation" in tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RunError(f"{path}: {error}") from error
+        raise RunError(f"{path}: {reason(error)}") from error
 
 
 def _read_config(path: Path) -> BilmConfig:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bilm_model.characters import BEGIN_TOKEN, END_TOKEN, CharacterIds, token_ids
-from bilm_model.errors import ModelError
+from bilm_model.errors import ModelError, reason
 from bilm_model.training.typos import with_typos
 
 BOUNDARY = 0
@@ -83,7 +83,10 @@ class Vocabulary:
         """
         known = self.classes.get(word, self.classes.get(UNKNOWN))
         if known is None:
-            raise CorpusError(f"the word {word!r} is not in the vocabulary, which has no {UNKNOWN}")
+            raise CorpusError(
+                f"the word {word!r} is not in the vocabulary, which has no {UNKNOWN}: a run with data.max_words below "
+                f"{len(self.words) - 1} has it for rare and new words"
+            )
         return known
 
 
@@ -161,7 +164,7 @@ def _map(path: Path) -> bytes | mmap.mmap:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
     except (OSError, ValueError) as error:
-        raise CorpusError(f"{path}: {error}") from error
+        raise CorpusError(f"{path}: {reason(error)}") from error
 
 
 def _blocks(data: bytes | mmap.mmap) -> Iterator[tuple[int, int]]:

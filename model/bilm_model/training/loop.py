@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from bilm_model.bilm import BilmState
 from bilm_model.characters import END_TOKEN
+from bilm_model.errors import reason
 from bilm_model.training.corpus import UNKNOWN, Corpus, Streams, Vocabulary, WindowPair
 from bilm_model.training.evaluation import mean_losses, valid_streams
 from bilm_model.training.learner import Learner, Objective
@@ -259,7 +260,7 @@ def read_vocabulary(folder: RunFolder) -> Vocabulary:
     try:
         return Vocabulary.from_text(folder.vocabulary.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{folder.vocabulary}: {error}") from error
+        raise RunError(f"{folder.vocabulary}: {reason(error)}") from error
 
 
 def load_best(folder: RunFolder, objective: Objective) -> None:
@@ -297,5 +298,5 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise RunError(f"{path}: missing") from error
     except (*_DAMAGED, OSError, EOFError, RuntimeError, ValueError) as error:
-        raise RunError(f"{path}: damaged: {error}") from error
+        raise RunError(f"{path}: damaged: {reason(error)}") from error
     return content

@@ -13,7 +13,7 @@ import torch
 
 from bilm_model.bilm import Bilm, initialize
 from bilm_model.engine.device import default_threads, resolve_device
-from bilm_model.errors import ModelError
+from bilm_model.errors import ModelError, message
 from bilm_model.training.compare import compare
 from bilm_model.training.corpus import Corpus, Vocabulary
 from bilm_model.training.distillation import new_distillation
@@ -40,15 +40,9 @@ def main(argv: list[str] | None = None) -> int:
             torch.set_num_threads(arguments.threads or default_threads())
         code: int = arguments.run(arguments) or 0
     except (ModelError, OSError) as error:
-        print(f"bilm-train: {_reason(error)}", file=sys.stderr)
+        print(f"bilm-train: {message(error)}", file=sys.stderr)
         return 1
     return code
-
-
-def _reason(error: ModelError | OSError) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
 
 
 # ---- run, distill, resume --------------------------------------------------------------------------------------------
@@ -177,12 +171,19 @@ def _export(arguments: argparse.Namespace) -> None:
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bilm-train", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     device = argparse.ArgumentParser(add_help=False)
     device.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    device.add_argument("--threads", type=int, help="CPU threads (one for each core that this process may use)")
+    device.add_argument("--threads", type=_positive, help="CPU threads (one for each core that this process may use)")
     _add_training(commands, device)
     _add_evaluation(commands, device)
 

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from bilm_model.config import BilmConfig
-from bilm_model.errors import ConfigError
+from bilm_model.errors import ConfigError, reason
 
 PRESETS = ("mini", "small", "medium", "original", "student")
 
@@ -122,7 +122,7 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         source: a preset's name or a TOML file. Paths in it are relative to where the command runs.
-        overrides: "section.key=value" each, the value as TOML would have it; a bare word is text.
+        overrides: "key=value" each, the value as TOML would have it; a bare word is text.
 
     Raises:
         ConfigError: listing every bad value.
@@ -162,7 +162,7 @@ def _parse(path: Path) -> dict[str, Any]:
         presets = ", ".join(PRESETS)
         raise ConfigError(f"{path}: neither a file nor a preset ({presets})") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: {reason(error)}") from error
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     *sections, key = name.strip().split(".")
     if not separator or not key:
-        raise ConfigError(f"--set {override}: expected section.key=value")
+        raise ConfigError(f"--set {override}: expected key=value, like optimisation.epochs=3")
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from bilm_model.config import to_options
-from bilm_model.errors import ModelError
+from bilm_model.errors import ModelError, message
 from bilm_model.weights import hdf5, single_file
 from bilm_model.weights.loading import LoadedModel, load
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         model = load(arguments.input, arguments.options)
         version = convert(model, arguments.output, arguments.dtype, overwrite=arguments.overwrite)
     except (ModelError, OSError) as error:
-        print(f"bilm-convert: {error}", file=sys.stderr)
+        print(f"bilm-convert: {message(error)}", file=sys.stderr)
         return 1
     print(f"{arguments.output}: {model.bilm.parameter_count:,} parameters, version {version}")
     if version != model.version:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bilm_model.characters import CHARACTER_COUNT
 from bilm_model.config import BilmConfig, from_options
-from bilm_model.errors import ConfigError
+from bilm_model.errors import ConfigError, reason
 
 MAX_OPTIONS_BYTES = 2**16
 """Published options have less than 1 KiB."""
@@ -35,7 +35,7 @@ def read_options(path: Path) -> BilmConfig:
             raise ConfigError(f"more than {MAX_OPTIONS_BYTES} bytes")
         return parse_options(data.decode("utf-8"))
     except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: {reason(error)}") from error
 
 
 def parse_options(text: str) -> BilmConfig:

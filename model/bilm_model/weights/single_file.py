@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bilm_model.bilm import Bilm
 from bilm_model.config import BilmConfig, to_options
-from bilm_model.errors import ConfigError, WeightsError
+from bilm_model.errors import ConfigError, WeightsError, reason
 from bilm_model.weights.options import parse_options
 from bilm_model.weights.version import content_version
 
@@ -72,7 +72,7 @@ def _check_header_size(path: Path) -> None:
         with path.open("rb") as file:
             n_bytes = int.from_bytes(file.read(8), "little")
     except OSError as error:
-        raise WeightsError(f"{path}: {error}") from error
+        raise WeightsError(f"{path}: {reason(error)}") from error
     if n_bytes > _MAX_HEADER_BYTES:
         raise WeightsError(
             f"{path}: not a readable safetensors file: a header of {n_bytes} bytes, more than {_MAX_HEADER_BYTES}"

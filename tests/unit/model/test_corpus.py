@@ -136,9 +136,9 @@ def test_a_text_without_words_is_none(tmp_path: Path, content: bytes) -> None:
 
 
 def test_what_is_no_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="none: .*No such file"):
+    with pytest.raises(CorpusError, match="none: No such file"):
         Corpus.open(tmp_path / "none")
-    with pytest.raises(CorpusError, match=f"{tmp_path.name}: .*directory"):
+    with pytest.raises(CorpusError, match=f"{tmp_path.name}: Is a directory$"):
         Corpus.open(tmp_path)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bilm_model.bilm import Bilm
+from bilm_model.errors import reason
 from bilm_model.training.corpus import CorpusError
 from bilm_model.training.knowledge.treebank import read_conllu
 from bilm_model.training.knowledge.vectors import Embedder, Vectors
@@ -80,7 +81,7 @@ def read_sentences(path: Path) -> list[Words]:
     try:
         paragraphs = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path}: {error}") from error
+        raise CorpusError(f"{path}: {reason(error)}") from error
     found = [words for line in paragraphs if not line.startswith(_HEADING) for words in _sentences_of(line.split())]
     if not found:
         raise CorpusError(f"{path}: holds no sentence")

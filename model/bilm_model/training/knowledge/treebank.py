@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bilm_model.errors import reason
 from bilm_model.training.corpus import CorpusError
 
 _COLUMNS = 10
@@ -42,7 +43,7 @@ def read_conllu(path: Path) -> list[TaggedSentence]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: words may hold rarer line breaks
     except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path}: {error}") from error
+        raise CorpusError(f"{path}: {reason(error)}") from error
     sentences: list[TaggedSentence] = []
     words: list[tuple[str, str]] = []
     for number, line in enumerate([*lines, ""], start=1):
