@@ -1,28 +1,33 @@
-"""A student against its teacher, as served: speed and size. What either knows is measured by `bilm-train eval`.
+"""A student against its teacher, in process and served: speed and size. `bilm-train eval` measures what either knows.
 
-python -m benchmarks.distillation TEACHER STUDENT --text FILE
+python -m benchmarks.distillation TEACHER STUDENT
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
+from bilm_client.testing.server import ServerProcess
 from bilm_model.bilm import Bilm
 from bilm_model.engine.device import default_threads, resolve_device
 from bilm_model.engine.engine import Engine, EngineOptions, Precision
 from bilm_model.weights.loading import load as load_model
 
 from benchmarks.in_process import Effort, Sentences, run_seconds
+from benchmarks.load import LoadGenerator
 from benchmarks.report import RESULTS, Figure, Report
 from benchmarks.roofline import multiply_adds
 from benchmarks.rounds import Contestant, Spread, interleave, percentile, ratio
 from benchmarks.sentences import DATA, read_sentences
+from benchmarks.served import CALLERS, SERVER_ARGUMENTS
 from benchmarks.steady import SteadyLoad, show_all_words
 
 _MEGA, _MIB = 1e6, 2**20
 _BYTES_OF_A_FLOAT = 4
+_PER_CALL, _WARM_S = 32, 4.0
 
 
 def compare_speed(
@@ -53,6 +58,43 @@ def compare_speed(
     _add(report, "alone", "one sentence at a time, median", alone_ms, "ms")
     for key, unit in (("parameters", "million"), ("weights", "MiB"), ("multiply_adds", "million")):
         _add(report, key, _SIZES[key], {name: [found[key]] for name, found in sizes.items()}, unit)
+
+
+def compare_service(
+    report: Report, models: Mapping[str, str], n_sentences: int, effort: Effort, arguments: tuple[str, ...]
+) -> None:
+    """Each model behind a server of its own: many callers, and one sentence at a time; mean-pooled.
+
+    Args:
+        report: receives the figures.
+        models: "teacher" and "student", as bilm-serve's --model.
+        n_sentences: of WikiText-2's test part.
+        effort: how long to measure.
+        arguments: of both servers.
+    """
+    with ExitStack() as stack:
+        full: dict[str, Contestant] = {}
+        alone: dict[str, Contestant] = {}
+        for name, source in models.items():
+            server = stack.enter_context(ServerProcess(source, (*SERVER_ARGUMENTS, *arguments)))
+            generator = stack.enter_context(LoadGenerator(server.target, n_sentences))
+            full[name] = partial(_served_tokens_per_s, generator, effort)
+            alone[name] = partial(_served_median_ms, generator, effort)
+        interleave(full, 1)  # every word is known, every kernel compiled
+        tokens_per_s = interleave(full, effort.rounds)
+        alone_ms = interleave(alone, effort.rounds)
+    what = f"served, {CALLERS} callers of {_PER_CALL} sentences"
+    _add(report, "served_tokens_per_s", what, tokens_per_s, "tokens/s")
+    _add(report, "served_alone", "served, one sentence at a time, median", alone_ms, "ms")
+
+
+def _served_tokens_per_s(generator: LoadGenerator, effort: Effort) -> float:
+    answer = generator.closed(CALLERS, _PER_CALL, _WARM_S, effort.window_s)
+    return float(answer["tokens"] / answer["seconds"])
+
+
+def _served_median_ms(generator: LoadGenerator, effort: Effort) -> float:
+    return percentile(generator.singles(0, effort.singles), 50)
 
 
 _SIZES = {
@@ -97,14 +139,12 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads or default_threads())
     device = resolve_device(arguments.device)
-    sentences = read_sentences(arguments.sentences, arguments.text)
-    if not sentences:
-        raise SystemExit(f"{arguments.text}: no sentence that ends in a full stop, a question or an exclamation mark")
+    sentences = read_sentences(arguments.sentences)
     effort = Effort(arguments.rounds, arguments.window_s, arguments.singles)
     loaded = {name: load_model(str(getattr(arguments, name))) for name in ("teacher", "student")}
     settings = {
         **{name: f"{model.name}, version {model.version}" for name, model in loaded.items()},
-        "text": arguments.text.name,
+        "text": DATA.name,
         "sentences": len(sentences),
         "tokens": sum(map(len, sentences)),
         **vars(effort),
@@ -115,6 +155,9 @@ def main() -> None:
     precision: Precision = arguments.precision
     models = {name: model.bilm.to(device) for name, model in loaded.items()}
     compare_speed(report, models, sentences, effort, EngineOptions(precision=precision))
+    sources = {name: str(getattr(arguments, name)) for name in ("teacher", "student")}
+    flags = ("--device", str(device), "--threads", str(torch.get_num_threads()), "--precision", precision)
+    compare_service(report, sources, arguments.sentences, effort, flags)
     report.write(arguments.out)
 
 
@@ -122,8 +165,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", metavar="TEACHER", help="as bilm-serve's --model")
     parser.add_argument("student", metavar="STUDENT", help="as bilm-serve's --model")
-    parser.add_argument("--text", type=Path, default=DATA, help="with white space between its tokens (%(default)s)")
-    parser.add_argument("--sentences", type=int, default=512, help="of the text's first (%(default)s)")
+    parser.add_argument("--sentences", type=int, default=512, help="of WikiText-2's test part, the first (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="that each of them has (%(default)s)")
     parser.add_argument("--window-s", type=float, default=2.0, help="of each throughput measurement (%(default)s)")
     parser.add_argument("--singles", type=int, default=50, help="sentences one at a time, a round (%(default)s)")

@@ -12,11 +12,11 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2" / "test.txt"
 _ENDS = (".", "?", "!")
 
 
-def read_sentences(n_sentences: int, path: Path = DATA) -> list[list[str]]:
-    """The first sentences of a text that has white space between its tokens."""
+def read_sentences(n_sentences: int) -> list[list[str]]:
+    """The first sentences of `DATA`, which has white space between its tokens."""
     sentences: list[list[str]] = []
     sentence: list[str] = []
-    for token in path.read_text(encoding="utf-8").split():
+    for token in DATA.read_text(encoding="utf-8").split():
         sentence.append(token)
         if token in _ENDS:
             sentences.append(sentence)
