@@ -178,8 +178,11 @@ def _by_kind(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 
 
 def _learners_table(runs: Sequence[Run]) -> Table:
-    texts = list(dict.fromkeys(name for run in runs for name in _tested(run))) or ["test"]
-    head = [*_RUN_HEAD, "valid fwd", "valid bwd", "valid mean", *texts]
+    texts = list(dict.fromkeys(text for run in runs for text in _tested(run))) or [("test", 0)]
+    names = [name for name, _ in texts]
+    # Texts of one name may be different ones
+    columns = [f"{name}, {n_tokens:,} tokens" if names.count(name) > 1 else name for name, n_tokens in texts]
+    head = [*_RUN_HEAD, "valid fwd", "valid bwd", "valid mean", *columns]
     rows = [
         [*_run_cells(run), *_valid_cells(run), *(_number(_tested(run).get(text, math.nan), 1) for text in texts)]
         for run in runs
@@ -214,9 +217,10 @@ def _valid_cells(run: Run, factor: int = 1) -> list[str]:
     return [_number(factor * figure, 1) for figure in figures]
 
 
-def _tested(run: Run) -> dict[str, float]:
-    """The mean perplexity on each text."""
-    return {name: found.mean for name, found in run.knowledge.perplexity.items()} if run.knowledge else {}
+def _tested(run: Run) -> dict[tuple[str, int], float]:
+    """The mean perplexity on each text, by its name and number of tokens."""
+    found = run.knowledge.perplexity if run.knowledge else {}
+    return {(name, measured.tokens): measured.mean for name, measured in found.items()}
 
 
 def _probes_table(runs: Sequence[Run]) -> Table:

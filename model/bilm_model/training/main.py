@@ -110,6 +110,10 @@ def new_objective(recipe: Recipe, vocabulary: Vocabulary, device: torch.device) 
 def _evaluate(arguments: argparse.Namespace) -> None:
     if not (arguments.text or arguments.treebank or arguments.neighbours):
         raise ModelError("nothing to measure: name a --text, a --treebank or --neighbours")
+    for option in ("text", "treebank", "neighbours"):
+        names = [path.name for path in getattr(arguments, option)]
+        if len(set(names)) < len(names):
+            raise ModelError(f"--{option}: {', '.join(names)}: what is found is kept by name, and so names must differ")
     device = str(resolve_device(arguments.device))
     source = Path(arguments.model)
     folder = RunFolder.of_run(source) if source.is_dir() and RunFolder(source).config.exists() else None

@@ -48,8 +48,8 @@ def _run(path: Path, perplexities: Iterable[tuple[float, float]] = PERPLEXITIES,
     return folder
 
 
-def _evaluate(folder: RunFolder, **perplexity: float) -> None:
-    texts = {name: Perplexity(p - 1, p + 1, tokens=9) for name, p in perplexity.items()}
+def _evaluate(folder: RunFolder, *, tokens: int = 9, **perplexity: float) -> None:
+    texts = {name: Perplexity(p - 1, p + 1, tokens) for name, p in perplexity.items()}
     write_text(folder.eval, json.dumps(Knowledge((PROBE,), perplexity=texts).to_dict()))
 
 
@@ -193,6 +193,21 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     paths = [_run(tmp_path / name, (), model=False).path for name in ("a/run", "b/run", "a/other", "b/x/run")]
     assert [run.name for run in read_runs(paths)] == ["a/run", "b/run", "other", "x/run"]
     assert [run.name for run in read_runs([paths[0], paths[0] / ".." / "run"])] == ["run"]
+
+
+def test_different_texts_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    first, second, third = (_run(tmp_path / name) for name in "abc")
+    _evaluate(first, text=44.0, other=50.0)
+    _evaluate(second, tokens=1000, text=45.0)
+    _evaluate(third, text=46.0)
+    compare([folder.path for folder in (first, second, third)], tmp_path / "out")
+    runs, _ = _tables(tmp_path / "out" / "compare.md")
+    columns = ("text, 9 tokens", "text, 1,000 tokens", "other")
+    assert [[run[column] for column in columns] for run in runs] == [
+        ["44.0", "–", "50.0"],
+        ["–", "45.0", "–"],
+        ["46.0", "–", "–"],
+    ]
 
 
 def test_different_vocabularies_are_pointed_out(tmp_path: Path) -> None:

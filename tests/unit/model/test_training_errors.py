@@ -210,6 +210,13 @@ def test_an_unknown_word_in_a_measured_text_is_named(begun: Path, capsys: pytest
     assert content() == before
 
 
+@pytest.mark.parametrize("option", ["text", "treebank", "neighbours"])
+def test_two_of_the_same_name_are_refused(begun: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One's figures would silently take the other's place."""
+    assert main(["eval", "run", f"--{option}", "a/test", f"--{option}", "b/test", *COMMON]) == 1
+    assert_says(f"--{option}: test, test: what is found is kept by name, and so names must differ", capsys)
+
+
 # ---- divergence ------------------------------------------------------------------------------------------------------
 
 
