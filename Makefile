@@ -66,7 +66,7 @@ bench: $(VENV)/.dev
 bench-full: $(VENV)/.dev $(TRITON_VENV)/.installed
 	$(BIN)/python -m benchmarks.full --triton-python $(TRITON_VENV)/bin/python
 
-# training, against the published order of work: about four minutes
+# training, against the published order of work: about three minutes
 bench-training: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.training
 
