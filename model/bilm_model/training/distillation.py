@@ -1,9 +1,9 @@
 """A small student learns the layer vectors of a teacher: `bilm-train distill`.
 
-Both read the same windows of text, each with its own carried state. What is minimised is the share of the variance of
-the teacher's vectors that the student leaves unexplained, the same weight for every layer; 1 is what a student reaches
-that gives each layer's mean for every token. All tokens count, boundaries too, from the first step on: a stream begins
-with zero state for both, as a served sentence does.
+Both read the same windows of text, typos included, each with its own carried state. What is minimised is the share of
+the variance of the teacher's vectors that the student leaves unexplained, the same weight for every layer; 1 is what a
+student reaches that gives each layer's mean for every token. All tokens count, boundaries too, from the first step on:
+a stream begins with zero state for both, as a served sentence does.
 
 Legend: S steps, B streams, L layers with the token layer, P projection of the student, Q of the teacher.
 """
