@@ -14,6 +14,8 @@ PROTO_TOOLS := grpcio-tools==1.74.0 protobuf==6.33.6 googleapis-common-protos==1
 AUDIT_VENV := .venv-audit
 DATA ?= ../shared/data
 RUN ?= runs/wikitext2-mini
+# Tests have limits of their own (tests/support/time_limits.py); this one is for what comes before and after them.
+LIMITED := timeout --foreground --kill-after=30
 
 .PHONY: demo serve test test-slow chaos fuzz audit diagrams check proto bench bench-full bench-training bench-page train clean
 
@@ -24,10 +26,10 @@ serve: $(VENV)/.demo
 	$(BIN)/bilm-serve $(ARGS)
 
 test: check
-	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(LIMITED) 60m $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/.dev
-	$(BIN)/pytest -m slow
+	$(LIMITED) 4h $(BIN)/pytest -m slow
 
 # faults of all kinds under load, each answer compared with the known one; five minutes
 chaos: $(VENV)/.dev

@@ -27,6 +27,8 @@ from integration_support import RunningServer, running
 from known_answers import PLAIN, bare_options, endless_items, sentence
 from security_support import EMBED_PATH
 
+from tests.support.processes import started
+
 STALL_S = 1.0
 ITEM_TOKENS = 1000
 ROOM_TOKENS = 4 * ITEM_TOKENS
@@ -150,7 +152,7 @@ def test_a_caller_that_is_killed_leaves_nothing(server: RunningServer) -> None:
     """With SIGKILL, in the middle of its streams; long before anybody would notice a stall."""
     command = [sys.executable, str(HERE / "vanishing_client.py"), server.target]
     with ExitStack() as stack:
-        children = [stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE)) for _ in range(2)]
+        children = [stack.enter_context(started(command, stdout=subprocess.PIPE)) for _ in range(2)]
         for child in children:
             assert child.stdout is not None
             assert child.stdout.readline() == b"under way\n"

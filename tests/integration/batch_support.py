@@ -14,10 +14,12 @@ import h5py
 import numpy as np
 import pytest
 from bilm_client.batch.main import main
-from bilm_client.testing.server import wait_until_serving
+from bilm_client.testing.server import START_TIMEOUT_S, wait_until_serving
 from bilm_server.compute import ModelCompute
 from bilm_server.jobs import Computed, Job
 from numpy.typing import NDArray
+
+from tests.support.processes import started
 
 Datasets = dict[str, NDArray[Any]]
 SENTENCES = "sentence_to_index"
@@ -54,28 +56,18 @@ def embed(target: str, text: Path, output: Path, *flags: str) -> int:
 def embedding(target: str, text: Path, output: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
     """`bilm-embed` in a process of its own."""
     command = [sys.executable, "-W", "error", "-m", "bilm_client.batch", str(text), str(output), "--target", target]
-    process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    try:
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    with started([*command, *flags], **pipes, text=True) as process:
         yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stderr is not None
-        process.stderr.close()
 
 
 @contextmanager
 def server_process(listen: str, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
     """`bilm-serve` in a process of its own, SERVING; killed in the end."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bilm_server", "--listen", listen, *flags], stderr=subprocess.DEVNULL
-    )
-    try:
-        wait_until_serving(listen, process, 60)
+    command = [sys.executable, "-m", "bilm_server", "--listen", listen, *flags]
+    with started(command, stderr=subprocess.DEVNULL) as process:
+        wait_until_serving(listen, process, START_TIMEOUT_S)
         yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:

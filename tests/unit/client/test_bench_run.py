@@ -25,6 +25,8 @@ from bilm_client.bench.calls import Answer
 from bilm_client.bench.main import DONE, INTERRUPTED, STOPPED, UNUSABLE, VIOLATED, main
 from grpc_health.v1 import health_pb2
 
+from tests.support.processes import started
+
 if TYPE_CHECKING:
     from bilm_api.v1 import embed_pb2 as pb
 
@@ -348,19 +350,12 @@ def test_ctrl_c_ends_the_load_and_reports(scripted: Scripted, bench: Bench) -> N
     """In a process of its own, interrupted while a call of the load is under way."""
     hold = scripted.hold_next()
     flags = bench.flags(scripted.target, "--soak", "1h", "--html", str(bench.html))
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "bilm_client.bench", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    command = [sys.executable, "-W", "error", "-m", "bilm_client.bench", *flags]
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert hold.arrived.wait(60)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        hold.released.set()
+    hold.released.set()
     assert process.returncode == INTERRUPTED, err
     assert "interrupted" in out
     assert "Traceback" not in err

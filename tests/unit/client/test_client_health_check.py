@@ -11,6 +11,8 @@ import pytest
 from bilm_client.health_check import main
 from grpc_health.v1 import health_pb2
 
+from tests.support.processes import started
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -44,13 +46,13 @@ def test_a_bad_timeout(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_watch_tells_each_change_until_interrupted(scripted: Scripted) -> None:
     command = [sys.executable, "-m", "bilm_client.health_check", "--watch", "--target", scripted.target]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with started(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline().split()[1] == "SERVING"
         scripted.set_health(NOT_SERVING)
         assert process.stdout.readline().split()[1] == "NOT_SERVING"
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 1
+        assert process.wait(60) == 1
 
 
 def test_no_numpy_in_a_probe() -> None:
