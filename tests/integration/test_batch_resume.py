@@ -317,6 +317,40 @@ def test_another_input_or_model_does_not_go_on_with_it(  # noqa: PLR0917 - fixtu
     assert "made with another input_sha256;" in capsys.readouterr().err
 
 
+def test_a_server_of_another_precision_does_not_go_on_with_it(
+    start: Start, interrupt: Callable[..., None], text: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt()
+    capsys.readouterr()
+    before = journal_of(output).read_bytes()
+    assert embed(start("--precision", "bfloat16").target, text, output, "--resume") == REFUSED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "made with another precision; can't be resumed (precision: then float32, now bfloat16)" in line
+    assert journal_of(output).read_bytes() == before
+
+
+def test_a_journal_that_does_not_say_its_precision_is_refused_in_one_line(
+    server: RunningServer, interrupt: Callable[..., None], text: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As versions up to 0.1.0 wrote it: nobody knows what would be mixed."""
+    interrupt()
+    journal = Journal.reopen(journal_of(output))
+    identity, records = dict(journal.identity), list(journal.records())
+    journal.close()
+    del identity["precision"]
+    older = Journal.create(journal_of(output), identity)
+    for record in records:
+        older.append(record)
+    older.close()
+    before = journal_of(output).read_bytes()
+    capsys.readouterr()
+    assert embed(server.target, text, output, "--resume") == REFUSED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "made with another precision; can't be resumed (precision: then not recorded, now float32)" in line
+    assert "--overwrite starts anew" in line
+    assert journal_of(output).read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["out.hdf5", "out.npz"])
 def test_a_whole_output(
     server: RunningServer, text: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]

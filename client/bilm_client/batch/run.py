@@ -66,6 +66,7 @@ async def embed_file(settings: RunSettings, text: InputText) -> Summary | None:
             "options": settings.recorded(),
             "model": info.name,
             "model_version": info.version,
+            "precision": info.precision,
         }
         if settings.resume and settings.output.exists() and not _journal_path(settings).exists():
             _check_same_run(settings.output, read_run(settings.output), identity)
@@ -116,7 +117,15 @@ def _check_same_run(path: Path, found: dict[str, Any] | None, identity: dict[str
         return
     old, new = _flat(found or {}), _flat(identity)
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    raise UsageError(f"{path}: made with another {', '.join(differing)}; can't be resumed (--overwrite starts anew)")
+    values = ", ".join(f"{key}: then {_value(old, key)}, now {_value(new, key)}" for key in differing)
+    raise UsageError(
+        f"{path}: made with another {', '.join(differing)}; can't be resumed ({values}); --overwrite starts anew"
+    )
+
+
+def _value(identity: dict[str, Any], key: str) -> str:
+    """Return what a run had there, for an error message; an older version may not have recorded it."""
+    return str(identity[key]) if key in identity else "not recorded"
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:

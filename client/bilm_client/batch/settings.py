@@ -45,7 +45,9 @@ class RunSettings(BaseSettings):
     errors: Path | None = Field(
         None, description="list bad lines here (JSON lines) and go on; otherwise the first one stops the run"
     )
-    resume: bool = Field(False, description="go on with an interrupted run of the same input, options and model")
+    resume: bool = Field(
+        False, description="continue an interrupted run of the same input, options, model and precision"
+    )
     overwrite: bool = Field(False, description="start anew whatever is there")
     batch_tokens: int = Field(2048, ge=1, description="tokens a request, about")
     concurrency: int = Field(4, ge=1, description="requests under way")
