@@ -6,7 +6,8 @@ the position, so sentences of any length and age share a tick, and nobody waits 
 Legend: L layers with the token layer, T tokens, D width, P projection, C cells.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -108,15 +109,15 @@ class Ticket(Row):
 
 @dataclass
 class EngineStats:
-    """What has been done since the start.
+    """Counters since the start; a reset leaves them as they are, and self-checks don't count.
 
     Attributes:
+        cache: of token vectors.
         ticks: of all rounds.
         steps: of all rows, boundaries included.
-        cache: of token vectors.
     """
 
-    cache: CacheStats
+    cache: CacheStats = field(default_factory=CacheStats)
     ticks: int = 0
     steps: int = 0
 
@@ -137,10 +138,12 @@ class _Flight:
         self.n_free = self.n_places
         self.entry_of_place = np.zeros(self.n_places, dtype=np.int64)
 
-    def enter(self, entries: Indices) -> Ticket:
-        n_steps = len(entries)
+    def check_fits(self, n_steps: int) -> None:
         if not self.slots or n_steps > self.n_free:
             raise ValueError(f"{n_steps} tokens and boundaries don't fit: {len(self.slots)} rows, {self.n_free} free")
+
+    def enter(self, entries: Indices) -> Ticket:
+        n_steps = len(entries)
         self.n_free -= n_steps
         places = self.places[self.n_free : self.n_free + n_steps].copy()
         self.entry_of_place[places] = entries
@@ -180,6 +183,8 @@ class Engine:
         memory = Memory.of(bilm.config, device, self.max_rows, self.max_tokens, self.max_tokens + self._n_cached)
         self._backend = _new_backend(bilm, memory, self.max_rows, input_cache_mib * _MIB)
         self._known: Tensor | None = None
+        self.stats = EngineStats()
+        self._counters = self.stats
         self._reset()
 
     @property
@@ -218,7 +223,8 @@ class Engine:
         """
         self._reset()
         self._backend.prepare()
-        known = [embedded.layers.cpu() for embedded in self.run([Sentence(tokens) for tokens in _WARM_UP])]
+        with self._uncounted():
+            known = [embedded.layers.cpu() for embedded in self.run([Sentence(tokens) for tokens in _WARM_UP])]
         if not all(bool(torch.isfinite(layers).all()) for layers in known):
             raise ModelError("the warm-up pass gave values that are not finite numbers")
         if self._known is None:
@@ -232,7 +238,8 @@ class Engine:
         Raises:
             ModelError: if other vectors come out than came then, beyond rounding.
         """
-        found = self.run([Sentence(_WARM_UP[0])])[0].layers.cpu()
+        with self._uncounted():
+            found = self.run([Sentence(_WARM_UP[0])])[0].layers.cpu()
         assert self._known is not None  # noqa: S101 - warm_up() comes first
         if not float((found - self._known).norm()) <= _SAME * float(self._known.norm()):  # nan compares as False
             raise ModelError("a sentence has other vectors than it had at the start")
@@ -242,87 +249,128 @@ class Engine:
 
         Raises:
             CharacterError: if a token is empty or not valid Unicode.
-            ValueError: if a sentence has more than `max_tokens` tokens and boundaries.
+            ValueError: if a sentence has more than `max_tokens` tokens and boundaries, or a state of another shape.
+                After this or any other error nothing is in flight.
         """
         results: dict[Ticket, EmbeddedSentence] = {}
         order: list[Ticket] = []
-        for sentence in sentences:
-            while self.n_in_flight and not (self.free_rows and sentence.n_steps <= self.free_tokens):
+        try:
+            for sentence in sentences:
+                while self.n_in_flight and not (self.free_rows and sentence.n_steps <= self.free_tokens):
+                    results.update(self.advance())
+                order.append(self.join(sentence))
+            while self.n_in_flight:
                 results.update(self.advance())
-            order.append(self.join(sentence))
-        while self.n_in_flight:
-            results.update(self.advance())
+        except BaseException:
+            self._reset()
+            raise
         return [results[ticket] for ticket in order]
 
     @torch.inference_mode()
     def join(self, sentence: Sentence) -> Ticket:
-        """Takes a sentence in; `advance` will bring it back.
+        """Take a sentence in; `advance` will bring it back.
 
         Raises:
             CharacterError: if a token is empty or not valid Unicode.
-            ValueError: if it doesn't fit, see `free_rows` and `free_tokens`.
+            ValueError: if it doesn't fit, see `free_rows` and `free_tokens`, or if its state has another shape. After
+                this or any other error the engine is as it was.
         """
+        self._check_state(sentence)
         if not sentence.tokens:
             return self._pass_through(sentence)
-        state = self._state_of(sentence)
-        entries = self._table.enter(with_boundaries(sentence.tokens))
+        self._flight.check_fits(sentence.n_steps)
+        h, c = self._state_of(sentence)
+        ticket = self._flight.enter(self._table.enter(with_boundaries(sentence.tokens)))
         try:
-            ticket = self._flight.enter(entries)
-        except ValueError:
-            self._backend.forget(self._table.leave(entries))
+            self._backend.memory.h[:, :, ticket.slot] = h
+            self._backend.memory.c[:, :, ticket.slot] = c
+        except BaseException:
+            self._leave([ticket])
             raise
-        self._backend.memory.h[:, :, ticket.slot], self._backend.memory.c[:, :, ticket.slot] = state
         return ticket
 
     @torch.inference_mode()
     def advance(self) -> list[tuple[Ticket, EmbeddedSentence]]:
-        """Executes a round: all sentences in flight go on; returns those that have ended.
+        """Execute a round: all sentences in flight go on; return those that have ended.
 
-        After an exception nothing can be said of what is in flight: `warm_up` drops it.
+        After an exception the vectors of what is in flight are undefined: drop each sentence by `leave`, or all of them
+        by `warm_up`.
         """
-        ended, self._flight.waiting_to_leave = self._flight.waiting_to_leave, []
         running = [ticket for ticket in self._flight.tickets if ticket.remaining]
         if running:
             self._run_round(running)
         done = _to_collect([ticket for ticket in self._flight.tickets if not ticket.remaining])
-        if done:
-            ended += self._collect(done)
-            self._leave(done)
-        return ended
+        ended = self._collect(done) if done else []
+        self._leave(done)
+        without_tokens, self._flight.waiting_to_leave = self._flight.waiting_to_leave, []
+        return without_tokens + ended
 
     def leave(self, ticket: Ticket) -> None:
-        """Drops a sentence in flight that nobody waits for any more."""
-        if not len(ticket.places):
-            self._flight.waiting_to_leave = [pair for pair in self._flight.waiting_to_leave if pair[0] is not ticket]
-            return
-        self._leave([ticket])
+        """Drop a sentence in flight.
+
+        Raises:
+            ValueError: if it has left, or was dropped by `warm_up`.
+        """
+        without_tokens = [waiting for waiting, _ in self._flight.waiting_to_leave]
+        if ticket in self._flight.tickets:
+            self._leave([ticket])
+        elif ticket in without_tokens:
+            self._flight.waiting_to_leave.pop(without_tokens.index(ticket))
+        else:
+            raise ValueError("the sentence is not in flight")
 
     def _run_round(self, tickets: Sequence[Ticket]) -> None:
         remaining = [ticket.remaining for ticket in tickets]
         plan = Round.of(tickets, ticks_of_round(remaining, self._backend.block_rows, _MAX_TICKS))
         entries = self._flight.entry_of_place[plan.places]
-        self._encode(self._table.missing(entries))
-        self._backend.run(plan, entries)
-        self.stats.ticks += len(plan.sizes)
-        self.stats.steps += sum(plan.sizes)
+        try:
+            self._encode(self._table.missing(entries))
+            self._backend.run(plan, entries)
+        except BaseException:
+            self._backend.forget(np.unique(entries))  # layer 1's input halves may be noted and not computed
+            raise
+        self._counters.ticks += len(plan.sizes)
+        self._counters.steps += sum(plan.sizes)
         for ticket in tickets:
             ticket.done = min(ticket.done + len(plan.sizes), len(ticket.places))
 
     def _leave(self, tickets: Sequence[Ticket]) -> None:
-        self._flight.leave(tickets)
-        self._backend.forget(self._table.leave(np.concatenate([ticket.entries for ticket in tickets])))
+        if tickets:
+            self._flight.leave(tickets)
+            self._backend.forget(self._table.leave(np.concatenate([ticket.entries for ticket in tickets])))
 
     def _reset(self) -> None:
         self._flight = _Flight(self.max_rows, self.max_tokens)
-        self._table = TokenTable(self.max_tokens, self._n_cached)
+        self._table = TokenTable(self.max_tokens, self._n_cached, self._counters.cache)
         self._backend.forget(np.arange(self._table.capacity))
-        self.stats = EngineStats(self._table.stats)
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Count into nothing: metrics are read from another thread at any time, so what isn't to count never shows."""
+        self._count_into(EngineStats())
+        try:
+            yield
+        finally:
+            self._count_into(self.stats)
+
+    def _count_into(self, counters: EngineStats) -> None:
+        self._counters, self._table.stats = counters, counters.cache
 
     def _encode(self, entries: Indices) -> None:
         if len(entries):
             ids = np.stack([bytes_ids(self._table.key(entry)) for entry in entries.tolist()])
             check_ids(ids)
             self._backend.encode(entries, ids)
+            self._table.encoded(entries)
+
+    def _check_state(self, sentence: Sentence) -> None:
+        if sentence.state is None:
+            return
+        sizes = (self._config.projection_dim, self._config.cell_dim)
+        for name, part, size in zip(("h", "c"), sentence.state, sizes, strict=True):
+            expected = (self._config.n_layers, 2, size)
+            if part.shape != expected:
+                raise ValueError(f"state: {name} has shape {part.shape} (expected {expected})")
 
     def _state_of(self, sentence: Sentence) -> tuple[Tensor | float, Tensor | float]:
         """What to write into a slot: h and c, or zeros."""

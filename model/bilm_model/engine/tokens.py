@@ -31,10 +31,16 @@ class TokenTable:
     Entries of tokens in flight are pinned. Of the others, the most recently used stay, at most `n_cached`.
     """
 
-    def __init__(self, n_in_flight: int, n_cached: int) -> None:
-        """Sets the sizes: tokens of the sentences in flight at most, and of the cache."""
+    def __init__(self, n_in_flight: int, n_cached: int, stats: CacheStats | None = None) -> None:
+        """Create an empty table.
+
+        Args:
+            n_in_flight: tokens of the sentences in flight at most.
+            n_cached: of the cache at most.
+            stats: counters to go on counting in; None: new ones.
+        """
         self.capacity = n_in_flight + n_cached
-        self.stats = CacheStats()
+        self.stats = CacheStats() if stats is None else stats
         self._n_cached = n_cached
         self._entry_of: dict[bytes, int] = {}
         self._keys: list[bytes] = [b""] * self.capacity
@@ -54,12 +60,14 @@ class TokenTable:
         """The entries (T,) of a sentence's tokens, pinned until `leave`.
 
         Raises:
-            CharacterError: if a token is empty or not valid Unicode; then nothing has changed.
+            CharacterError: if a token is empty or not valid Unicode.
+            ValueError: if there are more new tokens than free entries. After either error nothing has changed.
         """
         keys = [read_bytes(token) for token in tokens]
-        n_before = len(self._entry_of)
+        n_new = len({key for key in keys if key not in self._entry_of})
+        if n_new > len(self._free):
+            raise ValueError(f"{n_new} new tokens don't fit: {len(self._free)} entries free")
         entries = np.array([self._find(key) for key in keys], dtype=np.int64)
-        n_new = len(self._entry_of) - n_before
         self.stats.misses += n_new
         self.stats.hits += len(keys) - n_new
         self._clock += 1
@@ -76,11 +84,13 @@ class TokenTable:
         return self._evict()
 
     def missing(self, entries: Indices) -> Indices:
-        """The different ones of these entries that have no vector; whoever asks computes them."""
+        """The different ones of these entries that have no vector: compute them, then call `encoded`."""
         distinct = np.unique(entries)
-        missing = distinct[~self._known[distinct]]
-        self._known[missing] = True
-        return missing
+        return distinct[~self._known[distinct]]
+
+    def encoded(self, entries: Indices) -> None:
+        """Note that these entries have their vectors."""
+        self._known[entries] = True
 
     def key(self, entry: int) -> bytes:
         """The bytes of an entry's token, as many as the model reads."""

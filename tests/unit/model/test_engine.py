@@ -1,3 +1,8 @@
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
 import pytest
 import torch
 from bilm_model.bilm import random_bilm
@@ -53,11 +58,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     engine = engine_of(max_rows=1, max_tokens=20)
     with pytest.raises(ValueError, match="21 tokens and boundaries don't fit"):
         engine.join(words(19))
+    with pytest.raises(CharacterError):
+        engine.join(Sentence(["a", ""]))
     engine.join(words(18))
     with pytest.raises(ValueError, match="0 rows"):
         engine.join(words(1))
-    with pytest.raises(CharacterError):
-        engine.join(Sentence(["a", ""]))
     assert (engine.n_in_flight, engine.free_rows, engine.free_tokens) == (1, 0, 0)
     (embedded,) = (embedded for _, embedded in engine.advance())
     assert embedded.layers.shape == (3, 20, 16)
@@ -112,3 +117,203 @@ def test_an_input_cache_that_is_too_small_is_an_error() -> None:
 def test_a_device_that_nobody_knows_is_named(name: str) -> None:
     with pytest.raises(ModelError, match=f"expected auto, cpu, cuda or cuda:N, found '{name}'"):
         resolve_device(name)
+
+
+Free = tuple[int, int, int, int]
+
+
+def free(engine: Engine) -> Free:
+    """Slots, places, sentences in flight, and how many new tokens a sentence could bring."""
+    table = engine._table
+    return engine.free_rows, engine.free_tokens, engine.n_in_flight, len(table._free) + table.n_cached
+
+
+def state_of(engine: Engine) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    (embedded,) = engine.run([words(2)])
+    return embedded.h.numpy(), embedded.c.numpy()
+
+
+class Unfit(Sequence[str]):
+    """Tokens that raise while they are read."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: Any) -> Any:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("cache", [0, 1])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "too many steps",
+        "too many steps, all different",
+        "an empty token",
+        "half of a surrogate pair",
+        "tokens that can't be read",
+        "h of another shape",
+        "c of another shape",
+        "h of another shape and no tokens",
+        "a scalar as c",
+    ],
+)
+def test_a_sentence_that_cannot_join_leaves_nothing_behind(bad: str, cache: int) -> None:
+    engine = engine_of(max_rows=2, max_tokens=20, token_cache_mib=cache)
+    h, c = state_of(engine)
+    engine.join(words(3))  # in flight meanwhile: 15 of 20 are free
+    sentences = {
+        "too many steps": words(14),
+        "too many steps, all different": Sentence([f"new {i}" for i in range(100_000 if cache else 40)]),
+        "an empty token": Sentence(["known", "new", ""]),
+        "half of a surrogate pair": Sentence(["new", "\ud800"]),
+        "tokens that can't be read": Sentence(Unfit()),
+        "h of another shape": Sentence(["new"], (h[:, :, 1:], c)),
+        "c of another shape": Sentence(["new"], (h, c[:1])),
+        "h of another shape and no tokens": Sentence([], (h[:1], c)),
+        "a scalar as c": Sentence(["new"], (h, np.zeros((), np.float32))),
+    }
+    before = free(engine)
+    expected = (CharacterError, MemoryError) if "token" in bad or "surrogate" in bad else ValueError
+    for _ in range(30):
+        with pytest.raises(expected if bad != "h of another shape and no tokens" else ValueError):
+            engine.join(sentences[bad])
+        assert free(engine) == before
+    engine.join(words(13))  # all of the room is still there
+    while engine.n_in_flight:
+        engine.advance()
+    assert free(engine)[:3] == (2, 20, 0)
+
+
+def test_every_row_taken_is_a_refusal_that_leaves_nothing_behind() -> None:
+    engine = engine_of(max_rows=1, max_tokens=1000)
+    engine.join(words(3))
+    before = free(engine)
+    for number in range(600):  # of new tokens, each of which would take an entry
+        with pytest.raises(ValueError, match="0 rows"):
+            engine.join(Sentence([f"{number} {i}" for i in range(20)]))
+    assert free(engine) == before
+
+
+def test_a_state_that_cannot_be_written_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(max_rows=1, max_tokens=20)
+    before = free(engine)
+    whole = engine._backend.memory
+
+    class Full:
+        def __setitem__(self, index: Any, value: Any) -> None:
+            raise RuntimeError("out of memory, simulated")
+
+    engine._backend.memory = replace(whole, c=cast(torch.Tensor, Full()))
+    with pytest.raises(RuntimeError, match="simulated"):
+        engine.join(words(18))
+    engine._backend.memory = whole
+    assert free(engine) == before
+    assert torch.isfinite(engine.run([words(18)])[0].layers).all()
+
+
+@pytest.mark.parametrize("where", ["encode", "run"])
+def test_after_a_round_that_failed_each_sentence_can_be_dropped_and_later_ones_are_right(where: str) -> None:
+    engine, other = engine_of(max_rows=3, max_tokens=40), engine_of()
+    expected = other.run([words(9)])[0].layers
+    engine.run([words(2)])
+    before = free(engine)
+    tickets = [engine.join(words(9)), engine.join(words(5)), engine.join(Sentence([]))]
+    backend = engine._backend
+    setattr(engine, "_backend", FailingBackend(backend, where))  # noqa: B010 - of another type
+    with pytest.raises(RuntimeError, match="simulated"):
+        engine.advance()
+    setattr(engine, "_backend", backend)  # noqa: B010
+    for ticket in tickets:
+        engine.leave(ticket)
+    assert free(engine) == before
+    assert torch.equal(engine.run([words(9)])[0].layers, expected)
+
+
+class FailingBackend:
+    """A backend that does half of something and then fails."""
+
+    def __init__(self, backend: Any, where: str) -> None:
+        self._backend, self._where = backend, where
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def encode(self, entries: Any, ids: Any) -> None:
+        if self._where == "encode":
+            raise RuntimeError("simulated")
+        self._backend.encode(entries, ids)
+
+    def run(self, plan: Any, entries: Any) -> None:
+        self._backend.run(plan, entries)
+        inputs = self._backend._inputs
+        inputs.halves[...] = float("nan")  # as if they had been noted and not computed
+        raise RuntimeError("simulated")
+
+
+def test_a_sentence_leaves_once() -> None:
+    engine = engine_of(max_rows=2, max_tokens=20)
+    before = free(engine)
+    gone, empty, stays = engine.join(words(5)), engine.join(Sentence([])), engine.join(words(6))
+    for ticket in (gone, empty):
+        engine.leave(ticket)
+        with pytest.raises(ValueError, match="not in flight"):
+            engine.leave(ticket)
+    assert stays in dict(engine.advance())
+    with pytest.raises(ValueError, match="not in flight"):
+        engine.leave(stays)
+    assert free(engine)[:3] == before[:3]
+
+
+def test_what_a_reset_dropped_cannot_leave_any_more_and_takes_no_room() -> None:
+    engine = engine_of(max_rows=2, max_tokens=60)
+    engine.warm_up()
+    before = free(engine)
+    tickets = [engine.join(words(50)), engine.join(Sentence([]))]
+    engine.advance()
+    engine.warm_up()
+    for ticket in tickets:
+        with pytest.raises(ValueError, match="not in flight"):
+            engine.leave(ticket)
+    assert free(engine) == before
+
+
+@pytest.mark.parametrize("bad", [Sentence(["a", ""]), words(19)])
+def test_a_run_that_fails_leaves_nothing_in_flight(bad: Sentence) -> None:
+    engine = engine_of(max_rows=2, max_tokens=20)
+    with pytest.raises((CharacterError, ValueError)):
+        engine.run([words(3), words(4), bad])
+    assert free(engine)[:3] == (2, 20, 0)
+    assert len(engine.run([words(18)])) == 1
+
+
+def counters(engine: Engine) -> tuple[int, int, int, int]:
+    stats = engine.stats
+    return stats.ticks, stats.steps, stats.cache.hits, stats.cache.misses
+
+
+def test_self_checks_count_nothing_and_a_reset_takes_nothing_back() -> None:
+    engine = engine_of()
+    stats = engine.stats
+    engine.warm_up()
+    assert counters(engine) == (0, 0, 0, 0)
+    engine.run([words(40)])
+    counted = counters(engine)
+    assert counted == (42, 42, 0, 42)
+    for _ in range(3):
+        engine.check()
+        engine.warm_up()
+    assert counters(engine) == counted
+    engine.run([words(40)])
+    assert counters(engine) == (84, 84, 0, 84)  # a reset empties the cache, and counting goes on
+    assert engine.stats is stats
+
+
+def test_a_self_check_that_fails_ends_uncounted_too() -> None:
+    engine = engine_of()
+    engine.warm_up()
+    engine._known = torch.full_like(engine._known, 3.0) if engine._known is not None else None
+    with pytest.raises(ModelError, match="other vectors"):
+        engine.check()
+    engine.run([words(5)])
+    assert counters(engine)[1] == 7

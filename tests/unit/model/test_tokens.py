@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 def encode(table: TokenTable, vectors: dict[int, bytes], entries: Indices) -> None:
     """Stands for the device: remembers whose vector is where."""
-    for entry in table.missing(entries).tolist():
+    missing = table.missing(entries)
+    for entry in missing.tolist():
         vectors[entry] = table.key(entry)
+    table.encoded(missing)
 
 
 @given(st.integers(0, 9), st.lists(st.lists(st.integers(0, 30), max_size=12), max_size=30), st.randoms())
@@ -42,9 +44,7 @@ def test_the_least_recently_used_goes() -> None:
     table = TokenTable(4, 4)
     for token in ("a", "b", "c", "d"):
         table.leave(table.enter([token]))
-    again = table.enter(["a"])
-    table.missing(again)
-    table.leave(again)
+    table.leave(table.enter(["a"]))
     table.leave(table.enter(["e"]))  # too many: "b" goes
     known: OrderedDict[str, bool] = OrderedDict()
     for token in ("a", "c", "d", "e"):
