@@ -7,11 +7,12 @@ process lives on: one frame from anybody, before any interceptor sees it. Calls 
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import grpc
 
-from bilm_server.listening import BindError
+from bilm_server.listening import Address, BindError
 
 _log = logging.getLogger("bilm_server.acceptor")
 
@@ -28,81 +29,88 @@ class Acceptor:
         self,
         new_server: Callable[[], grpc.aio.Server],
         add_services: Callable[[grpc.aio.Server], None],
-        bind: Callable[[grpc.aio.Server, str], str],
+        address: Address,
         grace_s: float,
+        starting: asyncio.Lock,
     ) -> None:
-        """Keeps its arguments.
+        """Keep what servers are made of; call `start` to listen.
 
         Args:
             new_server: makes one, without services.
             add_services: registers them.
-            bind: has it listen on an address; says where clients find it. Raises BindError.
+            address: to listen on; released by `stop`.
             grace_s: for the calls in flight of a server that was replaced.
+            starting: one for all acceptors of an event loop: a new server's loop is found among all that run.
         """
         self._new_server, self._add_services = new_server, add_services
-        self._bind, self._grace_s = bind, grace_s
-        self._server: grpc.aio.Server | None = None
+        self._address, self._grace_s, self._starting = address, grace_s, starting
+        self._servers: list[grpc.aio.Server] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self.lost = asyncio.Event()
         """Set when nothing listens any more."""
         self.target = ""
-        """Where clients find the server, once it has started."""
+        """The target for clients, once it has started."""
 
-    async def start(self, listen: str) -> None:
-        """Listens.
+    async def start(self) -> None:
+        """Listen.
 
         Raises:
-            BindError: if that can't be.
+            BindError: if the address can't be listened on.
         """
-        await self._start(listen)
+        await self._start()
 
     async def stop(self, grace_s: float) -> None:
-        """Refuses new calls, gives those in flight some time, and ends; idempotent."""
+        """Refuse new calls, give those in flight some time, and end; idempotent."""
         self._stopping = True
-        if self._server is not None:
-            await self._server.stop(grace_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+        self._servers.clear()
+        self._address.release()
 
-    async def _start(self, listen: str) -> None:
+    async def _start(self) -> None:
         server = self._new_server()
         self._add_services(cast("grpc.aio.Server", _ByName(server)))
-        self.target = self._bind(server, listen)
-        others = _running(_LOOP)
-        await server.start()
-        self._server = server
-        loops = _running(_LOOP) - others
+        async with self._starting:
+            self.target = self._address.bind(server)
+            self._servers.append(server)  # whatever happens from here on, `stop` ends it
+            others = _running(_LOOP)
+            await server.start()
+            loops = _running(_LOOP) - others
         for loop in loops:
-            loop.add_done_callback(self._ended)
+            loop.add_done_callback(partial(self._ended, server))
         if not loops:
             _log.warning("grpc has no loop that could be watched; one bad call may end it unseen")
 
-    def _ended(self, loop: "asyncio.Task[Any]") -> None:
+    def _ended(self, server: grpc.aio.Server, loop: "asyncio.Task[Any]") -> None:
         if self._stopping or loop.cancelled() or (crash := loop.exception()) is None:
             return
         _log.warning(
             "grpc stopped taking calls in (%s): listening anew", type(crash).__name__
         )  # its text is a caller's
-        task = asyncio.get_running_loop().create_task(self._replace(_running(_REACTION)))
+        task = asyncio.get_running_loop().create_task(self._replace(server, _running(_REACTION)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _replace(self, reactions: set["asyncio.Task[Any]"]) -> None:
+    async def _replace(self, old: grpc.aio.Server, reactions: set["asyncio.Task[Any]"]) -> None:
         # grpc's own reaction is to shut down, which fails with the crash once more; two at a time end the process
         await asyncio.gather(*reactions, return_exceptions=True)
-        old = self._server
+        if not await self._start_again():
+            self.lost.set()
+        await old.stop(self._grace_s)
+        self._servers.remove(old)
+
+    async def _start_again(self) -> bool:
         for _ in range(_REBIND_ATTEMPTS):
             try:
-                await self._start(self.target)
-                break
+                await self._start()
             except BindError:
                 await asyncio.sleep(_REBIND_PAUSE_S)
-        else:
-            self.lost.set()
-        if old is not None:
-            await old.stop(self._grace_s)
+            else:
+                return True
+        return False
 
 
 class _ByName:

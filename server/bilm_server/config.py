@@ -17,6 +17,7 @@ from pydantic_settings import (
 
 from bilm_server.logs import parse_levels
 from bilm_server.scheduler import Room
+from bilm_server.unix_sockets import socket_path
 
 MAX_REQUEST_BYTES = 4 * 2**20
 """Largest request message; parsing holds the event loop, so it is not for the user to raise."""
@@ -135,9 +136,10 @@ class ServerConfig(BaseSettings):
     @classmethod
     def _check_listen(cls, value: str, info: ValidationInfo) -> str:
         if value.startswith("unix:"):
-            if len(value) > len("unix:"):
-                return value
-            raise ValueError("a Unix socket needs a path, as in unix:/run/bilm.sock")
+            socket_path(value)
+            return value
+        if value.startswith("unix-abstract:"):
+            raise ValueError("abstract sockets are not supported (expected HOST:PORT or unix:PATH)")
         if value or info.field_name == "listen":
             split_address(value, "HOST:PORT or unix:PATH")
         return value

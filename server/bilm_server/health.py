@@ -1,10 +1,12 @@
-"""The standard health service: SERVING is said only when inference has been seen to work."""
+"""The standard health service: SERVING is reported only when inference has been seen to work."""
 
+import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 LIVENESS = "liveness"
 """The name to ask for whether the process should go on; it doesn't depend on load, nor on whether the model works."""
@@ -14,45 +16,92 @@ INFERENCE = "inference"
 
 _log = logging.getLogger("bilm_server.health")
 
-_SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+_Response = health_pb2.HealthCheckResponse
+_SERVING, _NOT_SERVING, _UNKNOWN = _Response.SERVING, _Response.NOT_SERVING, _Response.SERVICE_UNKNOWN
 
 
-class HealthReporter:
-    """`grpc.health.v1.Health`: readiness, of the server as a whole ("") and of one service; inference; and liveness."""
+class HealthReporter(health_pb2_grpc.HealthServicer):
+    """`grpc.health.v1.Health`: readiness, of the server as a whole ("") and of one service; inference; and liveness.
+
+    It holds the only record of health, used from the event loop; `serving` may be read from any thread. Reports change
+    it without awaiting anything, so they take effect in the order in which they are made. Everything that follows
+    health, the service's own watchers included, waits for changes and reads the record again.
+    """
 
     def __init__(self, service: str) -> None:
-        self._names = ("", service)
-        self._servicer = health.aio.HealthServicer()
-        self._serving: bool | None = None
-        self._draining = False
+        """Start alive and not ready.
+
+        Args:
+            service: full name of the service whose readiness is reported beside the server's.
+        """
+        self._readiness = ("", service)
+        self._works = self._draining = False
+        self._changed = asyncio.Event()
 
     @property
     def serving(self) -> bool:
-        """Whether it says SERVING."""
-        return bool(self._serving) and not self._draining
+        """Whether readiness is SERVING."""
+        return self._works and not self._draining
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """An event that is set at the next change; take it before reading the record."""
+        return self._changed
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Registers the service."""
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        """Register the service."""
+        health_pb2_grpc.add_HealthServicer_to_server(self, server)
 
-    async def start(self) -> None:
-        """Alive, but not ready."""
-        await self._servicer.set(LIVENESS, _SERVING)
-        await self.set(False)
-
-    async def set(self, serving: bool) -> None:
-        """Says whether the engine works; while the server drains it is not ready all the same."""
-        if serving == self._serving:
+    def set(self, works: bool) -> None:
+        """Report whether the engine works; while the server drains it isn't ready all the same."""
+        if works == self._works:
             return
-        _log.log(logging.INFO if serving else logging.WARNING, "health: %sSERVING", "" if serving else "NOT_")
-        self._serving = serving
-        await self._tell((INFERENCE,) if self._draining else (INFERENCE, *self._names), serving)
+        _log.log(logging.INFO if works else logging.WARNING, "health: %sSERVING", "" if works else "NOT_")
+        self._works = works
+        self._tell()
 
-    async def drain(self) -> None:
-        """Not ready from now on, whatever is said later; alive all the same."""
+    def drain(self) -> None:
+        """End readiness for good, whatever is reported later; the process is alive all the same."""
         self._draining = True
-        await self._tell(self._names, False)
+        self._tell()
 
-    async def _tell(self, names: Iterable[str], serving: bool) -> None:
-        for name in names:
-            await self._servicer.set(name, _SERVING if serving else _NOT_SERVING)
+    def statuses(self) -> dict[str, int]:
+        """Return the status of each name that can be asked for."""
+        readiness = _SERVING if self.serving else _NOT_SERVING
+        return {
+            **dict.fromkeys(self._readiness, readiness),
+            INFERENCE: _SERVING if self._works else _NOT_SERVING,
+            LIVENESS: _SERVING,
+        }
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    # ---- the contract's methods ----
+
+    async def Check(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:  # noqa: N802
+        """Return a name's status, or end with NOT_FOUND."""
+        status = self.statuses().get(request.service)
+        if status is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "service: unknown name")
+        return _Response(status=status)
+
+    async def Watch(  # noqa: N802
+        self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> AsyncIterator[Any]:
+        """Yield a name's status, now and at each change; SERVICE_UNKNOWN for other names."""
+        last: int | None = None
+        while True:
+            changed = self.changed
+            status = self.statuses().get(request.service, _UNKNOWN)
+            if status != last:
+                last = status
+                yield _Response(status=status)
+            await changed.wait()
+
+    async def List(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:  # noqa: N802
+        """Return the status of every name; registered where the installed grpcio-health-checking has it."""
+        statuses = {name: _Response(status=status) for name, status in self.statuses().items()}
+        messages: Any = health_pb2  # its stubs lack this one
+        return messages.HealthListResponse(statuses=statuses)

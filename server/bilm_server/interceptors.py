@@ -1,10 +1,11 @@
 """What every call passes through: who calls, frames that don't parse, errors, and those who watch."""
 
 import asyncio
+import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -127,17 +128,28 @@ def _foreign(handler: "grpc.RpcMethodHandler[Any, Any]") -> "grpc.RpcMethodHandl
         behavior = _refusing(_from_stream(handler.unary_unary, parse))
         return grpc.stream_unary_rpc_method_handler(behavior, None, serializer)
     if handler.unary_stream is not None:
-        behavior = _refusing(_from_stream(handler.unary_stream, parse))
+        behavior = _refusing(_from_stream(_written(handler.unary_stream), parse))
         return grpc.stream_stream_rpc_method_handler(behavior, None, serializer)
     if handler.stream_stream is not None:
-        answers: Behavior = handler.stream_stream
-
-        async def write_all(requests: AsyncIterator[bytes], context: "Context") -> None:
-            async for answer in answers(_parsed(requests, parse), context):
-                await context.write(answer)
-
-        return grpc.stream_stream_rpc_method_handler(_refusing(write_all), None, serializer)
+        written = _written(handler.stream_stream)
+        behavior = _refusing(lambda requests, context: written(_parsed(requests, parse), context))
+        return grpc.stream_stream_rpc_method_handler(behavior, None, serializer)
     return handler
+
+
+def _written(behavior: Behavior) -> Behavior:
+    """Return a method that writes its responses, also of one that yields them."""
+
+    async def written(request: Any, context: "Context") -> Any:
+        responses = behavior(request, context)
+        if inspect.isawaitable(responses):
+            return await responses
+        async with aclosing(responses):
+            async for response in responses:
+                await context.write(response)
+        return None
+
+    return written
 
 
 def _refusing(behavior: Behavior) -> Behavior:

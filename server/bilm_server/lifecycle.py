@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import grpc
@@ -22,7 +23,7 @@ from bilm_server.descriptors import connection_limit, health_server
 from bilm_server.health import HealthReporter
 from bilm_server.inference import InferenceThread
 from bilm_server.interceptors import CallInterceptor
-from bilm_server.listening import BindError, bind, channel_options, credentials
+from bilm_server.listening import BindError, address, channel_options, credentials
 from bilm_server.monitoring import NO_LOSSES, Losses, Monitoring
 from bilm_server.parts import Parts
 from bilm_server.ready_port import ReadyPort
@@ -57,12 +58,13 @@ class Server:
         self._monitoring = Monitoring(config, SERVICE_NAME, losses)
         self._parts = _parts(config, model, self._monitoring)
         inference = self._parts.inference
-        self._watchdog = Watchdog(inference, config.hang_s, config.give_up_s, self._report)
+        self._watchdog = Watchdog(inference, config.hang_s, config.give_up_s, self._health.set)
         self._authenticator = Authenticator(config.token_file)
         self._ready_port = ReadyPort(*split_address(config.ready_listen)) if config.ready_listen else None
+        self._starting = asyncio.Lock()
         self._acceptor: Acceptor | None = None
         self._health_acceptor: Acceptor | None = None
-        self._stop_asked: asyncio.Event | None = None
+        self._stop_asked = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
 
     @property
@@ -78,15 +80,13 @@ class Server:
             ConfigurationError: if files for TLS or tokens are bad, or more connections are asked for than fit.
             Exception: what the warm-up pass raised.
         """
-        self._stop_asked = asyncio.Event()
         self._authenticator.load()
         max_connections = connection_limit(self._config.max_connections)
         self._monitoring.observe(self._parts, self._health, self._watchdog, max_connections)
-        await self._health.start()
         await self._listen(max_connections)
         await self._parts.inference.start()
+        self._watchdog.look()  # nothing but the watchdog reports to health
         self._watching = asyncio.create_task(self._watchdog.run())
-        await self._report(True)
 
     async def serve(self) -> None:
         """Returns when `ask_to_stop` has been called.
@@ -95,7 +95,7 @@ class Server:
             EngineLostError: if the engine can't go on in this process.
             BindError: if nothing listens any more.
         """
-        assert self._stop_asked and self._watching and self._acceptor  # noqa: S101, PT018 - start() comes first
+        assert self._watching and self._acceptor  # noqa: S101, PT018 - start() comes first
         ends = [asyncio.create_task(event.wait()) for event in (self._stop_asked, self._acceptor.lost)]
         await asyncio.wait({*ends, self._watching}, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
@@ -107,15 +107,13 @@ class Server:
 
     def ask_to_stop(self) -> None:
         """Ends `serve`; may be called from a signal handler on the event loop."""
-        if self._stop_asked is not None:
-            self._stop_asked.set()
+        self._stop_asked.set()
 
     async def drain(self) -> None:
         """NOT_SERVING, time for balancers to notice, then no new calls and time for those in flight."""
         delay_s, grace_s = self._config.drain_delay_s, self._config.grace_s
         _log.info("draining: NOT_SERVING, new calls refused in %g s, calls in flight get %g s more", delay_s, grace_s)
-        await self._health.drain()
-        await self._show_readiness()
+        self._health.drain()
         await asyncio.sleep(delay_s)
         if self._acceptor is not None:
             await self._acceptor.stop(grace_s)
@@ -128,7 +126,7 @@ class Server:
         if self._watching is not None:
             self._watching.cancel()
         if self._ready_port is not None:
-            await self._ready_port.show(False)
+            await self._ready_port.stop()
         await self._parts.inference.stop()
         self._parts.conversions.shutdown(wait=False, cancel_futures=True)
         await self._monitoring.stop()
@@ -139,25 +137,28 @@ class Server:
         self._acceptor = Acceptor(
             lambda: self._new_grpc_server(max_connections),
             self._add_services,
-            lambda server, listen: bind(server, "listen", listen, tls),
+            address("listen", self._config.listen, tls),
             grace_s,
+            self._starting,
         )
-        await self._acceptor.start(self._config.listen)
+        await self._acceptor.start()
         _log.info("listening on %s", self.target)
         if listen := self._config.health_listen:
             self._health_acceptor = Acceptor(
                 health_server,
                 self._health.add_to,
-                lambda server, listen: bind(server, "health_listen", listen),
+                address("health_listen", listen),
                 grace_s,
+                self._starting,
             )
-            await self._health_acceptor.start(listen)
+            await self._health_acceptor.start()
             _log.info("health alone on %s", self._health_acceptor.target)
-        try:
-            if address := self._monitoring.start():
-                _log.info("metrics on http://%s/metrics", address)
-        except OSError as error:
-            raise BindError(f"metrics_listen: can't listen on {self._config.metrics_listen}") from error
+        if self._ready_port is not None:
+            with _bind_errors("ready_listen", self._config.ready_listen):
+                await self._ready_port.start(self._health)
+        with _bind_errors("metrics_listen", self._config.metrics_listen):
+            if found := self._monitoring.start():
+                _log.info("metrics on http://%s/metrics", found)
 
     def _new_grpc_server(self, max_connections: int) -> grpc.aio.Server:
         interceptor = CallInterceptor(SERVICE_NAME, self._gate, self._monitoring.observers)
@@ -176,17 +177,6 @@ class Server:
         call.caller = self._authenticator.identify(call.metadata, call.peer, context.auth_context()).name
         return self._parts.caller_limits.call(call.caller)
 
-    async def _report(self, works: bool) -> None:
-        await self._health.set(works)
-        await self._show_readiness()
-
-    async def _show_readiness(self) -> None:
-        if self._ready_port is not None:
-            try:
-                await self._ready_port.show(self._health.serving)
-            except OSError as error:
-                raise BindError(f"ready_listen: can't listen on {self._config.ready_listen}") from error
-
 
 def _parts(config: ServerConfig, model: ServedModel, monitoring: Monitoring) -> Parts:
     return Parts(
@@ -198,3 +188,11 @@ def _parts(config: ServerConfig, model: ServedModel, monitoring: Monitoring) -> 
         stream_admission=Admission(config.max_stream_tokens, config.max_stream_mib * _MIB),
         caller_limits=CallerLimits(config.caller_tokens_per_s, config.caller_max_calls, config.max_tokens_per_request),
     )
+
+
+@contextmanager
+def _bind_errors(name: str, listen: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BindError(f"{name}: can't listen on {listen}") from error

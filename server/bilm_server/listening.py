@@ -1,12 +1,11 @@
 """The addresses that the server listens on, and gRPC's options for them."""
 
-from pathlib import Path
-
 import grpc
 
 from bilm_server.config import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, ServerConfig
 from bilm_server.descriptors import connection_options
 from bilm_server.tls import server_credentials
+from bilm_server.unix_sockets import UnixSocket, socket_path
 
 _MIB = 2**20
 _MAX_HEADER_BYTES = 16 * 1024
@@ -46,27 +45,82 @@ def credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     return server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
 
 
-def bind(server: grpc.aio.Server, name: str, listen: str, tls: grpc.ServerCredentials | None = None) -> str:
-    """Has a server listen on HOST:PORT or unix:PATH.
+class TcpAddress:
+    """HOST:PORT to listen on; a free port that was found is kept."""
 
-    Args:
-        server: that has not started.
-        name: of the choice, for the error.
-        listen: the address; port 0: any free one.
-        tls: None: none.
+    def __init__(self, name: str, listen: str, tls: grpc.ServerCredentials | None = None) -> None:
+        """Keep what `bind` needs.
 
-    Returns:
-        Where clients find it.
+        Args:
+            name: of the setting, for errors.
+            listen: HOST:PORT; port 0: any free one.
+            tls: None: none.
+        """
+        self._name, self._listen, self._tls = name, listen, tls
 
-    Raises:
-        BindError: if that can't be.
-    """
-    try:
-        port = server.add_insecure_port(listen) if tls is None else server.add_secure_port(listen, tls)
-    except RuntimeError as error:
-        raise BindError(f"{name}: can't listen on {listen}") from error
-    if listen.startswith("unix:"):
-        if not Path(listen.removeprefix("unix:")).exists():
-            raise BindError(f"{name}: can't listen on {listen}")
-        return listen
-    return f"{listen.rpartition(':')[0]}:{port}"
+    def bind(self, server: grpc.aio.Server) -> str:
+        """Have a server that has not started listen here.
+
+        Returns:
+            The target for clients.
+
+        Raises:
+            BindError: if the address can't be listened on.
+        """
+        add, tls = server.add_insecure_port, self._tls
+        try:
+            port = add(self._listen) if tls is None else server.add_secure_port(self._listen, tls)
+        except RuntimeError as error:
+            raise BindError(f"{self._name}: can't listen on {self._listen}") from error
+        self._listen = f"{self._listen.rpartition(':')[0]}:{port}"
+        return self._listen
+
+    def release(self) -> None:
+        """Do nothing: gRPC closes the port with its server."""
+
+
+class UnixAddress:
+    """unix:PATH to listen on; one server at a time owns the path, until `release`."""
+
+    def __init__(self, name: str, listen: str, tls: grpc.ServerCredentials | None = None) -> None:
+        """Keep what `bind` needs.
+
+        Args:
+            name: of the setting, for errors.
+            listen: unix:PATH or unix:///PATH.
+            tls: None: none.
+        """
+        self._name, self._listen, self._tls = name, listen, tls
+        self._socket = UnixSocket(socket_path(listen))
+
+    def bind(self, server: grpc.aio.Server) -> str:
+        """Have a server that has not started listen here, in place of one before it.
+
+        Returns:
+            The target for clients.
+
+        Raises:
+            BindError: if another server listens here, or the path can't be used.
+        """
+        try:
+            self._socket.claim()
+            self._socket.bind(server, self._tls)
+        except OSError as error:
+            place = f": {error.filename}" if error.filename else ""
+            raise BindError(f"{self._name}: can't listen on {self._listen}{place}: {error.strerror}") from error
+        except RuntimeError as error:
+            raise BindError(f"{self._name}: can't listen on {self._listen}") from error
+        return self._listen
+
+    def release(self) -> None:
+        """Remove the socket, if it is our own, and own the path no more; idempotent."""
+        self._socket.release()
+
+
+Address = TcpAddress | UnixAddress
+
+
+def address(name: str, listen: str, tls: grpc.ServerCredentials | None = None) -> Address:
+    """Return what listens on HOST:PORT, unix:PATH or unix:///PATH."""
+    kind = UnixAddress if listen.startswith("unix:") else TcpAddress
+    return kind(name, listen, tls)

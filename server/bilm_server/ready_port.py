@@ -6,46 +6,105 @@ only connects to it takes all of that for health.
 
 import asyncio
 import logging
-from typing import Final
+from typing import Final, Protocol
 
 _log = logging.getLogger("bilm_server.ready_port")
 
 GREETING: Final = b"READY\n"
-"""What whoever connects is told before the connection ends; a stopped process accepts, too, but says nothing."""
+"""Greeting sent to every connection before it is closed; a stopped process accepts, too, but sends nothing."""
+
+_RETRY_S = 1.0
+
+
+class Readiness(Protocol):
+    """What the port follows."""
+
+    @property
+    def serving(self) -> bool:
+        """Whether the server is ready."""
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """An event that is set at the next change."""
 
 
 class ReadyPort:
-    """Listens while it is told to, again and again on the same port."""
+    """Follows readiness in a task of its own: listening while the server is ready, always on the same port.
 
-    def __init__(self, host: str, port: int) -> None:
-        """Keeps its arguments.
+    Health never waits for the port. One that can't be opened again is an error in the log, once, and is tried again
+    until it opens.
+    """
+
+    def __init__(self, host: str, port: int, retry_s: float = _RETRY_S) -> None:
+        """Keep the address; call `start` to bind it.
 
         Args:
             host: to listen on.
             port: 0: any free one, the same each time.
+            retry_s: seconds between attempts to open a port that was taken by another process.
         """
-        self._host, self._port = host, port
-        self._server: asyncio.Server | None = None
+        self._host, self._port, self._retry_s = host, port, retry_s
+        self._bound: asyncio.Server | None = None
+        self._following: asyncio.Task[None] | None = None
 
     @property
     def port(self) -> int:
-        """Where it listens, once it has."""
+        """Where it listens, once it has started."""
         return self._port
 
-    async def show(self, ready: bool) -> None:
-        """Opens or closes the port; does nothing where that is done.
+    async def start(self, readiness: Readiness) -> None:
+        """Bind the address without listening on it, and follow `readiness` from now on.
 
         Raises:
-            OSError: if the port can't be opened.
+            OSError: if the address can't be bound.
         """
-        if ready and self._server is None:
-            self._server = await asyncio.start_server(_greet, self._host, self._port)
-            self._port = self._server.sockets[0].getsockname()[1]
-            _log.debug("open on %s:%d", self._host, self._port)
-        elif not ready and self._server is not None:
-            server, self._server = self._server, None
-            server.close()
-            await server.wait_closed()
+        await self._bind()
+        self._following = asyncio.create_task(self._follow(readiness))
+
+    async def stop(self) -> None:
+        """Close the port and follow no more; idempotent."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        self._close()
+
+    async def _follow(self, readiness: Readiness) -> None:
+        while True:
+            changed = readiness.changed
+            if readiness.serving:
+                await self._open(changed)
+            else:
+                self._close()
+            await changed.wait()
+
+    async def _open(self, changed: asyncio.Event) -> None:
+        """Listen; try again until that works or readiness has changed."""
+        failing = False
+        while not changed.is_set():
+            try:
+                await self._bind()
+                assert self._bound is not None  # noqa: S101 - _bind() has set it
+                await self._bound.start_serving()
+            except OSError as error:
+                self._close()
+                if not failing:
+                    _log.error("can't listen on %s:%d (%s), trying again", self._host, self._port, error.strerror)
+                failing = True
+                await asyncio.wait([waiting := asyncio.ensure_future(changed.wait())], timeout=self._retry_s)
+                waiting.cancel()
+            else:
+                _log.debug("open on %s:%d", self._host, self._port)
+                return
+
+    async def _bind(self) -> None:
+        if self._bound is None:
+            self._bound = await asyncio.start_server(_greet, self._host, self._port, start_serving=False)
+            self._port = self._bound.sockets[0].getsockname()[1]
+
+    def _close(self) -> None:
+        if self._bound is not None:
+            self._bound.close()
+            self._bound = None
 
 
 async def _greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Protocol
 
 _log = logging.getLogger("bilm_server.watchdog")
@@ -44,16 +44,14 @@ class Watchdog:
     machine, has not hung for a minute.
     """
 
-    def __init__(
-        self, watched: Watched, hang_s: float, give_up_s: float, on_health: Callable[[bool], Awaitable[None]]
-    ) -> None:
+    def __init__(self, watched: Watched, hang_s: float, give_up_s: float, on_health: Callable[[bool], None]) -> None:
         """Keeps its arguments.
 
         Args:
             watched: what to look at.
             hang_s: seconds that one thing may take before the engine counts as hung.
             give_up_s: seconds that it may stay hung, or go on failing, before it counts as lost.
-            on_health: told at each look whether the engine works.
+            on_health: takes at each look whether the engine works, and doesn't wait for anything.
         """
         self._watched, self._on_health = watched, on_health
         self._looks_to_hang = max(1, round(hang_s / _INTERVAL_S))
@@ -74,15 +72,19 @@ class Watchdog:
             EngineLostError: when waiting longer makes no sense.
         """
         while True:
-            await self.look()
+            self.look()
             await asyncio.sleep(_INTERVAL_S)
 
-    async def look(self) -> None:
-        """Looks once; what `run` does again and again."""
+    def look(self) -> None:
+        """Look once; what `run` does again and again.
+
+        Raises:
+            EngineLostError: when waiting longer makes no sense.
+        """
         hung = self._is_hung()
         works = self._watched.alive and self._watched.healthy and not hung
         self._bad = 0 if works else self._bad + 1
-        await self._on_health(works)
+        self._on_health(works)
         if hung:
             self._watched.refuse_pending()
         if not self._watched.alive:

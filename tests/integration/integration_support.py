@@ -60,8 +60,8 @@ class RunningServer:
 @contextmanager
 def running(*flags: str) -> Iterator[RunningServer]:
     server = RunningServer(load_config(["--listen", "127.0.0.1:0", "--drain-delay-s", "0", *flags]))
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.stop()

@@ -1,5 +1,6 @@
 """One bad frame ends grpc.aio's accept loop; the server must outlive it."""
 
+import asyncio
 import logging
 import os
 import socket
@@ -7,15 +8,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import hpack
 import pytest
 from bilm_api.v1 import embed_pb2
+from bilm_server.acceptor import Acceptor
 from bilm_server.compute import ModelCompute
 from bilm_server.jobs import Computed, Job
-from integration_support import PLAIN, RunningServer, tokens
+from bilm_server.listening import BindError, TcpAddress
+from grpc_health.v1 import health_pb2
+from integration_support import PLAIN, TINY, RunningServer, health_stub, running, tokens
 
+SERVING = health_pb2.HealthCheckResponse.SERVING
 REQUEST = embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens("a")])
 
 
@@ -31,11 +37,20 @@ def call_with_a_bad_path(target: str) -> Iterator[socket.socket]:
          ("content-type", "application/grpc"), ("te", "trailers")],
         huffman=False,
     )  # fmt: skip
-    host, _, port = target.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + frame(1, 4, 1, headers))
-        connection.sendall(frame(0, 1, 1, bytes(5)))
+    with connected(target) as connection:
+        call = frame(1, 4, 1, headers) + frame(0, 1, 1, bytes(5))
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + call)
         yield connection
+
+
+def connected(target: str) -> socket.socket:
+    if target.startswith("unix:"):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(20)
+        connection.connect(target.removeprefix("unix:"))
+        return connection
+    host, _, port = target.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=20)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -89,3 +104,88 @@ def test_as_often_as_anybody_likes(start: Callable[..., RunningServer]) -> None:
         if number == 3:
             before = descriptors()
     wait_until(lambda: descriptors() <= before)
+
+
+@pytest.fixture(params=["--listen", "--health-listen"])
+def unix(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
+    """A flag that makes a server listen on a Unix socket, and the socket's target."""
+    return request.param, f"unix:{tmp_path}/bilm.sock"
+
+
+def is_healthy(target: str) -> bool:
+    with grpc.insecure_channel(target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        request = health_pb2.HealthCheckRequest()
+        return bool(health_stub(channel).Check(request, timeout=20, wait_for_ready=True).status == SERVING)
+
+
+def test_a_unix_socket_outlives_bad_paths_and_goes_with_its_server(tmp_path: Path, unix: tuple[str, str]) -> None:
+    flag, target = unix
+    with running("--model", TINY, "--grace-s", "0", flag, target):
+        for _ in range(4):
+            with call_with_a_bad_path(target) as connection:
+                while connection.recv(4096):  # closed with its server
+                    pass
+            assert is_healthy(target)
+        assert (tmp_path / "bilm.sock").is_socket()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_server_on_a_unix_socket_is_refused_and_takes_nothing_away(unix: tuple[str, str]) -> None:
+    flag, target = unix
+    with running("--model", TINY, flag, target):
+        with pytest.raises(BindError, match=f"listen: can't listen on {target}.*another server"):  # noqa: SIM117
+            with running("--model", TINY, flag, target):
+                pass
+        assert is_healthy(target)
+    with running("--model", TINY, flag, target):  # its end has left the path free
+        assert is_healthy(target)
+
+
+class StoppingAddress(TcpAddress):
+    """Has its acceptor stopped as soon as a second server is bound, before that one has started."""
+
+    def __init__(self) -> None:
+        super().__init__("listen", "127.0.0.1:0")
+        self.n_bound = 0
+        self.acceptor: Acceptor | None = None
+        self.stopped = asyncio.Event()
+        self._stopping: asyncio.Task[None] | None = None
+
+    def bind(self, server: grpc.aio.Server) -> str:
+        self.n_bound += 1
+        if self.n_bound == 2:
+            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+        return super().bind(server)
+
+    async def _stop(self) -> None:
+        assert self.acceptor is not None
+        await self.acceptor.stop(0)
+        self.stopped.set()
+
+
+async def test_a_stop_while_another_server_takes_the_place_of_one_leaves_nothing_listening() -> None:
+    address = StoppingAddress()
+    acceptor = address.acceptor = Acceptor(grpc.aio.server, lambda _: None, address, 0, asyncio.Lock())
+    await acceptor.start()
+    with call_with_a_bad_path(acceptor.target):
+        await asyncio.wait_for(address.stopped.wait(), 20)
+    with pytest.raises(ConnectionRefusedError):
+        connected(acceptor.target)
+
+
+async def test_one_acceptor_does_not_watch_the_loop_of_another() -> None:
+    """Both start at once, so that the loops of both are new to each."""
+    starting = asyncio.Lock()
+    acceptors = [
+        Acceptor(grpc.aio.server, lambda _: None, TcpAddress("listen", "127.0.0.1:0"), 0, starting) for _ in range(2)
+    ]
+    await asyncio.gather(*(acceptor.start() for acceptor in acceptors))
+    first, second = (acceptor.target for acceptor in acceptors)
+    untouched = connected(second)
+    with call_with_a_bad_path(first) as connection:
+        while await asyncio.to_thread(connection.recv, 4096):
+            pass
+    untouched.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0))
+    assert await asyncio.to_thread(untouched.recv, 9)
+    untouched.close()
+    await asyncio.gather(*(acceptor.stop(0) for acceptor in acceptors))

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,10 +18,11 @@ from typing import Any
 import grpc
 import pytest
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
-from bilm_server import lifecycle, listening
 from bilm_server.compute import ModelCompute
+from bilm_server.config import load_config
 from bilm_server.health import LIVENESS
 from bilm_server.jobs import Computed, Job
+from bilm_server.ready_port import GREETING
 from bilm_server.watchdog import EngineLostError
 from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2
@@ -214,6 +216,34 @@ def test_health_follows_the_model(start: Callable[..., RunningServer], monkeypat
     updates.cancel()
 
 
+def test_a_fixed_ready_port_is_open_while_the_server_is_ready(
+    start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    server = start("--ready-listen", "{}:{}".format(*address))
+    wait_until(lambda: greets(address))
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelCompute, "advance", lambda *_: 1 / 0)
+        patch.setattr(ModelCompute, "probe", lambda *_: 1 / 0)
+        with pytest.raises(grpc.RpcError):
+            server.stub().Embed(one("w"))
+        wait_until(lambda: not greets(address))
+    wait_until(lambda: greets(address))
+    server.server.ask_to_stop()
+    server.call(server.server.serve)  # raises what the watchdog has failed with
+    server.call(server.server.drain)
+    wait_until(lambda: not greets(address))
+
+
+def greets(address: tuple[str, int]) -> bool:
+    try:
+        with socket.create_connection(address, timeout=5) as connection:
+            return connection.recv(100) == GREETING
+    except OSError:
+        return False
+
+
 def test_a_hung_engine_is_out_and_its_callers_are_let_go(start: Callable[..., RunningServer], gate: Gate) -> None:
     server = start("--hang-s", "0.5")
     updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=20)
@@ -240,27 +270,20 @@ def test_a_lost_engine_ends_the_service(start: Callable[..., RunningServer], mon
             server.call(server.server.serve)
 
 
-def test_not_serving_before_the_warm_up(start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_serving_before_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
     def probe(compute: ModelCompute) -> None:
-        channel = grpc.insecure_channel(targets[0])
-        seen.extend(
-            health_stub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status
-            for service in SERVICES
-        )
-        channel.close()
-
-    targets: list[str] = []
-    bind = listening.bind
-
-    def bind_and_tell(*arguments: Any) -> str:
-        targets.append(bind(*arguments))
-        return targets[0]
+        with grpc.insecure_channel(server.target) as channel:
+            seen.extend(
+                health_stub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status
+                for service in SERVICES
+            )
 
     monkeypatch.setattr(ModelCompute, "probe", probe)
-    monkeypatch.setattr(lifecycle, "bind", bind_and_tell)
-    start()
+    server = RunningServer(load_config(["--model", "random:tiny", "--listen", "127.0.0.1:0"]))
+    server.start()
+    server.stop()
     assert seen == [NOT_SERVING, NOT_SERVING]
 
 
@@ -324,7 +347,6 @@ def process(
 
 _HANGS = """
 import sys, threading
-from bilm_server import lifecycle, listening
 from bilm_server.compute import ModelCompute
 from bilm_server.health import LIVENESS
 from bilm_server.main import main
@@ -427,7 +449,6 @@ def test_log_lines_can_be_json_and_never_hold_text() -> None:
 
 
 async def test_stop_may_be_called_twice_and_before_start() -> None:
-    from bilm_server.config import load_config
     from bilm_server.lifecycle import Server
     from bilm_server.served_model import load_served_model
 

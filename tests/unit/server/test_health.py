@@ -14,10 +14,10 @@ SERVICE = "some.v1.Service"
 class Served:
     def __init__(self, reporter: HealthReporter, channel: grpc.aio.Channel) -> None:
         self.reporter = reporter
-        self._stub: Any = health_pb2_grpc.HealthStub(channel)
+        self.stub: Any = health_pb2_grpc.HealthStub(channel)
 
     async def ask(self, service: str) -> int:
-        response = await self._stub.Check(health_pb2.HealthCheckRequest(service=service))
+        response = await self.stub.Check(health_pb2.HealthCheckRequest(service=service))
         return int(response.status)
 
     async def ready(self) -> set[int]:
@@ -28,7 +28,6 @@ class Served:
 async def served() -> AsyncIterator[Served]:
     server, reporter = grpc.aio.server(), HealthReporter(SERVICE)
     reporter.add_to(server)
-    await reporter.start()
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -38,19 +37,19 @@ async def served() -> AsyncIterator[Served]:
 
 async def test_alive_from_the_start_ready_when_told(served: Served) -> None:
     assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
-    await served.reporter.set(True)
+    served.reporter.set(True)
     assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {SERVING})
     assert await served.ask(INFERENCE) == SERVING
     assert served.reporter.serving
-    await served.reporter.set(False)
+    served.reporter.set(False)
     assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
 
 
 async def test_draining_is_for_good_and_alive(served: Served) -> None:
-    await served.reporter.set(True)
-    await served.reporter.drain()
+    served.reporter.set(True)
+    served.reporter.drain()
     for works in (True, False, True):
-        await served.reporter.set(works)
+        served.reporter.set(works)
         assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
         assert await served.ask(INFERENCE) == (SERVING if works else NOT_SERVING)
         assert not served.reporter.serving
@@ -59,5 +58,30 @@ async def test_draining_is_for_good_and_alive(served: Served) -> None:
 async def test_only_changes_are_logged(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "bilm_server.health")
     for serving in (False, True, True, False, False):
-        await served.reporter.set(serving)
+        served.reporter.set(serving)
     assert [record.getMessage() for record in caplog.records] == ["health: SERVING", "health: NOT_SERVING"]
+
+
+async def test_watchers_see_every_lasting_change_and_unknown_names(served: Served) -> None:
+    stub: Any = served.stub
+    unknown = stub.Watch(health_pb2.HealthCheckRequest(service="other"), timeout=20)
+    assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=20)
+    assert (await watch.read()).status == NOT_SERVING
+    for works in (True, False, True):
+        served.reporter.set(works)
+        assert (await watch.read()).status == (SERVING if works else NOT_SERVING)
+    served.reporter.drain()
+    assert (await watch.read()).status == NOT_SERVING
+    unknown.cancel()
+    watch.cancel()
+
+
+@pytest.mark.skipif(not hasattr(health_pb2, "HealthListResponse"), reason="this grpcio-health-checking has no List")
+async def test_list_has_every_name_and_nothing_else(served: Served) -> None:
+    served.reporter.set(True)
+    messages: Any = health_pb2  # its stubs lack this one
+    response = await served.stub.List(messages.HealthListRequest())
+    assert {name: found.status for name, found in response.statuses.items()} == dict.fromkeys(
+        ("", SERVICE, INFERENCE, LIVENESS), SERVING
+    )

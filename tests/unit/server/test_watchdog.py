@@ -27,66 +27,66 @@ class Watch:
         self.said: list[bool] = []
         self._watchdog = Watchdog(engine, hang_s, give_up_s, self._hear)
 
-    async def _hear(self, works: bool) -> None:
+    def _hear(self, works: bool) -> None:
         self.said.append(works)
 
-    async def look(self, times: int = 1) -> list[bool]:
+    def look(self, times: int = 1) -> list[bool]:
         self.said.clear()
         for _ in range(times):
-            await self._watchdog.look()
+            self._watchdog.look()
         return self.said
 
 
-async def test_an_engine_that_moves_or_has_nothing_to_do_works() -> None:
+def test_an_engine_that_moves_or_has_nothing_to_do_works() -> None:
     engine = Engine()
     watch = Watch(engine, hang_s=1, give_up_s=2)
-    assert await watch.look(20) == [True] * 20
+    assert watch.look(20) == [True] * 20
     engine.has_work = True
     for _ in range(20):
         engine.beats += 1
-        assert await watch.look() == [True]
+        assert watch.look() == [True]
 
 
-async def test_an_engine_that_does_nothing_for_hang_s_hangs_until_it_moves(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_engine_that_does_nothing_for_hang_s_hangs_until_it_moves(caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine()
     watch = Watch(engine, hang_s=1, give_up_s=100)
-    await watch.look()
+    watch.look()
     engine.has_work = True
-    assert await watch.look(6) == [True, True, True, False, False, False]
+    assert watch.look(6) == [True, True, True, False, False, False]
     assert engine.refusals == 3
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     engine.beats += 1
-    assert await watch.look() == [True]
+    assert watch.look() == [True]
 
 
-async def test_a_failing_model_is_lost_after_give_up_s() -> None:
+def test_a_failing_model_is_lost_after_give_up_s() -> None:
     engine = Engine()
     watch = Watch(engine, hang_s=1, give_up_s=1)
     engine.healthy = False
-    assert await watch.look(4) == [False] * 4
+    assert watch.look(4) == [False] * 4
     engine.healthy = True
-    assert await watch.look() == [True]
+    assert watch.look() == [True]
     engine.healthy = False
-    await watch.look(4)
+    watch.look(4)
     with pytest.raises(EngineLostError, match="fails"):
-        await watch.look()
+        watch.look()
 
 
-async def test_a_hung_model_is_lost_after_hang_s_and_give_up_s() -> None:
+def test_a_hung_model_is_lost_after_hang_s_and_give_up_s() -> None:
     engine = Engine()
     engine.has_work = True
     watch = Watch(engine, hang_s=1, give_up_s=1)
-    await watch.look(8)
+    watch.look(8)
     with pytest.raises(EngineLostError, match="hangs"):
-        await watch.look()
+        watch.look()
 
 
-async def test_a_dead_thread_is_lost_at_once() -> None:
+def test_a_dead_thread_is_lost_at_once() -> None:
     engine = Engine()
     engine.alive = False
     watch = Watch(engine, hang_s=1, give_up_s=100)
     with pytest.raises(EngineLostError, match="ended"):
-        await watch.look()
+        watch.look()
     assert watch.said == [False]
 
 
@@ -94,7 +94,7 @@ async def test_it_goes_on_looking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "_INTERVAL_S", 0.001)
     looks = asyncio.Semaphore(0)
 
-    async def hear(works: bool) -> None:
+    def hear(works: bool) -> None:
         looks.release()
 
     task = asyncio.create_task(Watchdog(Engine(), 1, 1, hear).run())

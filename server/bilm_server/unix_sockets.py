@@ -1,0 +1,171 @@
+"""A Unix socket that belongs to one server: gRPC's own way unlinks a path at bind and at stop, whoever owns it.
+
+gRPC binds a private path, which is then renamed to the public one, so that whatever gRPC unlinks is never there. A
+lock file beside the socket says who owns the path; the kernel releases it with the process, however that ends.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import socket
+import stat
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote, unquote
+
+import grpc
+
+_log = logging.getLogger("bilm_server.acceptor")
+
+MAX_PATH_BYTES: Final = 107
+"""Of a Unix socket's path on Linux, without the 0 at its end."""
+
+_PRIVATE_NAME_BYTES = 8
+# Answers of file systems that can't lock; 524 is ENOTSUPP of the kernel's NFS, which has no name in user space
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, 524)
+_PROBE_TIMEOUT_S = 1.0
+
+
+def socket_path(target: str) -> Path:
+    """Return the path of unix:PATH or unix:///PATH, which is percent-encoded as in gRPC's targets.
+
+    Raises:
+        ValueError: if it is anything else, or too long.
+    """
+    text = target.removeprefix("unix:")
+    if text.startswith("//"):
+        text = text.removeprefix("//")
+        if not text.startswith("/"):
+            raise ValueError("expected unix:PATH or unix:///ABSOLUTE_PATH")
+    if "?" in text or "#" in text:
+        raise ValueError("expected %3F and %23 in place of ? and # in a Unix socket's path")
+    text = unquote(text, errors="surrogateescape")
+    if not text or text.endswith("/") or "\0" in text:
+        raise ValueError("a Unix socket needs a path, as in unix:/run/bilm.sock")
+    n_bytes = max(len(os.fsencode(text)), len(os.fsencode(_private_path(text))))
+    if n_bytes > MAX_PATH_BYTES:
+        raise ValueError(
+            f"a Unix socket's path may have {MAX_PATH_BYTES} bytes, its name counting as {_PRIVATE_NAME_BYTES} at "
+            f"least, found {n_bytes}"
+        )
+    return Path(text)
+
+
+class UnixSocket:
+    """A path that one process serves on at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Keep the path; call `claim` to own it."""
+        self._path = path
+        self._lock_path = path.with_name(path.name + ".lock")
+        self._lock: int | None = None
+        self._identity: tuple[int, int, int] | None = None
+
+    def claim(self) -> None:
+        """Own the path, or find out who does; idempotent. A socket that a killed process has left is taken over.
+
+        Raises:
+            OSError: if another server listens there, the path is something else than a socket, or its folder can't be
+                used.
+        """
+        if self._lock is not None:
+            return
+        self._lock = _locked(self._lock_path)
+        try:
+            _check_free(self._path)
+        except OSError:
+            self.release()
+            raise
+
+    def bind(self, server: grpc.aio.Server, tls: grpc.ServerCredentials | None) -> None:
+        """Have a server that has not started listen on the path, in place of one before it.
+
+        Raises:
+            OSError: if it can't be bound.
+            RuntimeError: likewise, by gRPC.
+        """
+        private = _private_path(str(self._path))
+        address = f"unix:{quote(private)}"
+        if tls is None:
+            server.add_insecure_port(address)
+        else:
+            server.add_secure_port(address, tls)
+        self._identity = _identity(Path(private))
+        os.rename(private, self._path)  # noqa: PTH104 - Path.rename says nothing else
+
+    def release(self) -> None:
+        """Remove the socket, if it is still our own, and own the path no more; idempotent."""
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):
+            if self._identity is not None and _identity(self._path) == self._identity:
+                self._path.unlink()
+        self._identity = None
+        with contextlib.suppress(OSError):  # while it is locked, so that nobody locks a file that is going
+            if _identity(self._lock_path) == _identity_of(os.fstat(self._lock)):
+                self._lock_path.unlink()
+        os.close(self._lock)
+        self._lock = None
+
+
+def _private_path(path: str) -> str:
+    """Return a path in the same folder that no other process uses."""
+    folder, _, _ = path.rpartition("/")
+    name = "." + secrets.token_hex(_PRIVATE_NAME_BYTES)[: _PRIVATE_NAME_BYTES - 1]
+    return f"{folder}/{name}" if "/" in path else name
+
+
+def _locked(path: Path) -> int:
+    """Return the descriptor of a lock file that this process holds the lock of."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            _lock(descriptor, path)
+            if os.path.exists(path) and _identity(path) == _identity_of(os.fstat(descriptor)):  # noqa: PTH110
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its owner has removed it meanwhile
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    import fcntl  # noqa: PLC0415 - not on Windows
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(errno.EADDRINUSE, "another server listens there", str(path)) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _log.warning("%s: this file system has no locks; two servers that start at once may take the path", path)
+
+
+def _check_free(path: Path) -> None:
+    """Raise OSError unless the path is free, or a socket that nobody listens on."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "exists and isn't a socket", str(path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE_TIMEOUT_S)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return
+        except (BlockingIOError, TimeoutError):
+            pass  # its backlog is full
+    raise OSError(errno.EADDRINUSE, "another server listens there", str(path))
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    return _identity_of(path.lstat())
+
+
+def _identity_of(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_dev, found.st_ino, found.st_mtime_ns  # a freed inode may be used again at once
