@@ -8,7 +8,6 @@ attribute `bilm_serve` of the root. An .npz has the same names as arrays.
 import contextlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bilm_client._choices import UsageError
+from bilm_client._files import replaced
+from bilm_client.batch.deferring import DeferringFile
 
 RUN_KEY = "bilm_serve"
 SENTENCES_KEY = "sentence_to_index"
@@ -33,16 +34,14 @@ def new_output(path: Path, run: dict[str, Any]) -> Iterator[tuple[Write, Callabl
     Yields:
         A function that writes a dataset, and one that writes `sentence_to_index`.
     """
-    draft = path.with_name(path.name + ".part")
-    make = _npz if path.suffix == ".npz" else _hdf5
-    try:
-        with make(draft, run) as writers:
-            yield writers
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    make = _npz if is_npz(path) else _hdf5
+    with replaced(path) as draft, make(draft, run) as writers:
+        yield writers
+
+
+def is_npz(path: Path) -> bool:
+    """Return whether an output's name says NumPy's archive; otherwise it is HDF5."""
+    return path.suffix.lower() == ".npz"
 
 
 def read_run(path: Path) -> dict[str, Any] | None:
@@ -52,30 +51,43 @@ def read_run(path: Path) -> dict[str, Any] | None:
         UsageError: if the file can't be read.
     """
     try:
-        if path.suffix == ".npz":
+        if is_npz(path):
             with np.load(path) as file:
                 text = str(file[RUN_KEY]) if RUN_KEY in file else None
         else:
-            with h5py.File(path, "r") as file:
+            # No lock: this program never writes into a whole output, and not every file system has locks
+            with h5py.File(path, "r", locking=False) as file:
                 text = file.attrs.get(RUN_KEY)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        return None if text is None else dict(json.loads(text))
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        LookupError,
+        zipfile.BadZipFile,
+    ) as error:  # h5py's, for damage
         raise UsageError(f"output: {path} is there and can't be read: {error}") from error
-    return None if text is None else dict(json.loads(text))
 
 
 @contextlib.contextmanager
 def _hdf5(path: Path, run: dict[str, Any]) -> Iterator[tuple[Write, Callable[[dict[str, str]], None]]]:
-    with h5py.File(path, "w") as file:
+    with path.open("w+b", buffering=0) as raw:
+        store = DeferringFile(raw)
+        with h5py.File(store, "w") as file:
 
-        def write(key: str, vectors: NDArray[np.generic]) -> None:
-            file.create_dataset(key, data=vectors)
+            def write(key: str, vectors: NDArray[np.generic]) -> None:
+                file.create_dataset(key, data=vectors)
+                store.check()
 
-        def write_sentences(sentences: dict[str, str]) -> None:
-            dataset = file.create_dataset(SENTENCES_KEY, (1,), dtype=h5py.string_dtype())
-            dataset[0] = json.dumps(sentences)
+            def write_sentences(sentences: dict[str, str]) -> None:
+                dataset = file.create_dataset(SENTENCES_KEY, (1,), dtype=h5py.string_dtype())
+                dataset[0] = json.dumps(sentences)
+                store.check()
 
-        yield write, write_sentences
-        file.attrs[RUN_KEY] = json.dumps(run)
+            yield write, write_sentences
+            file.attrs[RUN_KEY] = json.dumps(run)
+        store.check()  # what was written while closing
 
 
 @contextlib.contextmanager
