@@ -2,14 +2,16 @@
 
 import argparse
 import os
+import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsError
 
 from bilm_client._credentials import CredentialsError, channel_credentials, read_token
+from bilm_client._files import read_text, reason
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -29,7 +31,7 @@ def load_choices(cls: type[S], argv: list[str]) -> S:
         UsageError: listing every bad value.
         SystemExit: for --help, or a flag that doesn't exist.
     """
-    toml_file = _toml_file(argv, f"{cls.model_config['env_prefix']}CONFIG")
+    toml = _toml(argv, f"{cls.model_config['env_prefix']}CONFIG")
 
     class _Sources(cls):  # type: ignore[misc, valid-type]
         __doc__ = cls.__doc__
@@ -43,15 +45,14 @@ def load_choices(cls: type[S], argv: list[str]) -> S:
             *_unused: Any,
             **_also_unused: Any,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            toml = [TomlConfigSettingsSource(settings_cls, toml_file)] if toml_file else []
-            return (env_settings, *toml)
+            return (env_settings, InitSettingsSource(settings_cls, toml))
 
     try:
         chosen: S = _Sources(_cli_parse_args=argv)
     except ValidationError as error:
         raise UsageError("\n".join(map(_line, error.errors()))) from error
     except (SettingsError, ValueError) as error:
-        raise UsageError(f"{toml_file or 'environment'}: {error}") from error
+        raise UsageError(f"environment: {error}") from error
     return chosen
 
 
@@ -70,16 +71,16 @@ def credentials_from_files(
         raise UsageError(str(error)) from error
 
 
-def _toml_file(argv: list[str], variable: str) -> Path | None:
+def _toml(argv: list[str], variable: str) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default=os.environ.get(variable))
     name = parser.parse_known_args(argv)[0].config
     if name is None:
-        return None
-    path = Path(name)
-    if not path.is_file():
-        raise UsageError(f"config: no such file: {path}")
-    return path
+        return {}
+    try:
+        return tomllib.loads(read_text(Path(name)))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"config: {name}: {reason(error)}") from error
 
 
 def _line(error: Any) -> str:

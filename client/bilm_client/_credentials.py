@@ -1,9 +1,12 @@
 """TLS credentials and the token of a command, from the files that its flags name; imports no numpy."""
 
+import codecs
 import ssl
 from pathlib import Path
 
 import grpc
+
+from bilm_client._files import read_bytes, reason
 
 
 class CredentialsError(Exception):
@@ -31,7 +34,7 @@ def channel_credentials(
         return grpc.ssl_channel_credentials(roots)
     if cert_file is None or key_file is None:
         raise CredentialsError("a certificate and its key go together; one of the two files isn't named")
-    chain, key = _read(cert_file), _read(key_file)
+    chain, key = _read_pem(cert_file), _read_pem(key_file)
     _check_pair(cert_file, key_file)
     return grpc.ssl_channel_credentials(roots, key, chain)
 
@@ -44,7 +47,7 @@ def read_token(path: Path | None) -> str | None:
     """
     if path is None:
         return None
-    words = _read(path).decode("ascii", "replace").split()
+    words = _read(path).removeprefix(codecs.BOM_UTF8).decode("ascii", "replace").split()
     if len(words) != 1 or not (words[0].isascii() and words[0].isprintable()):
         raise CredentialsError(f"{path}: expected one token of printable ASCII and nothing else")
     return words[0]
@@ -52,13 +55,21 @@ def read_token(path: Path | None) -> str | None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CredentialsError(f"{path}: {error.strerror}") from error
+        return read_bytes(path)
+    except (OSError, ValueError) as error:
+        raise CredentialsError(f"{path}: {reason(error)}") from error
+
+
+def _read_pem(path: Path) -> bytes:
+    data = _read(path)
+    # TLS libraries pass over a first line that begins so, and with it the first certificate
+    if data.startswith(codecs.BOM_UTF8):
+        raise CredentialsError(f"{path}: begins with a byte order mark, expected PEM without one")
+    return data
 
 
 def _roots(path: Path) -> bytes:
-    roots = _read(path)
+    roots = _read_pem(path)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=roots.decode("ascii"))
     except (ssl.SSLError, ValueError) as error:

@@ -18,6 +18,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bilm_client._credentials import CredentialsError, channel_credentials, read_token
+from bilm_client._terminal import is_lost, run_command
 
 SERVING, NOT_SERVING, UNREACHABLE = 0, 1, 2
 _RECONNECT_PAUSE_S = 1.0
@@ -32,17 +33,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; None: those of the process.
 
     Returns:
-        The exit code: 0 SERVING, 1 not serving or an unknown service, 2 unreachable or too slow.
+        The exit code: 0 SERVING, 1 not serving or an unknown service, 2 unreachable, too slow, or a file can't be
+        used; 141 if it is SERVING and nobody reads it.
 
     Raises:
-        SystemExit: with 2, for bad arguments or a file that can't be used.
+        SystemExit: with 2, for bad arguments.
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    return run_command("bilm-health", partial(_main, argv), failed=UNREACHABLE)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = _parser().parse_args(argv)
     try:
         credentials, metadata = _credentials(args)
     except CredentialsError as error:
-        parser.error(str(error))
+        print(f"bilm-health: {error}", file=sys.stderr)
+        return UNREACHABLE
     with _channel(args.target, credentials) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=args.service)
@@ -116,6 +122,8 @@ def _watch(watch: Callable[..., Iterator[health_pb2.HealthCheckResponse]]) -> in
                 for response in watch(wait_for_ready=not connected):
                     connected, last = True, _exit_code(response.status)
                     _tell(_Status.Name(response.status))
+                    if is_lost():
+                        return last
             except grpc.RpcError as error:
                 last = UNREACHABLE
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:

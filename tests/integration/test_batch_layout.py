@@ -236,6 +236,54 @@ def test_an_input_that_cannot_be_read(tmp_path: Path, name: str, capsys: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
+# ---- the beginning of a text, and the ends of its lines ----
+
+MARK = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(server: RunningServer, text: Path, tmp_path: Path) -> None:
+    (marked := tmp_path / "marked.txt").write_bytes(MARK + text.read_bytes() + MARK + b"in the middle\n")
+    text.write_bytes(text.read_bytes() + MARK + b"in the middle\n")
+    outputs = tmp_path / "marked.hdf5", tmp_path / "plain.hdf5"
+    for source, output in zip((marked, text), outputs, strict=True):
+        assert embed(server.target, source, output) == 0
+    assert_same(datasets(outputs[0]), datasets(outputs[1]), 0)
+    with h5py.File(outputs[0]) as file:
+        sentences = json.loads(file[SENTENCES][0])
+    assert sentences == {**{line: str(index) for index, line in enumerate(LINES)}, "\ufeffin the middle": "3"}
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(server: RunningServer, text: Path, tmp_path: Path) -> None:
+    text.write_bytes(MARK + b"Hello\n")
+    assert embed(server.target, text, tmp_path / "out.npz", "--use-sentence-keys") == 0
+    assert datasets(tmp_path / "out.npz").keys() == {"Hello"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_another_encoding_is_named(
+    text: Path, tmp_path: Path, encoding: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text.write_bytes("\ufeffHello\n".encode(encoding))
+    assert embed(NOWHERE, text, tmp_path / "out.hdf5", "--errors", str(tmp_path / "errors")) == REFUSED
+    name, order = encoding[:-3].upper(), {"le": "little", "be": "big"}[encoding[-2:]]
+    expected = f"bilm-embed: input: {text}: the text is {name}, {order}-endian, expected UTF-8\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_only_a_line_feed_ends_a_line(server: RunningServer, text: Path, tmp_path: Path) -> None:
+    text.write_bytes("one\rtwo\r\nthree\u2028four\ffive\nsix".encode())
+    assert embed(server.target, text, tmp_path / "out.hdf5", "--pool", "none", "--layers", "top") == 0
+    assert {key: len(vectors) for key, vectors in datasets(tmp_path / "out.hdf5").items()} == {"0": 2, "1": 3, "2": 1}
+
+
+def test_a_configuration_file_may_begin_with_a_byte_order_mark(
+    server: RunningServer, text: Path, tmp_path: Path
+) -> None:
+    (config := tmp_path / "embed.toml").write_bytes(MARK + f'target = "{server.target}"\r\nlayers = "top"'.encode())
+    assert main([str(text), str(tmp_path / "out.hdf5"), "--config", str(config)]) == 0
+    assert run_of(tmp_path / "out.hdf5")["options"]["layers"] == "top"
+
+
 # ---- settings ----
 
 

@@ -2,13 +2,14 @@
 
 import errno
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ FLAGS = ("--batch-tokens", "1", "--concurrency", "1")
 BATCHES, CARRIED = pytest.param((), id="batches"), pytest.param(("--carry-state",), id="carried")
 TOLERANCE = 1e-6
 OTHER_MODEL = str(Path(__file__).parents[1] / "data" / "golden" / "tanh-3layers")
+JOURNALS = Path(__file__).parents[1] / "data" / "journals"
+OLD_MODEL = str(Path(__file__).parents[1] / "data" / "golden" / "relu-2highway")
 NOWHERE = "unix:/nonexistent/socket"
 
 
@@ -113,6 +116,83 @@ def wait_for_line(process: subprocess.Popen[str], words: str) -> None:
 def assert_whole(output: Path, expected: Datasets) -> None:
     assert_same(datasets(output), expected, TOLERANCE)
     assert sorted(path.name for path in output.parent.iterdir()) == ["in.txt", output.name]
+
+
+# ---- the disk is full ----
+
+
+@pytest.mark.parametrize("name", ["out.hdf5", "out.npz"])
+def test_a_disk_that_is_full_when_the_output_is_written(server: RunningServer, text: Path, name: str) -> None:
+    output, small = text.with_name(name), ("--pool", "mean", "--layers", "top", "--dtype", "float16")
+    write(text, *(f"line {i}" for i in range(400)))
+    limit_bytes = 80_000  # between the journal's size and the output's
+
+    with embedding(server.target, text, output, *small) as process:
+        # At once: the process has hardly begun to import what it needs
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+        code, errors = ended(process)
+    assert code == STOPPED
+    assert errors.splitlines() == [
+        "bilm-embed: [Errno 27] File too large",
+        "bilm-embed: the run stopped; what is done is kept, --resume goes on",
+    ]
+    assert sorted(path.name for path in text.parent.iterdir()) == ["in.txt", journal_of(output).name]
+    assert embed(server.target, text, output, *small, "--resume") == 0
+    assert output.stat().st_size > limit_bytes
+    assert len(datasets(output)) == 400
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
+def test_a_full_file_system(server: RunningServer, text: Path, tmp_path: Path) -> None:
+    (folder := tmp_path / "small").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("a file system can't be mounted here")
+    try:
+        output, small = folder / "out.hdf5", ("--pool", "mean", "--layers", "top", "--dtype", "float16")
+        write(text, *(f"line number {i}" for i in range(1500)))
+        ballast = folder / "ballast"
+        with suppress(OSError), ballast.open("wb") as file:
+            file.write(bytes(1_200_000))
+        with embedding(server.target, text, output, *small) as process:
+            code, errors = ended(process)
+        assert (code, len(errors.splitlines())) == (STOPPED, 2), errors
+        ballast.unlink()
+        assert embed(server.target, text, output, *small, "--resume") == 0
+        assert len(datasets(output)) == 1500
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+# ---- an older version's runs ----
+
+OLD_TEXT = "A first line .\nand\xa0a second one\r\nthe third\n".encode()
+OLD_FLAGS = ("--layers", "top", "--pool", "mean", "--resume")
+
+
+def test_a_journal_of_version_0_1_is_resumed(
+    start: Start, text: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text.write_bytes(OLD_TEXT)
+    shutil.copy(JOURNALS / "0.1-plain.journal", journal_of(output))
+    server = start("--model", OLD_MODEL)
+    assert embed(server.target, text, output, *OLD_FLAGS) == 0
+    assert "3 of them by an earlier run" in capsys.readouterr().out
+    anew = output.with_name("anew.hdf5")
+    assert embed(server.target, text, anew, *OLD_FLAGS) == 0
+    assert_same(datasets(output), datasets(anew), 1e-5)
+
+
+def test_a_journal_of_version_0_1_whose_text_has_a_byte_order_mark_is_refused(
+    start: Start, text: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text.write_bytes(b"\xef\xbb\xbfA first line .\nthe second\n")
+    shutil.copy(JOURNALS / "0.1-marked.journal", journal_of(output))
+    assert embed(start("--model", OLD_MODEL).target, text, output, *OLD_FLAGS) == REFUSED
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert "made with another byte_order_mark" in errors[0]
 
 
 # ---- the client goes ----

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bilm_client._choices import UsageError
+from bilm_client._files import check_readable, lock, reason
 
 _HEADER = struct.Struct("<IQQI")  # lengths of description, vectors and state; CRC-32 of the three
 _MAX_DESCRIPTION_BYTES = 2**20
@@ -55,38 +56,52 @@ class Journal:
     Attributes:
         path: of the file.
         identity: what makes the run what it is: input hash, options, model.
+        locked: False where the file system has no locks, so that nothing keeps a second run out.
     """
 
     path: Path
     identity: dict[str, Any]
+    locked: bool
     _file: BinaryIO = field(repr=False)
 
     @classmethod
     def create(cls, path: Path, identity: dict[str, Any]) -> Self:
-        """Starts a journal; one that is there is lost."""
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
-        _lock(file, path)
+        """Start a journal; one that is there is lost.
+
+        Raises:
+            UsageError: The file can't be made.
+            JournalBusyError: Another run is writing it.
+        """
+        try:
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
+        except OSError as error:
+            raise UsageError(f"{path}: {reason(error)}") from error
+        locked = _lock(file, path)
         file.truncate()  # not before it is ours
-        journal = cls(path, identity, file)
+        journal = cls(path, identity, locked, file)
         journal._write(identity, b"", b"")
         journal.flush()
         return journal
 
     @classmethod
     def reopen(cls, path: Path) -> Self:
-        """Opens a journal that a run left behind and cuts off what isn't whole.
+        """Open a journal that a run left behind and cut off what isn't whole.
 
         Raises:
-            UsageError: if even its beginning is damaged.
-            JournalBusyError: if its run is still going on.
+            UsageError: The file can't be opened, or even its beginning is damaged.
+            JournalBusyError: Its run is still going on.
         """
-        file = path.open("r+b")
-        _lock(file, path)
+        try:
+            check_readable(path)
+            file = path.open("r+b")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path}: {reason(error)}") from error
+        locked = _lock(file, path)
         first = _read(file)
         if first is None:
             file.close()
             raise UsageError(f"{path}: the journal's beginning is damaged; start anew with --overwrite")
-        journal = cls(path, first[0], file)
+        journal = cls(path, first[0], locked, file)
         for _ in journal.records():
             pass
         journal._file.truncate()  # records() stopped at the end of the last whole one
@@ -164,13 +179,10 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], bytes, bytes] | None:
     return None
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
+def _lock(file: BinaryIO, path: Path) -> bool:
+    """Return whether there are locks at all."""
     try:
-        import fcntl  # noqa: PLC0415 - not on Windows, which keeps a second writer out by itself
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock(file)
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise BlockingIOError("finished, and removed it, in the meantime")
     except OSError as error:
@@ -178,3 +190,4 @@ def _lock(file: BinaryIO, path: Path) -> None:
         if not isinstance(error, BlockingIOError):
             raise
         raise JournalBusyError(f"{path}: another run is writing it") from error
+    return locked

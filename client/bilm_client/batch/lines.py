@@ -1,4 +1,8 @@
-"""The input: a file of lines, read twice, once to know it and once to embed it."""
+"""The input: a file of lines, read twice, once to know it and once to embed it.
+
+A line ends with LF, or with CR LF; any other line break (CR, form feed, U+2028) is white space within its line. The
+last line needs no end. A byte order mark at the beginning of the file is no part of the text.
+"""
 
 import contextlib
 import hashlib
@@ -11,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bilm_client._choices import UsageError
+from bilm_client._files import check_readable, reason, text_start
 from bilm_client.batch.output import RUN_KEY
 from bilm_client.batch.settings import RunSettings
 
@@ -45,12 +50,14 @@ class InputText:
 
     Attributes:
         path: of the text; standard input has been copied to a file.
-        sha256: of its bytes, in hexadecimal digits.
+        start: byte at which the text begins: 3 behind a byte order mark, otherwise 0.
+        sha256: of the file's bytes, in hexadecimal digits.
         n_lines: sentences to embed.
         n_tokens: of all of them.
     """
 
     path: Path
+    start: int
     sha256: str
     n_lines: int
     n_tokens: int
@@ -58,7 +65,16 @@ class InputText:
     def lines(self) -> Iterator[Line]:
         """The sentences in order; blank lines are left out."""
         with self.path.open("rb") as file:
+            file.seek(self.start)
             yield from _lines(file)
+
+    def identity(self) -> dict[str, str]:
+        """Return what makes a run one of this text, for its journal and output.
+
+        Earlier versions read a byte order mark as a part of the first token: their runs don't go together with ours.
+        """
+        mark = {"byte_order_mark": "skipped"} if self.start else {}
+        return {"input_sha256": self.sha256} | mark
 
 
 @contextlib.contextmanager
@@ -72,8 +88,8 @@ def open_input(settings: RunSettings) -> Iterator[InputText]:
         try:
             path = stack.enter_context(_seekable(settings.input))
             text = _scan(path, settings)
-        except OSError as error:
-            raise UsageError(f"input: {error}") from error
+        except (OSError, ValueError) as error:
+            raise UsageError(f"input: {settings.input}: {reason(error)}") from error
         yield text
 
 
@@ -82,12 +98,15 @@ def _seekable(name: str) -> Iterator[Path]:
     """A file that can be read more than once: standard input and pipes are copied."""
     path = Path(name)
     if name == "-":
+        if sys.stdin is None:
+            raise ValueError("standard input is closed")
         with _spooled(sys.stdin.buffer) as copy:
             yield copy
     elif path.is_fifo():
         with path.open("rb") as pipe, _spooled(pipe) as copy:
             yield copy
     else:
+        check_readable(path)
         yield path
 
 
@@ -105,6 +124,8 @@ def _scan(path: Path, settings: RunSettings) -> InputText:
     seen: set[bytes] = set()
     n_lines = n_tokens = n_all = 0
     with path.open("rb") as file:
+        start = text_start(file.read(4))
+        file.seek(start)
         for line in _lines(file):
             blank += range(n_all, line.index)
             n_all = line.index + 1
@@ -123,7 +144,7 @@ def _scan(path: Path, settings: RunSettings) -> InputText:
         raise UsageError(f"input: no keys ({reasons}): lines {_numbers(bad_keys)}")
     if not n_lines:
         raise UsageError("input: no sentence in it")
-    return InputText(path, _sha256(path), n_lines, n_tokens)
+    return InputText(path, start, _sha256(path), n_lines, n_tokens)
 
 
 def _is_key(name: bytes) -> bool:

@@ -2,7 +2,9 @@
 
 import asyncio
 import sys
+from functools import partial
 
+from bilm_client._terminal import run_command
 from bilm_client.errors import BilmError
 
 _MISSING = "bilm-embed: needs the extra `files`: pip install 'bilm-serve[files]'"
@@ -12,9 +14,13 @@ def main(argv: list[str] | None = None) -> int:
     """Embeds a file.
 
     Returns:
-        0 when the output is whole, 1 if the run stopped before (it can be resumed), 2 if it can't be run as asked for,
-        130 after Ctrl-C.
+        0 when the output is whole, 1 if the run stopped before (it can be resumed) or standard output can't be written,
+        2 if it can't be run as asked for, 130 after Ctrl-C, 141 if nobody reads what is printed.
     """
+    return run_command("bilm-embed", partial(_main, sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
     try:
         from bilm_client._choices import UsageError  # noqa: PLC0415
         from bilm_client.batch.lines import open_input  # noqa: PLC0415 - without the extra, say what to install
@@ -38,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     try:
-        settings = load_settings(sys.argv[1:] if argv is None else argv)
+        settings = load_settings(argv)
         with open_input(settings) as text:
             report(asyncio.run(embed_file(settings, text)), settings.output)
     except UsageError as error:

@@ -26,7 +26,7 @@ class Patience:
     def renew(self) -> None:
         """Something has worked."""
         if self._since_s is not None:
-            _tell("the server answers again")
+            tell("the server answers again")
         self._since_s = None
         self._pause_s = _FIRST_PAUSE_S
 
@@ -40,7 +40,7 @@ class Patience:
         if self._since_s is None:
             self._since_s = now_s
             if self._limit_s > 0:
-                _tell(f"{error}; trying again for up to {self._limit_s:g} s")
+                tell(f"{error}; trying again for up to {self._limit_s:g} s")
         if now_s - self._since_s >= self._limit_s:
             raise error
         pause_s = self._pause_s * random.uniform(0.5, 1.0)  # noqa: S311 - spreads callers, hides nothing
@@ -48,5 +48,6 @@ class Patience:
         await asyncio.sleep(pause_s)
 
 
-def _tell(message: str) -> None:
+def tell(message: str) -> None:
+    """Print a line on standard error, above the progress bar."""
     tqdm.write(f"bilm-embed: {message}", file=sys.stderr)

@@ -17,7 +17,7 @@ from bilm_client.aio import AsyncClient
 from bilm_client.batch.journal import Journal, Record
 from bilm_client.batch.lines import InputText, Line
 from bilm_client.batch.output import new_output, read_run
-from bilm_client.batch.patience import PASSING, Patience
+from bilm_client.batch.patience import PASSING, Patience, tell
 from bilm_client.batch.settings import RunSettings
 from bilm_client.errors import BilmError, SentenceError
 from bilm_client.results import Embedding, ModelInfo
@@ -62,7 +62,7 @@ async def embed_file(settings: RunSettings, text: InputText) -> Summary | None:
     async with _client(settings, credentials, token) as client:
         info = await _model_info(client, settings.patience_s)
         identity = {
-            "input_sha256": text.sha256,
+            **text.identity(),
             "options": settings.recorded(),
             "model": info.name,
             "model_version": info.version,
@@ -147,6 +147,8 @@ class _Run:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             self._journal = stack.enter_context(contextlib.closing(self._open_journal()))
+            if not self._journal.locked:
+                tell(f"{self._journal.path}: no locks on this file system: nothing keeps a second run out")
             self._errors = stack.enter_context(_open_errors(self._settings.errors))
             self._replay()
             self._n_resumed, self._n_tokens_before = len(self._done), self._n_tokens

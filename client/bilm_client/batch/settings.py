@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
 from bilm_client._choices import credentials_from_files, load_choices
+from bilm_client._files import check_writable, same_file
 
 
 class RunSettings(BaseSettings):
@@ -58,11 +59,22 @@ class RunSettings(BaseSettings):
     # a bad value would hide what it has to say.
     @field_validator("output")
     @classmethod
-    def _check_output(cls, value: Path) -> Path:
-        if value.suffix not in (".hdf5", ".h5", ".npz"):
+    def _check_output(cls, value: Path, info: ValidationInfo) -> Path:
+        if value.suffix.lower() not in (".hdf5", ".h5", ".npz"):
             raise ValueError("expected a name that ends in .hdf5, .h5 or .npz")
-        if not value.parent.is_dir():
-            raise ValueError("no such folder")
+        check_writable(value, beside=(".journal", ".part"))
+        if same_file(value, Path(info.data.get("input", "-"))):
+            raise ValueError("the input is this file")
+        return value
+
+    @field_validator("errors")
+    @classmethod
+    def _check_errors(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None:
+            check_writable(value)
+            for other in ("input", "output"):
+                if same_file(value, Path(info.data.get(other, "-"))):
+                    raise ValueError(f"the {other} is this file")
         return value
 
     @field_validator("overwrite")

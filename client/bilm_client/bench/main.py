@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bilm_client._files import write_text
+from bilm_client._terminal import run_command
 from bilm_client.errors import BilmError
 
 if TYPE_CHECKING:
@@ -25,8 +27,13 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0 when the run was done, 1 if a condition of --fail-on is violated or an answer was wrong, 2 if it can't be run
-        as asked for, 3 if the server can't be reached or a file can't be written, 130 after Ctrl-C.
+        as asked for, 3 if the server can't be reached or a file or standard output can't be written, 130 after Ctrl-C,
+        141 if nobody reads what is printed.
     """
+    return run_command("bilm-bench", partial(_main, sys.argv[1:] if argv is None else argv), failed=STOPPED)
+
+
+def _main(argv: list[str]) -> int:
     try:
         from bilm_client._choices import UsageError  # noqa: PLC0415 - without the extra, say what to install
         from bilm_client.bench.settings import load_settings  # noqa: PLC0415
@@ -35,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             return _fail(_MISSING, UNUSABLE)
         raise
     try:
-        return _run(load_settings(sys.argv[1:] if argv is None else argv))
+        return _run(load_settings(argv))
     except UsageError as error:
         return _fail("\n".join(f"bilm-bench: {line}" for line in str(error).splitlines()), UNUSABLE)
     except (BilmError, OSError) as error:
@@ -59,20 +66,25 @@ def _run(settings: "BenchSettings") -> int:
     sentences = read_sentences(settings.text, running=settings.running, raw=settings.raw, at_most=settings.sentences)
     measured = asyncio.run(measure(settings, sentences, partial(_tell, settings.loop)))
     report = make_report(settings, sentences, measured)
-    print(summary(report), flush=True)
-    _write(report, settings.json_file, settings.html_file)
+    try:
+        _write(report, settings.json_file, settings.html_file)
+    finally:  # of a report that can't be written, this is left
+        print(summary(report), flush=True)
     if measured.interrupted:
         return INTERRUPTED
     return VIOLATED if is_violated(report) else DONE
 
 
 def _write(report: "Report", json_file: Path | None, html_file: Path | None) -> None:
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if html_file is not None:
-        from bilm_client.bench.page import page  # noqa: PLC0415 - matplotlib takes a second to load
+    """Write both files, even if the first can't be written."""
+    try:
+        if json_file is not None:
+            write_text(json_file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    finally:
+        if html_file is not None:
+            from bilm_client.bench.page import page  # noqa: PLC0415 - matplotlib takes a second to load
 
-        html_file.write_text(page(report), encoding="utf-8")
+            write_text(html_file, page(report))
 
 
 def _tell(loop: str, step: "Step", tally: "Tally") -> None:

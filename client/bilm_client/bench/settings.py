@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict
 
 from bilm_client._choices import credentials_from_files, load_choices
+from bilm_client._files import check_readable, check_writable, is_special
 from bilm_client.bench.conditions import Condition
 from bilm_client.bench.schedule import Step, parse_duration_s, parse_ramp
 
@@ -126,8 +127,8 @@ class BenchSettings(BaseSettings):
     @field_validator("ca_file", "cert_file", "key_file", "token_file")
     @classmethod
     def _check_file(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.is_file():
-            raise ValueError("no such file")
+        if value is not None:
+            check_readable(value)
         return value
 
     @field_validator("key_file")
@@ -146,9 +147,11 @@ class BenchSettings(BaseSettings):
 
     @field_validator("json_file", "html_file")
     @classmethod
-    def _check_folder(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.parent.is_dir():
-            raise ValueError("no such folder")
+    def _check_report(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and not is_special(value):
+            check_writable(value, beside=(".part",))
+        if value is not None and info.field_name == "html_file" and value == info.data.get("json_file"):
+            raise ValueError("json names this file, too")
         return value
 
     @field_validator("fail_on")

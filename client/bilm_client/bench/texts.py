@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from bilm_client._choices import UsageError
+from bilm_client._files import check_readable, reason, text_start
 from bilm_client._inputs import Sentence
 
 _ENDS = (".", "?", "!")
@@ -27,13 +28,16 @@ def read_sentences(path: Path, *, running: bool, raw: bool, at_most: int) -> lis
         UsageError: if the text can't be read or has no sentence.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            lines = (line.strip() for line in file)
+        check_readable(path)
+        with path.open("rb") as file:
+            file.seek(text_start(file.read(4)))
+            # A line ends as bilm-embed has it: with LF, and any other line break is white space
+            lines = (line.decode("utf-8").strip() for line in file)
             words = (line.split() for line in lines if line and not (running and line.startswith(_HEADING)))
             cut = (sentence for line in words for sentence in (_cut(line, raw) if running else [line]))
             sentences: list[Sentence] = [" ".join(words) if raw else words for words in islice(cut, at_most)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"text: {path}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"text: {path}: {reason(error)}") from error
     if not sentences:
         raise UsageError(f"text: {path}: has no sentence")
     return sentences

@@ -70,7 +70,7 @@ def test_metadata_and_the_mark_of_a_test() -> None:
         (["--metadata", "Upper=1"], "metadata: expected NAME=VALUE"),
         (["--cert-file", __file__], "cert_file and key_file go together"),
         (["--key-file", __file__], "cert_file and key_file go together"),
-        (["--ca-file", "/nowhere.pem"], "ca_file: no such file"),
+        (["--ca-file", "/nowhere.pem"], "ca_file: No such file"),
         (["--json", "/nowhere/a.json"], "json: no such folder"),
         (["--fail-on", "p99>1"], "fail_on: no figure 'p99'"),
         (["--fail-on", "server.memory_mib_last>1"], "needs server_pid or metrics_url"),
