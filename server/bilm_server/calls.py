@@ -11,17 +11,34 @@ import grpc
 TEST_MARK = "x-bilm-no-log"
 """Metadata that marks a call as a test, whatever its value: it leaves no access log."""
 
+REQUEST_ID_KEY = "x-request-id"
+"""Metadata with the caller's own name of a call."""
+
+MAX_REQUEST_ID_CHARACTERS = 64
+
+UNKNOWN_METHOD = "unknown"
+"""What a call is named whose method doesn't exist; the name that it gave is the caller's text."""
+
 Metadata = Sequence[tuple[str, str | bytes]]
+
+
+def caller_request_id(metadata: Metadata) -> str:
+    """Return the caller's name of a call: printable ASCII, 64 characters at most; "" if there is no such one."""
+    for key, value in metadata:
+        if key == REQUEST_ID_KEY and isinstance(value, str) and len(value) <= MAX_REQUEST_ID_CHARACTERS:
+            return value if value.isascii() and value.isprintable() else ""
+    return ""
 
 
 @dataclass(eq=False)
 class CallRecord:
-    """One call of our service.
+    """One guarded call.
 
     Attributes:
-        method: without the service.
+        method: of our service, without it; of another one with its service; `UNKNOWN_METHOD`.
         peer: as grpc names it.
         metadata: the caller's; never logged.
+        request_id: the caller's name of the call, "" without one.
         caller: who it is, once that is known; an address where nothing better is.
         is_test: whether the caller marked it so.
         code: at its end.
@@ -38,6 +55,7 @@ class CallRecord:
     method: str
     peer: str
     metadata: Metadata = ()
+    request_id: str = ""
     caller: str = ""
     is_test: bool = False
     code: grpc.StatusCode | None = None

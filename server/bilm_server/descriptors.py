@@ -102,11 +102,14 @@ def connection_options(max_connections: int, max_age_s: float) -> Options:
     )
 
 
-def health_server() -> grpc.aio.Server:
+def health_server(interceptor: grpc.aio.ServerInterceptor) -> grpc.aio.Server:
     """A server for an address where there is nothing but health.
 
     gRPC counts the connections of each address by themselves, so a flood of the other one doesn't shut checkers out.
     Checkers that never close their connections find them closed soon.
+
+    Args:
+        interceptor: what calls pass through.
     """
     options: Options = (
         *_limits(HEALTH_CONNECTIONS, _HEALTH_SILENCE_MS),
@@ -119,7 +122,7 @@ def health_server() -> grpc.aio.Server:
         ("grpc.max_concurrent_streams", 16),
         ("grpc.so_reuseport", 0),
     )
-    return grpc.aio.server(options=options)
+    return grpc.aio.server(interceptors=[interceptor], options=options)
 
 
 def _limits(max_connections: int, silence_ms: int) -> Options:

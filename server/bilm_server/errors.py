@@ -11,12 +11,15 @@ DOMAIN: Final = "bilm-serve"
 PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
 STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
 NEVER_RETRY: Final = -1
+REQUEST_ID: Final = "request_id"
+"""Key in the metadata of an ErrorInfo."""
 
 
 class Reason(StrEnum):
     """Reasons, as they stand in `google.rpc.ErrorInfo`. Never renamed."""
 
     MALFORMED_REQUEST = "MALFORMED_REQUEST"
+    METHOD_NOT_FOUND = "METHOD_NOT_FOUND"
     MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
     MODEL_VERSION_MISMATCH = "MODEL_VERSION_MISMATCH"
     OPTIONS_MISSING = "OPTIONS_MISSING"
@@ -47,6 +50,7 @@ class Reason(StrEnum):
 
 
 _CODES: Final = {
+    Reason.METHOD_NOT_FOUND: grpc.StatusCode.UNIMPLEMENTED,
     Reason.MODEL_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.MODEL_VERSION_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.RESPONSE_TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -79,18 +83,19 @@ class RefusalError(Exception):
         """The gRPC status; INVALID_ARGUMENT for everything that the table doesn't name."""
         return _CODES.get(self.reason, grpc.StatusCode.INVALID_ARGUMENT)
 
-    def status(self) -> status_pb2.Status:
-        """As `google.rpc.Status`, with the reason among the details."""
+    def status(self, request_id: str = "") -> status_pb2.Status:
+        """Return a `google.rpc.Status` with the reason, and the caller's name of the call, among the details."""
         info = any_pb2.Any()
-        info.Pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN))
+        metadata = {REQUEST_ID: request_id} if request_id else {}
+        info.Pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=metadata))
         return status_pb2.Status(code=code_pb2.Code.Value(self.code.name), message=str(self), details=[info])
 
-    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        """What goes with the status of a whole call.
+    def trailing_metadata(self, request_id: str = "") -> tuple[tuple[str, str | bytes], ...]:
+        """Return what goes with the status of a whole call.
 
         Every RESOURCE_EXHAUSTED carries a pushback, because clients list that code as retryable.
         """
-        details: tuple[str, str | bytes] = (STATUS_DETAILS_KEY, self.status().SerializeToString())
+        details: tuple[str, str | bytes] = (STATUS_DETAILS_KEY, self.status(request_id).SerializeToString())
         if self.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
             return (details,)
         return (details, (PUSHBACK_KEY, str(self.retry_after_ms)))

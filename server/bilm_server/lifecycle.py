@@ -22,7 +22,7 @@ from bilm_server.config import ServerConfig, split_address
 from bilm_server.descriptors import connection_limit, health_server
 from bilm_server.health import HealthReporter
 from bilm_server.inference import InferenceThread
-from bilm_server.interceptors import CallInterceptor
+from bilm_server.interceptors import CallInterceptor, OpenInterceptor
 from bilm_server.listening import BindError, address, channel_options, credentials
 from bilm_server.monitoring import NO_LOSSES, Losses, Monitoring
 from bilm_server.parts import Parts
@@ -32,6 +32,7 @@ from bilm_server.service import EmbedService
 from bilm_server.watchdog import Watchdog
 
 SERVICE_NAME = embed_pb2.DESCRIPTOR.services_by_name["EmbedService"].full_name
+HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 _log = logging.getLogger("bilm_server.lifecycle")
 
@@ -145,7 +146,7 @@ class Server:
         _log.info("listening on %s", self.target)
         if listen := self._config.health_listen:
             self._health_acceptor = Acceptor(
-                health_server,
+                lambda: health_server(OpenInterceptor({HEALTH_NAME})),
                 self._health.add_to,
                 address("health_listen", listen),
                 grace_s,
@@ -161,7 +162,8 @@ class Server:
                 _log.info("metrics on http://%s/metrics", found)
 
     def _new_grpc_server(self, max_connections: int) -> grpc.aio.Server:
-        interceptor = CallInterceptor(SERVICE_NAME, self._gate, self._monitoring.observers)
+        open_services = {HEALTH_NAME, reflection.SERVICE_NAME} if self._config.reflection else {HEALTH_NAME}
+        interceptor = CallInterceptor(SERVICE_NAME, self._gate, self._monitoring.observers, open_services)
         options = channel_options(self._config, max_connections)
         return grpc.aio.server(interceptors=[interceptor], options=options)
 
@@ -169,8 +171,7 @@ class Server:
         embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedService(self._parts), server)
         self._health.add_to(server)
         if self._config.reflection:
-            health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-            servicer = reflection.aio.ReflectionServicer((SERVICE_NAME, health_name, reflection.SERVICE_NAME))
+            servicer = reflection.aio.ReflectionServicer((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME))
             reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
     def _gate(self, call: CallRecord, context: "grpc.aio.ServicerContext[Any, Any]") -> AbstractContextManager[None]:

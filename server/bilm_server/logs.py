@@ -374,6 +374,7 @@ def _fields(call: CallRecord, trace_id: str) -> dict[str, str | int | float]:
         "tokens": call.tokens,
         "caller": call.caller,
         "peer": call.peer,
+        "request_id": call.request_id,
         "trace_id": trace_id,
     }
     return {key: value for key, value in fields.items() if value != ""}

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import grpc
 
 import bilm_server
-from bilm_server.calls import CallRecord
+from bilm_server.calls import UNKNOWN_METHOD, CallRecord
 from bilm_server.config import ConfigurationError
 
 try:
@@ -72,7 +72,8 @@ class Tracing:
 
     def begin(self, call: CallRecord) -> None:
         """Begins the span."""
-        name = f"{self._service}/{call.method}"
+        own = call.method != UNKNOWN_METHOD and "/" not in call.method
+        name = f"{self._service}/{call.method}" if own else call.method
         attributes: Attributes = {"rpc.system.name": "grpc", "rpc.method": name, **_client(call.peer)}
         begun_ns = time.time_ns()
         span = self._tracer.start_span(
@@ -181,6 +182,8 @@ def _outcome(call: CallRecord) -> Attributes:
     }
     if call.reason:
         attributes["bilm.reason"] = call.reason
+    if call.request_id:
+        attributes["bilm.request_id"] = call.request_id
     if call.code in _SERVER_ERRORS:
         attributes["error.type"] = code
     return attributes

@@ -245,6 +245,21 @@ def test_health_needs_no_token(with_tokens: str) -> None:
     assert bilm_health(["--target", with_tokens, "--timeout-s", "10"]) == 0
 
 
+def test_nothing_but_health_answers_without_a_token(with_tokens: str, caplog: pytest.LogCaptureFixture) -> None:
+    with grpc.insecure_channel(with_tokens) as channel:
+        for path in ("/grpc.health.v1.Health2/Check", "/bilm_api.v1.EmbedService/canary", "/canary"):
+            for metadata, code in (((), "UNAUTHENTICATED"), (bearer(TOKEN), "UNIMPLEMENTED")):
+                method: Any = channel.unary_unary(path)
+                with pytest.raises(grpc.RpcError) as error:
+                    method(b"", metadata=metadata, timeout=10)
+                assert error.value.code().name == code
+        if hasattr(health_pb2, "HealthListResponse"):
+            listed: Any = channel.unary_unary("/grpc.health.v1.Health/List")
+            assert listed(b"", timeout=10)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert "canary" not in caplog.text
+
+
 def test_nothing_of_a_request_is_parsed_before_its_token_is_known(with_tokens: str) -> None:
     with grpc.insecure_channel(with_tokens) as channel:
         method: Any = channel.unary_unary("/bilm_api.v1.EmbedService/Embed")

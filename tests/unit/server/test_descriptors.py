@@ -17,9 +17,11 @@ from bilm_server.descriptors import (
     health_server,
     open_descriptors,
 )
+from bilm_server.health import HealthReporter
+from bilm_server.interceptors import OpenInterceptor
 from bilm_server.lifecycle import Server
 from bilm_server.served_model import load_served_model
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 RESERVE = OWN_RESERVE + HEALTH_CONNECTIONS
 IN_USE = 22
@@ -121,10 +123,10 @@ def test_options_of_connections(max_age_s: float, expected_ms: int) -> None:
 
 
 async def test_health_alone() -> None:
-    servicer = health.aio.HealthServicer()
-    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
-    server = health_server()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reporter = HealthReporter("some.v1.Service")
+    reporter.set(True)
+    server = health_server(OpenInterceptor({"grpc.health.v1.Health"}))
+    reporter.add_to(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:

@@ -59,6 +59,13 @@ def written(found: Logs, capfd: pytest.CaptureFixture[str]) -> list[str]:
 # ---- lines ----
 
 
+def test_a_call_is_found_by_its_callers_name_of_it(configure: Configure, capfd: pytest.CaptureFixture[str]) -> None:
+    found = configure("info", "text")
+    AccessLog().end(a_call(request_id="order 17"))
+    (line,) = written(found, capfd)
+    assert line.endswith('request_id="order 17"')
+
+
 def test_a_call_leaves_one_json_object(configure: Configure, capfd: pytest.CaptureFixture[str]) -> None:
     found = configure("info", "json")
     AccessLog(lambda call: TRACE).end(a_call())

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from bilm_server.calls import CallRecord
+from bilm_server.calls import UNKNOWN_METHOD, CallRecord
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="needs the extra `trace`")
 
@@ -127,6 +127,16 @@ def test_the_server_names_itself(collector: Collector, traced: Tracing) -> None:
     assert found["service.name"] == "bilm-serve"
     assert found["service.instance.id"] == "127.0.0.1:50051"
     assert found["service.version"]
+
+
+def test_calls_are_named_by_their_own_service_and_those_that_do_not_exist_by_none(
+    collector: Collector, traced: Tracing
+) -> None:
+    for method in ("Embed", "other.v1.Other/Call", UNKNOWN_METHOD):
+        run(traced, a_call(method, request_id="r-1"))
+    traced.stop()
+    assert set(collector.spans) == {f"{SERVICE}/Embed", "other.v1.Other/Call", UNKNOWN_METHOD}
+    assert {attributes(span)["bilm.request_id"] for span in collector.spans.values()} == {"r-1"}
 
 
 def test_parts_never_leave_their_call(collector: Collector, traced: Tracing) -> None:

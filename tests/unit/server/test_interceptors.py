@@ -1,0 +1,306 @@
+"""Which calls pass which door: real grpc servers with small services of all kinds, and no model."""
+
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+from bilm_server.alerts import AlertHandler
+from bilm_server.calls import UNKNOWN_METHOD, CallRecord
+from bilm_server.errors import Reason, RefusalError
+from bilm_server.health import HealthReporter
+from bilm_server.interceptors import CallInterceptor, OpenInterceptor
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+
+OWN, FOREIGN, OPEN = "own.v1.Own", "foreign.v1.Foreign", "open.v1.Open"
+HEALTH = "grpc.health.v1.Health"
+KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+AUTHORIZED = (("authorization", "yes"),)
+Code = grpc.StatusCode
+
+
+def services() -> list[grpc.GenericRpcHandler]:
+    return [
+        grpc.method_handlers_generic_handler(
+            name,
+            {
+                "unary_unary": grpc.unary_unary_rpc_method_handler(unary),
+                "unary_stream": grpc.unary_stream_rpc_method_handler(yielded),
+                "stream_unary": grpc.stream_unary_rpc_method_handler(joined),
+                "stream_stream": grpc.stream_stream_rpc_method_handler(each),
+                "Fails": grpc.unary_unary_rpc_method_handler(failing),
+                "Missing": grpc.unary_unary_rpc_method_handler(missing),
+                "Aborts": grpc.unary_unary_rpc_method_handler(aborting),
+            },
+        )
+        for name in (OWN, FOREIGN, OPEN)
+    ]
+
+
+async def unary(request: bytes, context: Any) -> bytes:
+    return request
+
+
+async def yielded(request: bytes, context: Any) -> AsyncIterator[bytes]:
+    yield request
+
+
+async def joined(requests: AsyncIterator[bytes], context: Any) -> bytes:
+    return b"".join([request async for request in requests])
+
+
+async def each(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+    async for request in requests:
+        yield request
+
+
+async def failing(request: bytes, context: Any) -> bytes:
+    raise KeyError(request)
+
+
+def missing(request: bytes, context: Any) -> bytes:
+    context.set_code(Code.UNIMPLEMENTED)
+    raise NotImplementedError("as generated code has it")
+
+
+async def aborting(request: bytes, context: Any) -> None:
+    await context.abort(Code.DATA_LOSS, "as it likes")
+
+
+class Ends:
+    """Keeps the calls that have ended."""
+
+    def __init__(self) -> None:
+        self.calls: list[CallRecord] = []
+
+    def begin(self, call: CallRecord) -> None:
+        pass
+
+    def end(self, call: CallRecord) -> None:
+        self.calls.append(call)
+
+    def taken(self) -> list[tuple[str, Code | None, str]]:
+        found = [(call.method, call.code, call.caller) for call in self.calls]
+        self.calls.clear()
+        return found
+
+
+@contextlib.contextmanager
+def gate(call: CallRecord, context: Any) -> Iterator[None]:
+    if not set(AUTHORIZED) & {(key, str(value)) for key, value in call.metadata}:
+        raise RefusalError(Reason.UNAUTHENTICATED, "a token is needed")
+    call.caller = "somebody"
+    yield
+
+
+@pytest.fixture
+def ends() -> Ends:
+    return Ends()
+
+
+@contextlib.asynccontextmanager
+async def serving(interceptor: grpc.aio.ServerInterceptor) -> AsyncIterator[grpc.aio.Channel]:
+    server = grpc.aio.server(interceptors=[interceptor])
+    server.add_generic_rpc_handlers(services())
+    HealthReporter(OWN).add_to(server)
+    add: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+    add(reflection.aio.ReflectionServicer((OWN, reflection.SERVICE_NAME)), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    await server.stop(0)
+
+
+@pytest.fixture
+async def guarded(ends: Ends) -> AsyncIterator[grpc.aio.Channel]:
+    """A server as on the address of the calls, with reflection."""
+    open_services = {OPEN, HEALTH, reflection.SERVICE_NAME}
+    async with serving(CallInterceptor(OWN, gate, [ends], open_services)) as channel:
+        yield channel
+
+
+@pytest.fixture
+async def health_port() -> AsyncIterator[grpc.aio.Channel]:
+    async with serving(OpenInterceptor({HEALTH})) as channel:
+        yield channel
+
+
+async def called(
+    channel: grpc.aio.Channel, path: str, kind: str = "unary_unary", *, metadata: Any = None, data: bytes = b"x"
+) -> bytes | grpc.aio.AioRpcError:
+    """What a call has brought: its one response, or its error."""
+    method: Callable[..., Any] = getattr(channel, kind)(path)
+    call = method(iter([data]) if kind.startswith("stream") else data, metadata=metadata, timeout=20)
+    try:
+        if kind.endswith("unary"):
+            return bytes(await call)
+        return b"".join([response async for response in call])
+    except grpc.aio.AioRpcError as error:
+        return error
+
+
+async def code_of(*arguments: Any, **options: Any) -> Code:
+    found = await called(*arguments, **options)
+    return found.code() if isinstance(found, grpc.aio.AioRpcError) else Code.OK
+
+
+def error_info(error: object) -> error_details_pb2.ErrorInfo:
+    assert isinstance(error, grpc.aio.AioRpcError)
+    metadata: Any = dict(error.trailing_metadata())
+    (detail,) = status_pb2.Status.FromString(metadata["grpc-status-details-bin"]).details
+    info = error_details_pb2.ErrorInfo()
+    assert detail.Unpack(info)
+    return info
+
+
+# ---- who may call what ----
+
+
+@pytest.mark.parametrize(("service", "kind"), [*itertools.product((OWN, FOREIGN), KINDS)])
+async def test_every_kind_of_method_of_every_service_is_guarded(
+    guarded: grpc.aio.Channel, ends: Ends, service: str, kind: str
+) -> None:
+    path, name = f"/{service}/{kind}", kind if service == OWN else f"{service}/{kind}"
+    error = await called(guarded, path, kind)
+    assert error_info(error).reason == "UNAUTHENTICATED"
+    assert ends.taken() == [(name, Code.UNAUTHENTICATED, "")]
+    assert await called(guarded, path, kind, metadata=AUTHORIZED) == b"x"
+    assert ends.taken() == [(name, Code.OK, "somebody")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_open_service_needs_nothing_and_is_not_logged(
+    guarded: grpc.aio.Channel, ends: Ends, kind: str
+) -> None:
+    assert await called(guarded, f"/{OPEN}/{kind}", kind) == b"x"
+    assert ends.taken() == []
+
+
+@pytest.mark.parametrize(
+    "path", ["/own.v1.Own/canary", "/canary.v1.Canary/Call", "/canary", "//own.v1.Own/unary_unary"]
+)
+async def test_what_does_not_exist_is_found_out_by_no_stranger(
+    guarded: grpc.aio.Channel, ends: Ends, path: str
+) -> None:
+    assert await code_of(guarded, path) is Code.UNAUTHENTICATED
+    error = await called(guarded, path, metadata=AUTHORIZED)
+    assert isinstance(error, grpc.aio.AioRpcError)
+    assert (error.code(), error_info(error).reason) == (Code.UNIMPLEMENTED, "METHOD_NOT_FOUND")
+    assert "canary" not in str(error.details())
+    assert [(name, caller) for name, _, caller in ends.taken()] == [(UNKNOWN_METHOD, ""), (UNKNOWN_METHOD, "somebody")]
+
+
+async def test_names_that_look_like_an_open_service_are_guarded(guarded: grpc.aio.Channel) -> None:
+    for service in (f"{HEALTH}2", f"x/{HEALTH}", f"{HEALTH}/Check", HEALTH.lower(), ""):
+        assert await code_of(guarded, f"/{service}/Check") is Code.UNAUTHENTICATED, service
+
+
+async def test_the_health_port_has_health_alone(health_port: grpc.aio.Channel) -> None:
+    assert await code_of(health_port, f"/{HEALTH}/Check", data=b"") is Code.OK
+    for path in (f"/{OWN}/unary_unary", f"/{OPEN}/unary_unary", f"/{HEALTH}/Other", "/canary"):
+        assert await code_of(health_port, path, metadata=AUTHORIZED) is Code.UNIMPLEMENTED, path
+
+
+# ---- methods that raise ----
+
+
+async def test_a_guarded_methods_own_end_is_what_is_logged(
+    guarded: grpc.aio.Channel, ends: Ends, caplog: pytest.LogCaptureFixture
+) -> None:
+    for method, code in (("Fails", Code.INTERNAL), ("Missing", Code.UNIMPLEMENTED), ("Aborts", Code.DATA_LOSS)):
+        assert await code_of(guarded, f"/{FOREIGN}/{method}", metadata=AUTHORIZED) is code
+        assert ends.taken() == [(f"{FOREIGN}/{method}", code, "somebody")]
+    assert [record.getMessage() for record in caplog.records] == [f"{FOREIGN}/Fails failed"]
+
+
+HEALTH_INPUTS = [
+    b"",
+    b"\xff",
+    b"\x0a\x01\xff",
+    health_pb2.HealthCheckRequest(service="canary" * 1000).SerializeToString(),
+]
+REFLECTION_NAMES = (
+    "file_by_filename", "file_containing_symbol", "all_extension_numbers_of_type", "list_services", "host"
+)  # fmt: skip
+REFLECTION_FIELDS: list[dict[str, Any]] = [
+    {},
+    *({name: text} for name in REFLECTION_NAMES for text in ("", "canary", ".canary..", "\0", "ü" * 1000)),
+    {"all_extension_numbers_of_type": "grpc.health.v1.HealthCheckRequest"},
+    {"file_containing_extension": {"containing_type": "canary", "extension_number": -1}},
+    {"file_containing_extension": {"containing_type": "google.protobuf.FieldOptions", "extension_number": 2**31 - 1}},
+]
+REFLECTION_INPUTS = [
+    b"\xff",
+    *(reflection_pb2.ServerReflectionRequest(**fields).SerializeToString() for fields in REFLECTION_FIELDS),
+]
+
+
+@pytest.fixture
+def alerts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What an alert would be sent about."""
+    found: list[str] = []
+    handler = AlertHandler("http://127.0.0.1:9/", "json", "server")  # never started
+    monkeypatch.setattr(handler, "emit", lambda record: found.append(record.getMessage()))
+    logging.getLogger().addHandler(handler)
+    yield found
+    logging.getLogger().removeHandler(handler)
+
+
+async def test_no_input_of_a_stranger_is_an_error_in_the_log_or_an_alert(
+    guarded: grpc.aio.Channel, health_port: grpc.aio.Channel, alerts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    inputs = [(f"/{HEALTH}/{method}", data) for method in ("Check", "List", "Other") for data in HEALTH_INPUTS]
+    for channel, (path, data) in itertools.product((guarded, health_port), inputs):
+        await called(channel, path, data=data)
+    for data in HEALTH_INPUTS:
+        for channel in (guarded, health_port):
+            watch_method: Any = channel.unary_stream(f"/{HEALTH}/Watch")
+            watch = watch_method(data, timeout=20)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await watch.read()
+            watch.cancel()
+    path = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
+    for data in REFLECTION_INPUTS:
+        await called(guarded, path, "stream_stream", data=data)
+    for method in ("Fails", "Missing", "Aborts"):
+        await called(guarded, f"/{OPEN}/{method}")
+    assert alerts == []
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert "Traceback" not in caplog.text
+    assert "canary" not in caplog.text
+
+
+async def test_list_is_the_same_however_much_was_asked_for(guarded: grpc.aio.Channel) -> None:
+    first = await called(guarded, f"/{HEALTH}/List", data=b"")
+    if isinstance(first, grpc.aio.AioRpcError):
+        assert first.code() is Code.UNIMPLEMENTED  # of a grpcio-health-checking that doesn't have it
+    for number in range(10):
+        request = health_pb2.HealthCheckRequest(service=str(number)).SerializeToString()
+        await code_of(guarded, f"/{HEALTH}/Check", data=request)
+    assert str(await called(guarded, f"/{HEALTH}/List", data=b"")) == str(first)
+
+
+# ---- a caller's name of a call ----
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [("a-1", "a-1"), ("x" * 64, "x" * 64), ("two words!", "two words!"), ("x" * 65, ""), ("", "")],
+)
+async def test_the_callers_name_of_a_call_comes_back_with_every_refusal(
+    guarded: grpc.aio.Channel, ends: Ends, sent: str, expected: str
+) -> None:
+    named = (("x-request-id", sent),)
+    for metadata, path in ((named, f"/{OWN}/unary_unary"), (named + AUTHORIZED, f"/{OWN}/Fails")):
+        info = error_info(await called(guarded, path, metadata=metadata))
+        assert dict(info.metadata) == ({"request_id": expected} if expected else {})
+        assert ends.calls.pop().request_id == expected
+    info = error_info(await called(guarded, f"/{OPEN}/Fails", metadata=named))
+    assert info.metadata.get("request_id", "") == expected
