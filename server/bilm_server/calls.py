@@ -9,7 +9,7 @@ from typing import Protocol
 import grpc
 
 TEST_MARK = "x-bilm-no-log"
-"""Metadata that marks a call as a test, whatever its value: it leaves no access log."""
+"""Metadata that marks a call as a test, whatever its value: it leaves no access log, if its caller has that right."""
 
 REQUEST_ID_KEY = "x-request-id"
 """Metadata with the caller's own name of a call."""
@@ -30,6 +30,11 @@ def caller_request_id(metadata: Metadata) -> str:
     return ""
 
 
+def is_marked(metadata: Metadata) -> bool:
+    """Return whether a call is marked as a test; whether that counts is a right of its caller."""
+    return any(key == TEST_MARK for key, _ in metadata)
+
+
 @dataclass(eq=False)
 class CallRecord:
     """One guarded call.
@@ -40,7 +45,7 @@ class CallRecord:
         metadata: the caller's; never logged.
         request_id: the caller's name of the call, "" without one.
         caller: who it is, once that is known; an address where nothing better is.
-        is_test: whether the caller marked it so.
+        is_test: whether its caller marked it so and may; False until it is known who calls.
         code: at its end.
         reason: of a refusal of the whole call.
         sentences: that were asked for.
@@ -85,7 +90,7 @@ class CallObserver(Protocol):
     """Sees every call begin and end, on the event loop; also those that are refused."""
 
     def begin(self, call: CallRecord) -> None:
-        """Before anything else is done; nothing but method, peer, metadata and `is_test` is known."""
+        """Before anything else is done; nothing but method, peer, metadata and `request_id` is known."""
 
     def end(self, call: CallRecord) -> None:
         """After everything else, however the call ended."""

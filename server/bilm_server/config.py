@@ -15,6 +15,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from bilm_server.callers import CallerSettings
 from bilm_server.logs import parse_levels
 from bilm_server.scheduler import Room
 from bilm_server.unix_sockets import socket_path
@@ -108,6 +109,12 @@ class ServerConfig(BaseSettings):
     caller_tokens_per_s: int = Field(0, ge=0, description="tokens a second for each caller, on average; 0: no limit")
     caller_max_calls: int = Field(0, ge=0, description="calls at a time for each caller; 0: no limit")
 
+    callers: tuple[CallerSettings, ...] = Field(
+        (),
+        description="what single callers may do beside calling, a [[callers]] each in the TOML file with name and "
+        'rights; as JSON elsewhere: [{"name": "team-a", "rights": ["no-log"]}]',
+    )
+
     hang_s: float = Field(10.0, gt=0, description="seconds without progress after which the engine counts as hung")
     give_up_s: float = Field(
         60.0, gt=0, description="seconds that a hung or failing engine gets before the process ends with code 3"
@@ -120,7 +127,8 @@ class ServerConfig(BaseSettings):
     log_format: Literal["text", "json"] = Field("text", description="of the log lines")
     loggers: str = Field("", description="levels of single parts, as in access=off,health=debug")
     test_log: Path | None = Field(
-        None, description="file for the access lines of calls marked x-bilm-no-log; without it they leave none"
+        None,
+        description="file for the access lines of calls that callers keep out of the log; without it they leave none",
     )
     metrics_listen: str = Field("", description="HOST:PORT for Prometheus metrics over HTTP; empty: none")
     trace_endpoint: str = Field(
@@ -165,6 +173,14 @@ class ServerConfig(BaseSettings):
         parse_levels(value)
         return value
 
+    @field_validator("callers")
+    @classmethod
+    def _check_callers(cls, value: tuple[CallerSettings, ...]) -> tuple[CallerSettings, ...]:
+        names = [caller.name for caller in value]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"names must differ, these are there twice: {', '.join(sorted(map(repr, twice)))}")
+        return value
+
     @field_validator("tls_key", "tls_client_ca")
     @classmethod
     def _check_tls(cls, value: Path | None, info: ValidationInfo) -> Path | None:
@@ -174,6 +190,11 @@ class ServerConfig(BaseSettings):
         if info.field_name == "tls_key" and value is None and has_certificate:
             raise ValueError("tls_cert needs it")
         return value
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether callers prove who they are."""
+        return self.token_file is not None or self.tls_client_ca is not None
 
     # Validators of single fields, also where two are meant: one of the whole would be silent while any field is bad.
     @field_validator("max_waiting_tokens")

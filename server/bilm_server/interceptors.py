@@ -15,15 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from bilm_server.calls import (
-    TEST_MARK,
-    UNKNOWN_METHOD,
-    CallObserver,
-    CallRecord,
-    Metadata,
-    caller_request_id,
-    entered,
-)
+from bilm_server.calls import UNKNOWN_METHOD, CallObserver, CallRecord, caller_request_id, entered
 from bilm_server.errors import CallerGoneError, Reason, RefusalError, internal_error
 
 if TYPE_CHECKING:
@@ -101,7 +93,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def guarded(requests: AsyncIterator[bytes], context: "Context") -> Any:
             metadata = tuple(context.invocation_metadata() or ())
-            call = CallRecord(method, context.peer(), metadata, caller_request_id(metadata), is_test=_marked(metadata))
+            call = CallRecord(method, context.peer(), metadata, caller_request_id(metadata))
             # Not when the method returns: grpc keeps an answer for as long as its caller reads none of it
             context.add_done_callback(lambda _: call.held.close())  # type: ignore[arg-type] # the stub has no protocol
             with self._observed(call), entered(call):
@@ -247,10 +239,6 @@ def _unknown_method() -> RefusalError:
 
 
 # ---- ends ----
-
-
-def _marked(metadata: Metadata) -> bool:
-    return any(key == TEST_MARK for key, _ in metadata)
 
 
 def _code_of_cancelled(context: "Context") -> grpc.StatusCode:

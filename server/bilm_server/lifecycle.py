@@ -16,7 +16,8 @@ from bilm_server.acceptor import Acceptor
 from bilm_server.admission import Admission
 from bilm_server.auth import Authenticator
 from bilm_server.caller_limits import CallerLimits
-from bilm_server.calls import CallRecord
+from bilm_server.callers import CallerRights, Right
+from bilm_server.calls import CallRecord, is_marked
 from bilm_server.compute import ModelCompute
 from bilm_server.config import ServerConfig, split_address
 from bilm_server.descriptors import connection_limit, health_server
@@ -56,7 +57,8 @@ class Server:
         """
         self._config = config
         self._health = HealthReporter(SERVICE_NAME)
-        self._monitoring = Monitoring(config, SERVICE_NAME, losses)
+        self._rights = CallerRights(config.callers, config.authenticates)
+        self._monitoring = Monitoring(config, SERVICE_NAME, losses, self._rights)
         self._parts = _parts(config, model, self._monitoring)
         inference = self._parts.inference
         self._watchdog = Watchdog(inference, config.hang_s, config.give_up_s, self._health.set)
@@ -176,6 +178,7 @@ class Server:
 
     def _gate(self, call: CallRecord, context: "grpc.aio.ServicerContext[Any, Any]") -> AbstractContextManager[None]:
         call.caller = self._authenticator.identify(call.metadata, call.peer, context.auth_context()).name
+        call.is_test = is_marked(call.metadata) and self._rights.has(call.caller, Right.NO_LOG)
         return self._parts.caller_limits.call(call.caller)
 
 

@@ -54,6 +54,7 @@ class ServerView:
         admitted: by room: "unary" and "stream".
         log_lines_dropped: since the start.
         alerts_dropped: since the start.
+        no_log_calls: kept out of the access log since the start, by caller; "": without authentication.
         spans_failed: since the start.
         gpu: that computes; None: a CPU does.
     """
@@ -70,6 +71,7 @@ class ServerView:
     admitted: Callable[[], Mapping[str, Taken]]
     log_lines_dropped: Callable[[], int]
     alerts_dropped: Callable[[], int]
+    no_log_calls: Callable[[], Mapping[str, int]]
     spans_failed: Callable[[], int]
     gpu: Gpu | None = None
 
@@ -176,6 +178,7 @@ class _ViewCollector(Collector):
         yield _count("bilm_log_lines_dropped", "Log lines lost.", view.log_lines_dropped())
         yield _count("bilm_alerts_dropped", "Errors that no alert could be sent about.", view.alerts_dropped())
         yield _count("bilm_trace_spans_failed", "Spans that the collector didn't take.", view.spans_failed())
+        yield _no_log_calls(view.no_log_calls())
         yield from _admission(view.admitted())
         if view.gpu is not None:
             yield from _gpu(view.gpu)
@@ -187,6 +190,13 @@ def _one(name: str, text: str, value: float) -> Metric:
 
 def _count(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(name, text, value)
+
+
+def _no_log_calls(counts: Mapping[str, int]) -> Metric:
+    found = CounterMetricFamily("bilm_no_log_calls", "Calls kept out of the access log.", labels=["caller"])
+    for caller, count in counts.items():
+        found.add_metric([caller], count)
+    return found
 
 
 def _admission(taken: Mapping[str, Taken]) -> Iterator[Metric]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bilm_server.admission import Admission
+from bilm_server.callers import CallerRights, NoLogCalls
 from bilm_server.calls import CallObserver
 from bilm_server.config import ServerConfig
 from bilm_server.health import HealthReporter
@@ -45,18 +46,20 @@ NO_LOSSES = Losses(lambda: 0, lambda: 0)
 class Monitoring:
     """Observers of a server, and what they need to start and stop."""
 
-    def __init__(self, config: ServerConfig, service: str, losses: Losses) -> None:
+    def __init__(self, config: ServerConfig, service: str, losses: Losses, rights: CallerRights) -> None:
         """Prepares.
 
         Args:
             config: the server's.
             service: full name of the service whose calls are traced.
             losses: for the metrics.
+            rights: of callers, for the names that their uses are counted by.
 
         Raises:
             ConfigurationError: if traces are wanted and what they need isn't installed.
         """
         self._config, self._losses = config, losses
+        self._no_log_calls = NoLogCalls(rights)
         self._tracing = _new_tracing(config, service)
         self._metrics: Metrics | None = None
         self._exporter: MetricsExporter | None = None
@@ -77,6 +80,7 @@ class Monitoring:
             admitted=lambda: {"unary": _taken(parts.admission), "stream": _taken(parts.stream_admission)},
             log_lines_dropped=self._losses.log_lines,
             alerts_dropped=self._losses.alerts,
+            no_log_calls=lambda: self._no_log_calls.counts,
             spans_failed=lambda: 0 if tracing is None else tracing.failed,
             gpu=_gpu(engine.device),
         )
@@ -87,8 +91,8 @@ class Monitoring:
         """In the order in which they have to see a call: its line in the log needs the span, which ends last."""
         assert self._metrics is not None  # noqa: S101 - observe() comes first
         if self._tracing is None:
-            return (AccessLog(), self._metrics)
-        return (AccessLog(self._tracing.trace_id), self._metrics, self._tracing)
+            return (AccessLog(), self._no_log_calls, self._metrics)
+        return (AccessLog(self._tracing.trace_id), self._no_log_calls, self._metrics, self._tracing)
 
     def on_round(self, done: Round) -> None:
         """Counts a round of the engine; in its thread."""

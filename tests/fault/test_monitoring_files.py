@@ -57,6 +57,7 @@ def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
         admitted=lambda: {"unary": room, "stream": room},
         log_lines_dropped=lambda: 0,
         alerts_dropped=lambda: 0,
+        no_log_calls=lambda: {"team-a": 1},
         spans_failed=lambda: 0,
         gpu=Gpu(FakeNvml(), None),
     )

@@ -1,6 +1,7 @@
 """TLS, tokens and limits of single callers, on a real server with the project's client."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -70,7 +71,8 @@ def token_file(folder: Path) -> Path:
 def with_tokens(token_file: Path) -> Iterator[str]:
     """A server that wants tokens, in plaintext."""
     replace(token_file, TOKENS)
-    with serving("--token-file", token_file) as target:
+    replace(token_file.with_name("callers.toml"), b'[[callers]]\nname = "team-b"\nrights = ["no-log"]\n')
+    with serving("--token-file", token_file, "--config", token_file.with_name("callers.toml")) as target:
         yield target
 
 
@@ -285,6 +287,27 @@ def test_no_token_is_logged(with_tokens: str, token_file: Path, caplog: pytest.L
     assert "the token of another line" in caplog.text
     assert TOKEN not in caplog.text
     assert NEW_TOKEN not in caplog.text
+
+
+def test_only_callers_that_may_leave_no_access_log(with_tokens: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    mark = ("x-bilm-no-log", "1")
+    with grpc.insecure_channel(with_tokens) as channel:
+        method: Any = channel.unary_unary("/bilm_api.v1.EmbedService/GetModel")
+        for metadata in (bearer(TOKEN), bearer(OTHER_TOKEN), bearer(NEW_TOKEN), ()):
+            for marked in ((), (mark,)):
+                with contextlib.suppress(grpc.RpcError):
+                    method(b"", metadata=(*metadata, *marked), timeout=10)
+    ended = ("bilm_server.access", "bilm_server.test")
+    deadline_s = time.monotonic() + 20
+    while sum(record.name in ended for record in caplog.records) < 8 and time.monotonic() < deadline_s:
+        time.sleep(0.005)  # a call's line follows its status
+    lines = [vars(record)["fields"] for record in caplog.records if record.name == "bilm_server.access"]
+    assert [(line.get("caller"), line["code"]) for line in lines] == [
+        *(("team-a", "OK"),) * 2, ("team-b", "OK"), *((None, "UNAUTHENTICATED"),) * 4
+    ]  # fmt: skip
+    used = [record.getMessage() for record in caplog.records if record.name == "bilm_server.auth"]
+    assert used == ["caller team-b: 1 calls kept out of the access log by x-bilm-no-log"]
 
 
 # ---- limits ----

@@ -32,7 +32,7 @@ def test_every_flag_is_listed_with_its_default(title: str, settings: type[BaseSe
         if field.is_required():
             continue
         shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
-        expected[f"--{name.replace('_', '-')}"] = "" if shown in (None, "") or shown is False else f"`{shown}`"
+        expected[f"--{name.replace('_', '-')}"] = "" if shown in (None, "", ()) or shown is False else f"`{shown}`"
     assert listed == expected
 
 

@@ -39,6 +39,7 @@ VIEW = ServerView(
     },
     log_lines_dropped=lambda: 1,
     alerts_dropped=lambda: 2,
+    no_log_calls=lambda: {"team-a": 6},
     spans_failed=lambda: 4,
 )  # fmt: skip
 
@@ -137,6 +138,7 @@ def test_the_view_is_read_at_each_scrape() -> None:
     assert found["bilm_log_lines_dropped_total"] == 1
     assert found["bilm_alerts_dropped_total"] == 2
     assert found["bilm_trace_spans_failed_total"] == 4
+    assert found["bilm_no_log_calls_total{caller=team-a}"] == 6
     model = "{backend=cpu,name=tiny,precision=float32,tokenizer=moses-en,version=abc}"
     assert found[f"bilm_model_info{model}"] == 1
     (build,) = (name for name in found if name.startswith("bilm_build_info"))
