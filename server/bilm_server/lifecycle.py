@@ -84,6 +84,8 @@ class Server:
             Exception: what the warm-up pass raised.
         """
         self._authenticator.load()
+        if self._config.callers and not self._config.authenticates:
+            _log.warning("callers: without token_file or tls_client_ca nobody has a name, and everybody every right")
         max_connections = connection_limit(self._config.max_connections)
         self._monitoring.observe(self._parts, self._health, self._watchdog, max_connections)
         await self._listen(max_connections)

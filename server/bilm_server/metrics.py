@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import grpc
+from bilm_model.engine.control_groups import memory_limit_bytes
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -15,7 +16,7 @@ from prometheus_client.registry import Collector
 import bilm_server
 from bilm_server.admission import Cost
 from bilm_server.calls import CallRecord
-from bilm_server.resources import Gpu, memory_limit_bytes
+from bilm_server.resources import Gpu
 
 METHODS = ("Embed", "EmbedStream", "GetModel")
 

@@ -4,6 +4,9 @@ import asyncio
 import logging
 import socket
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -15,6 +18,7 @@ _log = logging.getLogger("bilm_server.metrics")
 _MAX_CONNECTIONS = 16
 _EXCHANGE_TIMEOUT_S = 5.0
 _MAX_HEAD_BYTES = 8 * 1024
+_START_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 5.0
 _END_OF_HEAD = b"\r\n\r\n"
 
@@ -27,15 +31,24 @@ class MetricsExporter:
     """
 
     def __init__(
-        self, registry: CollectorRegistry, listen: str, exchange_timeout_s: float = _EXCHANGE_TIMEOUT_S
+        self,
+        registry: CollectorRegistry,
+        listen: str,
+        exchange_timeout_s: float = _EXCHANGE_TIMEOUT_S,
+        *,
+        start_timeout_s: float = _START_TIMEOUT_S,
+        new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
     ) -> None:
-        """Prepares; `start` starts.
+        """Keep what is to be offered; call `start` to listen.
 
         Args:
             registry: what to offer.
             listen: HOST:PORT, port 0: any free one.
             exchange_timeout_s: for all of a connection.
+            start_timeout_s: for the thread to listen.
+            new_loop: makes the thread's event loop.
         """
+        self._start_timeout_s, self._new_loop = start_timeout_s, new_loop
         self._registry, self._listen = registry, split_address(listen)
         self._exchange_timeout_s = exchange_timeout_s
         self._n_connections = 0
@@ -46,34 +59,47 @@ class MetricsExporter:
         """HOST:PORT, once it has started."""
 
     def start(self) -> None:
-        """Listens.
+        """Listen.
 
         Raises:
-            OSError: if the address can't be listened on.
+            OSError: if the address can't be listened on, or the thread doesn't begin to in time.
         """
         host, port = self._listen
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=_MAX_CONNECTIONS)
         shown = f"[{host}]" if family == socket.AF_INET6 else host
         self.address = f"{shown}:{listener.getsockname()[1]}"
-        started = threading.Event()
-        serve = self._serve(listener, started)
-        self._thread = threading.Thread(target=asyncio.run, args=(serve,), name="metrics", daemon=True)
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(listener, started), name="metrics", daemon=True)
         self._thread.start()
-        started.wait()
+        try:
+            started.result(self._start_timeout_s)
+        except TimeoutError:
+            self._stop_asked.set()  # for when it does begin
+            raise TimeoutError(f"its thread did not begin within {self._start_timeout_s:g} s") from None
 
     def stop(self) -> None:
-        """Ends it, connections included; idempotent."""
-        if self._thread is not None and self._loop is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop_asked.set)
+        """End it, connections included; idempotent."""
+        if self._thread is not None and self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: the thread has ended, or is about to
+                self._loop.call_soon_threadsafe(self._stop_asked.set)
             self._thread.join(_STOP_TIMEOUT_S)
 
     # ---- in the thread ----
 
-    async def _serve(self, listener: socket.socket, started: threading.Event) -> None:
+    def _run(self, listener: socket.socket, started: "Future[None]") -> None:
+        try:
+            with listener, asyncio.Runner(loop_factory=self._new_loop) as runner:
+                runner.run(self._serve(listener, started))
+        except Exception as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    async def _serve(self, listener: socket.socket, started: "Future[None]") -> None:
         self._loop = asyncio.get_running_loop()
         server = await asyncio.start_server(self._connected, sock=listener, limit=_MAX_HEAD_BYTES)
-        started.set()
+        started.set_result(None)
         await self._stop_asked.wait()
         server.close()  # and asyncio.run cancels what is still going on
 

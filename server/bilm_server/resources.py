@@ -1,51 +1,11 @@
-"""What the machine has, for the metrics: memory's limit, and the GPU as NVML sees it."""
+"""The GPU as NVML sees it, for the metrics."""
 
 import importlib
 import logging
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 _log = logging.getLogger("bilm_server.metrics")
-
-
-def memory_limit_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """The lowest limit of the process's control groups (version 1 or 2); without one the machine's memory.
-
-    Args:
-        proc: where the kernel shows processes.
-        cgroups: where it shows control groups.
-    """
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([machine, *_group_limits(proc, cgroups)])
-
-
-def _group_limits(proc: Path, cgroups: Path) -> Iterator[int]:
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            yield from _limits_above(cgroups, path, "memory.max")
-        elif "memory" in controllers.split(","):
-            yield from _limits_above(cgroups / "memory", path, "memory.limit_in_bytes")
-
-
-def _limits_above(root: Path, path: str, name: str) -> Iterator[int]:
-    group = root / path.lstrip("/")
-    for folder in (group, *group.parents):
-        if not folder.is_relative_to(root):
-            return
-        try:
-            text = (folder / name).read_text().strip()
-        except OSError:  # the root has none, and a container doesn't see those above its own
-            continue
-        if text.isdecimal():  # otherwise "max"
-            yield int(text)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from bilm_model.engine.control_groups import CGROUPS, PROC, cpu_quota
 from bilm_model.errors import ModelError
 
 
@@ -34,30 +35,19 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def default_threads() -> int:
-    """CPU threads to use: one for each core that this process may use, by its affinity and its control group's quota.
+def default_threads(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """Return the CPU threads to use: one for each core that this process may use, 16 at most.
 
-    Torch's own default counts the machine's cores, also in a container that is given two of 64; and threads that wait
-    for a core in turns are slower than fewer threads. More than 16 share out ticks that are too small for them.
+    That is by its affinity and by the quota of its control groups. Torch's own default counts the machine's cores, also
+    in a container that is given two of 64; and threads that wait for a core in turns are slower than fewer threads.
+    More than 16 share out ticks that are too small for them.
+
+    Args:
+        proc: where the kernel shows processes.
+        cgroups: where it shows control groups.
     """
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(n_cores, _cpu_quota(), _MAX_THREADS)))
+    return max(1, math.ceil(min(n_cores, cpu_quota(proc, cgroups), _MAX_THREADS)))
 
 
 _MAX_THREADS = 16
-
-
-def _cpu_quota(group: Path = Path("/sys/fs/cgroup")) -> float:
-    """Cores that the control group allows, by version 2 or 1 of its files; infinity where there is no limit.
-
-    Source: the kernel's documentation, "Control Group v2" (cpu.max) and "CFS Bandwidth Control" (cpu.cfs_quota_us).
-    """
-    try:
-        quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        try:
-            quota = (group / "cpu/cpu.cfs_quota_us").read_text(encoding="ascii").strip()
-            period = (group / "cpu/cpu.cfs_period_us").read_text(encoding="ascii").strip()
-        except OSError:
-            return math.inf
-    return math.inf if quota in ("max", "-1") else int(quota) / int(period)

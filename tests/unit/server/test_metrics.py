@@ -1,6 +1,6 @@
 import asyncio
 import logging
-import os
+import select
 import socket
 import threading
 import time
@@ -20,7 +20,7 @@ from bilm_server.calls import CallRecord
 from bilm_server.config import split_address
 from bilm_server.metrics import METHODS, Metrics, ServerView, Taken
 from bilm_server.metrics_http import MetricsExporter
-from bilm_server.resources import Gpu, find_gpu, memory_limit_bytes
+from bilm_server.resources import Gpu, find_gpu
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -160,32 +160,6 @@ def test_registries_are_apart() -> None:
 
 
 # ---- the machine ----
-
-
-def test_the_lowest_limit_of_the_control_groups_counts(tmp_path: Path) -> None:
-    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
-    group = cgroups / "a" / "b"
-    group.mkdir(parents=True)
-    (proc / "self").mkdir(parents=True)
-    machine = memory_limit_bytes(proc, cgroups)
-    assert machine == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    (proc / "self" / "cgroup").write_text("0::/a/b\n")
-    (group / "memory.max").write_text("max\n")
-    assert memory_limit_bytes(proc, cgroups) == machine
-    (group.parent / "memory.max").write_text("4194304\n")
-    assert memory_limit_bytes(proc, cgroups) == 4194304
-    (group / "memory.max").write_text("1048576\n")
-    assert memory_limit_bytes(proc, cgroups) == 1048576
-    (tmp_path / "memory.max").write_text("1\n")  # above the root: not a control group
-    assert memory_limit_bytes(proc, cgroups) == 1048576
-
-
-def test_control_groups_of_version_1_count_likewise(tmp_path: Path) -> None:
-    (tmp_path / "self").mkdir()
-    (tmp_path / "self" / "cgroup").write_text("4:cpu,cpuacct:/x\n3:memory:/not/seen/in/here\n")
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("2097152\n")
-    assert memory_limit_bytes(tmp_path, tmp_path) == 2097152
 
 
 class Nvml(types.SimpleNamespace):
@@ -377,6 +351,34 @@ def test_stopping_closes_everything_and_may_be_repeated() -> None:
 def test_an_address_that_is_taken_is_an_error(exporter: MetricsExporter) -> None:
     with pytest.raises(OSError, match="in use"):
         MetricsExporter(Metrics(VIEW).registry, exporter.address).start()
+
+
+def test_a_thread_that_cannot_serve_is_an_error_and_not_waited_for() -> None:
+    def failing() -> asyncio.AbstractEventLoop:
+        raise OSError("no descriptors left")
+
+    def hanging() -> asyncio.AbstractEventLoop:
+        release.wait(20)
+        return asyncio.new_event_loop()
+
+    registry, release = Metrics(VIEW).registry, threading.Event()
+    for new_loop, error, timeout_s in ((failing, "no descriptors left", 20), (hanging, "did not begin within", 0.01)):
+        exporter = MetricsExporter(registry, "127.0.0.1:0", start_timeout_s=timeout_s, new_loop=new_loop)
+        with pytest.raises(OSError, match=error):
+            exporter.start()
+        release.set()
+        exporter.stop()
+    wait_until(lambda: all(thread.name != "metrics" for thread in threading.enumerate()))
+
+
+def test_a_caller_that_sends_a_byte_at_a_time_is_cut_off() -> None:
+    with exporting(exchange_timeout_s=0.1) as exporter, connect(exporter) as connection:
+        with suppress(ConnectionResetError, BrokenPipeError):
+            while not select.select([connection], [], [], 0.005)[0]:
+                connection.sendall(b"x")
+            assert connection.recv(1) == b""
+        with get(exporter) as response:
+            assert response.status == 200
 
 
 async def test_a_scrape_does_not_hold_the_event_loop() -> None:
