@@ -361,8 +361,9 @@ def test_a_thread_that_cannot_serve_is_an_error_and_not_waited_for() -> None:
         release.wait(20)
         return asyncio.new_event_loop()
 
-    registry, release = Metrics(VIEW).registry, threading.Event()
+    registry = Metrics(VIEW).registry
     for new_loop, error, timeout_s in ((failing, "no descriptors left", 20), (hanging, "did not begin within", 0.01)):
+        release = threading.Event()
         exporter = MetricsExporter(registry, "127.0.0.1:0", start_timeout_s=timeout_s, new_loop=new_loop)
         with pytest.raises(OSError, match=error):
             exporter.start()
