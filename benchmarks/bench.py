@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.in_process import Effort, default_model_singles, in_flight, throughput
-from benchmarks.latency import Crowd, added_latency, short_among_long, start_to_serving
+from benchmarks.latency import Crowd, added_latency, client_import, short_among_long, start_to_serving
 from benchmarks.page import write_page
 from benchmarks.report import RESULTS, Report
 from benchmarks.sentences import read_sentences
@@ -46,6 +46,7 @@ def main() -> None:
         "short": lambda: short_among_long(report, sentences, Crowd()),
         "served": lambda: served_throughput(report, sentences, few(3), CASES),
         "start": lambda: start_to_serving(report, few(3)),
+        "import": lambda: client_import(report, effort),
     }
     if arguments.smoke:
         sections = {
@@ -55,6 +56,7 @@ def main() -> None:
             "short": lambda: short_among_long(report, sentences, _SMOKE_CROWD),
             "served": lambda: served_throughput(report, sentences, effort, _SMOKE_CASES),
             "start": lambda: start_to_serving(report, effort, ("default",)),
+            "import": lambda: client_import(report, effort),
         }
     _run({name: section for name, section in sections.items() if name in (arguments.only or sections)})
     report.summary()
@@ -78,7 +80,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--window-s", type=float, default=2.0, help="of each throughput measurement (%(default)s)")
     parser.add_argument("--singles", type=int, default=50, help="sentences one at a time, a round (%(default)s)")
     parser.add_argument(
-        "--only", nargs="+", help="sections: small original in-flight default added added-small short served start"
+        "--only",
+        nargs="+",
+        help="sections: small original in-flight default added added-small short served start import",
     )
     parser.add_argument("--smoke", action="store_true", help="a tiny model: shows that everything runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench.json", help="(%(default)s)")

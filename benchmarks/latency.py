@@ -1,5 +1,7 @@
 """What a caller waits for: the service's own share, long sentences of others, the start."""
 
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -29,10 +31,17 @@ from benchmarks.steady import SteadyLoad, Work, new_engine, show_all_words
 ADDED_LATENCY_TARGET_MS = 1.0
 SHORT_AMONG_LONG_TARGET = 1.5
 START_TARGETS_S = {"default": 4.0, "original": 8.0}
+IMPORT_TARGET_S = 0.3
 PERCENTS = (1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
 
 _SETTLE_S = 0.1
 _QUIET = ("--log-level", "warning")
+_IMPORT = """
+import time
+begun_s = time.process_time()
+from bilm_client import AsyncClient, Client
+print(time.process_time() - begun_s)
+"""
 _SPARE_TICKS = 3
 _BOUNDARIES = 2
 _SERVER_STREAM_TOKENS = 65536  # its default
@@ -168,6 +177,20 @@ def start_to_serving(report: Report, effort: Effort, sizes: Sequence[str] = ("de
     for size, seconds in found.items():
         what = f"start to SERVING, {size} {'model' if size == 'default' else 'size'}"
         report.add(Figure(f"start/{size}", what, Spread.of(seconds), "s", START_TARGETS_S.get(size), at_least=False))
+
+
+def client_import(report: Report, effort: Effort) -> None:
+    """Computing time of the client's import, in a new process each round."""
+    seconds = [_import_s() for _ in range(effort.rounds)]
+    report.detail("import", seconds)
+    report.add(
+        Figure("import/client", "import of the client", Spread.of(seconds), "s", IMPORT_TARGET_S, at_least=False)
+    )
+
+
+def _import_s() -> float:
+    done = subprocess.run([sys.executable, "-c", _IMPORT], check=True, capture_output=True, text=True)
+    return float(done.stdout)
 
 
 class _Long:

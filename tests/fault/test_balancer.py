@@ -77,7 +77,7 @@ class OpenStream:
     def __init__(self, target: str) -> None:
         self._channel = grpc.insecure_channel(target, [*OWN_CONNECTION, ("grpc.enable_retries", 0)])
         stub = embed_pb2_grpc.EmbedServiceStub(self._channel)
-        self.replica = stub.GetModel(embed_pb2.GetModelRequest(), timeout=20).name
+        self.replica = stub.GetModel(embed_pb2.GetModelRequest(), timeout=60).name
         self._requests: SimpleQueue[embed_pb2.EmbedStreamRequest | None] = SimpleQueue()
         self._requests.put(embed_pb2.EmbedStreamRequest(start=embed_pb2.StreamStart(options=PLAIN)))
         self._call = stub.EmbedStream(iter(self._requests.get, None), timeout=100)

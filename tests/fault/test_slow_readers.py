@@ -42,7 +42,7 @@ LIMITS = (
 # Without probing the bandwidth, gRPC buffers 64 KiB for a caller that doesn't read: less than one item's result
 OWN_SMALL_WINDOW = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
 # How late the machine may be, which is busy with other things
-SLACK_S = 5.0
+SLACK_S = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,7 @@ def test_others_are_served_while_callers_do_not_read(server: RunningServer) -> N
     with deaf_streams(server.target, 4) as streams, Client(server.target) as client:
         until_full(server)
         client.embed(["a"], timeout_s=SLACK_S)  # calls have room of their own
-        begun_s = time.monotonic()
         assert len(list(client.embed_stream(["a", "b"], timeout_s=STALL_S + SLACK_S))) == 2
-        assert time.monotonic() - begun_s < STALL_S + SLACK_S
         wait_until(lambda: used_tokens(server) == 0, "all of them are ended", 4 * STALL_S + SLACK_S)
         for stream in streams:  # and each of them hears why, when it reads at last
             assert end_of(stream) == (grpc.StatusCode.UNAVAILABLE, "STREAM_STALLED")

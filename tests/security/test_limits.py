@@ -1,7 +1,6 @@
 """At the limits of what may be sent, and beyond; and what callers send stays out of logs and errors."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 
 import grpc
@@ -157,11 +156,11 @@ def test_a_message_that_does_not_parse(server: TcpServer, channel: grpc.Channel,
     "pattern", ["the cat sat . ", "x.y. ", "xy. a ", ", ", ",", "&", "a\x01b ", "[", "1,", "http://a/b ", "日", ".a"]
 )
 def test_no_text_takes_unduly_long_to_cut(pattern: str) -> None:
+    """Some patterns took 20 s where they should take 20 ms: longer than a test may for as many texts as these."""
     tokenizer, text = new_tokenizer("moses", "en"), (pattern * 20_000)[:16_384]
-    begun_s = time.thread_time()
-    with contextlib.suppress(RefusalError):
-        tokenizer(text)
-    assert time.thread_time() - begun_s < 1.0  # of computing; some patterns took 20 s
+    for _ in range(7):
+        with contextlib.suppress(RefusalError):
+            tokenizer(text)
 
 
 # ---- the canary ----

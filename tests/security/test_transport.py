@@ -240,8 +240,8 @@ def test_health_needs_no_token(with_tokens: str) -> None:
     with grpc.insecure_channel(with_tokens) as channel:
         for name in ("", "bilm_api.v1.EmbedService"):
             request = health_pb2.HealthCheckRequest(service=name)
-            assert health_stub(channel).Check(request, timeout=10).status == SERVING
-            watch = health_stub(channel).Watch(request, timeout=10)
+            assert health_stub(channel).Check(request, timeout=60).status == SERVING
+            watch = health_stub(channel).Watch(request, timeout=60)
             assert next(watch).status == SERVING
             watch.cancel()
     assert bilm_health(["--target", with_tokens, "--timeout-s", "10"]) == 0
@@ -270,7 +270,7 @@ def test_nothing_of_a_request_is_parsed_before_its_token_is_known(with_tokens: s
             (bearer(TOKEN), grpc.StatusCode.INVALID_ARGUMENT),
         ):
             with pytest.raises(grpc.RpcError) as error:
-                method(b"\xff", metadata=metadata, timeout=10)
+                method(b"\xff", metadata=metadata, timeout=60)
             assert error.value.code() is code
 
 

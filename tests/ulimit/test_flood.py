@@ -69,10 +69,10 @@ def test_a_flood_of_idle_connections(server: LimitedServer, says: bytes) -> None
         caller.embed([["before"]])
         check(checker)
         flood.open(LIMIT * 2, says)
-        wait_until(lambda: is_full(server), "the limit is reached", 10)
+        wait_until(lambda: is_full(server), "the limit is reached")
         check_at_the_limit(server, caller, checker)
         assert descriptors(server.process.pid) < LIMIT
-        wait_until(lambda: flood.alive() == 0, "the flood has ended", 20)  # by gRPC's defaults 60 s or more
+        wait_until(lambda: flood.alive() == 0, "the flood has ended", 50)  # by gRPC's defaults 60 s or more
         assert one_shot_check(server.target) == SERVING
         caller.embed([["after"]])
     wait_until(lambda: descriptors(server.process.pid) <= before + 2, "all connections are closed")
@@ -85,18 +85,18 @@ def check_at_the_limit(server: LimitedServer, caller: Client, checker: grpc.Chan
         assert check(checker) == SERVING
         assert len(caller.embed([["during"]])) == 1
     once = RetryPolicy(max_attempts=1)
-    with Client(server.target, retry=once, timeout_s=30, channel_options=OWN_CONNECTION) as late:
-        begun_s = time.monotonic()
-        with pytest.raises(UnavailableError, match="Socket closed|Connection reset|Broken pipe"):
-            late.embed([["late"]])
-        assert time.monotonic() - begun_s < 5  # not at its deadline
+    with (
+        Client(server.target, retry=once, timeout_s=30, channel_options=OWN_CONNECTION) as late,
+        pytest.raises(UnavailableError, match="Socket closed|Connection reset|Broken pipe"),
+    ):
+        late.embed([["late"]])  # at its deadline it would be another error
 
 
 def test_a_late_caller_is_let_in_by_its_retries(server: LimitedServer) -> None:
     patient = RetryPolicy(max_attempts=5, initial_backoff_s=1.0, max_backoff_s=1.0)
     with Flood(server.port) as flood:
         flood.open(LIMIT)
-        wait_until(lambda: is_full(server), "the limit is reached", 10)
+        wait_until(lambda: is_full(server), "the limit is reached")
         with Client(server.target, retry=patient, channel_options=OWN_CONNECTION) as late:
             assert len(late.embed([["late"]])) == 1
 
@@ -146,7 +146,7 @@ def test_connections_that_answer_pings_end_by_age_without_a_lost_call() -> None:
         for _ in range(39):
             check(kept.enter_context(channel(server.target)))
         assert is_full(server)
-        wait_until(lambda: descriptors(server.process.pid) <= before + 2, "idle connections are closed", 20)
+        wait_until(lambda: descriptors(server.process.pid) <= before + 2, "idle connections are closed")
         assert one_shot_check(server.target) == SERVING
         ends_s = time.monotonic() + 2 * age_s
         while time.monotonic() < ends_s:  # through two ages, without retry
@@ -161,7 +161,7 @@ def test_how_long_idle_connections_stay(says: bytes, longest_s: float) -> None:
     """With the server's own waits: silence for 20 s; a ping after 60 s, and 20 s for its answer."""
     with limited_server() as server, Flood(server.port) as flood:
         flood.open(LIMIT, says)
-        wait_until(lambda: is_full(server), "the limit is reached", 10)
+        wait_until(lambda: is_full(server), "the limit is reached")
         ended_s = wait_until(lambda: flood.alive() == 0, "the flood has ended", longest_s + 10)
         print(f"{longest_s} s expected, {ended_s:.1f} s")
         assert one_shot_check(server.target) == SERVING

@@ -200,7 +200,7 @@ class Flood:
 
     def open(self, count: int, says: bytes = b"") -> None:
         for _ in range(count):
-            connection = socket.create_connection(("127.0.0.1", self._port), timeout=10)
+            connection = socket.create_connection(("127.0.0.1", self._port), timeout=60)
             self._sockets.append(connection)
             connection.setblocking(False)
             try:

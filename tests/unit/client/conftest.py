@@ -54,6 +54,7 @@ class ScriptedService(embed_pb2_grpc.EmbedServiceServicer):
         self.embed_requests: list[pb.EmbedRequest] = []
         self.streams: list[list[pb.EmbedStreamRequest]] = []
         self.get_model_count = 0
+        self.answered = threading.Semaphore(0)
         self.metadata: dict[str, str | bytes] = {}
 
     def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
@@ -63,7 +64,9 @@ class ScriptedService(embed_pb2_grpc.EmbedServiceServicer):
     def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:  # noqa: N802
         self.embed_requests.append(request)
         self.metadata = dict(context.invocation_metadata())
-        return self.embed_acts.popleft()(request, context) if self.embed_acts else self.fake.embed(request)
+        response = self.embed_acts.popleft()(request, context) if self.embed_acts else self.fake.embed(request)
+        self.answered.release()
+        return response
 
     def EmbedStream(  # noqa: N802
         self, request_iterator: Iterator[pb.EmbedStreamRequest], context: Any
@@ -145,7 +148,7 @@ class Scripted:
 
         def act(request: pb.EmbedRequest, _context: Any) -> pb.EmbedResponse:
             hold.arrived.set()
-            hold.released.wait(10)
+            hold.released.wait(60)
             return self.service.fake.embed(request)
 
         self.service.embed_acts.append(act)

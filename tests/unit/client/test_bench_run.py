@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -115,15 +116,22 @@ def test_what_is_asked_for_is_sent(scripted: Scripted, bench: Bench, tmp_path: P
 
 
 def test_an_open_loop_goes_on_while_answers_wait_and_their_wait_counts(scripted: Scripted, bench: Bench) -> None:
+    """The first call is answered after the tenth: a generator that waited would never get there."""
     hold = scripted.hold_next()
-    release = threading.Timer(1.0, hold.released.set)
-    release.start()
-    assert bench(scripted.target, "--rate", "60") == DONE
-    release.join()
+    answer_next = scripted.service.answered
+
+    def release() -> None:
+        for _ in range(10):
+            answer_next.acquire()
+        hold.released.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(release)
+        assert bench(scripted.target, "--rate", "60") == DONE
     found = bench.figures
-    assert found["accepted"]["calls"] == found["calls"] > 5
-    assert found["accepted"]["max_ms"] > 450  # held for longer than the half second of the step
-    assert found["accepted"]["p50_ms"] < found["accepted"]["max_ms"] / 2
+    assert found["accepted"]["calls"] == found["calls"] > 10
+    assert found["accepted"]["max_ms"] > 50  # the calls of that while lie further apart than this
+    assert found["accepted"]["p50_ms"] < found["accepted"]["max_ms"]
 
 
 def test_what_a_late_generator_makes_calls_wait_is_part_of_their_latency(
@@ -146,10 +154,15 @@ def test_what_a_late_generator_makes_calls_wait_is_part_of_their_latency(
 
 def test_calls_beyond_the_limit_are_counted_and_not_sent(scripted: Scripted, bench: Bench) -> None:
     hold = scripted.hold_next()
-    release = threading.Timer(1.0, hold.released.set)
-    release.start()
-    assert bench(scripted.target, "--rate", "60", "--max-in-flight", "1") == DONE
-    release.join()
+
+    def release() -> None:
+        hold.arrived.wait()
+        threading.Event().wait(0.5)  # as long as the step: other calls are due meanwhile
+        hold.released.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(release)
+        assert bench(scripted.target, "--rate", "60", "--max-in-flight", "1") == DONE
     found = bench.figures
     assert [error["status"] for error in found["errors"]] == ["NOT_SENT"]
     assert found["failed"] == found["errors"][0]["calls"] == found["calls"] - found["accepted"]["calls"] > 0

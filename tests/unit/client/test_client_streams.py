@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -247,7 +246,7 @@ def test_no_result_in_time(connect: Connect, scripted: Scripted) -> None:
     released = threading.Event()
 
     def silent(requests: Iterator[pb.EmbedStreamRequest], _context: Any) -> Iterator[pb.EmbedStreamResponse]:
-        released.wait(10)
+        released.wait(60)
         yield from ()
 
     scripted.service.stream_acts.append(silent)
@@ -265,10 +264,9 @@ def test_a_break_does_not_start_the_wait_anew(connect: Connect, scripted: Script
         yield from ()
 
     scripted.service.stream_acts.extend([late_break] * 10)
-    begun_s = time.monotonic()
     with pytest.raises(errors.DeadlineError, match=r"no result for 1\.0 s"):
         list(connect().embed_stream(sentences(3), timeout_s=1.0))
-    assert time.monotonic() - begun_s < 1.5
+    assert len(scripted.service.streams) <= 2  # a third one would begin 1.2 s after the first
     released.set()
 
 
@@ -293,7 +291,7 @@ def test_leaving_the_iterator_cancels_the_call(connect: Connect, scripted: Scrip
     results = connect().embed_stream(["a" for _ in range(1000)])
     next(results)
     results.close()
-    assert ended.wait(10)
+    assert ended.wait(60)
 
 
 def test_a_dropped_iterator_leaves_no_thread(scripted: Scripted, threads_before: set[threading.Thread]) -> None:
@@ -304,7 +302,7 @@ def test_a_dropped_iterator_leaves_no_thread(scripted: Scripted, threads_before:
         del results
     ours = [t for t in set(threading.enumerate()) - threads_before if not t.name.startswith("scripted")]
     for thread in ours:
-        thread.join(10)
+        thread.join(60)
     assert not [thread for thread in ours if thread.is_alive()]
 
 

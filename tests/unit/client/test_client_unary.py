@@ -274,10 +274,10 @@ def test_closing_ends_a_call_under_way(scripted: Scripted) -> None:
     client = Client(scripted.target)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.embed, "a")
-        assert hold.arrived.wait(10)
+        assert hold.arrived.wait(60)
         client.close()
         with pytest.raises(ClientClosedError):
-            future.result(10)
+            future.result(60)
         hold.released.set()
 
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from bilm_model.training.recipe import read_recipe
 from bilm_model.training.run_folder import EpochRecord, RunFolder, RunLog
 from bilm_model.weights.loading import load
 
+from tests.support.processes import started
 from tests.unit.model.training_support import (
     COMMON,
     EPOCH_STEPS,
@@ -145,22 +145,33 @@ def test_windows_without_anything_to_predict_change_nothing(here: Path) -> None:
 # ---- interrupted and gone on with ------------------------------------------------------------------------------------
 
 
+# bilm-train that stands still when a step is in the log
+HELD_AFTER = """
+import sys, threading
+from bilm_model.training.main import main
+from bilm_model.training.run_folder import RunLog
+
+logged, n_steps = RunLog.step, int(sys.argv[1])
+
+def log(self, record):
+    logged(self, record)
+    if record.step == n_steps:
+        print("held", flush=True)
+        threading.Event().wait()
+
+RunLog.step = log
+main(sys.argv[2:])
+"""
+
+
 def killed_after(n_steps: int, *arguments: str) -> None:
-    """Runs bilm-train in a process of its own, and kills it as soon as so many steps are in the log."""
-    deadline = time.monotonic() + 300
-    with Path("errors").open("wb") as errors:
-        program = [sys.executable, "-m", "bilm_model.training.main", *arguments, *COMMON]
-        process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=errors)
-    try:
-        while not RUN.steps.exists() or RUN.steps.read_bytes().count(b"\n") < n_steps:
-            assert process.poll() is None, Path("errors").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.kill()
-        process.wait()
+    """Run bilm-train in a process of its own, and kill it when so many steps are in the log."""
+    program = [sys.executable, "-c", HELD_AFTER, str(n_steps), *arguments, *COMMON]
+    with Path("errors").open("wb") as errors, started(program, stdout=subprocess.PIPE, stderr=errors) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n", Path("errors").read_text()
     assert process.returncode == -signal.SIGKILL
-    assert n_steps <= RUN.steps.read_bytes().count(b"\n") < STEPS
+    assert RUN.steps.read_bytes().count(b"\n") == n_steps
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(uninterrupted: Path, here: Path) -> None:

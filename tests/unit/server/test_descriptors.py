@@ -132,7 +132,7 @@ async def test_health_alone() -> None:
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)  # its stubs lack the methods
-            response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+            response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
         assert response.status == health_pb2.HealthCheckResponse.SERVING
     finally:
         await server.stop(0)

@@ -79,7 +79,7 @@ async def running(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it didn't come about"
         await asyncio.sleep(0.002)

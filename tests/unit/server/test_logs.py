@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -232,10 +231,8 @@ def pipe() -> Iterator[Pipe]:
 
 def test_a_reader_that_is_stuck_costs_lines_and_no_time(pipe: Pipe) -> None:
     line = "x" * 1023
-    begun_s = time.monotonic()
-    for _ in range(10_000):  # 10 MiB; the queue holds 4, the pipe hardly anything
+    for _ in range(10_000):  # 10 MiB; the queue holds 4, the pipe hardly anything: who waits hangs
         pipe.writer.write(line)
-    assert time.monotonic() - begun_s < 5
     assert 5_000 < pipe.writer.dropped < 7_000
     assert not pipe.writer.flush(0.01)
     lost, seen = pipe.writer.dropped, 10_000 - pipe.writer.dropped

@@ -226,17 +226,17 @@ def descriptors() -> int:
 
 def get(exporter: MetricsExporter, path: str = "/metrics", **kwargs: Any) -> Any:
     request = urllib.request.Request(f"http://{exporter.address}{path}", **kwargs)
-    return urllib.request.urlopen(request, timeout=10)
+    return urllib.request.urlopen(request, timeout=60)
 
 
 def connect(exporter: MetricsExporter) -> socket.socket:
     host, port = split_address(exporter.address)
-    return socket.create_connection((host, port), 10)
+    return socket.create_connection((host, port), 60)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
     """For what a thread does without telling."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.002)
@@ -333,16 +333,14 @@ def test_a_failure_is_an_answer_and_an_error_in_the_log(caplog: pytest.LogCaptur
 
 def test_stopping_closes_everything_and_may_be_repeated() -> None:
     n_descriptors = descriptors()
-    exporter = MetricsExporter(Metrics(VIEW).registry, "127.0.0.1:0")
+    exporter = MetricsExporter(Metrics(VIEW).registry, "127.0.0.1:0", exchange_timeout_s=3600)
     exporter.stop()
     exporter.start()
     with connect(exporter) as connection:
         wait_until(lambda: exporter._n_connections == 1)
-        begun_s = time.monotonic()
         exporter.stop()
         exporter.stop()
-        assert time.monotonic() - begun_s < 4  # without waiting for the connection's time to pass
-        assert connection.recv(1) == b""
+        assert connection.recv(1) == b""  # closed without waiting for the connection's time to pass
     with pytest.raises(ConnectionRefusedError):
         connect(exporter)
     assert descriptors() == n_descriptors
@@ -388,13 +386,13 @@ async def test_a_scrape_does_not_hold_the_event_loop() -> None:
 
     def rows() -> int:
         held.set()
-        assert release.wait(10)
+        assert release.wait(60)
         return 1
 
     exporter = MetricsExporter(Metrics(replace(VIEW, rows=rows)).registry, "127.0.0.1:0")
     exporter.start()
     scrape = asyncio.create_task(asyncio.to_thread(lambda: get(exporter).read()))
-    assert await asyncio.to_thread(held.wait, 10)
+    assert await asyncio.to_thread(held.wait, 60)
     release.set()
     assert b"bilm_slots_in_use 1.0" in await scrape
     exporter.stop()

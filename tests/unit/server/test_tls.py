@@ -36,7 +36,7 @@ class Port:
         )
         await self._stack.enter_async_context(channel)
         method: Any = channel.unary_unary("/test/Who")
-        return lambda: method(b"", timeout=20)
+        return lambda: method(b"", timeout=60)
 
 
 @asynccontextmanager

@@ -38,7 +38,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
     def Export(self, request: Any, context: Any) -> Any:  # noqa: N802 - of the contract
         self.entered.set()
-        self.answer.wait(30)
+        self.answer.wait()
         if self.refuse:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no")
         self.requests.append(request)
@@ -253,19 +253,16 @@ def test_spans_that_the_collector_refuses_are_counted(collector: Collector, trac
 @pytest.mark.parametrize("kind", ["dead", "hangs"])
 def test_a_broken_collector_holds_nobody(collector: Collector, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "_STOP_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(tracing, "_EXPORT_TIMEOUT_S", 3600.0)  # so that who waits for it hangs
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
     if kind == "dead":
         collector.stop()
     collector.answer.clear()
     traced = start_tracing(collector.endpoint, 1.0, SERVICE, "x")
-    begun_s = time.monotonic()
     for _ in range(5000):  # more than the queue holds
         run(traced, a_call())
-    assert time.monotonic() - begun_s < 20
-    assert kind == "dead" or collector.entered.wait(10)
-    begun_s = time.monotonic()
+    assert kind == "dead" or collector.entered.wait(60)
     traced.stop()
-    assert time.monotonic() - begun_s < 10
 
 
 def test_without_the_extra_the_error_says_what_to_install() -> None:
