@@ -59,6 +59,11 @@ class ModelCompute:
         """What may be in flight."""
         return Room(self._engine.max_rows, self._engine.max_tokens)
 
+    @property
+    def steps(self) -> int:
+        """Steps that sentences have been advanced by since the start."""
+        return self._engine.stats.steps
+
     def join(self, job: Job) -> None:
         """Takes a job in, for which there is room."""
         ticket = self._engine.join(Sentence(job.sentence.tokens, job.state))

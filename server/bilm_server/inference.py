@@ -4,18 +4,17 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum, auto
 
 from bilm_server.errors import Reason, RefusalError, internal_error
 from bilm_server.jobs import Call, Compute, Computed, Job, Outcome
 from bilm_server.scheduler import Scheduler
+from bilm_server.speed import Speed
 
 _log = logging.getLogger("bilm_server.inference")
-
-# A guess until something has been measured; only the pushback of the first refusals depends on it.
-_INITIAL_TOKENS_PER_S = 5000.0
-_SPEED_WEIGHT = 0.05
 
 # How often a model that fails is tried again; a balancer sends nothing that would show that it has recovered.
 _PROBE_INTERVAL_S = 1.0
@@ -32,58 +31,101 @@ class Round:
 
     Attributes:
         rows: sentences that advanced, or would have.
+        steps: that they advanced by, together.
         seconds: that it took.
         failed: whether it did.
     """
 
     rows: int
+    steps: int
     seconds: float
     failed: bool = False
 
 
+class _Status(Enum):
+    """Where a sentence is.
+
+    Attributes:
+        WAITING: in the scheduler.
+        COMPUTING: in the engine, or about to be computed again after a failed round; it holds capacity.
+        ENDED: nowhere.
+    """
+
+    WAITING = auto()
+    COMPUTING = auto()
+    ENDED = auto()
+
+
 @dataclass(eq=False)
 class _Ticket:
+    """A sentence from its arrival to its one exit: a result, a refusal, or a cancellation.
+
+    The status belongs to whoever holds the thread's lock. The future belongs to the event loop; once it is done, nobody
+    waits for the sentence any more.
+    """
+
     job: Job
     future: asyncio.Future[Outcome]
-    arrived_s: float = field(default_factory=time.monotonic)
+    arrived_s: float
     joined_s: float = 0.0
+    status: _Status = _Status.WAITING
 
     @property
     def n_steps(self) -> int:
         return self.job.sentence.n_steps
 
-    def outcome(self, computed: Computed) -> Outcome:
-        queue_s, inference_s = self.joined_s - self.arrived_s, time.monotonic() - self.joined_s
-        return Outcome(computed.vectors, computed.state, queue_s, inference_s)
+    @property
+    def given_up(self) -> bool:
+        return self.future.done()  # reads one attribute, which any thread may
+
+    def outcome(self, computed: Computed, now_s: float) -> Outcome:
+        return Outcome(computed.vectors, computed.state, self.joined_s - self.arrived_s, now_s - self.joined_s)
+
+
+_Result = Outcome | RefusalError | None
+"""None: the sentence was given up, so that there is nothing to deliver."""
+
+_Refusal = Callable[[], RefusalError]
+"""Makes one for each sentence: an exception raised in two places keeps the frames of both."""
 
 
 class InferenceThread:
-    """Runs the model in a thread of its own: who waits joins as soon as there is room, and all advance together.
+    """Run the model in a thread of its own: a waiting sentence joins the running batch as soon as capacity allows.
 
-    A round that fails is nobody's in particular. So its sentences are computed again from their beginnings, in halves
-    and halves of halves, until the one that fails by itself is found: its caller gets INTERNAL, the others their
+    A failed round doesn't identify the sentence at fault. So its sentences are computed again from their beginnings, in
+    halves and halves of halves, until the one that fails by itself is found: its caller gets INTERNAL, the others their
     results. Where even the probe fails, everybody gets MODEL_FAILING until it succeeds again.
+
+    A sentence is in the scheduler, in the engine, among the suspects of a failed round, or has ended. Each way to end
+    takes it out of all of them and ends its future.
     """
 
-    def __init__(self, compute: Compute, on_round: Callable[[Round], None] = lambda round: None) -> None:
-        """Prepares; `start` starts.
+    def __init__(
+        self,
+        compute: Compute,
+        on_round: Callable[[Round], None] = lambda round: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Call `start` to start the thread.
 
         Args:
             compute: the model.
-            on_round: told in the thread what each round did; must neither raise nor take long.
+            on_round: called in the thread after each round; must neither raise nor take long.
+            clock: seconds, monotonic; the one of the calls' deadlines.
         """
         self._compute = compute
         self._on_round = on_round
+        self._clock = clock
         self._scheduler: Scheduler[_Ticket] = Scheduler(compute.room)
         self._in_flight: dict[Job, _Ticket] = {}
         self._suspects: list[list[_Ticket]] = []
-        self._pending: set[_Ticket] = set()  # of the event loop's
+        self._pending: dict[Call, set[_Ticket]] = {}  # the event loop's: whose futures aren't done
         self._wake = threading.Condition()
         self._stopping = False
         self._healthy = True
         self._beats = 0
         self._checking = False
-        self._tokens_per_s = _INITIAL_TOKENS_PER_S
+        self._speed = Speed()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._warm: asyncio.Future[None]
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
@@ -91,9 +133,9 @@ class InferenceThread:
     # ---- what others may ask, from any thread ----
 
     @property
-    def tokens_per_s(self) -> float:
-        """Recent speed."""
-        return self._tokens_per_s
+    def steps_per_s(self) -> float:
+        """Recent speed while computing: tokens and boundaries a second; never 0."""
+        return self._speed.steps_per_s
 
     @property
     def alive(self) -> bool:
@@ -117,8 +159,8 @@ class InferenceThread:
 
     @property
     def waiting(self) -> int:
-        """Sentences that have not been answered and are not being computed."""
-        return max(0, len(self._pending) - len(self._in_flight))
+        """Sentences that have not ended and are not being computed."""
+        return len(self._scheduler) + sum(map(len, tuple(self._suspects)))
 
     @property
     def in_flight(self) -> int:
@@ -139,7 +181,7 @@ class InferenceThread:
         await self._warm
 
     async def stop(self) -> None:
-        """Ends the thread after the round it is at; what is not done is refused."""
+        """End the thread after the round it is at; what is not done is refused."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -147,34 +189,51 @@ class InferenceThread:
             await asyncio.to_thread(self._thread.join, _STOP_TIMEOUT_S)
             if self._thread.is_alive():
                 _log.error("the inference thread doesn't end; it is left behind")
+        self._refuse_pending(_shutting_down)
 
     def submit(self, job: Job) -> asyncio.Future[Outcome]:
-        """Queues a job.
+        """Queue a job.
 
-        The future ends in an `Outcome` or a `RefusalError`.
+        The future ends in an `Outcome` or a `RefusalError`, or is cancelled by `abandon`. Cancelling it drops the job.
         """
-        ticket = _Ticket(job, asyncio.get_running_loop().create_future())
+        ticket = _Ticket(job, asyncio.get_running_loop().create_future(), self._clock())
         with self._wake:
             refusal = self._why_not()
             if refusal is None:
                 self._scheduler.add(ticket, job.call, ticket.n_steps, job.call.deadline_s)
                 self._wake.notify()
         if refusal is None:
-            self._pending.add(ticket)
-            ticket.future.add_done_callback(lambda _: self._pending.discard(ticket))
+            self._pending.setdefault(job.call, set()).add(ticket)
+            ticket.future.add_done_callback(lambda _: self._forget(ticket))
         else:
-            ticket.future.set_exception(refusal)
+            _resolve([(ticket, refusal)])
         return ticket.future
 
     def abandon(self, call: Call) -> None:
-        """Drops everything of a call that nobody waits for any more."""
+        """Cancel everything of a call that nobody waits for any more."""
         with self._wake:
-            call.abandoned = True
-            self._scheduler.discard(call)
+            self._end(self._scheduler.discard(call))
+        for ticket in tuple(self._pending.get(call, ())):
+            ticket.future.cancel()
 
     def refuse_pending(self) -> None:
-        """Tells everybody who waits that the model fails; for when the thread can't."""
-        _resolve([(ticket, _failing()) for ticket in list(self._pending)])
+        """Refuse every sentence because the model fails; for when the thread can't."""
+        self._refuse_pending(_failing)
+
+    def _refuse_pending(self, refusal: _Refusal) -> None:
+        with self._wake:
+            self._end(self._scheduler.drain())
+        _resolve([(ticket, refusal()) for tickets in self._pending.values() for ticket in tickets])
+
+    def _forget(self, ticket: _Ticket) -> None:
+        """A future is done. If the thread didn't do it, the sentence may still be waiting."""
+        tickets = self._pending[ticket.job.call]
+        tickets.discard(ticket)
+        if not tickets:
+            del self._pending[ticket.job.call]
+        with self._wake:
+            if ticket.status is _Status.WAITING and self._scheduler.remove(ticket, ticket.job.call):
+                self._end([ticket])
 
     def _why_not(self) -> RefusalError | None:
         if self._stopping:
@@ -184,25 +243,40 @@ class InferenceThread:
     # ---- in the thread ----
 
     def _run(self) -> None:
+        refusal: _Refusal = _failing
         try:
-            self._compute.probe()
-        except Exception as error:
-            failure = error
-            self._call_loop(lambda: self._warm.set_exception(failure))
-            return
-        self._call_loop(lambda: self._warm.set_result(None))
-        refusal = _failing()
-        try:
-            while self._wait_for_work():
-                self._work()
-                self._beats += 1
-            refusal = _shutting_down()
+            if self._warm_up():
+                while self._wait_for_work():
+                    self._work()
+                    self._beats += 1
+                refusal = _shutting_down
         except Exception:
             _log.critical("the inference thread ends by an error of its own", exc_info=True)
         finally:
             with self._wake:
                 self._healthy = False  # whatever comes from now on is refused
             self._refuse_all(refusal)
+            # … and what an error of its own left in none of its places
+            self._call_loop(lambda: self._refuse_pending(refusal))
+
+    def _warm_up(self) -> bool:
+        """Compute something small for `start`; return whether that succeeded."""
+        failure: Exception | None = None
+        try:
+            self._compute.probe()
+        except Exception as error:
+            failure = error
+
+        def report() -> None:
+            if self._warm.done():  # `start` was cancelled
+                return
+            if failure is None:
+                self._warm.set_result(None)
+            else:
+                self._warm.set_exception(failure)
+
+        self._call_loop(report)
+        return failure is None
 
     def _wait_for_work(self) -> bool:
         """Whether to go on; now and then also without work, to see whether the model still works."""
@@ -216,86 +290,104 @@ class InferenceThread:
             self._probe()
         elif not self.has_work:
             self._check()
-        self._drop_abandoned()
+        self._drop_given_up()
         if self._suspects:
             self._let_suspects_join()
         else:
             self._let_join()
         self._advance()
 
-    def _drop_abandoned(self) -> None:
-        for ticket in [ticket for ticket in self._in_flight.values() if ticket.job.call.abandoned]:
-            self._compute.leave(ticket.job)
-            self._end(ticket)
+    def _drop_given_up(self) -> None:
+        for ticket in [ticket for ticket in self._in_flight.values() if ticket.given_up]:
+            try:
+                self._compute.leave(ticket.job)
+            except Exception:
+                _log.exception("a sentence can't leave")
+                self._recover()
+                return
+            self._exit([(ticket, None)])
 
     def _let_join(self) -> None:
-        now_s = time.monotonic()
+        now_s = self._clock()
         with self._wake:
             decision = self._scheduler.decide(now_s)
-        late = RefusalError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the sentence's turn came")
-        self._deliver([(ticket, late) for ticket in decision.expired])
-        for ticket in decision.items:
-            ticket.joined_s = now_s
+            for ticket in decision.items:
+                ticket.status, ticket.joined_s = _Status.COMPUTING, now_s
+        self._exit([(ticket, _late()) for ticket in decision.expired])
         self._join(decision.items)
 
     def _let_suspects_join(self) -> None:
         """One group at a time, and nobody else."""
         if not self._in_flight:
-            group = self._suspects.pop()
-            gone = [ticket for ticket in group if ticket.job.call.abandoned]
-            self._release(gone)
-            self._join([ticket for ticket in group if ticket not in gone])
+            self._join(self._suspects.pop())
 
     def _join(self, tickets: Sequence[_Ticket]) -> None:
+        unfit: list[_Ticket] = []
         for ticket in tickets:
+            if ticket.given_up:
+                self._exit([(ticket, None)])
+                continue
             self._in_flight[ticket.job] = ticket
             try:
                 self._compute.join(ticket.job)
             except Exception:
                 _log.exception("a sentence can't join")
-                self._end(ticket)
-                self._deliver([(ticket, internal_error())])
+                del self._in_flight[ticket.job]
+                unfit.append(ticket)
+        if unfit:
+            self._refuse_unfit(unfit)
+
+    def _refuse_unfit(self, tickets: Sequence[_Ticket]) -> None:
+        """Either these sentences are at fault, or the model has failed; with others in flight the next round shows."""
+        works = bool(self._in_flight) or self._probe()
+        self._exit([(ticket, internal_error() if works else _failing()) for ticket in tickets])
 
     def _advance(self) -> None:
         if not self._in_flight:
             return
-        begun_s, rows = time.monotonic(), len(self._in_flight)
+        begun_s, rows, steps = self._clock(), len(self._in_flight), self._compute.steps
         try:
-            ended = self._compute.advance()
+            ended = [(self._in_flight[job], computed) for job, computed in self._compute.advance()]
         except Exception:
             _log.exception("a round of %d sentences failed", rows)
-            self._on_round(Round(rows, time.monotonic() - begun_s, failed=True))
-            self._find_culprit()
+            self._on_round(Round(rows, 0, self._clock() - begun_s, failed=True))
+            self._recover()
             return
-        seconds = time.monotonic() - begun_s
-        tickets = [(self._in_flight[job], computed) for job, computed in ended]
-        for ticket, _ in tickets:
-            self._end(ticket)
-        self._measure(sum(ticket.n_steps for ticket, _ in tickets), seconds)
-        self._on_round(Round(rows, seconds))
-        self._deliver([(ticket, ticket.outcome(computed)) for ticket, computed in tickets])
+        now_s = self._clock()
+        done = Round(rows, self._compute.steps - steps, now_s - begun_s)
+        self._speed.add(done.steps, done.seconds)
+        self._exit([(ticket, ticket.outcome(computed, now_s)) for ticket, computed in ended])
+        self._on_round(done)
 
-    def _find_culprit(self) -> None:
+    def _recover(self) -> None:
+        """Find out whether the model still works, and if so which sentence of those in flight it fails at."""
+        if not self._probe():
+            return
         tickets = list(self._in_flight.values())
         self._in_flight.clear()
-        if not self._probe():
-            self._release(tickets)
-            self._deliver([(ticket, _failing()) for ticket in tickets])
-        elif len(tickets) == 1:
-            self._release(tickets)
-            self._deliver([(ticket, internal_error()) for ticket in tickets])
-        else:
-            half = len(tickets) // 2
-            self._suspects += [tickets[half:], tickets[:half]]  # their room stays theirs
+        if len(tickets) == 1:
+            self._exit([(tickets[0], internal_error())])
+            return
+        self._exit([(ticket, None) for ticket in tickets if ticket.given_up])
+        left = [ticket for ticket in tickets if ticket.status is not _Status.ENDED]
+        half = len(left) // 2
+        self._suspects += [group for group in (left[half:], left[:half]) if group]  # they keep their capacity
 
-    def _end(self, ticket: _Ticket) -> None:
-        del self._in_flight[ticket.job]
-        self._release([ticket])
-
-    def _release(self, tickets: Sequence[_Ticket]) -> None:
+    def _exit(self, results: Sequence[tuple[_Ticket, _Result]]) -> None:
+        """The way out for every sentence that the thread has: nothing of it is left, and its future ends."""
         with self._wake:
-            for ticket in tickets:
+            self._end(ticket for ticket, _ in results)
+        found = [(ticket, result) for ticket, result in results if result is not None]
+        if found:
+            self._call_loop(lambda: _resolve(found))
+
+    def _end(self, tickets: Iterable[_Ticket]) -> None:
+        """Take back what sentences hold; with the lock held, once for each."""
+        for ticket in tickets:
+            if ticket.status is _Status.COMPUTING:
+                self._in_flight.pop(ticket.job, None)
                 self._scheduler.release(ticket.n_steps)
+            ticket.status = _Status.ENDED
 
     def _check(self) -> None:
         """A model that nobody asks can be dead, too."""
@@ -303,7 +395,7 @@ class InferenceThread:
         try:
             self._compute.check()
         except Exception:
-            _log.exception("the model failed while it was idle")
+            _log.exception("the model failed a self-check")
             self._probe()
         finally:
             self._checking = False
@@ -319,34 +411,28 @@ class InferenceThread:
         with self._wake:
             self._healthy = healthy
         if not healthy:
-            self._refuse_all(_failing())
+            self._refuse_all(_failing)
         return healthy
 
-    def _refuse_all(self, refusal: RefusalError) -> None:
+    def _refuse_all(self, refusal: _Refusal) -> None:
         suspects = [ticket for group in self._suspects for ticket in group]
-        tickets = [*self._in_flight.values(), *suspects]
-        self._in_flight.clear()
         self._suspects.clear()
-        self._release(tickets)
         with self._wake:
-            tickets += self._scheduler.drain()
-        self._deliver([(ticket, refusal) for ticket in tickets])
-
-    def _measure(self, tokens: int, seconds: float) -> None:
-        """Sentences end in some rounds and not in others: a mean over many."""
-        self._tokens_per_s += _SPEED_WEIGHT * (tokens / max(seconds, 1e-6) - self._tokens_per_s)
-
-    def _deliver(self, results: Sequence[tuple[_Ticket, Outcome | RefusalError]]) -> None:
-        if results:
-            self._call_loop(lambda: _resolve(results))
+            waiting = self._scheduler.drain()
+        self._exit([(ticket, refusal()) for ticket in (*self._in_flight.values(), *suspects, *waiting)])
 
     def _call_loop(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None  # noqa: S101 - start() set it before the thread ran
-        self._loop.call_soon_threadsafe(callback)
+        with suppress(RuntimeError):  # the loop was closed while the thread hung: nobody waits any more
+            self._loop.call_soon_threadsafe(callback)
 
 
 def _shutting_down() -> RefusalError:
     return RefusalError(Reason.SHUTTING_DOWN, "the server is shutting down")
+
+
+def _late() -> RefusalError:
+    return RefusalError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the sentence's turn came")
 
 
 def _failing() -> RefusalError:
@@ -355,9 +441,10 @@ def _failing() -> RefusalError:
 
 def _resolve(results: Sequence[tuple[_Ticket, Outcome | RefusalError]]) -> None:
     for ticket, result in results:
-        if ticket.future.done():
-            continue  # given up meanwhile
+        if ticket.given_up:
+            continue
         if isinstance(result, RefusalError):
             ticket.future.set_exception(result)
+            ticket.future.exception()  # marks it as retrieved: a call that ends at its first refusal reads no other
         else:
             ticket.future.set_result(result)

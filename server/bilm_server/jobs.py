@@ -12,15 +12,13 @@ from bilm_server.scheduler import Room
 
 @dataclass(eq=False)
 class Call:
-    """An RPC: the unit of fairness, and of giving up.
+    """An RPC: the unit of fairness and of cancellation.
 
     Attributes:
-        deadline_s: on the clock of `time.monotonic`.
-        abandoned: whether nobody waits for it any more.
+        deadline_s: on the clock of the inference thread, `time.monotonic`.
     """
 
     deadline_s: float
-    abandoned: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +72,15 @@ class Compute(Protocol):
     def room(self) -> Room:
         """What may be in flight."""
 
+    @property
+    def steps(self) -> int:
+        """Steps that sentences have been advanced by since the start; never decreases, and self-checks don't count."""
+
     def join(self, job: Job) -> None:
         """Takes a job in, for which there is room."""
 
     def leave(self, job: Job) -> None:
-        """Drops a job in flight."""
+        """Drop a job in flight."""
 
     def advance(self) -> list[tuple[Job, Computed]]:
         """Moves everything in flight on; returns what has ended."""

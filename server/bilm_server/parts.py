@@ -59,5 +59,5 @@ class Parts:
 
     def retry_after_ms(self) -> int:
         """When there will be room again: the time that half of what waits takes."""
-        seconds = self.admission.used.tokens / self.inference.tokens_per_s / 2
+        seconds = self.admission.used.tokens / self.inference.steps_per_s / 2
         return max(_MIN_PUSHBACK_MS, min(_MAX_PUSHBACK_MS, int(1000 * seconds)))

@@ -76,6 +76,7 @@ class _Lane(Generic[T]):
     def __init__(self, room: Room) -> None:
         self.room = room
         self.used = Room(0, 0)
+        self.n_waiting = 0
         self._queues: OrderedDict[Hashable, _Queue[T]] = OrderedDict()
 
     def __bool__(self) -> bool:
@@ -83,9 +84,28 @@ class _Lane(Generic[T]):
 
     def add(self, caller: Hashable, entry: _Entry[T], now: int) -> None:
         self._queues.setdefault(caller, _Queue(deque(), now)).entries.append(entry)
+        self.n_waiting += 1
 
-    def discard(self, caller: Hashable) -> None:
-        self._queues.pop(caller, None)
+    def discard(self, caller: Hashable) -> list[T]:
+        queue = self._queues.pop(caller, None)
+        items = [] if queue is None else [entry.item for entry in queue.entries]
+        self.n_waiting -= len(items)
+        return items
+
+    def remove(self, caller: Hashable, item: T) -> bool:
+        queue = self._queues.get(caller)
+        if queue is None:
+            return False
+        for place, entry in enumerate(queue.entries):
+            if entry.item is item:
+                del queue.entries[place]
+                break
+        else:
+            return False
+        self.n_waiting -= 1
+        if not queue.entries:
+            del self._queues[caller]
+        return True
 
     def since(self) -> int:
         """How long the caller whose turn it is has waited for it."""
@@ -98,6 +118,7 @@ class _Lane(Generic[T]):
         """Takes the head out and ends its caller's turn."""
         caller, queue = next(iter(self._queues.items()))
         entry = queue.entries.popleft()
+        self.n_waiting -= 1
         queue.since = now
         if queue.entries:
             self._queues.move_to_end(caller)
@@ -129,6 +150,10 @@ class Scheduler(Generic[T]):
         """Whether any sentence waits."""
         return bool(self._short or self._long)
 
+    def __len__(self) -> int:
+        """Sentences that wait."""
+        return self._short.n_waiting + self._long.n_waiting
+
     @property
     def used(self) -> Room:
         """What is taken."""
@@ -139,10 +164,13 @@ class Scheduler(Generic[T]):
         self._turns += 1
         self._lane(n_steps).add(caller, _Entry(item, _need(n_steps), deadline_s), self._turns)
 
-    def discard(self, caller: Hashable) -> None:
-        """Takes out all waiting sentences of a caller that waits no more."""
-        for lane in self._lanes():
-            lane.discard(caller)
+    def discard(self, caller: Hashable) -> list[T]:
+        """Take out and return all waiting sentences of a caller."""
+        return [item for lane in self._lanes() for item in lane.discard(caller)]
+
+    def remove(self, item: T, caller: Hashable) -> bool:
+        """Take out one waiting sentence of a caller; return whether it was waiting."""
+        return any(lane.remove(caller, item) for lane in self._lanes())
 
     def release(self, n_steps: int) -> None:
         """Gives back the room of a sentence that has left the engine."""

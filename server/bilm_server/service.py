@@ -168,20 +168,28 @@ async def _compute_all(
         if isinstance(sentence, PreparedSentence)
     ]
     try:
-        outcomes = iter(await asyncio.gather(*[_outcome(parts.inference.submit(job)) for job in jobs]))
+        outcomes = iter(await _outcomes([parts.inference.submit(job) for job in jobs]))
     finally:
         parts.inference.abandon(call)
     return [sentence if isinstance(sentence, RefusalError) else next(outcomes) for sentence in prepared]
 
 
-async def _outcome(future: asyncio.Future[Outcome]) -> Outcome | RefusalError:
-    """A sentence that the model fails at costs the call's other sentences nothing; all else ends the call."""
-    try:
-        return await future
-    except RefusalError as error:
-        if error.reason is Reason.INTERNAL:
-            return error
-        raise
+async def _outcomes(futures: list[asyncio.Future[Outcome]]) -> list[Outcome | RefusalError]:
+    """Wait for a call's sentences; raise the first refusal, save INTERNAL, which is the sentence's own result."""
+    waiting = set(futures)
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+        for error in filter(None, map(_refusal_of, done)):
+            if error.reason is not Reason.INTERNAL:
+                raise error
+    return [_refusal_of(future) or future.result() for future in futures]
+
+
+def _refusal_of(future: asyncio.Future[Outcome]) -> RefusalError | None:
+    error = future.exception()
+    if error is None or isinstance(error, RefusalError):
+        return error
+    raise error
 
 
 def _record(prepared: list[Prepared], outcomes: list[Outcome | RefusalError]) -> None:

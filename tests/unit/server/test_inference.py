@@ -32,6 +32,7 @@ class Model:
         self.broken = False
         self.ages: dict[Job, int] = {}
         self.groups: list[int] = []
+        self.steps = 0
         self.checks = 0
         self.go_on = threading.Event()
         self.go_on.set()
@@ -48,6 +49,7 @@ class Model:
         if self.broken or any(job.sentence.tokens == (self.poison,) for job in self.ages):
             raise RuntimeError("boom")
         self.ages = {job: age + 1 for job, age in self.ages.items()}
+        self.steps += len(self.ages)
         ended = [job for job, age in self.ages.items() if age == 3]
         for job in ended:
             del self.ages[job]
@@ -67,9 +69,11 @@ class Model:
 
 @asynccontextmanager
 async def running(
-    model: Model, on_round: Callable[[Round], None] = lambda round: None
+    model: Model,
+    on_round: Callable[[Round], None] = lambda round: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[InferenceThread]:
-    thread = InferenceThread(model, on_round)
+    thread = InferenceThread(model, on_round, clock)
     await thread.start()
     try:
         yield thread
@@ -247,4 +251,28 @@ async def test_every_round_is_told() -> None:
     async with running(Model(), rounds.append) as thread:
         await thread.submit(job())
         await settled(thread.submit(job("poison")))
-    assert [(done.rows, done.failed) for done in rounds] == [(1, False)] * 3 + [(1, True)]
+    assert [(done.rows, done.steps, done.failed) for done in rounds] == [(1, 1, False)] * 3 + [(1, 0, True)]
+
+
+async def test_the_speed_is_that_of_the_steps_and_not_of_sentences_that_ended() -> None:
+    """Long sentences: none ends for a thousand rounds, each of which advances two of them by 25 steps in 0.5 s."""
+    now_s = [0.0]
+
+    class Slow(Model):
+        def advance(self) -> list[tuple[Job, Computed]]:
+            now_s[0] += 0.5
+            self.steps += 25 * len(self.ages)
+            self.groups.append(len(self.ages))
+            if len(self.groups) < 1000:
+                return []
+            ended = [(job, Computed(np.zeros(1), None)) for job in self.ages]
+            self.ages.clear()
+            return ended
+
+    speeds: list[float] = []
+    model = Slow()
+    async with running(model, lambda _: speeds.append(thread.steps_per_s), lambda: now_s[0]) as thread:
+        await settled(thread.submit(job()), thread.submit(job()))
+    rows = model.groups[-1]
+    assert speeds[900] == pytest.approx(50 * rows, rel=0.05)
+    assert min(speeds) > 0
