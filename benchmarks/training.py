@@ -16,6 +16,7 @@ import torch
 from bilm_model.bilm import Bilm, BilmState, initialize
 from bilm_model.config import BilmConfig
 from bilm_model.engine.device import default_threads, resolve_device
+from bilm_model.engine.products import ProductPath
 from bilm_model.training.corpus import Corpus, Streams, Vocabulary, WindowPair
 from bilm_model.training.learner import Learner
 from bilm_model.training.objective import BilmObjective
@@ -38,7 +39,7 @@ class PublishedObjective(BilmObjective):
     """The same loss in the published order of work."""
 
     def layers(
-        self, pair: WindowPair, state: BilmState, product_dtype: torch.dtype | None
+        self, pair: WindowPair, state: BilmState, bfloat16: ProductPath | None
     ) -> tuple[list[list[Tensor]], BilmState]:
         """See `BilmObjective`; rounding is what autocast makes of it."""
         order = PublishedOrder(self.bilm)

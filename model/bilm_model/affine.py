@@ -1,7 +1,9 @@
 """What the network is made of: products, and the one function that torch doesn't have as we need it.
 
 The one place that knows about reduced precision: products are in the weight's format, everything else in float32, so
-that bfloat16 costs the products' rounding only, not the recurrence's.
+that bfloat16 costs the products' rounding only, not the recurrence's. A bfloat16 product is computed here in float32,
+from rounded factors, and rounded at its end: no processor has to know bfloat16, and the values are those of a bfloat16
+product up to the order of its sums. What serves and trains uses faster ones where there are any (`engine.products`).
 """
 
 import torch
@@ -21,7 +23,7 @@ class Affine(nn.Module):
         """X (N, in) -> (N, out), float32 where the weight is bfloat16, else in the weight's format."""
         if self.weight.dtype != torch.bfloat16:
             return F.linear(x, self.weight, self.bias)
-        y = F.linear(x.to(torch.bfloat16), self.weight).float()
+        y = rounded(F.linear(rounded(x), rounded(self.weight)))
         return y if self.bias is None else y + self.bias
 
 
@@ -29,7 +31,12 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     """Valid correlation along the last axis: x (N, in, S), weight (out, in, width) -> (N, out, S - width + 1)."""
     if weight.dtype != torch.bfloat16:
         return F.conv1d(x, weight)
-    return F.conv1d(x.to(torch.bfloat16), weight).float()
+    return rounded(F.conv1d(rounded(x), rounded(weight)))
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Return x rounded to bfloat16, in float32; the gradient is rounded likewise."""
+    return x.to(torch.bfloat16).float()
 
 
 def sigmoid(x: Tensor) -> Tensor:

@@ -54,7 +54,11 @@ class ServerConfig(BaseSettings):
     served_model_name: str = Field("", description="name that requests may give; empty: of the file or folder")
     listen: str = Field("127.0.0.1:50051", description="HOST:PORT (port 0: any free one) or unix:PATH")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the products; sums are in float32")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32",
+        description="of the products, float32, bfloat16, or auto: bfloat16 where the processor has such products; "
+        "sums are in float32",
+    )
     threads: int = Field(0, ge=0, description="CPU threads of the model; 0: one a core that it may use, at most 16")
     tokenizer: Literal["moses", "whitespace"] = Field("moses", description="for raw text")
     tokenizer_language: str = Field("en", min_length=2, description="whose rules Moses follows: en, de, ko, ja, …")

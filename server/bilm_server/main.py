@@ -77,6 +77,11 @@ async def _run(config: ServerConfig, losses: Losses) -> None:
         "model %s, version %s, %s, %s, tokenizer %s",
         model.name, model.version, model.precision, model.engine.backend, model.tokenizer.name,
     )  # fmt: skip
+    if model.engine.paths["products"].startswith("rounded"):
+        _log.warning(
+            "bfloat16 products aren't native here: they are computed in float32 from rounded factors, which takes the "
+            "memory of float32 and may be slower than --precision float32"
+        )
     server = Server(config, model, losses)
     _stop_on_signals(server)
     try:

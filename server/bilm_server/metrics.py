@@ -44,6 +44,7 @@ class ServerView:
 
     Attributes:
         model: labels of `bilm_model_info`: name, version, precision, backend, tokenizer.
+        kernel_paths: by part of the engine, the implementation that it runs on.
         max_rows: sentences computed at a time.
         max_connections: open at a time; 0: no limit.
         serving: whether health says SERVING.
@@ -61,6 +62,7 @@ class ServerView:
     """
 
     model: Mapping[str, str]
+    kernel_paths: Callable[[], Mapping[str, str]]
     max_rows: int
     max_connections: int
     serving: Callable[[], bool]
@@ -165,6 +167,7 @@ class _ViewCollector(Collector):
         view = self._view
         yield InfoMetricFamily("bilm_model", "The model served.", dict(view.model))
         yield InfoMetricFamily("bilm_build", "Versions.", _build_info())
+        yield _kernel_paths(view.model["name"], view.kernel_paths())
         yield _one("bilm_health_serving", "1 while health says SERVING.", float(view.serving()))
         yield _one("bilm_engine_stalled_seconds", "Time with work and without progress.", view.stalled_s())
         yield _one("bilm_slots", "Sentences that can be computed at a time.", view.max_rows)
@@ -198,6 +201,17 @@ def _no_log_calls(counts: Mapping[str, int]) -> Metric:
     for caller, count in counts.items():
         found.add_metric([caller], count)
     return found
+
+
+def _kernel_paths(model: str, paths: Mapping[str, str]) -> Metric:
+    family = GaugeMetricFamily(
+        "bilm_kernel_path",
+        "1 for the implementation that a part of the engine runs on.",
+        labels=["model", "part", "path"],
+    )
+    for part, path in paths.items():
+        family.add_metric([model, part, path], 1.0)
+    return family
 
 
 def _admission(taken: Mapping[str, Taken]) -> Iterator[Metric]:

@@ -69,6 +69,7 @@ class Monitoring:
         engine, inference, tracing = parts.model.engine, parts.inference, self._tracing
         view = ServerView(
             model=_labels(parts.model),
+            kernel_paths=lambda: engine.paths,
             max_rows=engine.max_rows,
             max_connections=max_connections,
             serving=lambda: health.serving,

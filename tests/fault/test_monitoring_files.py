@@ -46,6 +46,7 @@ def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
     room = Taken(Cost(1, 1), Cost(10, 10))
     view = ServerView(
         model={"name": "tiny", "version": "abc", "precision": "float32", "backend": "cpu", "tokenizer": "moses-en"},
+        kernel_paths=lambda: {"products": "prepacked", "elementwise": "fused"},
         max_rows=128,
         max_connections=900,
         serving=serving,

@@ -17,7 +17,7 @@ def server() -> Iterator[RunningServer]:
 def start() -> Iterator[Callable[..., RunningServer]]:
     """Starts servers with flags of the test's own."""
     with ExitStack() as stack:
-        yield lambda *flags: stack.enter_context(running("--model", TINY, *flags))
+        yield lambda *flags, **machine: stack.enter_context(running("--model", TINY, *flags, **machine))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
+from bilm_model.engine.products import ProductPath
 from bilm_server.config import ServerConfig, load_config
 from bilm_server.lifecycle import Server
 from bilm_server.served_model import load_served_model
@@ -22,8 +23,8 @@ PLAIN = embed_pb2.EmbedOptions(
 class RunningServer:
     """A server on an event loop of its own, as a deployment has it."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self.server = Server(config, load_served_model(config))
+    def __init__(self, config: ServerConfig, bfloat16: ProductPath | None = None) -> None:
+        self.server = Server(config, load_served_model(config, bfloat16))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._channels: list[grpc.Channel] = []
@@ -58,8 +59,14 @@ class RunningServer:
 
 
 @contextmanager
-def running(*flags: str) -> Iterator[RunningServer]:
-    server = RunningServer(load_config(["--listen", "127.0.0.1:0", "--drain-delay-s", "0", *flags]))
+def running(*flags: str, bfloat16: ProductPath | None = None) -> Iterator[RunningServer]:
+    """A server with these flags.
+
+    Args:
+        flags: of `bilm-serve`.
+        bfloat16: how its machine computes bfloat16 products; None: as the present one does.
+    """
+    server = RunningServer(load_config(["--listen", "127.0.0.1:0", "--drain-delay-s", "0", *flags]), bfloat16)
     try:
         server.start()
         yield server

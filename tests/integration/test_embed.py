@@ -2,6 +2,7 @@
 
 import json
 import random
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +18,7 @@ from bilm_api.v1 import embed_pb2
 from bilm_model.bilm import random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import SIZES, Residual
+from bilm_model.engine.products import ProductPath, cpu_path
 from bilm_model.weights import single_file
 from google.rpc import error_details_pb2, status_pb2
 from integration_support import PLAIN, RunningServer, options, tokens
@@ -184,6 +186,36 @@ def test_bfloat16_products_on_request(start: Callable[..., RunningServer], serve
     found, exact = (array(embed(where, tokens("a", "word")).results[0].embedding) for where in (rounded, server))
     cosine = (found * exact).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(exact, axis=-1)
     assert 0.999 < cosine.min() < 1.0
+
+
+@pytest.mark.parametrize(
+    ("flag", "path", "precision"),
+    [
+        ("auto", ProductPath.PLAIN, "bfloat16"),
+        ("auto", ProductPath.ROUNDED_PREPACKED, "float32"),
+        ("bfloat16", ProductPath.ROUNDED_PREPACKED, "bfloat16"),
+    ],
+)
+def test_a_server_says_what_it_computes_by(
+    start: Callable[..., RunningServer],
+    caplog: pytest.LogCaptureFixture,
+    flag: str,
+    path: ProductPath,
+    precision: str,
+) -> None:
+    caplog.set_level("INFO", "bilm_server.lifecycle")
+    started = start("--precision", flag, "--metrics-listen", "127.0.0.1:0", bfloat16=path)
+    model = started.stub().GetModel(embed_pb2.GetModelRequest())
+    assert model.precision == precision
+    stands_in = precision == "bfloat16" and path.rounded
+    assert ("in float32 of factors rounded to bfloat16" in model.backend) == stands_in
+    (address,) = (record.args[0] for record in caplog.records if "metrics on" in record.msg and record.args)  # type: ignore[index]
+    with urllib.request.urlopen(f"http://{address}/metrics") as page:
+        text = page.read().decode()
+    products = path.value if precision == "bfloat16" else cpu_path(torch.float32).value
+    assert f'bilm_kernel_path{{model="random-tiny",part="products",path="{products}"}} 1.0' in text
+    assert f'precision="{precision}"' in text
+    assert "auto" not in text
 
 
 BAD_SENTENCES = {

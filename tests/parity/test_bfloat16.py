@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bilm_model.engine.engine import Engine, EngineOptions, Precision, Sentence
+from bilm_model.engine.engine import Engine, EngineOptions, Sentence
+from bilm_model.engine.products import Precision
 from bilm_model.weights.loading import load
 
 LEAST_COSINE = 0.9995

@@ -2,12 +2,14 @@
 
 import random
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES, BilmConfig
-from bilm_model.engine.engine import EmbeddedSentence, Engine, EngineOptions, Precision, Sentence, Ticket
+from bilm_model.engine.engine import EmbeddedSentence, Engine, EngineOptions, Sentence, Ticket
+from bilm_model.engine.products import Precision, ProductPath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,8 +23,9 @@ CONFIGS = {
 SENTENCE = st.lists(st.text(min_size=1, max_size=60), max_size=12)
 
 
-def engine_of(config: BilmConfig, precision: Precision, **options: int) -> Engine:
-    engine = Engine(random_bilm(config), torch.device("cpu"), EngineOptions(precision, **options))
+def engine_of(config: BilmConfig, precision: Precision, products: ProductPath | None = None, **room: int) -> Engine:
+    options = replace(EngineOptions(precision, products=products), **room)  # type: ignore[arg-type]
+    engine = Engine(random_bilm(config), torch.device("cpu"), options)
     if "prepacked" not in engine.backend:
         pytest.skip(f"without prepacked products only 1e-5 is promised: {engine.backend}")
     return engine
@@ -72,15 +75,24 @@ ROOMS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_random_schedules(config: BilmConfig, precision: Precision) -> None:
+WAYS: list[tuple[str, Precision, ProductPath | None]] = [
+    *((name, precision, None) for name in CONFIGS for precision in get_args(Precision)),
+    # Whatever this machine has; its own path for bfloat16 may be one of these
+    ("odd sizes", "float32", ProductPath.PREPACKED_BLOCKS),
+    ("odd sizes", "bfloat16", ProductPath.ROUNDED_PREPACKED),
+    ("long vectors", "bfloat16", ProductPath.ROUNDED_PREPACKED),
+]
+
+
+@pytest.mark.parametrize(("name", "precision", "products"), WAYS)
+def test_random_schedules(name: str, precision: Precision, products: ProductPath | None) -> None:
     chance = random.Random(5)
-    engine = engine_of(config, precision)
+    config = CONFIGS[name]
+    engine = engine_of(config, precision, products)
     sentences = random_sentences(engine, chance)
     alone = [engine.run([sentence])[0] for sentence in sentences]
     for room in ROOMS.values():
-        other = engine_of(config, precision, **room)
+        other = engine_of(config, precision, products, **room)
         found = run_at_random(other, sentences, chance)
         assert all(same_bits(*pair) for pair in zip(found, alone, strict=True))
         assert other.free_rows == other.max_rows

@@ -3,6 +3,7 @@
 Legend: L LSTM layers, 2 directions (forward, backward), S slots, A places, E entries, P projection, C cells.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +53,10 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """Device and implementation, for people to read."""
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """Which of several implementations each part runs on; keys and values are the metric's labels."""
 
     def prepare(self) -> None:
         """Does once what takes long; called in the thread that will compute, while nothing is in flight."""

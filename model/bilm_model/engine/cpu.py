@@ -21,8 +21,9 @@ from bilm_model.config import BilmConfig
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.elementwise import CellWork, Elementwise, TorchElementwise
 from bilm_model.engine.encoder import WindowEncoder
-from bilm_model.engine.packed import NewProduct, PackedProduct, Product, cpu_product, padded_rows
+from bilm_model.engine.packed import Product, padded_rows
 from bilm_model.engine.plan import Indices, Round
+from bilm_model.engine.products import ProductPath, cpu_path
 from bilm_model.engine.tokens import InputPlaces
 from bilm_model.errors import ConfigError
 from bilm_model.lstm import ClippedProjectedLstm
@@ -59,21 +60,23 @@ class _Cell:
 
     @classmethod
     def of(
-        cls, lstm: ClippedProjectedLstm, config: BilmConfig, new_product: NewProduct, elementwise: Elementwise
+        cls, lstm: ClippedProjectedLstm, config: BilmConfig, products: ProductPath, elementwise: Elementwise
     ) -> "_Cell":
-        clip = config.proj_clip
+        new_product, clip = products.new_product, config.proj_clip
         return cls(
             input=new_product(lstm.input.weight, lstm.folded_input_bias()),
             recurrent=new_product(lstm.recurrent.weight),
             projection=None if lstm.projection is None else new_product(lstm.projection.weight, clip=clip),
-            alone=_recurrence(lstm, config, elementwise) if new_product is PackedProduct else None,
+            alone=_recurrence(lstm, config, elementwise) if products is ProductPath.PREPACKED else None,
         )
 
 
 class CpuBackend:
     """See `backend.Backend`."""
 
-    def __init__(self, bilm: Bilm, memory: Memory, max_rows: int, input_cache_bytes: int) -> None:
+    def __init__(
+        self, bilm: Bilm, memory: Memory, max_rows: int, input_cache_bytes: int, products: ProductPath | None = None
+    ) -> None:
         """Lays the weights out; the biLM isn't needed any more after that.
 
         Args:
@@ -81,21 +84,21 @@ class CpuBackend:
             memory: on the CPU.
             max_rows: rows of a round at most.
             input_cache_bytes: for layer 1's input halves; 0: none are kept.
+            products: how products are computed; None: the fastest way that works here.
 
         Raises:
             ConfigError: if that isn't enough for one round.
         """
         config = self._config = bilm.config
         self.memory = memory
-        new_product = cpu_product()
-        self._packed = new_product is PackedProduct
         self._dtype = bilm.product_dtype
+        self._products = products or cpu_path(self._dtype)
         self._elementwise = _elementwise(self._dtype)
         self._cells = [
-            [_Cell.of(lstm, config, new_product, self._elementwise) for lstm in bilm.lstms(direction)]
+            [_Cell.of(lstm, config, self._products, self._elementwise) for lstm in bilm.lstms(direction)]
             for direction in range(2)
         ]
-        self._encoder = WindowEncoder(bilm.encoder, config, new_product, self._elementwise)
+        self._encoder = WindowEncoder(bilm.encoder, config, self._products.new_product, self._elementwise)
         gate_bytes = 4 * config.cell_dim * self._dtype.itemsize
         self.block_rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // gate_bytes))
         # Rows that only fill up are computed, too: they must be finite, and not so small that they are slow
@@ -106,11 +109,19 @@ class CpuBackend:
     @property
     def name(self) -> str:
         """See `Backend`."""
-        products = "prepacked oneDNN products" if self._packed else "plain products"
-        parts = [f"torch {torch.__version__}", products, self._elementwise.name]
+        parts = [f"torch {torch.__version__}", self._products.description, self._elementwise.name]
         if self._cells[0][0].alone is not None:
             parts.append("few rows in one kernel")
         return f"cpu ({', '.join(parts)}, {self._n_threads} threads)"
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """See `Backend`."""
+        return {
+            "products": self._products.value,
+            "elementwise": self._elementwise.path,
+            "recurrence": "products" if self._cells[0][0].alone is None else "one_kernel",
+        }
 
     def prepare(self) -> None:
         """See `Backend`."""
@@ -274,7 +285,7 @@ def _elementwise(dtype: torch.dtype) -> Elementwise:
         fused = FusedElementwise(dtype)
         _compare(fused, dtype)
     except Exception as error:  # whatever keeps a kernel from being compiled or from computing what it should
-        _log.warning("the fused kernels are not to be had: %s", error)
+        _log.warning("fused kernels unavailable, falling back to torch: %s", error)
         return TorchElementwise()
     return fused
 

@@ -30,6 +30,7 @@ from bilm_model.engine.elementwise import TorchElementwise
 from bilm_model.engine.encoder import WindowEncoder
 from bilm_model.engine.packed import PlainProduct
 from bilm_model.engine.plan import Indices, Round
+from bilm_model.engine.products import ProductPath
 from bilm_model.engine.transfer import to_device
 
 _MIN_BLOCK_ROWS = 8192
@@ -149,6 +150,15 @@ class CudaBackend:
         gpu = f" {torch.cuda.get_device_name(self._device)}" if is_cuda else ""
         way = f"{len(self._graphs)} captured graphs" if self._graphs else "without graphs"
         return f"{self._device}{gpu} (torch {torch.__version__}, {way}, {self._steps.name})"
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """See `Backend`."""
+        return {
+            "products": ProductPath.PLAIN.value,
+            "elementwise": self._steps.path,
+            "recurrence": "graphs" if self._graphs else "ticks",
+        }
 
     @torch.inference_mode()
     def prepare(self) -> None:

@@ -121,6 +121,10 @@ class Steps(Protocol):
     def name(self) -> str:
         """What it is, for people to read."""
 
+    @property
+    def path(self) -> str:
+        """The same as a label of the metric `bilm_kernel_path`."""
+
     def gates(
         self, schedule: Schedule, column: int, gates_h: Tensor, gates_x: Tensor, c: Tensor, *, clip: float, m: Tensor
     ) -> None:
@@ -167,6 +171,7 @@ class TorchSteps:
     """One torch operator after another."""
 
     name = "torch's elementwise operators"
+    path = "torch"
 
     def __init__(self) -> None:
         self._elementwise = TorchElementwise()

@@ -55,6 +55,10 @@ class Elementwise(Protocol):
     def name(self) -> str:
         """What it is, for people to read."""
 
+    @property
+    def path(self) -> str:
+        """The same as a label of the metric `bilm_kernel_path`."""
+
     def lstm(
         self, gates_h: Tensor, gates_x: Tensor, index: Tensor, c: Tensor, slots: Tensor, *, clip: float, out: Tensor
     ) -> None:
@@ -81,6 +85,7 @@ class TorchElementwise:
     """One torch operator after another."""
 
     name = "torch's elementwise operators"
+    path = "torch"
 
     def lstm(
         self, gates_h: Tensor, gates_x: Tensor, index: Tensor, c: Tensor, slots: Tensor, *, clip: float, out: Tensor

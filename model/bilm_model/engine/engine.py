@@ -6,10 +6,9 @@ the position, so sentences of any length and age share a tick, and nobody waits 
 Legend: L layers with the token layer, T tokens, D width, P projection, C cells.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,11 +20,10 @@ from bilm_model.characters import bytes_ids, check_ids, with_boundaries
 from bilm_model.engine.backend import Backend, Memory
 from bilm_model.engine.cpu import CpuBackend
 from bilm_model.engine.plan import Indices, Round, Row, ticks_of_round
+from bilm_model.engine.products import Precision, ProductPath
 from bilm_model.engine.tokens import CacheStats, TokenTable
 from bilm_model.engine.transfer import to_device
 from bilm_model.errors import ModelError
-
-Precision = Literal["float32", "bfloat16"]
 
 _MAX_TICKS = 32
 """Of a round: a newcomer waits for one to end, and more would save little, as each tick reads the weights anyway."""
@@ -54,6 +52,7 @@ class EngineOptions:
         token_cache_mib: for vectors of tokens that no sentence in flight has; 0: none are kept.
         input_cache_mib: for layer 1's input halves of the gates; 0: none are kept; None: 256 on a CPU, 0 on a GPU,
             where computing them again is as fast as looking them up.
+        products: how a CPU computes products; None: the fastest way that works here, see `cpu_path`.
     """
 
     precision: Precision = "float32"
@@ -61,6 +60,7 @@ class EngineOptions:
     max_tokens: int = 65_536
     token_cache_mib: int = 64
     input_cache_mib: int | None = None
+    products: ProductPath | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +181,7 @@ class Engine:
         vector_bytes = 4 * bilm.config.projection_dim
         self._n_cached = options.token_cache_mib * _MIB // vector_bytes
         memory = Memory.of(bilm.config, device, self.max_rows, self.max_tokens, self.max_tokens + self._n_cached)
-        self._backend = _new_backend(bilm, memory, self.max_rows, input_cache_mib * _MIB)
+        self._backend = _new_backend(bilm, memory, self.max_rows, input_cache_mib * _MIB, options.products)
         self._known: Tensor | None = None
         self.stats = EngineStats()
         self._counters = self.stats
@@ -191,6 +191,11 @@ class Engine:
     def backend(self) -> str:
         """Device and implementation, for people to read."""
         return self._backend.name
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """Which of several implementations each part runs on, see `Backend.paths`."""
+        return self._backend.paths
 
     @property
     def device(self) -> torch.device:
@@ -425,10 +430,12 @@ def _to_collect(done: Sequence[Ticket]) -> list[Ticket]:
     return [first, *others[: int(np.searchsorted(n_steps, _COLLECTED_STEPS, side="right"))]]
 
 
-def _new_backend(bilm: Bilm, memory: Memory, max_rows: int, input_cache_bytes: int) -> Backend:
+def _new_backend(
+    bilm: Bilm, memory: Memory, max_rows: int, input_cache_bytes: int, products: ProductPath | None
+) -> Backend:
     if memory.vectors.is_cuda:
         # Not at the top: it loads Triton, which a machine without a GPU needn't have
         from bilm_model.engine.cuda import CudaBackend  # noqa: PLC0415
 
         return CudaBackend(bilm, memory, max_rows, _MAX_TICKS, input_cache_bytes=input_cache_bytes)
-    return CpuBackend(bilm, memory, max_rows, input_cache_bytes)
+    return CpuBackend(bilm, memory, max_rows, input_cache_bytes, products)

@@ -276,6 +276,11 @@ class FusedElementwise:
         """What it is, for people to read."""
         return "fused kernels" if openmp() else "fused kernels on one thread"
 
+    @property
+    def path(self) -> str:
+        """See `Elementwise`."""
+        return "fused" if openmp() else "fused_one_thread"
+
     def lstm(
         self, gates_h: Tensor, gates_x: Tensor, index: Tensor, c: Tensor, slots: Tensor, *, clip: float, out: Tensor
     ) -> None:

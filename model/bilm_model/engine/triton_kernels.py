@@ -140,6 +140,7 @@ class TritonSteps:
     """See `cuda_steps.Steps`. All tensors are contiguous."""
 
     name = f"Triton {triton.__version__} kernels"
+    path = "triton"
 
     def gates(
         self, schedule: Schedule, column: int, gates_h: Tensor, gates_x: Tensor, c: Tensor, *, clip: float, m: Tensor

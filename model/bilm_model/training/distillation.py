@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bilm_model.bilm import Bilm, BilmState, initialize
 from bilm_model.config import BilmConfig
+from bilm_model.engine.products import ProductPath
 from bilm_model.errors import ConfigError, WeightsError
 from bilm_model.training.corpus import Corpus, Streams, Vocabulary, WindowPair
 from bilm_model.training.evaluation import valid_streams
@@ -70,23 +71,23 @@ class DistillationObjective(nn.Module):
         return mean_loss
 
     def forward(
-        self, pair: WindowPair, states: tuple[BilmState, ...], product_dtype: torch.dtype | None = None
+        self, pair: WindowPair, states: tuple[BilmState, ...], bfloat16: ProductPath | None = None
     ) -> tuple[Tensor, Tensor, tuple[BilmState, ...]]:
         """Runs one window of each direction.
 
         Args:
             pair: the windows.
             states: after the windows before: the student's, the teacher's.
-            product_dtype: format of the LSTMs' products, of both; None: that of the parameters.
+            bfloat16: how to compute the LSTMs' products in bfloat16, of both; None: in the parameters' format.
 
         Returns:
             The unexplained share of each direction, (2,), summed over tokens; their numbers, (2,); and the states, cut
             off from the graph.
         """
         student_state, teacher_state = states
-        layers, student_state = window_layers(self.bilm, pair, student_state, self.dropout, product_dtype)
+        layers, student_state = window_layers(self.bilm, pair, student_state, self.dropout, bfloat16)
         with torch.no_grad():
-            targets, teacher_state = window_layers(self.teacher.bilm, pair, teacher_state, nn.Identity(), product_dtype)
+            targets, teacher_state = window_layers(self.teacher.bilm, pair, teacher_state, nn.Identity(), bfloat16)
         sums = [self._unexplained(d, layers[d], targets[d]) for d in range(2)]
         counts = torch.tensor([window.tokens.size for window in pair.directions])
         return torch.stack(sums), counts, (student_state, teacher_state)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bilm_model.bilm import Bilm, BilmState
+from bilm_model.engine.products import ProductPath, training_path
 from bilm_model.errors import ModelError
 from bilm_model.training.corpus import WindowPair
+from bilm_model.training.mixed_precision import bfloat16_products
 from bilm_model.training.recipe import Optimisation
 
 States = tuple[BilmState, ...]
@@ -32,9 +34,7 @@ class Objective(Protocol):
     def figure(self, mean_loss: float) -> float:
         """What people read, of a mean loss: perplexity, for one."""
 
-    def __call__(
-        self, pair: WindowPair, states: States, product_dtype: torch.dtype | None
-    ) -> tuple[Tensor, Tensor, States]:
+    def __call__(self, pair: WindowPair, states: States, bfloat16: ProductPath | None) -> tuple[Tensor, Tensor, States]:
         """One window -> the loss of each direction, (2,), summed over tokens; their numbers, (2,); the states."""
 
 
@@ -62,15 +62,32 @@ class Learner:
 
     Attributes:
         module: the objective.
+        products: how bfloat16 products are computed; None: they are in float32.
     """
 
     def __init__(
-        self, objective: Objective, optimisation: Optimisation, total_steps: int, device: torch.device
+        self,
+        objective: Objective,
+        optimisation: Optimisation,
+        total_steps: int,
+        device: torch.device,
+        bfloat16: ProductPath | None = None,
     ) -> None:
+        """Take an objective on its device.
+
+        Args:
+            objective: what to minimise.
+            optimisation: how; its precision is resolved.
+            total_steps: of the run, for the schedule.
+            device: where the objective is.
+            bfloat16: how to compute bfloat16 products, if the precision is bfloat16; None: the fastest way here.
+        """
         self.module = cast(nn.Module, objective)
         self._objective, self._device = objective, device
         self._clip = optimisation.gradient_clip
-        self._product_dtype = torch.bfloat16 if optimisation.precision == "bfloat16" else None
+        self.products: ProductPath | None = None
+        if optimisation.precision == "bfloat16":
+            self.products = bfloat16 or training_path(torch.bfloat16, device.type)
         self._optimiser = _optimiser(self.module, optimisation)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, _schedule(optimisation, total_steps))
 
@@ -82,7 +99,7 @@ class Learner:
         """
         rate = self._optimiser.param_groups[0]["lr"]
         with self._precision():
-            sums, counts, states = self._objective(pair, states, self._product_dtype)
+            sums, counts, states = self._objective(pair, states, self.products)
         losses = sums.detach().double().cpu()
         if not torch.isfinite(losses).all():
             raise DivergedError(f"the loss is {losses.tolist()} in the window at step {pair.position} of the streams")
@@ -98,7 +115,7 @@ class Learner:
         return Learnt(losses, counts, states, norm, rate)
 
     def _precision(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._product_dtype is None else torch.autocast(self._device.type, self._product_dtype)
+        return nullcontext() if self.products is None else bfloat16_products(self._device.type, self.products)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on beside the objective's parameters and random numbers."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from bilm_model.bilm import BilmState
 from bilm_model.characters import END_TOKEN
+from bilm_model.engine.products import ProductPath, resolve_precision
 from bilm_model.errors import reason
 from bilm_model.training.corpus import UNKNOWN, Corpus, Streams, Vocabulary, WindowPair
 from bilm_model.training.evaluation import mean_losses, valid_streams
@@ -49,20 +50,41 @@ class Trainer:
         train: Streams,
         valid: Corpus,
         device: torch.device,
+        bfloat16: ProductPath | None = None,
     ) -> None:
         self.recipe, self.folder = recipe, folder
         self.stop = False
         self._objective, self._train, self._valid, self._device = objective, train, valid, device
         optimisation = recipe.optimisation
-        self._learner = Learner(objective, optimisation, train.n_windows * optimisation.epochs, device)
+        total_steps = train.n_windows * optimisation.epochs
+        self._learner = Learner(objective, optimisation, total_steps, device, bfloat16)
         self._step, self._seconds = 0, 0.0
         self._best = math.inf
         self._states = objective.zero_state(optimisation.batch)
         self._epoch_loss, self._epoch_tokens, self._epoch_seconds = 0.0, 0, 0.0
 
+    @property
+    def products(self) -> ProductPath | None:
+        """How bfloat16 products are computed; None: they are in float32."""
+        return self._learner.products
+
     @classmethod
-    def start(cls, recipe: Recipe, folder: RunFolder, new_objective: NewObjective, device: torch.device) -> "Trainer":
-        """A new run; writes its recipe and vocabulary into a folder that is taken.
+    def start(
+        cls,
+        recipe: Recipe,
+        folder: RunFolder,
+        new_objective: NewObjective,
+        device: torch.device,
+        bfloat16: ProductPath | None = None,
+    ) -> "Trainer":
+        """Begin a new run: write its recipe and vocabulary into a folder that is taken.
+
+        Args:
+            recipe: what to train; the precision that "auto" stands for here is what the folder will say.
+            folder: where.
+            new_objective: makes the objective.
+            device: where to train.
+            bfloat16: how to compute bfloat16 products; None: the fastest way here.
 
         Raises:
             RunError: if the folder holds a run already.
@@ -76,26 +98,36 @@ class Trainer:
             vocabulary = Vocabulary.of(counts, recipe.data.max_words)
         else:  # no word is predicted
             corpus, vocabulary = Corpus.open(recipe.data.train), Vocabulary((END_TOKEN, UNKNOWN))
-        trainer = cls._of(recipe, folder, corpus, vocabulary, new_objective=new_objective, device=device)
+        recipe = _resolved(recipe, device, bfloat16)
+        trainer = cls._of(
+            recipe, folder, corpus, vocabulary, new_objective=new_objective, device=device, bfloat16=bfloat16
+        )
         write_text(folder.vocabulary, vocabulary.to_text())
         write_text(folder.config, to_toml(recipe))
         return trainer
 
     @classmethod
-    def resume(cls, folder: RunFolder, new_objective: NewObjective, device: torch.device) -> "Trainer":
+    def resume(
+        cls,
+        folder: RunFolder,
+        new_objective: NewObjective,
+        device: torch.device,
+        bfloat16: ProductPath | None = None,
+    ) -> "Trainer":
         """A run as its last checkpoint has it; from the beginning if it didn't come to the first one.
 
         Raises:
-            RunError: if there is no run, or its checkpoint is damaged or of other texts.
+            RunError: if there is no run, or its checkpoint is damaged, of other texts or of another precision.
             CorpusError: if a text can't be used any more.
         """
-        recipe = read_recipe(str(folder.config))
+        recipe = _resolved(read_recipe(str(folder.config)), device, bfloat16)
         vocabulary = read_vocabulary(folder)
         # Without a step there is nothing to lose: the disk was full, for one
         begun = folder.checkpoint.exists() or folder.steps.exists()
         checkpoint = _read_checkpoint(folder.checkpoint) if begun else None
+        corpus = Corpus.open(recipe.data.train)
         trainer = cls._of(
-            recipe, folder, Corpus.open(recipe.data.train), vocabulary, new_objective=new_objective, device=device
+            recipe, folder, corpus, vocabulary, new_objective=new_objective, device=device, bfloat16=bfloat16
         )
         if checkpoint is not None:
             trainer._restore(checkpoint)
@@ -111,13 +143,14 @@ class Trainer:
         *,
         new_objective: NewObjective,
         device: torch.device,
+        bfloat16: ProductPath | None,
     ) -> "Trainer":
         batch, steps = recipe.optimisation.batch, recipe.optimisation.steps
         streams = Streams(corpus, vocabulary, batch, steps, typos=recipe.data.typos, seed=recipe.seed)
         valid = Corpus.open(recipe.data.valid)
         valid_streams(valid, vocabulary).check()
         objective = new_objective(recipe, vocabulary, device)
-        return cls(recipe, folder, objective, train=streams, valid=valid, device=device)
+        return cls(recipe, folder, objective, train=streams, valid=valid, device=device, bfloat16=bfloat16)
 
     def run(self) -> bool:
         """Trains to the end -> True, or until `stop` is set -> False.
@@ -229,6 +262,7 @@ class Trainer:
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
             "digests": self._digests(),
+            "precision": self.recipe.optimisation.precision,
         }
         _write_checkpoint(self.folder.checkpoint, content)
 
@@ -236,6 +270,12 @@ class Trainer:
         for path, digest in self._digests().items():
             if content["digests"].get(path) != digest:
                 raise RunError(f"{path}: isn't what the run {self.folder.path} began with")
+        precision = self.recipe.optimisation.precision
+        if content.get("precision", precision) != precision:  # earlier versions didn't write it
+            raise RunError(
+                f"{self.folder.config}: optimisation.precision: expected {content['precision']}, which the run began "
+                f"with, found {precision}"
+            )
         self._step, self._seconds, self._best = content["step"], content["seconds"], content["best"]
         self._epoch_loss, self._epoch_tokens, self._epoch_seconds = content["epoch"]
         _load_parameters(self._learner.module, content["objective"], self.folder.checkpoint)
@@ -249,6 +289,12 @@ class Trainer:
         texts = {str(corpus.path): corpus.digest for corpus in (self._train.corpus, self._valid)}
         words = hashlib.blake2b(self._train.vocabulary.to_text().encode(), digest_size=16).hexdigest()
         return {**texts, self.folder.vocabulary.name: words}
+
+
+def _resolved(recipe: Recipe, device: torch.device, bfloat16: ProductPath | None) -> Recipe:
+    """The recipe with the precision that "auto" stands for on a device."""
+    precision = resolve_precision(recipe.optimisation.precision, device, bfloat16)
+    return recipe.model_copy(update={"optimisation": recipe.optimisation.model_copy(update={"precision": precision})})
 
 
 def read_vocabulary(folder: RunFolder) -> Vocabulary:

@@ -74,6 +74,10 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _train(trainer: Trainer) -> int:
+    if trainer.products is not None:
+        slower = "; float32 may be faster (--set optimisation.precision=auto)" if trainer.products.rounded else ""
+        print(f"products in bfloat16: {trainer.products.description}{slower}", file=sys.stderr)
+
     def stop(signal_number: int, frame: FrameType | None) -> None:
         trainer.stop = True
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bilm_model.bilm import Bilm, BilmState
 from bilm_model.characters import END_WORD, MAX_CHARACTERS, CharacterIds, check_ids
 from bilm_model.engine.packed import padded_rows
+from bilm_model.engine.products import ProductPath
 from bilm_model.errors import ModelError
 from bilm_model.training.corpus import Window, WindowPair
 from bilm_model.training.evaluation import of_nats
@@ -51,14 +52,14 @@ class BilmObjective(nn.Module):
         return of_nats(mean_loss)
 
     def forward(
-        self, pair: WindowPair, states: tuple[BilmState, ...], product_dtype: torch.dtype | None = None
+        self, pair: WindowPair, states: tuple[BilmState, ...], bfloat16: ProductPath | None = None
     ) -> tuple[Tensor, Tensor, tuple[BilmState]]:
         """Runs one window of each direction.
 
         Args:
             pair: the windows.
             states: after the windows before: one.
-            product_dtype: format of the LSTMs' products; None: that of the parameters.
+            bfloat16: how to compute the LSTMs' products in bfloat16; None: in the parameters' format.
 
         Returns:
             The negative log likelihood of each direction, (2,), in nats, summed over counted targets; their numbers,
@@ -68,16 +69,16 @@ class BilmObjective(nn.Module):
             TargetError: naming the place of a target that has no class.
         """
         check_targets(pair, self.n_classes)
-        layers, state = self.layers(pair, states[0], product_dtype)
+        layers, state = self.layers(pair, states[0], bfloat16)
         sums = [self._loss(outputs[-1], window) for outputs, window in zip(layers, pair.directions, strict=True)]
         counts = torch.tensor([int(window.counted.sum()) for window in pair.directions])
         return torch.stack(sums), counts, (state,)
 
     def layers(
-        self, pair: WindowPair, state: BilmState, product_dtype: torch.dtype | None
+        self, pair: WindowPair, state: BilmState, bfloat16: ProductPath | None
     ) -> tuple[list[list[Tensor]], BilmState]:
         """See `window_layers`."""
-        return window_layers(self.bilm, pair, state, self.dropout, product_dtype)
+        return window_layers(self.bilm, pair, state, self.dropout, bfloat16)
 
     def _loss(self, output: Tensor, window: Window) -> Tensor:
         # All rows, and the others' loss left out afterwards: as many in each window, see `_Cluster`
@@ -142,7 +143,7 @@ def check_targets(pair: WindowPair, n_classes: int) -> None:
 
 
 def window_layers(
-    bilm: Bilm, pair: WindowPair, state: BilmState, dropout: nn.Module, product_dtype: torch.dtype | None = None
+    bilm: Bilm, pair: WindowPair, state: BilmState, dropout: nn.Module, bfloat16: ProductPath | None = None
 ) -> tuple[list[list[Tensor]], BilmState]:
     """What a biLM makes of a window.
 
@@ -155,7 +156,7 @@ def window_layers(
     layers, ends = [], []
     for d, index in enumerate(places):
         x = F.embedding(index, vectors)  # (S, B, P); its gradient is summed up in a fixed order
-        outputs, *end = _direction(bilm, d, x, state, dropout=dropout, product_dtype=product_dtype)
+        outputs, *end = _direction(bilm, d, x, state, dropout=dropout, bfloat16=bfloat16)
         layers.append([x, *outputs])
         ends.append(end)
     h, c = (torch.stack(parts, dim=1) for parts in zip(*ends, strict=True))
@@ -163,7 +164,7 @@ def window_layers(
 
 
 def _direction(
-    bilm: Bilm, d: int, x: Tensor, state: BilmState, *, dropout: nn.Module, product_dtype: torch.dtype | None
+    bilm: Bilm, d: int, x: Tensor, state: BilmState, *, dropout: nn.Module, bfloat16: ProductPath | None
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """See `Direction` in the reference network."""
     residual = bilm.config.residual
@@ -171,7 +172,7 @@ def _direction(
     ends = []
     for k, lstm in enumerate(bilm.lstms(d)):
         x = dropout(x)
-        y, *end = unrolled(lstm, x, state.h[k, d], state.c[k, d], product_dtype)
+        y, *end = unrolled(lstm, x, state.h[k, d], state.c[k, d], bfloat16)
         ends.append(end)
         if residual == "published" and k:
             y = y + x

@@ -69,8 +69,10 @@ class Optimisation(_Section):
     weight_decay: float = Field(0.0, ge=0, description="as the optimiser takes it")
     gradient_clip: float = Field(gt=0, description="bound of the gradient's Euclidean norm")
     dropout: float = Field(ge=0, lt=1, description="before each LSTM layer and the softmax")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the products' factors, float32 or bfloat16; the rest is float32"
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32",
+        description="of the products' factors, float32, bfloat16, or auto: bfloat16 where the processor has such "
+        "products; the rest is float32",
     )
     checkpoint_steps: int = Field(500, ge=1, description="steps from one checkpoint to the next")
 

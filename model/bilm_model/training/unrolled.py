@@ -8,18 +8,19 @@ Legend: S steps, B streams, I input, P projection, C cells.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilm_model.engine.packed import PlainProduct, Product, cpu_product
+from bilm_model.engine.products import ProductPath, training_path
 from bilm_model.lstm import FORGET_BIAS, ClippedProjectedLstm
 from bilm_model.training.cells import CellArithmetic, cell_arithmetic
 
 
 def unrolled(
-    lstm: ClippedProjectedLstm, x: Tensor, h: Tensor, c: Tensor, product_dtype: torch.dtype | None = None
+    lstm: ClippedProjectedLstm, x: Tensor, h: Tensor, c: Tensor, bfloat16: ProductPath | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a layer over a window of streams that all go on to its end.
 
@@ -30,7 +31,8 @@ def unrolled(
         x: (S, B, I).
         h: (B, P) recurrent outputs before the window.
         c: (B, C) cells before it.
-        product_dtype: format of the products' factors (mixed precision); None: that of x.
+        bfloat16: how to compute the products with their factors in bfloat16 (mixed precision); None: they are in the
+            format of x.
 
     Returns:
         The outputs (S, B, P), and the h and c after the window, detached.
@@ -38,8 +40,38 @@ def unrolled(
     projection = None if lstm.projection is None else lstm.projection.weight
     weights = (lstm.input.weight, lstm.input.bias, lstm.recurrent.weight, projection)
     with torch.autocast(x.device.type, enabled=False):  # what is rounded is decided here
-        y, h_end, c_end = _Unrolled.apply(x, h, c, *weights, lstm.cell_clip, lstm.proj_clip, product_dtype)
+        y, h_end, c_end = _Unrolled.apply(x, h, c, *weights, lstm.cell_clip, lstm.proj_clip, bfloat16)
     return y, h_end, c_end
+
+
+@dataclass(frozen=True)
+class _Products:
+    """The products of a window.
+
+    Attributes:
+        dtype: format of their factors.
+        path: how they are computed.
+    """
+
+    dtype: torch.dtype
+    path: ProductPath
+
+    @classmethod
+    def of(cls, x: Tensor, bfloat16: ProductPath | None) -> "_Products":
+        if bfloat16 is not None:
+            return cls(torch.bfloat16, bfloat16)
+        return cls(x.dtype, training_path(x.dtype, x.device.type))
+
+    def by(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the product x -> x·weightᵀ; the result has the weight's own format."""
+        product = self.path.new_product(weight.to(self.dtype))
+        if self.dtype == weight.dtype:
+            return product
+        return lambda x: product(x.to(self.dtype)).to(weight.dtype)
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a·b in the products' format."""
+        return self.path.multiply(a, b, self.dtype)
 
 
 class _Unrolled(torch.autograd.Function):
@@ -55,16 +87,16 @@ class _Unrolled(torch.autograd.Function):
         projection_weight: Tensor | None,
         cell_clip: float,
         proj_clip: float,
-        product_dtype: torch.dtype | None,
+        bfloat16: ProductPath | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n_steps = len(x)
-        dtype = product_dtype or x.dtype
+        products = _Products.of(x, bfloat16)
         arithmetic = cell_arithmetic(x.device.type, x.dtype)
-        recur = _product(recurrent_weight, dtype)
-        project = None if projection_weight is None else _product(projection_weight, dtype)
+        recur = products.by(recurrent_weight)
+        project = None if projection_weight is None else products.by(projection_weight)
         folded = bias.clone()
         folded.chunk(4)[2].add_(FORGET_BIAS)
-        gates = _inputs_half(x, input_weight, folded, dtype)
+        gates = _inputs_half(x, input_weight, folded, products)
         cells = x.new_empty(n_steps + 1, *c.shape)
         made = x.new_empty(n_steps, *c.shape)
         outputs = x.new_empty(n_steps + 1, *h.shape)
@@ -76,7 +108,7 @@ class _Unrolled(torch.autograd.Function):
             else:
                 torch.clamp(project(made[t]), -proj_clip, proj_clip, out=outputs[t + 1])
         ctx.save_for_backward(x, gates, cells, made, outputs, input_weight, recurrent_weight, projection_weight)
-        ctx.clips, ctx.dtype, ctx.arithmetic = (cell_clip, proj_clip), dtype, arithmetic
+        ctx.clips, ctx.products, ctx.arithmetic = (cell_clip, proj_clip), products, arithmetic
         h_end, c_end = outputs[n_steps].clone(), cells[n_steps].clone()
         ctx.mark_non_differentiable(h_end, c_end)
         return outputs[1:], h_end, c_end
@@ -87,14 +119,14 @@ class _Unrolled(torch.autograd.Function):
         d_gates, d_outputs = _through_time(ctx, dy, gates, cells, outputs, recurrent_weight, projection_weight)
         # The gates have become their gradient; going back a second time would be wrong, and torch says so by this
         torch.autograd.graph.increment_version(gates)
-        dtype = ctx.dtype
-        flat = d_gates.flatten(0, 1).to(dtype)
-        dx = (flat @ input_weight.to(dtype)).to(x.dtype).view_as(x)
-        d_input = _weight_gradient(flat, x, dtype)
-        d_recurrent = _weight_gradient(flat, outputs[:-1], dtype)
+        products: _Products = ctx.products
+        flat = d_gates.flatten(0, 1).to(products.dtype)
+        dx = products.multiply(flat, input_weight).to(x.dtype).view_as(x)
+        d_input = _weight_gradient(flat, x, products)
+        d_recurrent = _weight_gradient(flat, outputs[:-1], products)
         d_projection = None
         if projection_weight is not None:
-            d_projection = _weight_gradient(d_outputs.flatten(0, 1).to(dtype), made, dtype)
+            d_projection = _weight_gradient(d_outputs.flatten(0, 1).to(products.dtype), made, products)
         d_bias = d_gates.sum(dim=(0, 1))
         return dx, None, None, d_input, d_bias, d_recurrent, d_projection, None, None, None
 
@@ -111,8 +143,8 @@ def _through_time(  # noqa: PLR0917
     """From the last step to the first -> gradients by the gates (S, B, 4·C) and by the projected outputs (S, B, P)."""
     cell_clip, proj_clip = ctx.clips
     arithmetic: CellArithmetic = ctx.arithmetic
-    recur_back = _product(recurrent_weight.t(), ctx.dtype)
-    project_back = None if projection_weight is None else _product(projection_weight.t(), ctx.dtype)
+    recur_back = ctx.products.by(recurrent_weight.t())
+    project_back = None if projection_weight is None else ctx.products.by(projection_weight.t())
     # No gradient passes a bound
     passed = None if project_back is None else (outputs[1:].abs() < proj_clip).to(dy.dtype)
     d_outputs = torch.empty_like(dy, memory_format=torch.contiguous_format)
@@ -128,22 +160,14 @@ def _through_time(  # noqa: PLR0917
     return gates, d_outputs
 
 
-def _product(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """x·weightᵀ, its factors in `dtype`, the result in the weight's own format."""
-    new_product = cpu_product() if weight.device.type == "cpu" and dtype != torch.float64 else PlainProduct
-    product: Product = new_product(weight.to(dtype))
-    if dtype == weight.dtype:
-        return product
-    return lambda x: product(x.to(dtype)).to(weight.dtype)
-
-
-def _inputs_half(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+def _inputs_half(x: Tensor, weight: Tensor, bias: Tensor, products: _Products) -> Tensor:
     """(S, B, I) -> (S, B, 4·C), in the format of x."""
-    if dtype == x.dtype:
+    if products.dtype == x.dtype:
         return torch.addmm(bias, x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
-    return (x.flatten(0, 1).to(dtype) @ weight.t().to(dtype)).to(x.dtype).add_(bias).view(*x.shape[:2], -1)
+    halves = products.multiply(x.flatten(0, 1), weight.t()).to(x.dtype)
+    return halves.add_(bias).view(*x.shape[:2], -1)
 
 
-def _weight_gradient(d_out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _weight_gradient(d_out: Tensor, x: Tensor, products: _Products) -> Tensor:
     """Of a product's weight (out, in), from the gradient of what it gave (S·B, out) and its input (S, B, in)."""
-    return (d_out.t() @ x.flatten(0, 1).to(dtype)).to(x.dtype)
+    return products.multiply(d_out.t(), x.flatten(0, 1)).to(x.dtype)

@@ -249,7 +249,7 @@ class Steep(nn.Module):
     def figure(self, mean_loss: float) -> float:
         return mean_loss
 
-    def forward(self, pair: WindowPair, states: Any, product_dtype: Any) -> tuple[Tensor, Tensor, tuple[()]]:
+    def forward(self, pair: WindowPair, states: Any, bfloat16: Any) -> tuple[Tensor, Tensor, tuple[()]]:
         return self.x.sqrt(), torch.tensor([1, 1]), ()
 
 

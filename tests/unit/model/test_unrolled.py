@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bilm_model.engine.products import ProductPath, training_path
 from bilm_model.lstm import ClippedProjectedLstm
 from bilm_model.training.cells import CellArithmetic, FusedCell, TorchCell, cell_arithmetic
 from bilm_model.training.unrolled import unrolled
@@ -80,10 +81,11 @@ def test_numbers_and_gradients_are_the_reference_networks(
         assert distance(a, b) < bound * max(1.0, float(a.detach().abs().max()))
 
 
-def test_products_in_bfloat16_change_little() -> None:
+@pytest.mark.parametrize("path", [training_path(torch.bfloat16, "cpu"), ProductPath.ROUNDED_PLAIN])
+def test_products_in_bfloat16_change_little(path: ProductPath) -> None:
     layer = new_layer(6, 11, torch.float32)
     x, h, c = inputs(layer, 6, 5)
-    exact, rounded = (unrolled(layer, x, h, c, dtype) for dtype in (None, torch.bfloat16))
+    exact, rounded = (unrolled(layer, x, h, c, each) for each in (None, path))
     expected, found = ([*made, *gradients(layer, x, made[0])] for made in (exact, rounded))
     for a, b in zip(expected, found, strict=True):
         assert b.dtype == torch.float32

@@ -26,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 VIEW = ServerView(
     model={"name": "tiny", "version": "abc", "precision": "float32", "backend": "cpu", "tokenizer": "moses-en"},
+    kernel_paths=lambda: {"products": "prepacked", "elementwise": "fused"},
     max_rows=128,
     max_connections=900,
     serving=lambda: True,
@@ -141,6 +142,8 @@ def test_the_view_is_read_at_each_scrape() -> None:
     assert found["bilm_no_log_calls_total{caller=team-a}"] == 6
     model = "{backend=cpu,name=tiny,precision=float32,tokenizer=moses-en,version=abc}"
     assert found[f"bilm_model_info{model}"] == 1
+    assert found["bilm_kernel_path{model=tiny,part=products,path=prepacked}"] == 1
+    assert found["bilm_kernel_path{model=tiny,part=elementwise,path=fused}"] == 1
     (build,) = (name for name in found if name.startswith("bilm_build_info"))
     assert f"grpcio={grpc.__version__}," in build
 
