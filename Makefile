@@ -11,13 +11,15 @@ PROTO_VENV := .venv-proto
 TRITON_VENV := .venv-triton
 # The oldest tools whose output we support: their versions set the floors of grpcio and protobuf in pyproject.toml.
 PROTO_TOOLS := grpcio-tools==1.74.0 protobuf==6.33.6 googleapis-common-protos==1.76.0 mypy-protobuf==5.1.0
+# What released clients were built with
+PROTO_BASELINE := proto/baseline/0.1.binpb
 AUDIT_VENV := .venv-audit
 DATA ?= ../shared/data
 RUN ?= runs/wikitext2-mini
 # Tests have limits of their own (tests/support/time_limits.py); this one is for what comes before and after them.
 LIMITED := timeout --foreground --kill-after=30
 
-.PHONY: demo serve test test-slow chaos fuzz audit diagrams check proto bench bench-full bench-training bench-page train clean
+.PHONY: demo serve test test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-full bench-training bench-page train clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -56,9 +58,14 @@ check: $(VENV)/.dev $(PROTO_VENV)/.installed
 	$(BIN)/lint-imports
 	$(PROTO_VENV)/bin/python proto/generate.py --check --image $(PROTO_VENV)/embed.binpb
 	$(BIN)/buf lint $(PROTO_VENV)/embed.binpb --config proto/buf.yaml
+	$(BIN)/buf breaking $(PROTO_VENV)/embed.binpb --config proto/buf.yaml --against $(PROTO_BASELINE)
 
 proto: $(PROTO_VENV)/.installed
 	$(PROTO_VENV)/bin/python proto/generate.py
+
+# the contract of a release, for `buf breaking`; proto/buf.yaml says when
+proto-baseline: $(PROTO_VENV)/.installed
+	$(PROTO_VENV)/bin/python proto/generate.py --check --baseline proto/baseline/$(RELEASE).binpb
 
 # under ten minutes on two cores, with nothing else running
 bench: $(VENV)/.dev

@@ -21,7 +21,10 @@ def main() -> int:
     """Generates, or with --check compares; exit code 1 if that finds a difference."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    parser.add_argument("--image", type=Path, help="also write the contract as a descriptor set, for buf")
+    parser.add_argument("--image", type=Path, help="also write the contract as a descriptor set, for buf lint")
+    parser.add_argument(
+        "--baseline", type=Path, help="also write it without comments, for buf breaking to compare with"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder)
@@ -34,6 +37,8 @@ def main() -> int:
         )
         if arguments.image:
             _protoc("--include_imports", "--include_source_info", f"--descriptor_set_out={arguments.image}")
+        if arguments.baseline:
+            _protoc("--include_imports", f"--descriptor_set_out={arguments.baseline}")
         differing = [name for name in GENERATED if not _same(made, name)]
         if not arguments.check:
             for name in differing:
