@@ -53,6 +53,7 @@ class StreamSession:
         settings: Settings,
         *,
         window: int,
+        window_tokens: int,
         uniform: Callable[[], float],
         carry_state: bool = False,
         state_every: int = 0,
@@ -63,6 +64,7 @@ class StreamSession:
         self._model = settings.model
         self._retry: RetryPolicy = settings.retry
         self._window = window
+        self._window_tokens = window_tokens
         self._uniform = uniform
         self._carry = carry_state
         self._every = state_every
@@ -72,6 +74,7 @@ class StreamSession:
         self._added = 0  # items read from the input
         self._done = 0  # items with a result
         self._next = 0  # the item whose result leaves next
+        self._tokens = 0  # of the items from there on
         self._checkpoint = 0  # the first item that `_state` precedes
         self._state = initial_state
         self._owes_state = False
@@ -80,8 +83,10 @@ class StreamSession:
 
     @property
     def room(self) -> bool:
-        """Whether another sentence may be read."""
-        return not self.ended and self._added - self._next < self._window
+        """Whether another sentence may be read; one always may while none is under way."""
+        if self.ended or self._added - self._next >= self._window:
+            return False
+        return self._tokens < self._window_tokens
 
     @property
     def ready(self) -> bool:
@@ -106,6 +111,7 @@ class StreamSession:
         self._owes_state = False
         self._items[index] = item = _Item(index, source, asks)
         self._added += 1
+        self._tokens += source.token_estimate
         return _item_message(item)
 
     def opening(self) -> list[pb.EmbedStreamRequest]:
@@ -151,6 +157,7 @@ class StreamSession:
             return None
         outcome, item.outcome = item.outcome, None
         self._next += 1
+        self._tokens -= item.source.token_estimate
         if not self._carry or item.failed or item.index < self._checkpoint:
             del self._items[item.index]
         if isinstance(outcome, SentenceError) and self._options.raises:

@@ -3,11 +3,12 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import grpc
 
+from bilm_client._channels import new_aio_channel, new_channel
 from bilm_client.errors import DeadlineError, ServiceError
 from bilm_client.policy import Keepalive, RetryPolicy
 
@@ -107,6 +108,7 @@ class Settings:
     token: str | None = field(repr=False)
     metadata: Sequence[tuple[str, str | bytes]] = field(repr=False)
     channel_options: Sequence[tuple[str, Any]]
+    proxy: bool
 
     def __post_init__(self) -> None:
         for name in ("target", "model", "expected_model_version"):
@@ -115,6 +117,8 @@ class Settings:
         if not self.target:
             raise ValueError("target must be an address such as 'localhost:50051', got ''")
         check_timeout_s(self.timeout_s)
+        if not isinstance(self.proxy, bool):
+            raise TypeError(f"proxy must be a bool, got {self.proxy!r}")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token):
             raise ValueError("token must be printable ASCII and not empty")  # never show the token itself
 
@@ -137,6 +141,27 @@ class Settings:
         """The metadata of every call."""
         bearer = () if self.token is None else (("authorization", f"Bearer {self.token}"),)
         return (*bearer, *self.metadata)
+
+    def to_pickle(self) -> dict[str, Any]:
+        """The arguments of a client, to make it again from.
+
+        Raises:
+            TypeError: There are credentials, which gRPC keeps in this process.
+        """
+        if self.credentials is not None:
+            raise TypeError(
+                "credentials: gRPC's can't be pickled, so this client can't either: pickle what they are made from and "
+                "make the client in the other process"
+            )
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def new_channel(self) -> grpc.Channel:
+        """A synchronous channel, as the settings say; it connects with its first call."""
+        return new_channel(self.target, self.channel_arguments(), credentials=self.credentials, proxy=self.proxy)
+
+    def new_aio_channel(self) -> grpc.aio.Channel:
+        """An asynchronous channel, as the settings say; it connects with its first call."""
+        return new_aio_channel(self.target, self.channel_arguments(), credentials=self.credentials, proxy=self.proxy)
 
     def channel_arguments(self) -> list[tuple[str, Any]]:
         """The arguments of the channel; those the caller gave replace ours."""

@@ -1,26 +1,30 @@
 """Drives a stream session in an event loop: reads the caller's input and the server's messages side by side."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
-
-from bilm_api.v1 import embed_pb2 as pb
 
 from bilm_client._connection import Connect, Connection, Delivery, Translate
 from bilm_client._inputs import Input
 from bilm_client._job import Outcome
+from bilm_client._open_streams import StreamOwner
 from bilm_client._session import StreamSession
 from bilm_client._settings import Patience
 from bilm_client.errors import BilmError, ServiceError
 
 
 class AsyncStream:
-    """A session, its input and its present connection."""
+    """A session, its input and its present connection.
+
+    Between two results there is no task of its own unless the input is asynchronous: a loop that never runs again, as
+    at the end of a script, would complain about it.
+    """
 
     def __init__(
         self,
         session: StreamSession,
-        inputs: AsyncIterator[Input],
+        inputs: Iterator[Input] | AsyncIterator[Input],
         *,
         connect: Connect,
         translate: Translate,
@@ -34,15 +38,17 @@ class AsyncStream:
         self._sleep = sleep
         self._patience = patience
         self._connection: Connection | None = None
-        self._deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._mailbox: _Mailbox | None = None
         self._pulling: asyncio.Task[Input] | None = None
-        self._reading: asyncio.Task[pb.EmbedStreamResponse] | None = None
 
     async def run(self) -> AsyncGenerator[Outcome, None]:
         """Yield the results in input order; closing the generator cancels the call."""
+        owner = StreamOwner()
         try:
             while not self._session.finished:
-                self._start_tasks()
+                owner.check()
+                await self._receive()
+                self._pull()
                 outcome = self._session.take()
                 if outcome is not None:
                     self._patience.reset()
@@ -53,86 +59,123 @@ class AsyncStream:
         finally:
             await self._stop()
 
-    def _start_tasks(self) -> None:
+    def __del__(self) -> None:
+        self._disconnect()  # of a generator that was dropped after its loop's end, no `finally` runs
+
+    def _pull(self) -> None:
+        """Take a sentence in, if there is one and room for it."""
+        if isinstance(self._inputs, AsyncIterator):
+            self._pull_asynchronously(self._inputs)
+        elif self._session.room:
+            try:
+                self._add(next(self._inputs))
+            except StopIteration:
+                self._end_input()
+
+    def _pull_asynchronously(self, inputs: AsyncIterator[Input]) -> None:
+        if self._pulling is not None and self._pulling.done():
+            task, self._pulling = self._pulling, None
+            try:
+                self._add(task.result())
+            except StopAsyncIteration:
+                self._end_input()
         if self._pulling is None and self._session.room:
-            self._pulling = asyncio.ensure_future(_next(self._inputs))
-        if self._session.awaiting:
-            if self._connection is None:
-                self._open()
-            if self._reading is None and self._connection is not None:
-                self._reading = asyncio.ensure_future(self._read())
+            self._pulling = asyncio.ensure_future(_next(inputs))
 
-    async def _step(self) -> None:
-        tasks = {task for task in (self._pulling, self._reading) if task is not None}
-        timeout_s = self._patience.remaining_s() if self._session.awaiting else None
-        done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if self._pulling in done:
-            self._take_input()
-        if self._reading in done:
-            await self._take_message()
-
-    def _take_input(self) -> None:
-        task, self._pulling = self._pulling, None
-        assert task is not None  # noqa: S101 - the caller looked
-        try:
-            message = self._session.add(task.result())
-        except StopAsyncIteration:
-            self._session.ended = True
-            if self._connection is not None:
-                self._connection.half_close()
-            return
-        if self._connection is not None:
+    def _add(self, source: Input) -> None:
+        message = self._session.add(source)
+        if self._connection is None:
+            self._open()
+        else:
             self._connection.send(message)
 
-    async def _take_message(self) -> None:
-        task, self._reading = self._reading, None
-        assert task is not None  # noqa: S101 - the caller looked
+    def _end_input(self) -> None:
+        self._session.ended = True
+        if self._connection is not None:
+            self._connection.half_close()
+
+    async def _step(self) -> None:
+        """Wait for a sentence or a message; only let others run where a sentence can be had at once."""
+        if self._session.room and self._pulling is None:
+            await asyncio.sleep(0)
+            return
+        waits: set[asyncio.Future[None] | asyncio.Task[Input]] = set()
+        if self._pulling is not None:
+            waits.add(self._pulling)
+        timeout_s = None
+        if self._session.awaiting and self._mailbox is not None:
+            waits.add(self._mailbox.arrival())
+            timeout_s = self._patience.remaining_s()
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _receive(self) -> None:
+        """Take what has come; after a break, wait as the session says and connect anew."""
         try:
-            self._session.receive(task.result())
-            self._patience.reset()
+            while self._mailbox is not None and (delivery := self._mailbox.take()) is not None:
+                if isinstance(delivery, BilmError):
+                    raise delivery
+                self._session.receive(delivery)
+                self._patience.reset()
         except ServiceError as error:
             self._disconnect()
-            await self._sleep(self._patience.pause_s(self._session.broken(error), error))
+            if self._session.awaiting:  # else all that was due is here, and the stream's end may have come right behind
+                await self._sleep(self._patience.pause_s(self._session.broken(error), error))
+        if self._session.awaiting and self._connection is None:
+            self._open()
 
     def _open(self) -> None:
-        loop = asyncio.get_running_loop()
-        # A new queue: what an earlier connection still delivers must not be taken for this one's.
-        deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
-        self._deliveries = deliveries
-
-        def deliver(delivery: Delivery) -> None:
-            with suppress(RuntimeError):  # the loop has closed: nobody waits any more
-                loop.call_soon_threadsafe(deliveries.put_nowait, delivery)
-
-        self._connection = Connection(self._connect, self._translate, self._session.opening(), deliver)
+        self._mailbox = _Mailbox()  # what an earlier connection still delivers must not be taken for this one's
+        opening = self._session.opening()
+        self._connection = Connection(self._connect, self._translate, opening, self._mailbox.deliver)
         if self._session.ended:
             self._connection.half_close()
 
-    async def _read(self) -> pb.EmbedStreamResponse:
-        delivery = await self._deliveries.get()
-        if isinstance(delivery, BilmError):
-            raise delivery
-        if self._connection is not None:
-            self._connection.taken()
-        return delivery
-
     async def _finish(self) -> None:
         # The last result is here; let the server end the call in good order rather than see it cancelled.
-        if self._connection is not None and self._reading is None:
-            self._reading = asyncio.ensure_future(self._read())
-            await asyncio.wait({self._reading}, timeout=1.0)
+        if self._connection is not None and self._mailbox is not None:
+            await asyncio.wait({self._mailbox.arrival()}, timeout=1.0)
 
     def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
-            self._connection = None
+            self._connection, self._mailbox = None, None
 
     async def _stop(self) -> None:
         self._disconnect()
-        tasks = [task for task in (self._pulling, self._reading) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._pulling is not None:
+            self._pulling.cancel()
+            await asyncio.gather(self._pulling, return_exceptions=True)
+
+
+class _Mailbox:
+    """What the reader thread of one connection delivers to an event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._deliveries: deque[Delivery] = deque()
+        self._arrival: asyncio.Future[None] | None = None
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Put something in, from any thread."""
+        with suppress(RuntimeError):  # the loop has closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._put, delivery)
+
+    def take(self) -> Delivery | None:
+        """The oldest delivery, or None."""
+        return self._deliveries.popleft() if self._deliveries else None
+
+    def arrival(self) -> "asyncio.Future[None]":
+        """A future that is done once there is a delivery."""
+        if self._arrival is None or self._arrival.done():
+            self._arrival = self._loop.create_future()
+            if self._deliveries:
+                self._arrival.set_result(None)
+        return self._arrival
+
+    def _put(self, delivery: Delivery) -> None:
+        self._deliveries.append(delivery)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
 
 async def _next(inputs: AsyncIterator[Input]) -> Input:

@@ -8,6 +8,7 @@ from bilm_api.v1 import embed_pb2 as pb
 from bilm_client._connection import Connect, Connection, Delivery, Translate
 from bilm_client._inputs import Input
 from bilm_client._job import Outcome
+from bilm_client._open_streams import StreamOwner
 from bilm_client._session import StreamSession
 from bilm_client._settings import Patience
 from bilm_client.errors import BilmError, ServiceError
@@ -37,8 +38,10 @@ class SyncStream:
 
     def run(self) -> Generator[Outcome, None, None]:
         """Yield the results in input order; closing the generator cancels the call."""
+        owner = StreamOwner()
         try:
             while not self._session.finished:
+                owner.check()
                 self._feed()
                 while not self._session.ready and self._session.awaiting:
                     self._receive(wait=True)
@@ -103,8 +106,6 @@ class SyncStream:
             return None
         if isinstance(delivery, BilmError):
             raise delivery
-        if self._connection is not None:
-            self._connection.taken()
         return delivery
 
     def _finish(self) -> None:
@@ -118,5 +119,4 @@ class SyncStream:
     def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
-            self._connection.join()
             self._connection = None

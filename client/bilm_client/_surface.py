@@ -11,6 +11,7 @@ from bilm_client._session import StreamSession
 from bilm_client._settings import Settings
 
 WINDOW = 64
+WINDOW_TOKENS = 16_384
 RETURN_STATE_EVERY = 16
 
 
@@ -40,6 +41,7 @@ class StreamKeywords(OutputKeywords, total=False):
     initial_state: bytes | None
     return_state_every: int
     window: int
+    window_tokens: int
 
 
 def embed_job(
@@ -79,6 +81,7 @@ def stream_session(
     initial_state: bytes | None,
     return_state_every: int,
     window: int,
+    window_tokens: int,
     uniform: Callable[[], float],
 ) -> StreamSession:
     """Check the arguments of `embed_stream`, less its input.
@@ -92,6 +95,7 @@ def stream_session(
     check_bool("carry_state", carry_state)
     _check_positive_int("return_state_every", return_state_every)
     _check_positive_int("window", window)
+    _check_positive_int("window_tokens", window_tokens)
     state = check_state("initial_state", initial_state)
     if state and not carry_state:
         raise ValueError("initial_state must be given with carry_state=True only, got one without")
@@ -99,6 +103,7 @@ def stream_session(
         options,
         settings,
         window=window,
+        window_tokens=window_tokens,
         uniform=uniform,
         carry_state=carry_state,
         state_every=return_state_every,
@@ -109,7 +114,9 @@ def stream_session(
 def by_stream_session(settings: Settings, job: EmbedJob, uniform: Callable[[], float]) -> StreamSession:
     """The session for those sentences of a job that an Embed can't bring."""
     options = replace(job.options, on_error="return")  # the job settles, by the sentence's number in the call
-    return StreamSession(options, settings, window=WINDOW, uniform=uniform, version=job.version)
+    return StreamSession(
+        options, settings, window=WINDOW, window_tokens=WINDOW_TOKENS, uniform=uniform, version=job.version
+    )
 
 
 def stream_input(sentence: Sentence, index: int, return_state: bool) -> Input:

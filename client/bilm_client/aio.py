@@ -1,10 +1,12 @@
 """The asynchronous client: the same surface as `bilm_client.Client`, with awaits."""
 
 import asyncio
+import os
 import random
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
 from bilm_api.v1 import embed_pb2 as pb
@@ -18,11 +20,11 @@ from bilm_client._options import DTypeName, LayersName, OnError, PoolName, Scala
 from bilm_client._session import StreamSession
 from bilm_client._settings import Deadline, Patience, Settings
 from bilm_client._stream_async import AsyncStream
-from bilm_client._surface import RETURN_STATE_EVERY, WINDOW, EmbedKeywords, StreamKeywords
-from bilm_client.client import new_channel
+from bilm_client._surface import RETURN_STATE_EVERY, WINDOW, WINDOW_TOKENS, EmbedKeywords, StreamKeywords
 from bilm_client.errors import (
     BilmError,
     ClientClosedError,
+    ForkedError,
     ModelVersionError,
     SentenceError,
     ServiceError,
@@ -31,8 +33,6 @@ from bilm_client.errors import (
 from bilm_client.policy import DEFAULT_KEEPALIVE, DEFAULT_RETRY, Keepalive, RetryPolicy
 from bilm_client.results import Embedding, HealthStatus, ModelInfo
 
-_T = TypeVar("_T")
-
 
 class AsyncClient:
     """Embeds sentences through a bilm-serve server; many tasks of one event loop may use one client at once.
@@ -40,7 +40,9 @@ class AsyncClient:
     The channel opens with the first call and belongs to that call's loop. Close the client when it is done with, best
     by `async with`.
 
-    Arguments and methods are those of `bilm_client.Client`.
+    Arguments and methods are those of `bilm_client.Client`, and it pickles as its arguments, too. A forked process
+    can't use its parent's: gRPC's asynchronous side doesn't survive a fork. While a process has one open, its forks can
+    use no AsyncClient at all; each call there raises ForkedError.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class AsyncClient:
         token: str | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
         channel_options: Sequence[tuple[str, Any]] = (),
+        proxy: bool = True,
     ) -> None:
         self._settings = Settings(
             target=target,
@@ -68,7 +71,9 @@ class AsyncClient:
             token=token,
             metadata=metadata,
             channel_options=channel_options,
+            proxy=proxy,
         )
+        self._process_id = 0  # that opened the channel; 0: none has
         self._closed = False
         self._channel: grpc.aio.Channel | None = None
         self._stream_channel: grpc.Channel | None = None
@@ -76,6 +81,12 @@ class AsyncClient:
         self._model_info: ModelInfo | None = None
         self._uniform = random.random
         self._sleep = asyncio.sleep
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._settings.to_pickle()
+
+    def __setstate__(self, arguments: dict[str, Any]) -> None:
+        AsyncClient.__init__(self, **arguments)
 
     async def __aenter__(self) -> Self:
         self._check_open()
@@ -86,6 +97,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection and end the calls under way with ClientClosedError; again does nothing."""
+        if self._process_id not in (0, os.getpid()):
+            return  # the channel is the parent's
         self._closed = True
         stream_channel, self._stream_channel = self._stream_channel, None
         if stream_channel is not None:
@@ -176,12 +189,14 @@ class AsyncClient:
         initial_state: bytes | None = None,
         return_state_every: int = RETURN_STATE_EVERY,
         window: int = WINDOW,
+        window_tokens: int = WINDOW_TOKENS,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Any, None]:
         """Embed sentences as they come, in bounded memory, over connections that may break.
 
         Arguments, results and exceptions are those of `Client.embed_stream`, and `sentences` may be an asynchronous
-        iterable too; it is read while results are awaited, never further ahead than `window`. Leaving the iterator
+        iterable too; it is read while results are awaited, never further ahead than `window` and
+        `window_tokens`. Leaving the iterator
         before its end cancels the call once it is closed: at once by `aclose()` (see `contextlib.aclosing`), else when
         the event loop finalises it.
         """
@@ -202,6 +217,7 @@ class AsyncClient:
             initial_state=initial_state,
             return_state_every=return_state_every,
             window=window,
+            window_tokens=window_tokens,
             uniform=self._uniform,
         )
         inputs = _parsed(sentences, return_states)
@@ -251,7 +267,7 @@ class AsyncClient:
         if not job.by_stream:
             return
         session = _surface.by_stream_session(self._settings, job, self._uniform)
-        inputs = _as_async(job.inputs[index] for index in job.by_stream)
+        inputs = (job.inputs[index] for index in job.by_stream)
         indices = iter(job.by_stream)
         async with aclosing(self._stream(session, inputs, Patience(None, deadline))) as outcomes:
             async for outcome in outcomes:
@@ -261,7 +277,7 @@ class AsyncClient:
     def _stream(
         self,
         session: StreamSession,
-        inputs: AsyncIterator[Input],
+        inputs: Iterator[Input] | AsyncIterator[Input],
         patience: Patience,
     ) -> AsyncGenerator[Outcome, None]:
         def connect(requests: Iterator[pb.EmbedStreamRequest]) -> Any:
@@ -305,18 +321,26 @@ class AsyncClient:
         # A synchronous channel (see _connection); gRPC lets it share the other one's connection.
         self._check_open()
         if self._stream_channel is None:
-            self._stream_channel = new_channel(self._settings)
+            self._process_id = os.getpid()
+            self._stream_channel = self._settings.new_channel()
         return embed_pb2_grpc.EmbedServiceStub(self._stream_channel)
 
     def _open_channel(self) -> grpc.aio.Channel:
         self._check_open()
         if self._channel is None:
-            self._channel = _new_channel(self._settings)
+            self._process_id = os.getpid()
+            self._channel = self._settings.new_aio_channel()
+            _CHANNELS.add(self._channel)
         return self._channel
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClientClosedError("the client is closed")
+        if _CHANNELS.inherited or self._process_id not in (0, os.getpid()):
+            raise ForkedError(
+                "this process was forked while an AsyncClient was open, so gRPC's asynchronous side doesn't work here: "
+                "use Client, start the process by 'spawn', or close every AsyncClient before the fork"
+            )
 
     def _translated(self, error: Any) -> BilmError:
         """The package's exception for gRPC's, which says by UsageError or ValueError that the channel is closed."""
@@ -330,11 +354,28 @@ class AsyncClient:
         return failure
 
 
-def _new_channel(settings: Settings) -> grpc.aio.Channel:
-    arguments = settings.channel_arguments()
-    if settings.credentials is None:
-        return grpc.aio.insecure_channel(settings.target, arguments)
-    return grpc.aio.secure_channel(settings.target, settings.credentials, arguments)
+class _Channels:
+    """The asynchronous channels that are open.
+
+    Attributes:
+        inherited: Whether some were at the fork that made this process.
+    """
+
+    def __init__(self) -> None:
+        self.inherited = False
+        self._open: weakref.WeakSet[grpc.aio.Channel] = weakref.WeakSet()
+
+    def add(self, channel: grpc.aio.Channel) -> None:
+        """Count a channel for as long as it exists."""
+        self._open.add(channel)
+
+    def after_fork(self) -> None:
+        """Take note of what the child process has inherited."""
+        self.inherited = self.inherited or len(self._open) > 0
+
+
+_CHANNELS = _Channels()
+os.register_at_fork(after_in_child=_CHANNELS.after_fork)
 
 
 def _is_being_cancelled() -> bool:
@@ -352,17 +393,16 @@ async def _finished_call(call: Any) -> grpc.aio.AioRpcError:
     )
 
 
-async def _as_async(values: Iterable[_T] | AsyncIterable[_T]) -> AsyncIterator[_T]:
-    if isinstance(values, AsyncIterable):
-        async for value in values:
-            yield value
-    else:
-        for value in values:
-            yield value
+def _parsed(
+    sentences: Iterable[Sentence] | AsyncIterable[Sentence], return_state: bool
+) -> Iterator[Input] | AsyncIterator[Input]:
+    if isinstance(sentences, AsyncIterable):
+        return _parsed_asynchronously(sentences, return_state)
+    return (_surface.stream_input(sentence, index, return_state) for index, sentence in enumerate(sentences))
 
 
-async def _parsed(sentences: Iterable[Sentence] | AsyncIterable[Sentence], return_state: bool) -> AsyncIterator[Input]:
+async def _parsed_asynchronously(sentences: AsyncIterable[Sentence], return_state: bool) -> AsyncIterator[Input]:
     index = 0
-    async for sentence in _as_async(sentences):
+    async for sentence in sentences:
         yield _surface.stream_input(sentence, index, return_state)
         index += 1

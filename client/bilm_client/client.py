@@ -1,7 +1,7 @@
 """The synchronous client."""
 
+import os
 import random
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Literal, Self, Unpack, overload
@@ -14,11 +14,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bilm_client import _surface
 from bilm_client._inputs import Input, Sentence
 from bilm_client._job import EmbedJob, Outcome, at_index
+from bilm_client._link import Link
 from bilm_client._options import DTypeName, LayersName, OnError, PoolName, ScalarMix
 from bilm_client._session import StreamSession
 from bilm_client._settings import Deadline, Patience, Settings
 from bilm_client._stream_sync import SyncStream
-from bilm_client._surface import RETURN_STATE_EVERY, WINDOW, EmbedKeywords, StreamKeywords
+from bilm_client._surface import RETURN_STATE_EVERY, WINDOW, WINDOW_TOKENS, EmbedKeywords, StreamKeywords
 from bilm_client.errors import (
     BilmError,
     ClientClosedError,
@@ -36,6 +37,9 @@ class Client:
 
     The channel opens with the first call. Close the client when it is done with, best by `with`.
 
+    A forked process may use its parent's client: it opens its own channel. A stream can't be read there that was opened
+    before the fork. A client pickles as its arguments, the token among them.
+
     Args:
         target: The server's address: "host:port", "dns:///name:port", "unix:/path" and what else gRPC knows.
         model: Name of the model; "": the server's only one.
@@ -47,6 +51,8 @@ class Client:
         token: Bearer token, sent as `authorization` metadata; over plaintext anyone on the way can read it.
         metadata: Further metadata of every call.
         channel_options: Further gRPC channel arguments; they replace the client's own.
+        proxy: Whether the proxy that `http_proxy` and its siblings name is used, as gRPC does. A Unix socket or a
+            loopback address is always reached without one.
 
     Raises:
         TypeError: An argument has the wrong type; the message names it.
@@ -66,6 +72,7 @@ class Client:
         token: str | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
         channel_options: Sequence[tuple[str, Any]] = (),
+        proxy: bool = True,
     ) -> None:
         self._settings = Settings(
             target=target,
@@ -78,14 +85,17 @@ class Client:
             token=token,
             metadata=metadata,
             channel_options=channel_options,
+            proxy=proxy,
         )
-        self._lock = threading.RLock()
-        self._closed = threading.Event()
-        self._channel: grpc.Channel | None = None
-        self._embed_stub: embed_pb2_grpc.EmbedServiceStub | None = None
+        self._links: dict[int, Link] = {}  # by process
         self._model_info: ModelInfo | None = None
         self._uniform = random.random
-        self._wait = self._closed.wait  # a stream that waits to reconnect wakes when the client closes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._settings.to_pickle()
+
+    def __setstate__(self, arguments: dict[str, Any]) -> None:
+        Client.__init__(self, **arguments)
 
     def __enter__(self) -> Self:
         self._check_open()
@@ -96,11 +106,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection and end the calls under way with ClientClosedError; again does nothing."""
-        with self._lock:
-            self._closed.set()
-            channel, self._channel, self._embed_stub = self._channel, None, None
-        if channel is not None:
-            channel.close()
+        self._link.close()
 
     @overload
     def embed(
@@ -202,13 +208,20 @@ class Client:
         initial_state: bytes | None = None,
         return_state_every: int = RETURN_STATE_EVERY,
         window: int = WINDOW,
+        window_tokens: int = WINDOW_TOKENS,
         timeout_s: float | None = None,
     ) -> Generator[Any, None, None]:
         """Embed sentences as they come, in bounded memory, over connections that may break.
 
         Nothing is read or sent before the first result is asked for. The input is read in the caller's thread, never
-        further ahead than `window`. A stream that breaks is resumed as the client's RetryPolicy says; attempts are
-        counted anew after each result. Closing the iterator, or dropping it, cancels the call.
+        further ahead than `window` and `window_tokens`. A stream that breaks is resumed as the client's RetryPolicy
+        says; attempts are counted anew after each result. Closing the iterator, or dropping it, cancels the call, and
+        so does the end of the process.
+
+        Results are received as fast as the server sends them, whether they are taken or not, so any number of streams
+        may be read in turns. Until they are taken they lie in the client's memory: at most those of `window_tokens`
+        tokens and of one sentence more, each token 4 bytes (2 with float16 and bfloat16) × layers × width; by default
+        192 MiB for all layers of a model of the original size.
 
         Args:
             sentences: Iterable of sentences, each as for `embed`.
@@ -224,6 +237,7 @@ class Client:
             return_state_every: With `carry_state`, the results n, 2n, … bring their state; after a break the client
                 goes on from the last one, and holds the sentences since then to read them again.
             window: Sentences that are under way at once, counted until their result is taken.
+            window_tokens: Tokens under way from which on no further sentence is read; text is counted by an estimate.
             timeout_s: Longest wait for a next result in seconds, through breaks; None: the client's default. The stream
                 as a whole may take longer.
 
@@ -252,6 +266,7 @@ class Client:
             initial_state=initial_state,
             return_state_every=return_state_every,
             window=window,
+            window_tokens=window_tokens,
             uniform=self._uniform,
         )
         # iter() first: a wrong type is told here, not by the first result.
@@ -283,7 +298,7 @@ class Client:
             ServiceError: The call failed in another way.
             ClientClosedError: The client is closed.
         """
-        stub: Any = health_pb2_grpc.HealthStub(self._open_channel())
+        stub: Any = health_pb2_grpc.HealthStub(self._link.channel())
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             response = self._unary(stub.Check, request, self._settings.deadline(timeout_s))
@@ -364,26 +379,28 @@ class Client:
     def _call_arguments(self, deadline: Deadline) -> dict[str, Any]:
         return {"timeout": deadline.remaining_s(), "metadata": self._settings.call_metadata()}
 
-    def _stub(self) -> embed_pb2_grpc.EmbedServiceStub:
-        with self._lock:
-            if self._embed_stub is None:
-                self._embed_stub = embed_pb2_grpc.EmbedServiceStub(self._open_channel())
-            return self._embed_stub
+    @property
+    def _link(self) -> Link:
+        """The link of the calling process; a fork takes its own and leaves its parent's locks and calls alone."""
+        process_id = os.getpid()
+        link = self._links.get(process_id)
+        if link is None:
+            closed = any(other.is_closed for other in tuple(self._links.values()))
+            link = self._links.setdefault(process_id, Link(self._settings, closed))  # atomic: threads agree on one
+        return link
 
-    def _open_channel(self) -> grpc.Channel:
-        with self._lock:
-            self._check_open()
-            if self._channel is None:
-                self._channel = new_channel(self._settings)
-            return self._channel
+    def _stub(self) -> embed_pb2_grpc.EmbedServiceStub:
+        return self._link.stub()
 
     def _check_open(self) -> None:
-        if self._closed.is_set():
-            raise ClientClosedError("the client is closed")
+        self._link.check_open()
+
+    def _wait(self, timeout_s: float) -> None:
+        self._link.wait(timeout_s)
 
     def _translated(self, error: Any) -> BilmError:
         """The package's exception for gRPC's; a call, or a ValueError by which gRPC says that the channel is closed."""
-        if self._closed.is_set():
+        if self._link.is_closed:
             return ClientClosedError("the client was closed during the call")
         if isinstance(error, ValueError):
             raise error
@@ -391,11 +408,3 @@ class Client:
         if isinstance(failure, ModelVersionError):
             self._model_info = None
         return failure
-
-
-def new_channel(settings: Settings) -> grpc.Channel:
-    """A synchronous channel, as the settings say; it connects with its first call."""
-    arguments = settings.channel_arguments()
-    if settings.credentials is None:
-        return grpc.insecure_channel(settings.target, arguments)
-    return grpc.secure_channel(settings.target, settings.credentials, arguments)

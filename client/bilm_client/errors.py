@@ -2,6 +2,7 @@
 
 BilmError
 ├── ClientClosedError            the client was closed
+├── ForkedError                  a forked process can't use what its parent opened
 ├── MalformedResponseError       the server broke the contract
 ├── SentenceError                one sentence failed, the others didn't
 │   └── RequestTooLargeError     no request can carry this sentence
@@ -36,6 +37,10 @@ class BilmError(Exception):
 
 class ClientClosedError(BilmError):
     """The client is closed, or was closed while the call was under way."""
+
+
+class ForkedError(BilmError):
+    """A stream or an AsyncClient was opened by another process, of which this one is a fork; open another one here."""
 
 
 class MalformedResponseError(BilmError):

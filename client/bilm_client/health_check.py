@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bilm_client._channels import new_channel
 from bilm_client._credentials import CredentialsError, channel_credentials, read_token
 from bilm_client._terminal import is_lost, run_command
 
@@ -49,7 +49,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except CredentialsError as error:
         print(f"bilm-health: {error}", file=sys.stderr)
         return UNREACHABLE
-    with _channel(args.target, credentials) as channel:
+    with new_channel(args.target, credentials=credentials, proxy=not args.no_proxy) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=args.service)
         if args.watch:
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cert-file", type=Path, metavar="PEM", help="own certificate, for mutual TLS; implies --tls")
     parser.add_argument("--key-file", type=Path, metavar="PEM", help="its key")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token; bilm-serve itself wants none")
+    parser.add_argument("--no-proxy", action="store_true", help="use no proxy, whatever http_proxy and the like say")
     return parser
 
 
@@ -88,15 +89,6 @@ def _credentials(args: argparse.Namespace) -> tuple[grpc.ChannelCredentials | No
         tls=args.tls, ca_file=args.ca_file, cert_file=args.cert_file, key_file=args.key_file
     )
     return credentials, () if token is None else (("authorization", f"Bearer {token}"),)
-
-
-@contextmanager
-def _channel(target: str, credentials: grpc.ChannelCredentials | None) -> Iterator[grpc.Channel]:
-    channel = grpc.insecure_channel(target) if credentials is None else grpc.secure_channel(target, credentials)
-    try:
-        yield channel
-    finally:
-        channel.close()
 
 
 def _check(check: Callable[[], health_pb2.HealthCheckResponse]) -> int:

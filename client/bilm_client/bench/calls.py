@@ -101,6 +101,7 @@ def client_settings(
     credentials: grpc.ChannelCredentials | None,
     token: str | None,
     metadata: Sequence[tuple[str, str]],
+    proxy: bool = True,
 ) -> Settings:
     """How the bench connects: as the client does, but each channel on a connection of its own."""
     return Settings(
@@ -114,6 +115,7 @@ def client_settings(
         token=token,
         metadata=metadata,
         channel_options=[("grpc.use_local_subchannel_pool", 1)],
+        proxy=proxy,
     )
 
 
@@ -132,7 +134,7 @@ class Connections:
         self._embed: Iterator[Any] = iter(())
 
     async def __aenter__(self) -> Self:
-        self._channels = [self._new_channel() for _ in range(self._count)]
+        self._channels = [self._settings.new_aio_channel() for _ in range(self._count)]
         self._embed = cycle([channel.unary_unary(_EMBED) for channel in self._channels])
         return self
 
@@ -185,12 +187,6 @@ class Connections:
         if len(response.results) != len(request.indices):
             raise MalformedResponseError(f"expected {len(request.indices)} results, got {len(response.results)}")
         return response
-
-    def _new_channel(self) -> grpc.aio.Channel:
-        arguments = self._settings.channel_arguments()
-        if self._settings.credentials is None:
-            return grpc.aio.insecure_channel(self._settings.target, arguments)
-        return grpc.aio.secure_channel(self._settings.target, self._settings.credentials, arguments)
 
 
 async def make_call(connections: Connections, known: KnownAnswers | None, request: Request) -> Answer:

@@ -12,7 +12,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bilm_client._settings import Settings
 from bilm_client.bench.histogram import Histogram
-from bilm_client.client import new_channel
 
 CHECK_EVERY_S = 0.1
 _TIMEOUT_S = 5.0
@@ -64,7 +63,7 @@ class HealthProbe:
         self._thread.join()
 
     def _run(self) -> None:
-        with new_channel(self._settings) as channel:
+        with self._settings.new_channel() as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             self._send(stub, lambda _: None).exception()  # connects; that is not what is to be measured
             meant_s = time.monotonic()

@@ -1,6 +1,7 @@
 """Clients that answer by themselves. Everything but the network is the real client's: arguments, results, errors."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping
+from typing import Any
 
 from bilm_client._inputs import Input
 from bilm_client._job import EmbedJob, Outcome
@@ -33,6 +34,12 @@ class FakeClient(Client):
         super().__init__("fake")
         self._service = FakeService(layer_count, width, failures)
         self._health = health
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _arguments(self._service, self._health)
+
+    def __setstate__(self, arguments: dict[str, Any]) -> None:
+        FakeClient.__init__(self, **arguments)
 
     def health(self, service: str = "", *, timeout_s: float | None = None) -> HealthStatus:
         """What the constructor was told."""
@@ -78,6 +85,12 @@ class FakeAsyncClient(AsyncClient):
         self._service = FakeService(layer_count, width, failures)
         self._health = health
 
+    def __getstate__(self) -> dict[str, Any]:
+        return _arguments(self._service, self._health)
+
+    def __setstate__(self, arguments: dict[str, Any]) -> None:
+        FakeAsyncClient.__init__(self, **arguments)
+
     async def health(self, service: str = "", *, timeout_s: float | None = None) -> HealthStatus:
         """What the constructor was told."""
         self._check_open()
@@ -94,13 +107,28 @@ class FakeAsyncClient(AsyncClient):
     async def _stream(
         self,
         session: StreamSession,
-        inputs: AsyncIterator[Input],
+        inputs: Iterator[Input] | AsyncIterator[Input],
         patience: Patience,
     ) -> AsyncGenerator[Outcome, None]:
         stream = _FakeStream(session, self._service)
-        async for source in inputs:
-            self._check_open()
-            yield stream.outcome(source)
+        if isinstance(inputs, AsyncIterator):
+            async for source in inputs:
+                self._check_open()
+                yield stream.outcome(source)
+        else:
+            for source in inputs:
+                self._check_open()
+                yield stream.outcome(source)
+
+
+def _arguments(service: FakeService, health: HealthStatus) -> dict[str, Any]:
+    """The arguments that a fake was made with, for pickle."""
+    return {
+        "layer_count": service.layer_count,
+        "width": service.width,
+        "failures": service.failures,
+        "health": health,
+    }
 
 
 def _answer(job: EmbedJob, service: FakeService) -> None:

@@ -12,6 +12,8 @@ from typing import IO, Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bilm_client._channels import new_channel
+
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 _LOOK_INTERVAL_S = 0.5
@@ -105,7 +107,7 @@ def wait_until_serving(target: str, process: "subprocess.Popen[Any]", timeout_s:
         ServerStartError: The process exited, or `timeout_s` seconds passed.
     """
     end_s = time.monotonic() + timeout_s
-    with grpc.insecure_channel(target, _RECONNECT_FAST) as channel:
+    with new_channel(target, _RECONNECT_FAST) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         while (left_s := end_s - time.monotonic()) > 0:
             if _is_serving(stub, min(left_s, _LOOK_INTERVAL_S)):

@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,10 +156,10 @@ class Scripted:
         return hold
 
 
-@pytest.fixture
-def scripted() -> Iterator[Scripted]:
+@contextmanager
+def running_scripted() -> Iterator[Scripted]:
     server = grpc.server(
-        ThreadPoolExecutor(16, thread_name_prefix="scripted"),
+        ThreadPoolExecutor(64, thread_name_prefix="scripted"),
         options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 4 * 1024 * 1024)],
     )
     service, health_servicer = ScriptedService(), health.HealthServicer()
@@ -166,8 +167,23 @@ def scripted() -> Iterator[Scripted]:
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    yield Scripted(f"127.0.0.1:{port}", service, health_servicer)
-    server.stop(None).wait()
+    try:
+        yield Scripted(f"127.0.0.1:{port}", service, health_servicer)
+    finally:
+        server.stop(None).wait()
+
+
+@pytest.fixture
+def scripted() -> Iterator[Scripted]:
+    with running_scripted() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def answering() -> Iterator[Scripted]:
+    """One server for all tests of a file, which leave its script alone."""
+    with running_scripted() as one:
+        yield one
 
 
 @pytest.fixture(scope="session")

@@ -108,5 +108,6 @@ def _settings(**arguments: Any) -> Settings:
         "token": None,
         "metadata": (),
         "channel_options": (),
+        "proxy": True,
     }
     return Settings(**{**defaults, **arguments})

@@ -1,0 +1,67 @@
+"""Every channel of this package is made here; imports no numpy."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from bilm_api.proxies import channel_options
+
+from bilm_client.errors import ForkedError
+
+Options = Sequence[tuple[str, Any]]
+
+_FORK_SUPPORT = "GRPC_ENABLE_FORK_SUPPORT"
+_OFF = frozenset({"0", "f", "false", "n", "no"})
+
+
+class _FirstUse:
+    """The process in which this package first made a channel; 0: none has."""
+
+    process_id = 0
+
+
+def new_channel(
+    target: str, options: Options = (), *, credentials: grpc.ChannelCredentials | None = None, proxy: bool = True
+) -> grpc.Channel:
+    """Return a synchronous channel; it connects with its first call.
+
+    Args:
+        target: The server's address, as gRPC takes it.
+        options: Channel arguments; they replace those that this function gives.
+        credentials: TLS credentials; None: plaintext.
+        proxy: Whether the environment's proxy is used, where the target isn't on this machine.
+
+    Raises:
+        ForkedError: The process is a fork of one that used gRPC, and gRPC's fork support is off.
+    """
+    arguments = _arguments(target, options, proxy)
+    if credentials is None:
+        return grpc.insecure_channel(target, arguments)
+    return grpc.secure_channel(target, credentials, arguments)
+
+
+def new_aio_channel(
+    target: str, options: Options = (), *, credentials: grpc.ChannelCredentials | None = None, proxy: bool = True
+) -> grpc.aio.Channel:
+    """Return an asynchronous channel; arguments and errors are those of `new_channel`."""
+    arguments = _arguments(target, options, proxy)
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, arguments)
+    return grpc.aio.secure_channel(target, credentials, arguments)
+
+
+def _arguments(target: str, options: Options, proxy: bool) -> list[tuple[str, Any]]:
+    _check_process()
+    return list({**dict(channel_options(target, proxy=proxy)), **dict(options)}.items())
+
+
+def _check_process() -> None:
+    if not _FirstUse.process_id:
+        _FirstUse.process_id = os.getpid()
+    setting = os.environ.get(_FORK_SUPPORT, "")
+    if _FirstUse.process_id != os.getpid() and setting.lower() in _OFF:
+        raise ForkedError(
+            f"process {_FirstUse.process_id} used gRPC before it forked this one, which can't use it while gRPC's fork "
+            f"support is off: {_FORK_SUPPORT} is {setting!r} (expected 1, or unset)"
+        )
