@@ -1,7 +1,7 @@
 """From the wire to what is to be done, checked: nothing behind this file sees bad input."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,17 +18,21 @@ from bilm_server.served_model import ServedModel
 DataType = Literal["float32", "float16", "bfloat16"]
 State = tuple[NDArray[np.float32], NDArray[np.float32]]
 
+# What isn't set means what the client's defaults mean, so that a first call by hand needs no options.
 _PLAIN_LAYERS: Mapping[int, Literal["all", "top", "average"]] = {
+    embed_pb2.LAYERS_UNSPECIFIED: "all",
     embed_pb2.LAYERS_ALL: "all",
     embed_pb2.LAYERS_TOP: "top",
     embed_pb2.LAYERS_AVERAGE: "average",
 }
 _POOLINGS: Mapping[int, Pooling] = {
+    embed_pb2.POOLING_UNSPECIFIED: "none",
     embed_pb2.POOLING_NONE: "none",
     embed_pb2.POOLING_MEAN: "mean",
     embed_pb2.POOLING_MAX: "max",
 }
 _DATA_TYPES: Mapping[int, DataType] = {
+    embed_pb2.DATA_TYPE_UNSPECIFIED: "float32",
     embed_pb2.DATA_TYPE_FLOAT32: "float32",
     embed_pb2.DATA_TYPE_FLOAT16: "float16",
     embed_pb2.DATA_TYPE_BFLOAT16: "bfloat16",
@@ -114,15 +118,19 @@ def parse_options(options: embed_pb2.EmbedOptions, model: ServedModel) -> Wanted
     """Reads the options of a request.
 
     Raises:
-        RefusalError: naming what is unset, unknown or doesn't fit the model.
+        RefusalError: naming what is unknown or doesn't fit the model.
     """
     pooling, data_type = _POOLINGS.get(options.pooling), _DATA_TYPES.get(options.data_type)
     if pooling is None:
-        raise RefusalError(Reason.POOLING_INVALID, f"pooling: {options.pooling} is no value to ask for")
+        raise RefusalError(Reason.POOLING_INVALID, _unsupported("pooling", options.pooling, _POOLINGS))
     if data_type is None:
-        raise RefusalError(Reason.DATA_TYPE_INVALID, f"data_type: {options.data_type} is no value to ask for")
+        raise RefusalError(Reason.DATA_TYPE_INVALID, _unsupported("data_type", options.data_type, _DATA_TYPES))
     selection = Selection(_parse_layers(options, model), pooling, options.l2_normalize)
     return Wanted(selection, data_type, options.omit_tokens)
+
+
+def _unsupported(field: str, value: int, known: Iterable[int]) -> str:
+    return f"{field}: unsupported value {value} (expected one of {', '.join(map(str, sorted(known)))})"
 
 
 def _parse_layers(options: embed_pb2.EmbedOptions, model: ServedModel) -> Literal["all", "top", "average"] | ScalarMix:
@@ -130,7 +138,8 @@ def _parse_layers(options: embed_pb2.EmbedOptions, model: ServedModel) -> Litera
         return _parse_mix(options, model.config.layer_count)
     layers = _PLAIN_LAYERS.get(options.layers)
     if layers is None:
-        raise RefusalError(Reason.LAYERS_INVALID, f"layers: {options.layers} is no value to ask for")
+        known = (*_PLAIN_LAYERS, embed_pb2.LAYERS_MIX)
+        raise RefusalError(Reason.LAYERS_INVALID, _unsupported("layers", options.layers, known))
     if options.HasField("mix"):
         raise RefusalError(Reason.MIX_INVALID, "mix: only goes with LAYERS_MIX")
     return layers

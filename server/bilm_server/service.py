@@ -109,8 +109,6 @@ def _new_call(context: "Context") -> Call:
 
 
 def _check_counts(request: embed_pb2.EmbedRequest, config: ServerConfig) -> None:
-    if not request.HasField("options"):
-        raise RefusalError(Reason.OPTIONS_MISSING, "options: not set")
     if not request.sentences:
         raise RefusalError(Reason.SENTENCES_MISSING, "sentences: none")
     if len(request.sentences) > config.max_sentences_per_request:

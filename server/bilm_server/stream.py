@@ -49,8 +49,6 @@ class StreamSession:
         if first is None or first.WhichOneof("message") != "start":
             raise RefusalError(Reason.STREAM_ORDER, "the first message must hold `start`")
         check_model(first.start.model, first.start.expected_model_version, self._parts.model)
-        if not first.start.HasField("options"):
-            raise RefusalError(Reason.OPTIONS_MISSING, "options: not set")
         return first.start
 
     async def _read_items(

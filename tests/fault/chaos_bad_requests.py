@@ -99,10 +99,6 @@ class BadRequests:
             pass
 
 
-def _no_options(request: pb.EmbedRequest) -> None:
-    request.ClearField("options")
-
-
 def _no_sentences(request: pb.EmbedRequest) -> None:
     request.ClearField("sentences")
 
@@ -115,12 +111,12 @@ def _other_version(request: pb.EmbedRequest) -> None:
     request.expected_model_version = "0"
 
 
-def _no_layers(request: pb.EmbedRequest) -> None:
-    request.options.layers = pb.LAYERS_UNSPECIFIED
+def _unknown_layers(request: pb.EmbedRequest) -> None:
+    request.options.layers = 77  # type: ignore[assignment] # no value of the contract
 
 
-def _no_pooling(request: pb.EmbedRequest) -> None:
-    request.options.pooling = pb.POOLING_UNSPECIFIED
+def _unknown_pooling(request: pb.EmbedRequest) -> None:
+    request.options.pooling = 77  # type: ignore[assignment]
 
 
 def _no_mix(request: pb.EmbedRequest) -> None:
@@ -133,12 +129,11 @@ def _many_tokens(request: pb.EmbedRequest) -> None:
 
 
 _CHANGES = (
-    ("INVALID_ARGUMENT OPTIONS_MISSING", _no_options),
     ("INVALID_ARGUMENT SENTENCES_MISSING", _no_sentences),
     ("NOT_FOUND MODEL_NOT_FOUND", _other_model),
     ("FAILED_PRECONDITION MODEL_VERSION_MISMATCH", _other_version),
-    ("INVALID_ARGUMENT LAYERS_INVALID", _no_layers),
-    ("INVALID_ARGUMENT POOLING_INVALID", _no_pooling),
+    ("INVALID_ARGUMENT LAYERS_INVALID", _unknown_layers),
+    ("INVALID_ARGUMENT POOLING_INVALID", _unknown_pooling),
     ("INVALID_ARGUMENT MIX_INVALID", _no_mix),
     ("INVALID_ARGUMENT TOO_MANY_TOKENS", _many_tokens),
 )

@@ -285,20 +285,44 @@ def mixed(**fields: Any) -> embed_pb2.EmbedRequest:
 
 NAN = float("nan")
 ALL, NONE, FLOAT32 = embed_pb2.LAYERS_ALL, embed_pb2.POOLING_NONE, embed_pb2.DATA_TYPE_FLOAT32
+UNSET = {
+    "no options": None,
+    "empty options": embed_pb2.EmbedOptions(),
+    "layers alone": embed_pb2.EmbedOptions(layers=ALL),
+    "pooling alone": embed_pb2.EmbedOptions(pooling=NONE),
+    "data type alone": embed_pb2.EmbedOptions(data_type=FLOAT32),
+    "all but layers": embed_pb2.EmbedOptions(pooling=NONE, data_type=FLOAT32),
+    "all but pooling": embed_pb2.EmbedOptions(layers=ALL, data_type=FLOAT32),
+    "all but the data type": embed_pb2.EmbedOptions(layers=ALL, pooling=NONE),
+}
+
+
+@pytest.mark.parametrize("case", UNSET)
+def test_what_is_not_set_means_all_layers_no_pooling_float32(server: RunningServer, case: str) -> None:
+    bare = server.stub().Embed(request(UNSET[case], tokens("a", "word")))
+    assert bare.results == embed(server, tokens("a", "word")).results
+    assert bare.results[0].embedding.tensor.data_type == FLOAT32
+
+
+def test_what_is_set_stays_beside_what_is_not(server: RunningServer) -> None:
+    bare = server.stub().Embed(request(embed_pb2.EmbedOptions(pooling=embed_pb2.POOLING_MEAN), tokens("a", "word")))
+    assert bare.results == embed(server, tokens("a", "word"), pooling=embed_pb2.POOLING_MEAN).results
+
+
 BAD_REQUESTS = {
-    "no options": (request(None), "OPTIONS_MISSING"),
     "no sentences": (embed_pb2.EmbedRequest(options=PLAIN), "SENTENCES_MISSING"),
     "too many sentences": (request(PLAIN, *[tokens("a")] * 1025), "TOO_MANY_SENTENCES"),
     "too many tokens": (request(PLAIN, *[tokens(*["a"] * 5600)] * 3), "TOO_MANY_TOKENS"),
-    "unset layers": (request(embed_pb2.EmbedOptions(pooling=NONE, data_type=FLOAT32)), "LAYERS_INVALID"),
     "unknown layers": (request(options(layers=77)), "LAYERS_INVALID"),
-    "unset pooling": (request(embed_pb2.EmbedOptions(layers=ALL, data_type=FLOAT32)), "POOLING_INVALID"),
     "unknown pooling": (request(options(pooling=77)), "POOLING_INVALID"),
-    "unset data type": (request(embed_pb2.EmbedOptions(layers=ALL, pooling=NONE)), "DATA_TYPE_INVALID"),
     "unknown data type": (request(options(data_type=77)), "DATA_TYPE_INVALID"),
     "mix without weights": (request(options(layers=embed_pb2.LAYERS_MIX)), "MIX_INVALID"),
     "mix of two": (mixed(weights=[0, 0]), "MIX_INVALID"),
     "mix with NaN": (mixed(weights=[0, 0, NAN]), "MIX_INVALID"),
+    "mix without LAYERS_MIX": (
+        request(embed_pb2.EmbedOptions(mix=embed_pb2.ScalarMix(weights=[0] * 3))),
+        "MIX_INVALID",
+    ),
     "NaN gamma": (mixed(weights=[0, 0, 0], gamma=NAN), "MIX_INVALID"),
     "mix that isn't asked for": (request(options(mix=embed_pb2.ScalarMix(weights=[0, 0, 0]))), "MIX_INVALID"),
 }

@@ -43,6 +43,15 @@ def test_each_item_is_answered_as_embed_answers_it(server: RunningServer) -> Non
         assert response.usage.tokens == len(expected.tokens)
 
 
+@pytest.mark.parametrize("unset", [None, embed_pb2.EmbedOptions(), embed_pb2.EmbedOptions(layers=embed_pb2.LAYERS_ALL)])
+def test_what_is_not_set_means_all_layers_no_pooling_float32(
+    server: RunningServer, unset: embed_pb2.EmbedOptions | None
+) -> None:
+    (bare,) = stream(server, start_message(options=unset), item(1, tokens("a", "word")))
+    (whole,) = stream(server, start_message(), item(1, tokens("a", "word")))
+    assert bare.rows == whole.rows
+
+
 def test_a_result_larger_than_a_message_comes_in_rows(start: Callable[..., RunningServer]) -> None:
     server = start("--model", "random:small")  # 3 KiB a token
     words = [f"w{i % 50}" for i in range(900)]
@@ -95,7 +104,6 @@ def test_a_bad_item_costs_the_others_nothing(server: RunningServer) -> None:
         ([Request()], "STREAM_ORDER"),
         ([start_message(), start_message()], "STREAM_ORDER"),
         ([start_message(), Request()], "STREAM_ORDER"),
-        ([start_message(options=None)], "OPTIONS_MISSING"),
         ([start_message(options=options(layers=55))], "LAYERS_INVALID"),
         ([start_message(), item(1, tokens(*["a"] * 30000)), item(1, tokens("b"))], "ID_IN_USE"),
     ],

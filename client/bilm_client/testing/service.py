@@ -85,9 +85,9 @@ class FakeService:
         return pb.EmbedResponse(results=results, usage=pb.Usage(tokens=tokens, model_version=MODEL_VERSION))
 
     def embed_sentence(self, sentence: pb.Sentence, options: pb.EmbedOptions) -> pb.EmbedResult:
-        """The embedding of a sentence, or its error."""
+        """The embedding of a sentence, or its error; options that aren't set mean what they mean to a server."""
         try:
-            return pb.EmbedResult(embedding=self._embedding(sentence, options))
+            return pb.EmbedResult(embedding=self._embedding(sentence, _with_defaults(options)))
         except SentenceFailure as failure:
             return pb.EmbedResult(error=error_status(failure.reason, str(failure)))
 
@@ -150,9 +150,18 @@ class FakeStream:
         self._state = result.embedding.state if self._start.carry_state else b""
         if not asked:
             result.embedding.ClearField("state")
-        rows = _row_count(result.embedding, self._start.options)
+        rows = _row_count(result.embedding, _with_defaults(self._start.options))
         response.rows.CopyFrom(pb.EmbeddingRows(embedding=result.embedding, total_rows=rows, last=True))
         return response
+
+
+def _with_defaults(options: pb.EmbedOptions) -> pb.EmbedOptions:
+    found = pb.EmbedOptions()
+    found.CopyFrom(options)
+    found.layers = options.layers or pb.LAYERS_ALL
+    found.pooling = options.pooling or pb.POOLING_NONE
+    found.data_type = options.data_type or pb.DATA_TYPE_FLOAT32
+    return found
 
 
 def _row_count(embedding: pb.Embedding, options: pb.EmbedOptions) -> int:

@@ -4,8 +4,10 @@ import inspect
 
 import numpy as np
 import pytest
+from bilm_api.v1 import embed_pb2 as pb
 from bilm_client import AsyncClient, Client, ClientClosedError, HealthStatus, ScalarMix, SentenceError
 from bilm_client.testing import FakeAsyncClient, FakeClient
+from bilm_client.testing.service import FakeService, FakeStream
 
 
 def surface(kind: type) -> dict[str, list[inspect.Parameter]]:
@@ -96,3 +98,18 @@ async def test_the_asynchronous_fake() -> None:
         streamed = [one async for one in client.embed_stream(["a b", "bad"], on_error="return")]
     assert isinstance(streamed[0], type(result))
     assert isinstance(streamed[1], SentenceError)
+
+
+def test_options_that_are_not_set_mean_what_they_mean_to_a_server() -> None:
+    service, sentence = FakeService(), pb.Sentence(tokens=pb.Tokens(tokens=["a", "b"]))
+    explicit = pb.EmbedOptions(layers=pb.LAYERS_ALL, pooling=pb.POOLING_NONE, data_type=pb.DATA_TYPE_FLOAT32)
+    expected = service.embed_sentence(sentence, explicit)
+    assert service.embed_sentence(sentence, pb.EmbedOptions()) == expected
+    (result,) = service.embed(pb.EmbedRequest(sentences=[sentence])).results
+    assert result == expected
+    item = pb.StreamItem(id=1, sentence=sentence)
+    assert FakeStream(service, pb.StreamStart()).answer(item) == FakeStream(
+        service, pb.StreamStart(options=explicit)
+    ).answer(item)
+    empty = service.embed_sentence(pb.Sentence(tokens=pb.Tokens()), pb.EmbedOptions())
+    assert list(empty.embedding.tensor.shape) == [3, 0, 16]
