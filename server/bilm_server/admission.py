@@ -4,7 +4,14 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass
 
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import NEVER_RETRY, Reason, RefusalError
+
+_MIN_PUSHBACK_MS, _MAX_PUSHBACK_MS = 20, 10_000  # never 0: a gRPC client hangs on that until its deadline
+
+
+def pushback_ms(seconds: float) -> int:
+    """When to come back after a refusal, for what is expected to take so long."""
+    return max(_MIN_PUSHBACK_MS, min(_MAX_PUSHBACK_MS, int(1000 * seconds)))
 
 
 @dataclass(frozen=True)
@@ -34,14 +41,14 @@ class Admission:
         """What is in."""
         return self._used
 
-    def check(self, least: Cost, retry_after_ms: int) -> None:
-        """Refuses what is sure not to fit, before its whole cost is known.
+    def reserve(self, cost: Cost, retry_after_ms: int) -> "Reservation":
+        """Take room, which the reservation gives back.
 
         Raises:
-            RefusalError: OVERLOADED with the given pushback, if there is no room for even that now.
+            RefusalError: OVERLOADED with the given pushback, if there is no room now.
         """
-        if self._waiting or not self._fits(least):
-            raise RefusalError(Reason.OVERLOADED, "too much work is waiting already; try again", retry_after_ms)
+        self.take(cost, retry_after_ms)
+        return Reservation(self, cost)
 
     def take(self, cost: Cost, retry_after_ms: int) -> None:
         """Takes room; give it back with `release`, all at once or bit by bit.
@@ -49,7 +56,8 @@ class Admission:
         Raises:
             RefusalError: OVERLOADED with the given pushback, if there is no room now.
         """
-        self.check(cost, retry_after_ms)
+        if self._waiting or not self._fits(cost):
+            raise RefusalError(Reason.OVERLOADED, "too much work is waiting already; try again", retry_after_ms)
         self._take(cost)
 
     async def acquire(self, cost: Cost) -> None:
@@ -96,3 +104,38 @@ class Admission:
                 self._take(cost)
                 turn.set_result(None)
             self._waiting.popleft()
+
+
+class Reservation:
+    """Room that a piece of work holds, changed as its cost becomes known."""
+
+    def __init__(self, admission: Admission, cost: Cost) -> None:
+        """Hold what has been taken; see `Admission.reserve`."""
+        self._admission, self._cost = admission, cost
+        self._released = False
+
+    def resize(self, cost: Cost, retry_after_ms: int) -> None:
+        """Hold so much from now on.
+
+        Raises:
+            RefusalError: OVERLOADED with the given pushback, if that is more and there is no room for it now; then
+                nothing has changed.
+        """
+        if self._released:
+            return
+        more = Cost(cost.tokens - self._cost.tokens, cost.answer_bytes - self._cost.answer_bytes)
+        if more.tokens > 0 or more.answer_bytes > 0:
+            self._admission.take(more, retry_after_ms)
+        else:
+            self._admission.release(Cost(-more.tokens, -more.answer_bytes))
+        self._cost = cost
+
+    def shrink(self, cost: Cost) -> None:
+        """Hold only so much from now on, which must not be more."""
+        self.resize(cost, NEVER_RETRY)
+
+    def release(self) -> None:
+        """Give everything back; idempotent."""
+        if not self._released:
+            self.shrink(Cost(0, 0))
+            self._released = True

@@ -124,6 +124,14 @@ class CallerLimits:
             )
         account.level -= tokens
 
+    def correct(self, caller: str, tokens: int) -> None:
+        """Take so many tokens more for what has been charged, or give back: less than 0.
+
+        The bucket may fall below zero, and the caller's next calls wait the longer.
+        """
+        if self._tokens_per_s:
+            self._account(caller).level -= tokens  # what overflows is lost when it is looked at next
+
     async def acquire(self, caller: str, tokens: int) -> None:
         """Takes the tokens of a stream's item, once they are there; first come, first served among a caller's items."""
         if not self._tokens_per_s:

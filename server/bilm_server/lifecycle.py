@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,6 +19,7 @@ from bilm_server.callers import CallerRights, Right
 from bilm_server.calls import CallRecord, is_marked
 from bilm_server.compute import ModelCompute
 from bilm_server.config import ServerConfig, split_address
+from bilm_server.conversions import Conversions
 from bilm_server.descriptors import connection_limit, health_server
 from bilm_server.health import HealthReporter
 from bilm_server.inference import InferenceThread
@@ -37,7 +37,6 @@ HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 _log = logging.getLogger("bilm_server.lifecycle")
 
-_CONVERSION_THREADS = 2
 _MIB = 2**20
 
 
@@ -133,7 +132,7 @@ class Server:
         if self._ready_port is not None:
             await self._ready_port.stop()
         await self._parts.inference.stop()
-        self._parts.conversions.shutdown(wait=False, cancel_futures=True)
+        self._parts.conversions.stop()
         await self._monitoring.stop()
         _log.info("stopped")
 
@@ -189,7 +188,7 @@ def _parts(config: ServerConfig, model: ServedModel, monitoring: Monitoring) -> 
         config=config,
         model=model,
         inference=InferenceThread(ModelCompute(model.engine), monitoring.on_round),
-        conversions=ThreadPoolExecutor(_CONVERSION_THREADS, "conversion"),
+        conversions=Conversions(),
         admission=Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB),
         stream_admission=Admission(config.max_stream_tokens, config.max_stream_mib * _MIB),
         caller_limits=CallerLimits(config.caller_tokens_per_s, config.caller_max_calls, config.max_tokens_per_request),

@@ -170,6 +170,25 @@ class SentenceLimits:
     text_bytes: int
 
 
+_BYTES_PER_TOKEN = 6
+"""Of text, the white space included: what English has."""
+
+
+def priced_tokens(sentence: embed_pb2.Sentence, limits: SentenceLimits) -> int:
+    """What a sentence is taken to cost before it is cut into tokens: exact for tokens, by its bytes for text.
+
+    A sentence that will be refused for its length costs nothing.
+    """
+    if not sentence.HasField("text"):
+        n_tokens = len(sentence.tokens.tokens)
+        return n_tokens if n_tokens <= limits.tokens else 0
+    text = sentence.text
+    n_bytes = len(text) if text.isascii() else len(text.encode())
+    if n_bytes > limits.text_bytes or not text or text.isspace():
+        return 0
+    return -(-n_bytes // _BYTES_PER_TOKEN)
+
+
 def prepare_sentence(
     sentence: embed_pb2.Sentence, wanted: Wanted, model: ServedModel, limits: SentenceLimits
 ) -> PreparedSentence:

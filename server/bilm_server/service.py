@@ -11,13 +11,14 @@ from bilm_model.characters import MAX_TOKEN_BYTES
 
 import bilm_server
 from bilm_server import responses
-from bilm_server.admission import Cost
+from bilm_server.admission import Cost, Reservation
 from bilm_server.calls import current_call
 from bilm_server.config import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, ServerConfig
+from bilm_server.conversions import INLINE_BYTES
 from bilm_server.errors import Reason, RefusalError
 from bilm_server.jobs import Call, Job, Outcome
-from bilm_server.parts import INLINE_BYTES, TOKENISING_WEIGHT, Parts
-from bilm_server.requests import PreparedSentence, Wanted, check_model, parse_options, prepare_sentence
+from bilm_server.parts import Parts
+from bilm_server.requests import PreparedSentence, Wanted, check_model, parse_options, prepare_sentence, priced_tokens
 from bilm_server.served_model import ServedModel
 from bilm_server.stream import StreamSession
 
@@ -43,21 +44,18 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         check_model(request.model, request.expected_model_version, parts.model)
         _check_counts(request, parts.config)
         wanted = parse_options(request.options, parts.model)
-        least = _least_cost(request, parts.config)
-        parts.admission.check(least, parts.retry_after_ms())  # before any work is done for it
-        weight = TOKENISING_WEIGHT * request.ByteSize()
-        prepared = await parts.convert(weight, lambda: _prepare_all(request, wanted, parts))
-        cost = _cost(prepared, wanted, parts)
-        parts.admission.take(cost, parts.retry_after_ms())
-        call = current_call()
-        call.held.callback(parts.admission.release, Cost(0, cost.answer_bytes))
+        price = _price(request, parts)
+        room = parts.admission.reserve(Cost(price, 0), parts.retry_after_ms())  # before any work is done for it
+        current_call().held.callback(room.release)
         try:
-            parts.caller_limits.charge(call.caller, cost.tokens)  # what isn't admitted costs nothing
+            prepared, cost = await _prepare(request, wanted, price, room, parts)
             outcomes = await _compute_all(prepared, wanted, _new_call(context), parts)
-        finally:
-            parts.admission.release(Cost(cost.tokens, 0))
+        except BaseException:
+            room.release()
+            raise
+        room.shrink(Cost(0, cost.answer_bytes))
         _record(prepared, outcomes)
-        return await parts.convert(
+        return await parts.conversions.response(
             cost.answer_bytes, lambda: _response(prepared, outcomes, wanted, parts.model, cost.answer_bytes)
         )
 
@@ -116,17 +114,40 @@ def _check_counts(request: embed_pb2.EmbedRequest, config: ServerConfig) -> None
         raise RefusalError(Reason.TOO_MANY_SENTENCES, f"sentences: {found} are more than {limit}")
 
 
-def _least_cost(request: embed_pb2.EmbedRequest, config: ServerConfig) -> Cost:
-    """What is known without looking at a single token; a sentence that is too long will cost nothing.
+def _price(request: embed_pb2.EmbedRequest, parts: Parts) -> int:
+    """Tokens that a request is taken to have until it is tokenised, no more than it may have.
 
     Raises:
-        RefusalError: TOO_MANY_TOKENS, if that is too much already.
+        RefusalError: TOO_MANY_TOKENS, if those that are given as tokens are too many already.
     """
-    counts = [len(sentence.tokens.tokens) for sentence in request.sentences]
-    tokens = sum(count for count in counts if count <= config.max_tokens_per_sentence)
-    if tokens > config.max_tokens_per_request:
-        raise RefusalError(Reason.TOO_MANY_TOKENS, f"{tokens} tokens are more than {config.max_tokens_per_request}")
-    return Cost(tokens, 0)
+    limits, most = parts.sentence_limits, parts.config.max_tokens_per_request
+    known, guessed = 0, 0
+    for sentence in request.sentences:
+        n_tokens = priced_tokens(sentence, limits)
+        if sentence.HasField("text"):
+            guessed += n_tokens
+        else:
+            known += n_tokens
+    if known > most:
+        raise RefusalError(Reason.TOO_MANY_TOKENS, f"{known} tokens are more than {most}")
+    return min(known + guessed, most)
+
+
+async def _prepare(
+    request: embed_pb2.EmbedRequest, wanted: Wanted, price: int, room: Reservation, parts: Parts
+) -> tuple[list[Prepared], Cost]:
+    """Check and tokenise; then room and the caller's tokens are corrected by what it costs in fact."""
+    caller = current_call().caller
+    parts.caller_limits.charge(caller, price)
+    try:
+        prepared = await parts.conversions.request(request.ByteSize(), lambda: _prepare_all(request, wanted, parts))
+        cost = _cost(prepared, wanted, parts)
+        room.resize(cost, parts.retry_after_ms())
+    except BaseException:
+        parts.caller_limits.correct(caller, -price)  # what isn't admitted costs nothing
+        raise
+    parts.caller_limits.correct(caller, cost.tokens - price)
+    return prepared, cost
 
 
 def _prepare_all(request: embed_pb2.EmbedRequest, wanted: Wanted, parts: Parts) -> list[Prepared]:

@@ -11,7 +11,7 @@ from bilm_server.admission import Cost
 from bilm_server.calls import current_call
 from bilm_server.errors import CallerGoneError, Reason, RefusalError
 from bilm_server.jobs import Call, Job, Outcome
-from bilm_server.parts import TOKENISING_WEIGHT, Parts
+from bilm_server.parts import Parts
 from bilm_server.requests import PreparedSentence, State, Wanted, check_model, parse_options, prepare_sentence
 
 Write = Callable[[embed_pb2.EmbedStreamResponse], Awaitable[None]]
@@ -126,8 +126,8 @@ class StreamSession:
 
     async def _admit(self, item: embed_pb2.StreamItem, wanted: Wanted) -> tuple[PreparedSentence, Cost]:
         parts = self._parts
-        sentence = await parts.convert(
-            TOKENISING_WEIGHT * item.ByteSize(),
+        sentence = await parts.conversions.item(
+            item.ByteSize(),
             lambda: prepare_sentence(item.sentence, wanted, parts.model, parts.sentence_limits),
         )
         cost = Cost(len(sentence.tokens), sentence.answer_bytes(wanted, parts.model))

@@ -236,3 +236,22 @@ async def test_more_callers_than_that_are_remembered_while_they_have_calls(limit
     for number in range(10):
         limits.charge(f"new-{number}", 1)
     assert len(limits) == 3
+
+
+def test_what_has_been_charged_can_be_corrected_both_ways(clock: Clock, limits: CallerLimits) -> None:
+    limits.charge("a", 500)
+    limits.correct("a", -400)  # it was less than was thought: 900 left
+    limits.charge("a", 500)
+    limits.charge("a", 400)
+    assert refused(lambda: limits.charge("a", 100)) >= 1000
+    clock.now_s += 1
+    limits.charge("a", 100)
+    limits.correct("a", 200)  # it was more: 200 below zero
+    assert refused(lambda: limits.charge("a", 1)) > 2000
+
+
+def test_a_correction_never_fills_the_bucket_beyond_its_size(limits: CallerLimits) -> None:
+    limits.correct("a", -10_000)
+    limits.charge("a", 500)
+    limits.charge("a", 500)
+    refused(lambda: limits.charge("a", 10))

@@ -1,0 +1,91 @@
+"""From the wire and to it in other threads, so that the event loop stays free; what waits for them is bounded."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from bilm_server.admission import pushback_ms
+from bilm_server.errors import Reason, RefusalError
+
+R = TypeVar("R")
+
+INLINE_BYTES = 4 * 1024
+"""Conversions up to this size take less than handing them to another thread and back."""
+
+TOKENISING_WEIGHT = 4
+"""A byte of a request counts as so many: tokenising takes 1.3 ms for a KiB."""
+
+_RESPONSE_SHARE = 64
+"""So many bytes of a response count as one: making a message of 16 MiB takes 90 ms."""
+
+_SECONDS_PER_BYTE = 1.3e-3 / 1024 / TOKENISING_WEIGHT
+_MAX_WAITING_BYTES = 4 * 2**20
+"""Weighted, about 1.3 s of work. A larger request is still converted when nothing else waits."""
+
+_THREADS = 2
+
+
+class Conversions:
+    """Threads for conversions; used from the event loop only.
+
+    A request that finds too much waiting is refused. A stream's item waits for its turn instead, and has no part in
+    what requests find waiting, as everywhere else. A response is never refused, since its work is done; but it counts.
+
+    A conversion whose caller is cancelled while it waits is dropped.
+    """
+
+    def __init__(self, max_waiting_bytes: int = _MAX_WAITING_BYTES) -> None:
+        """Threads start with the first conversion.
+
+        Args:
+            max_waiting_bytes: weighted bytes of requests and responses that may wait.
+        """
+        self._max_waiting_bytes = max_waiting_bytes
+        self._threads = ThreadPoolExecutor(_THREADS, "conversion")
+        self._items = asyncio.Semaphore(_THREADS)  # first come, first served
+        self._waiting_bytes = 0
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Weighted bytes of requests and responses being converted or waiting for it."""
+        return self._waiting_bytes
+
+    async def request(self, n_bytes: int, function: Callable[[], R]) -> R:
+        """Convert a request of so many bytes.
+
+        Raises:
+            RefusalError: OVERLOADED, if too much waits already.
+        """
+        weight = TOKENISING_WEIGHT * n_bytes
+        if weight <= INLINE_BYTES:
+            return function()
+        if self._waiting_bytes and self._waiting_bytes + weight > self._max_waiting_bytes:
+            half_s = self._waiting_bytes * _SECONDS_PER_BYTE / 2
+            raise RefusalError(Reason.OVERLOADED, "too many requests wait to be read; try again", pushback_ms(half_s))
+        return await self._counted(weight, function)
+
+    async def item(self, n_bytes: int, function: Callable[[], R]) -> R:
+        """Convert a stream's item of so many bytes, when its turn comes."""
+        if TOKENISING_WEIGHT * n_bytes <= INLINE_BYTES:
+            return function()
+        async with self._items:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+    async def response(self, n_bytes: int, function: Callable[[], R]) -> R:
+        """Convert results to a response of so many bytes."""
+        if n_bytes <= INLINE_BYTES:
+            return function()
+        return await self._counted(n_bytes // _RESPONSE_SHARE, function)
+
+    def stop(self) -> None:
+        """Drop what waits; what runs is left to end by itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _counted(self, weight: int, function: Callable[[], R]) -> R:
+        self._waiting_bytes += weight
+        try:
+            # Cancelling the future that is awaited here cancels the thread pool's, which then skips it
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+        finally:
+            self._waiting_bytes -= weight
