@@ -9,7 +9,7 @@ from hypothesis import settings
 
 from tests.support.signals import reset_inherited_signals
 
-pytest_plugins = ["tests.support.time_limits"]
+pytest_plugins = ["tests.support.garbage", "tests.support.time_limits"]
 
 reset_inherited_signals()  # in the main thread of each worker, before any fixture starts a thread
 settings.register_profile("bilm", deadline=None)  # a busy machine is no reason to fail

@@ -70,7 +70,12 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Bound the interpreter's exit; the descriptor stays open for it."""
+    """Bound the interpreter's exit; the descriptor stays open for it.
+
+    A worker of pytest-xdist comes here when its tests are done, and then waits for the others: its end is xdist's.
+    """
+    if hasattr(config, "workerinput"):
+        return
     faulthandler.dump_traceback_later(GRACE_S, exit=True, file=config.stash[_stderr])
 
 

@@ -60,9 +60,9 @@ def test_after():
 CONFIGURATION = "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
 
 
-def run(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *flags: str, tests: str = TESTS) -> subprocess.CompletedProcess[str]:
     """Run pytest on these tests, in a process of its own, with none of the suite's fixtures."""
-    (folder / "test_it.py").write_text(TESTS, encoding="utf-8")
+    (folder / "test_it.py").write_text(tests, encoding="utf-8")
     (folder / "pytest.ini").write_text(CONFIGURATION, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(Path(time_limits.__file__).parent)}
     command = [sys.executable, "-m", "pytest", "-p", "time_limits", "-s", "--no-header", "--tb=line", *flags]
@@ -85,6 +85,14 @@ def test_a_hang_that_no_signal_ends_ends_the_process(tmp_path: Path, name: str) 
     done = run(tmp_path, f"test_it.py::{name}")
     assert "Timeout (0:00:00" in done.stderr
     assert done.returncode == 1
+
+
+def test_a_worker_waits_for_the_others(tmp_path: Path) -> None:
+    tests = "import pytest, time_limits\n\ntime_limits.GRACE_S = 0.1\n\n"
+    tests += "@pytest.mark.parametrize('i', range(3))\ndef test_it(i):\n    __import__('time').sleep(i / 2)\n"
+    done = run(tmp_path, "-n", "3", "--dist", "load", tests=tests)
+    assert "3 passed" in done.stdout
+    assert "Timeout" not in done.stderr
 
 
 def test_every_test_has_a_limit(request: pytest.FixtureRequest) -> None:
