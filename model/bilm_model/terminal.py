@@ -1,7 +1,7 @@
 """Printing that never costs what a command has computed.
 
-Whatever standard output is (another encoding, a closed descriptor, a pipe without a reader, a full disk), a command does
-its work, writes its files and ends with its exit code.
+Whatever standard output is (another encoding, a closed descriptor, a pipe without a reader, a full disk), a command
+does its work, writes its files and ends with its exit code.
 """
 
 import contextlib
@@ -10,6 +10,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
 
 READER_GONE = 141
 """Exit code of a command whose output nobody read to the end: 128 + SIGPIPE, as the shell reports it of others."""
@@ -68,7 +71,8 @@ def run_command(name: str, command: Callable[[], int], failed: int = 1) -> int:
         failed: exit code where standard output can't be written for another reason than a reader that has gone.
 
     Returns:
-        The command's exit code. Where that is 0 and something could not be printed: `READER_GONE` or `failed`.
+        The command's exit code, or `INTERRUPTED` where the command leaves Ctrl-C to others. Where that is 0 and
+        something could not be printed: `READER_GONE` or `failed`.
 
     Raises:
         SystemExit: As the command does (argparse, for --help); the code as above.
@@ -81,6 +85,9 @@ def run_command(name: str, command: Callable[[], int], failed: int = 1) -> int:
             if end.code not in (None, 0):
                 raise
             code, ended = 0, True
+        except KeyboardInterrupt:
+            err.write(f"{name}: interrupted\n")
+            code, ended = INTERRUPTED, False
         out.flush()
         if out.error is not None and code == 0:
             code = _report(name, out.error, err, failed)

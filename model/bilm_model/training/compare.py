@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from bilm_model.bilm import Bilm
 from bilm_model.config import BilmConfig, from_options
 from bilm_model.errors import ConfigError, reason
+from bilm_model.files import read_text, write_bytes, write_text
 from bilm_model.training.knowledge.report import Knowledge, read_knowledge
 from bilm_model.training.knowledge.scores import TreebankReport, best
-from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder, write_bytes, write_text
+from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder
 
 PAGE = "compare.md"
 _NOTHING = "–"
@@ -100,13 +101,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     Raises:
         RunError: naming every folder that is no run, or what is damaged in one.
     """
-    given = {path.resolve(): path for path in reversed(paths)}
-    folders, errors = {}, []
-    for path in dict.fromkeys(path.resolve() for path in paths):
+    folders: dict[Path, RunFolder] = {}
+    errors: dict[str, None] = {}
+    for path in paths:
         try:
-            folders[path] = RunFolder.of_run(given[path])
+            folder = RunFolder.of_run(path)
+            folders.setdefault(path.resolve(), folder)
         except RunError as error:
-            errors.append(str(error))
+            errors[str(error)] = None
     if errors:
         raise RunError("\n".join(errors))
     return [_read(name, folder) for name, folder in zip(_names(list(folders)), folders.values(), strict=True)]
@@ -145,8 +147,8 @@ def _read(name: str, folder: RunFolder) -> Run:
 
 def _is_student(path: Path) -> bool:
     try:
-        return "distillation" in tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return "distillation" in tomllib.loads(read_text(path))
+    except (OSError, ValueError) as error:
         raise RunError(f"{path}: {reason(error)}") from error
 
 

@@ -7,6 +7,7 @@ words counts too, so that perplexities are per token with end of line, as usual 
 
 import hashlib
 import mmap
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from bilm_model.characters import BEGIN_TOKEN, END_TOKEN, CharacterIds, token_ids
 from bilm_model.errors import ModelError, reason
+from bilm_model.files import open_ordinary, text_start
 from bilm_model.training.typos import with_typos
 
 BOUNDARY = 0
@@ -97,7 +99,8 @@ class Corpus:
     Attributes:
         path: the file.
         n_tokens: words and boundaries.
-        digest: hash of the content: a run goes on with the text that it began with, or not at all.
+        digest: hash of the text, less a byte order mark, which is no part of it: a run goes on with the text that it
+            began with, or not at all.
     """
 
     path: Path
@@ -112,7 +115,7 @@ class Corpus:
         """Goes through a file once: checks it, notes where its lines are, and counts its words if asked to.
 
         Args:
-            path: UTF-8, a sentence or paragraph a line.
+            path: UTF-8, a sentence or paragraph a line. LF ends a line; any other line break is white space.
             counts: receives how often each word stands there.
             max_counted: different words to keep count of; beyond, the rarest count as "<unk>".
 
@@ -120,11 +123,12 @@ class Corpus:
             CorpusError: if the file can't be read, isn't UTF-8 or holds no word.
         """
         data = _map(path)
-        offsets, first_tokens, n_tokens, n_words = [0], [0], 0, 0
+        first = _text_start(path, data)
+        offsets, first_tokens, n_tokens, n_words = [first], [0], 0, 0
         digest = hashlib.blake2b(digest_size=16)
         bar = tqdm(total=len(data), desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False, delay=1)
         with bar:
-            for start, end in _blocks(data):
+            for start, end in _blocks(data, first):
                 block = data[start:end]
                 digest.update(block)
                 lines = _lines(path, data, start, block)
@@ -161,15 +165,22 @@ class Corpus:
 
 def _map(path: Path) -> bytes | mmap.mmap:
     try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        with open_ordinary(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except (OSError, ValueError) as error:
         raise CorpusError(f"{path}: {reason(error)}") from error
 
 
-def _blocks(data: bytes | mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Where blocks of whole lines begin and end."""
-    start = 0
+def _text_start(path: Path, data: bytes | mmap.mmap) -> int:
+    try:
+        return text_start(data[:4])
+    except ValueError as error:
+        raise CorpusError(f"{path}: {error}") from error
+
+
+def _blocks(data: bytes | mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
+    """Where blocks of whole lines begin and end, from the byte on at which the text does."""
     while start < len(data):
         newline = data.find(b"\n", start + _BLOCK_BYTES)
         end = len(data) if newline < 0 else newline + 1

@@ -20,11 +20,12 @@ from bilm_model.bilm import BilmState
 from bilm_model.characters import END_TOKEN
 from bilm_model.engine.products import ProductPath, resolve_precision
 from bilm_model.errors import reason
+from bilm_model.files import replaced, write_text
 from bilm_model.training.corpus import UNKNOWN, Corpus, Streams, Vocabulary, WindowPair
 from bilm_model.training.evaluation import mean_losses, valid_streams
 from bilm_model.training.learner import Learner, Objective
 from bilm_model.training.recipe import Recipe, read_recipe, to_toml
-from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder, RunLog, StepRecord, replaced, write_text
+from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder, RunLog, StepRecord
 from bilm_model.weights import single_file
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError)

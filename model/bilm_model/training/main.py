@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from bilm_model.bilm import Bilm, initialize
 from bilm_model.engine.device import default_threads, resolve_device
 from bilm_model.errors import ModelError, message
+from bilm_model.files import write_text
+from bilm_model.terminal import run_command
 from bilm_model.training.compare import compare
 from bilm_model.training.corpus import Corpus, Vocabulary
 from bilm_model.training.distillation import new_distillation
@@ -25,15 +28,19 @@ from bilm_model.training.learner import Objective
 from bilm_model.training.loop import Trainer, load_best, read_vocabulary
 from bilm_model.training.objective import BilmObjective
 from bilm_model.training.recipe import PRESETS, Recipe, read_recipe
-from bilm_model.training.run_folder import RunFolder, write_text
-from bilm_model.weights.convert import convert
+from bilm_model.training.run_folder import RunFolder
+from bilm_model.weights.convert import convert, is_single_file
 from bilm_model.weights.loading import load
 
 _STOPPED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command. Exit code 0; 1 with the reason on standard error; 130 when stopped by a signal."""
+    """Run a command. Return 0; 1 with the reason on standard error; 130 when stopped by a signal."""
+    return run_command("bilm-train", partial(_main, argv))
+
+
+def _main(argv: list[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if "threads" in arguments:
@@ -114,6 +121,9 @@ def new_objective(recipe: Recipe, vocabulary: Vocabulary, device: torch.device) 
 def _evaluate(arguments: argparse.Namespace) -> None:
     if not (arguments.text or arguments.treebank or arguments.neighbours):
         raise ModelError("nothing to measure: name a --text, a --treebank or --neighbours")
+    for option in ("words", "layer"):
+        if getattr(arguments, option) is not None and not arguments.neighbours:
+            raise ModelError(f"--{option}: goes with --neighbours only")
     for option in ("text", "treebank", "neighbours"):
         names = [path.name for path in getattr(arguments, option)]
         if len(set(names)) < len(names):
@@ -127,9 +137,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         tuple(_neighbourhood(bilm, text, arguments, device) for text in arguments.neighbours),
         _perplexities(folder, arguments.text, device),
     )
-    print(found.markdown())
+    try:
+        if folder is not None:
+            merged = _with_earlier(found, folder).to_dict()
+            write_text(folder.eval, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
+    finally:  # of figures that can't be written, this is left
+        print(found.markdown())
     if folder is not None:
-        write_text(folder.eval, json.dumps(_with_earlier(found, folder).to_dict(), indent=1, ensure_ascii=False) + "\n")
         print(f"written to {folder.eval}")
 
 
@@ -148,8 +162,9 @@ def _perplexities(folder: RunFolder | None, texts: list[Path], device: str) -> d
 
 def _neighbourhood(bilm: Bilm, text: Path, arguments: argparse.Namespace, device: str) -> Neighbourhood:
     words = tuple(arguments.words.split(",")) if arguments.words else AMBIGUOUS_WORDS
-    found = neighbours(bilm, read_sentences(text), words, layer=arguments.layer, device=device)
-    return Neighbourhood(text.name, arguments.layer, found)
+    layer = 1 if arguments.layer is None else arguments.layer
+    found = neighbours(bilm, read_sentences(text), words, layer=layer, device=device)
+    return Neighbourhood(text.name, layer, found)
 
 
 def _with_earlier(found: Knowledge, folder: RunFolder) -> Knowledge:
@@ -171,7 +186,7 @@ def _export(arguments: argparse.Namespace) -> None:
     folder = RunFolder.of_run(arguments.run_folder)
     if not folder.model.exists():
         raise ModelError(f"{folder.path}: no epoch has ended yet, so there is no model")
-    dtype = arguments.dtype or ("float16" if arguments.output.suffix == ".safetensors" else "float32")
+    dtype = arguments.dtype or ("float16" if is_single_file(arguments.output) else "float32")
     version = convert(load(str(folder.model)), arguments.output, dtype, overwrite=arguments.overwrite)
     print(f"{arguments.output}: version {version}; serve it with  bilm-serve --model {arguments.output}")
 
@@ -239,7 +254,7 @@ def _add_evaluation(commands: Any, device: argparse.ArgumentParser) -> None:
     neighbourhood = "nearest occurrences of ambiguous words in this text, or *.conllu"
     evaluate.add_argument("--neighbours", **several, metavar="TEXT", help=neighbourhood)
     evaluate.add_argument("--words", metavar="W,W", help=f"the ambiguous words ({','.join(AMBIGUOUS_WORDS)})")
-    evaluate.add_argument("--layer", type=int, default=1, help="whose vectors neighbours are found by (%(default)s)")
+    evaluate.add_argument("--layer", type=int, help="whose vectors neighbours are found by (1)")
     evaluate.add_argument("--seed", type=int, default=1, help="of the random biLM and the typos (%(default)s)")
     evaluate.set_defaults(run=_evaluate)
 

@@ -23,6 +23,7 @@ from pydantic import (
 
 from bilm_model.config import BilmConfig
 from bilm_model.errors import ConfigError, reason
+from bilm_model.files import read_text
 
 PRESETS = ("mini", "small", "medium", "original", "student")
 
@@ -159,11 +160,11 @@ def _preset(name: str) -> dict[str, Any]:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except FileNotFoundError as error:
         presets = ", ".join(PRESETS)
         raise ConfigError(f"{path}: neither a file nor a preset ({presets})") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {reason(error)}") from error
 
 

@@ -18,6 +18,7 @@ readers pass over and the next `RunLog` cuts off.
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -27,13 +28,14 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from filelock import FileLock, Timeout
-
 from bilm_model.errors import ModelError
+from bilm_model.files import lock, naming, replaced
 
 if TYPE_CHECKING:  # a run that is only read needs no TensorBoard
     from torch.utils.tensorboard import SummaryWriter
 
+
+_log = logging.getLogger(__name__)
 
 Record = TypeVar("Record", "StepRecord", "EpochRecord")
 
@@ -158,18 +160,18 @@ class RunFolder:
         """
         missing = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.lock, blocking=False)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise RunError(f"{self.path}: another process is training into it") from error
-        try:
-            yield
-        finally:
-            if missing and [path.name for path in self.path.iterdir()] == [self.lock.name]:
-                self.lock.unlink()
-                self.path.rmdir()
-            lock.release()
+        with self.lock.open("ab") as file:
+            try:
+                if not lock(file):
+                    _log.warning("%s: no locks on this file system: nothing keeps a second process out", self.lock)
+            except BlockingIOError as error:
+                raise RunError(f"{self.path}: another process is training into it") from error
+            try:
+                yield
+            finally:
+                if missing and [path.name for path in self.path.iterdir()] == [self.lock.name]:
+                    self.lock.unlink()
+                    self.path.rmdir()
 
     def read_steps(self) -> Iterator[StepRecord]:
         """All steps, line by line; none if the log isn't there.
@@ -182,64 +184,6 @@ class RunFolder:
     def read_epochs(self) -> Iterator[EpochRecord]:
         """All finished epochs; otherwise like `read_steps`."""
         return (record for _, record in _read(self.epochs, EpochRecord))
-
-
-# ---- whole files --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Puts a new file in another's place, at once and for good, or leaves the other as it is.
-
-    Yields:
-        Where the body is to write it: beside `path`, so that renaming is all that remains to be done.
-
-    Raises:
-        OSError: if it can't be written (no space, for one); names `path`, whatever the body made of the error.
-    """
-    draft = path.with_name(path.name + ".part")
-    with _naming(path):
-        try:
-            yield draft
-            _sync(draft)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-        if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder can't be opened
-            _sync(path.parent)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file, whole or not at all; see `replaced`."""
-    with replaced(path) as draft:
-        draft.write_bytes(data)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file in UTF-8, whole or not at all; see `replaced`."""
-    write_bytes(path, text.encode())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Failed writes know no file name: gives them one; lets errors of other files pass."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause: BaseException | None = error
-        while isinstance(cause, RuntimeError):  # torch.save's own ("unexpected pos") hides the reason behind it
-            cause = cause.__cause__ or cause.__context__
-        if not isinstance(cause, OSError) or not str(cause.filename or path).startswith(str(path)):
-            raise
-        raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from error
 
 
 # ---- logs ---------------------------------------------------------------------------------------------------------
@@ -269,7 +213,7 @@ class RunLog:
             # unbuffered: a line is the operating system's at once, and closing has nothing left to fail at
             self._steps = stack.enter_context(self.folder.steps.open("ab", buffering=0))
             self._epochs = stack.enter_context(self.folder.epochs.open("ab", buffering=0))
-            with _naming(self.folder.tensorboard):
+            with naming(self.folder.tensorboard):
                 # without purge_step, TensorBoard would draw what lies beyond the checkpoint twice
                 self._board = writer(str(self.folder.tensorboard), purge_step=self.last_step + 1)
             stack.callback(self._close_board)
@@ -292,18 +236,18 @@ class RunLog:
     def sync(self) -> None:
         """Returns when all lines are on the disk; to be called before a checkpoint, which must not be ahead of them."""
         for file, path in ((self._steps, self.folder.steps), (self._epochs, self.folder.epochs)):
-            with _naming(path):
+            with naming(path):
                 os.fsync(file.fileno())
-        with _naming(self.folder.tensorboard):
+        with naming(self.folder.tensorboard):
             self._board.flush()
 
     def _draw(self, record: StepRecord | EpochRecord) -> None:
-        with _naming(self.folder.tensorboard):
+        with naming(self.folder.tensorboard):
             for tag, value in record.scalars.items():
                 self._board.add_scalar(tag, value, record.step)
 
     def _close_board(self) -> None:
-        with _naming(self.folder.tensorboard):
+        with naming(self.folder.tensorboard):
             self._board.close()
 
 
@@ -319,7 +263,7 @@ def _append(file: FileIO, path: Path, record: StepRecord | EpochRecord) -> None:
     # JSON knows no NaN: other programs would stumble over a run that has diverged
     values = {key: value if math.isfinite(value) else None for key, value in asdict(record).items()}
     line = json.dumps(values).encode() + b"\n"
-    with _naming(path):
+    with naming(path):
         while line:
             line = line[file.write(line) :]
 

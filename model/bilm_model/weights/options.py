@@ -10,6 +10,7 @@ from typing import Any
 from bilm_model.characters import CHARACTER_COUNT
 from bilm_model.config import BilmConfig, from_options
 from bilm_model.errors import ConfigError, reason
+from bilm_model.files import decode_text, open_ordinary
 
 MAX_OPTIONS_BYTES = 2**16
 """Published options have less than 1 KiB."""
@@ -29,12 +30,12 @@ def read_options(path: Path) -> BilmConfig:
         ConfigError: if the file can't be read, is too large, isn't JSON, or describes no biLM or one beyond bounds.
     """
     try:
-        with path.open("rb") as file:
+        with open_ordinary(path) as file:
             data = file.read(MAX_OPTIONS_BYTES + 1)
         if len(data) > MAX_OPTIONS_BYTES:
             raise ConfigError(f"more than {MAX_OPTIONS_BYTES} bytes")
-        return parse_options(data.decode("utf-8"))
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        return parse_options(decode_text(data))
+    except (OSError, ValueError, ConfigError) as error:
         raise ConfigError(f"{path}: {reason(error)}") from error
 
 

@@ -267,3 +267,28 @@ def test_too_little_text_for_the_streams_is_named(tmp_path: Path) -> None:
     assert Streams(corpus, vocabulary_of(corpus), 3, 5).length == 1
     with pytest.raises(CorpusError, match=r"/text: 4 tokens are too few for 4 streams"):
         Streams(corpus, vocabulary_of(corpus), 4, 5)
+
+
+# ---- byte order marks ------------------------------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    plain = open_text(tmp_path, LARGE)
+    tokens = plain.tokens(0, plain.n_tokens)
+    counts: Counter[str] = Counter()
+    (marked := tmp_path / "marked").write_bytes(b"\xef\xbb\xbf" + LARGE.encode())
+    found = Corpus.open(marked, counts)
+    assert (found.n_tokens, found.digest) == (plain.n_tokens, plain.digest)
+    assert found.tokens(0, found.n_tokens) == tokens
+    assert found.tokens(5000, 5100) == tokens[5000:5100]
+    assert not any("\ufeff" in word for word in counts)
+
+
+def test_a_mark_elsewhere_is_a_character(tmp_path: Path) -> None:
+    corpus = open_text(tmp_path, "a\n\ufeffb\n")
+    assert corpus.tokens(0, corpus.n_tokens) == ["<S>", "a", "</S>", "<S>", "\ufeffb", "</S>"]
+
+
+def test_another_encoding_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=": the text is UTF-16, little-endian, expected UTF-8$"):
+        open_text(tmp_path, "\ufeffa b\n".encode("utf-16-le"))

@@ -78,3 +78,9 @@ def test_a_sample_has_whole_sentences_from_everywhere() -> None:
     assert min(numbers) < 100
     assert max(numbers) > 200
     assert some == sample(sentences, 100, 1) != sample(sentences, 100, 2)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_byte_order_mark_and_other_line_ends(tmp_path: Path, end: str) -> None:
+    (path := tmp_path / "a.conllu").write_bytes(b"\xef\xbb\xbf" + f"{line('1', 'run', 'VERB')}{end}{end}".encode())
+    assert read_conllu(path) == [TaggedSentence(("run",), ("VERB",))]

@@ -127,3 +127,12 @@ def test_what_is_neither_file_nor_preset_is_named(tmp_path: Path) -> None:
         read_recipe("large")
     with pytest.raises(ConfigError, match=f"^{tmp_path}: Is a directory$"):
         read_recipe(str(tmp_path))
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    text = 'preset = "mini"\r\nseed = 5\r\ndata.train = "a"\r\ndata.valid = "b"\r\n'
+    (path := tmp_path / "recipe.toml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_recipe(str(path)).seed == 5
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(ConfigError, match="recipe.toml: the text is UTF-16"):
+        read_recipe(str(path))

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from bilm_model.files import replaced, write_bytes, write_text
 from bilm_model.training.run_folder import (
     EpochRecord,
     RunError,
     RunFolder,
     RunLog,
     StepRecord,
-    replaced,
-    write_bytes,
-    write_text,
 )
 from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
@@ -210,3 +208,14 @@ def test_only_a_run_is_taken_for_one(tmp_path: Path) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     write_text(folder.config, "")
     assert RunFolder.of_run(folder.path).path == folder.path
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.taken():
+        with pytest.raises(RunError, match="another process is training into it"), folder.taken():
+            pass
+        assert folder.path.exists()
+    assert not folder.path.exists()
+    with folder.taken():  # free again
+        pass

@@ -12,6 +12,7 @@ import numpy as np
 
 from bilm_model.bilm import Bilm
 from bilm_model.errors import reason
+from bilm_model.files import read_text
 from bilm_model.training.corpus import CorpusError
 from bilm_model.training.knowledge.treebank import read_conllu
 from bilm_model.training.knowledge.vectors import Embedder, Vectors
@@ -76,11 +77,11 @@ def read_sentences(path: Path) -> list[Words]:
     Raises:
         CorpusError: if the file can't be read or holds no sentence.
     """
-    if path.suffix == ".conllu":
+    if path.suffix.lower() == ".conllu":
         return [sentence.words for sentence in read_conllu(path)]
     try:
-        paragraphs = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        paragraphs = read_text(path).split("\n")
+    except (OSError, ValueError) as error:
         raise CorpusError(f"{path}: {reason(error)}") from error
     found = [words for line in paragraphs if not line.startswith(_HEADING) for words in _sentences_of(line.split())]
     if not found:

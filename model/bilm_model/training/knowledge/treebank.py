@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bilm_model.errors import reason
+from bilm_model.files import read_text
 from bilm_model.training.corpus import CorpusError
 
 _COLUMNS = 10
@@ -41,8 +42,9 @@ def read_conllu(path: Path) -> list[TaggedSentence]:
         CorpusError: if the file can't be read or holds no sentence, or naming its first bad line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: words may hold rarer line breaks
-    except (OSError, UnicodeDecodeError) as error:
+        # Not splitlines: words may hold rarer line breaks
+        lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    except (OSError, ValueError) as error:
         raise CorpusError(f"{path}: {reason(error)}") from error
     sentences: list[TaggedSentence] = []
     words: list[tuple[str, str]] = []
