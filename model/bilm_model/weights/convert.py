@@ -3,16 +3,25 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
-from bilm_model.config import to_options
+from torch import Tensor
+
+from bilm_model.config import BilmConfig, to_options
 from bilm_model.errors import ModelError, message
+from bilm_model.files import replaced
+from bilm_model.terminal import run_command
 from bilm_model.weights import hdf5, single_file
-from bilm_model.weights.loading import LoadedModel, load
+from bilm_model.weights.loading import HDF5_SUFFIXES, LoadedModel, load
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Converts a model; the form of OUTPUT says which way. Exit code 0, or 1 with the reason on standard error."""
+    """Convert a model; the form of OUTPUT says which way. Return 0, or 1 with the reason on standard error."""
+    return run_command("bilm-convert", partial(_main, argv))
+
+
+def _main(argv: list[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         model = load(arguments.input, arguments.options)
@@ -39,12 +48,11 @@ def convert(model: LoadedModel, output: Path, dtype: str, *, overwrite: bool = F
     if output.exists() and not overwrite:
         raise ModelError(f"{output}: exists already (--overwrite replaces it)")
     config, tensors = model.bilm.config, model.bilm.state_dict()
-    if output.suffix == ".safetensors":
-        # A conversion that breaks off must not leave half a model under the name of a whole one
-        draft = output.with_name(output.name + ".part")
-        version = single_file.write(draft, config, tensors, dtype)
-        draft.replace(output)
-        return version
+    if is_single_file(output):
+        with replaced(output) as draft:
+            return single_file.write(draft, config, tensors, dtype)
+    if output.suffix.lower() in HDF5_SUFFIXES:
+        raise ModelError(f"{output}: expected a name that ends in .safetensors, or a folder for published files")
     if dtype != "float32":
         raise ModelError(f"{output}: the published format is float32 only")
     if config.residual == "input_to_input":
@@ -52,12 +60,27 @@ def convert(model: LoadedModel, output: Path, dtype: str, *, overwrite: bool = F
             f"{output}: residual: expected 'published' or 'none', found {config.residual!r}: the published format has "
             "no word for it, and other tools would read another model; write a .safetensors file"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    draft = output / "weights.hdf5.part"
-    hdf5.write(draft, config, tensors)
-    draft.replace(output / "weights.hdf5")
-    (output / "options.json").write_text(json.dumps(to_options(config), indent=1) + "\n", encoding="utf-8")
+    _write_published(output, config, tensors)
     return model.version
+
+
+def is_single_file(output: Path) -> bool:
+    """Return whether an output's name says our single file; otherwise it is a folder of published files."""
+    return output.suffix.lower() == ".safetensors"
+
+
+def _write_published(folder: Path, config: BilmConfig, tensors: dict[str, Tensor]) -> None:
+    """Write both files before either appears: weights beside another model's options would be a third model."""
+    missing = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with replaced(folder / "weights.hdf5") as weights, replaced(folder / "options.json") as options:
+            hdf5.write(weights, config, tensors)
+            options.write_text(json.dumps(to_options(config), indent=1) + "\n", encoding="utf-8")
+    except BaseException:
+        if missing:
+            folder.rmdir()
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from torch import Tensor
 from bilm_model.bilm import Bilm
 from bilm_model.config import BilmConfig
 from bilm_model.errors import WeightsError
+from bilm_model.files import open_ordinary
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def read(path: Path, config: BilmConfig) -> dict[str, Tensor]:
     expected = Bilm.parameter_shapes(config)
     tensors = {}
     try:
-        with h5py.File(path, "r") as file:
+        # Given a name, HDF5 locks the file, which not every file system can
+        with open_ordinary(path) as raw, h5py.File(raw, "r") as file:
             _refuse_unknown_keys(_stored_keys(file, path, config), path, config)
             for key, name, axes in names(config):
                 shape = axes.stored_shape(_joined_shape(expected, name))
@@ -115,10 +117,18 @@ def write(path: Path, config: BilmConfig, tensors: dict[str, Tensor]) -> None:
 
     The file says nothing of how the layers are joined: other tools take that from the options, which have no word for
     the residual "input_to_input". `convert` refuses such a model.
+
+    Made in memory: a write that fails inside HDF5, on a full disk, ends the process by SIGSEGV.
+
+    Raises:
+        OSError: The file can't be written.
     """
-    with h5py.File(path, "w") as file:
+    with h5py.File(path, "w", driver="core", backing_store=False) as file:
         for key, name, axes in names(config):
             file[key] = axes.to_stored(_theirs(name, tensors)).float().contiguous().numpy()
+        file.flush()
+        image = file.id.get_file_image()
+    path.write_bytes(image)
 
 
 # W_0 holds the input's and the recurrent half of the gates, one above the other; ours are two matrices, because the

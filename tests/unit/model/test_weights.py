@@ -1,4 +1,5 @@
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -187,3 +188,92 @@ def test_what_does_not_exist(source: str) -> None:
 
 def test_random_weights_are_the_same_each_time() -> None:
     assert load("random:tiny").version == load("random:tiny").version
+
+
+# ---- names, forms and full disks ----
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("elmo_5.5B", "elmo_5.5B"), ("v1.hdf5", "v1.hdf5"), ("a.b.safetensors", "a.b"), ("half.SafeTensors", "half")],
+)
+def test_a_name_keeps_its_dots(golden: Path, single: Path, tmp_path: Path, source: str, name: str) -> None:
+    path = tmp_path / source
+    if source.lower().endswith(".safetensors"):
+        shutil.copy(single, path)
+    else:
+        shutil.copytree(golden, path)
+    assert load(str(path)).name == name
+
+
+def test_the_name_of_the_folder_one_is_in(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(golden)
+    assert load(".").name == golden.name
+
+
+@pytest.mark.parametrize("name", ["weights.HDF5", "weights.bin", "weights.safetensors"])
+def test_content_says_what_a_file_is(golden: Path, single: Path, tmp_path: Path, name: str) -> None:
+    weights = tmp_path / name
+    shutil.copy(golden / "weights.hdf5", weights)
+    assert load(str(weights), golden / "options.json").version == load(str(golden)).version
+    (ours := tmp_path / "model.h5").write_bytes(single.read_bytes())
+    assert load(str(ours)).version == load(str(single)).version
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("model.zip", b"PK\x03\x04" + bytes(100), "a zip archive"),
+        ("model.safetensors", b"PK\x03\x04" + bytes(100), "a zip archive"),
+        ("weights.HDF5", b"PK\x03\x04" + bytes(100), "a zip archive"),
+        ("model.safetensors.gz", b"\x1f\x8b" + bytes(100), "compressed by gzip"),
+        ("model.pt", b"\x80\x04" + bytes(100), "a pickle"),
+        ("model.json", b'{"lstm": {}}', "JSON"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
+        ("model.bin", b"something else", "of a form that isn't known"),
+        ("model", b"", "empty"),
+    ],
+)
+def test_what_is_no_model_is_named(tmp_path: Path, name: str, content: bytes, found: str) -> None:
+    (path := tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=f"{name}: .*{found}.*expected a .safetensors file, an HDF5") as refused:
+        load(str(path))
+    assert "\n" not in str(refused.value)
+
+
+def test_options_beside_what_has_its_own_are_refused(golden: Path, single: Path) -> None:
+    for source in (str(single), "random:tiny", ""):
+        with pytest.raises(WeightsError, match="--options goes with HDF5 weights only"):
+            load(source, golden / "options.json")
+    assert load(str(golden), golden / "options.json").version == load(str(golden)).version
+
+
+def test_published_files_are_not_named_as_one(single: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(single), str(tmp_path / "model.hdf5")]) == 1
+    assert "expected a name that ends in .safetensors, or a folder" in capsys.readouterr().err
+    assert not (tmp_path / "model.hdf5").exists()
+
+
+@pytest.mark.parametrize("name", ["copy.safetensors", "folder"])
+def test_a_conversion_without_room_leaves_nothing(
+    single: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = single.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 1, 100, size // 3, size - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            code = main([str(single), str(tmp_path / name)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert code == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert error.endswith(": File too large\n")
+        assert list(tmp_path.iterdir()) == [single]
+
+
+def test_options_may_begin_with_a_byte_order_mark(golden: Path, tmp_path: Path) -> None:
+    options = tmp_path / "options.json"
+    options.write_bytes(b"\xef\xbb\xbf" + (golden / "options.json").read_bytes())
+    assert load(str(golden / "weights.hdf5"), options).version == load(str(golden)).version
