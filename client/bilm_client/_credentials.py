@@ -6,7 +6,7 @@ from pathlib import Path
 
 import grpc
 
-from bilm_client._files import read_bytes, reason
+from bilm_client._files import check_readable, read_bytes, reason
 
 
 class CredentialsError(Exception):
@@ -61,6 +61,10 @@ def _read(path: Path) -> bytes:
 
 
 def _read_pem(path: Path) -> bytes:
+    try:
+        check_readable(path)  # of a pair, the TLS library opens the files itself: it would wait for a pipe
+    except ValueError as error:
+        raise CredentialsError(f"{path}: {error}") from error
     data = _read(path)
     # TLS libraries pass over a first line that begins so, and with it the first certificate
     if data.startswith(codecs.BOM_UTF8):

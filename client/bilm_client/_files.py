@@ -15,7 +15,6 @@ _OTHER_ENCODINGS = (  # UTF-32 first: its mark in little-endian order begins wit
     (codecs.BOM_UTF16_LE, "UTF-16, little-endian"),
     (codecs.BOM_UTF16_BE, "UTF-16, big-endian"),
 )
-_MARK_BYTES = 4
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
+from bilm_model.files import decode_text
+
 from bilm_server.errors import Reason, RefusalError
 from bilm_server.reloading import ReloadedFiles, warn_if_open_to_others
 
@@ -140,9 +142,11 @@ def _read_tokens(path: Path, content: bytes) -> Sequence[_Token]:
 
 def _text(path: Path, content: bytes) -> str:
     try:
-        return content.decode("utf-8")
+        return decode_text(content)
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8") from None  # the error itself would quote what is there
+    except ValueError as error:  # of another encoding's byte order mark
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_line(words: Sequence[str], place: str) -> _Token:

@@ -2,17 +2,20 @@
 
 import argparse
 import os
+import tomllib
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from bilm_model.errors import reason
+from bilm_model.files import read_text
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from bilm_server.callers import CallerSettings
@@ -24,6 +27,10 @@ MAX_REQUEST_BYTES = 4 * 2**20
 """Largest request message; parsing holds the event loop, so it is not for the user to raise."""
 MAX_RESPONSE_BYTES = 16 * 2**20
 """Largest response message, likewise."""
+
+
+MODEL_NAME = "([A-Za-z0-9._-]{1,64})"
+"""What a model can be called, as a regular expression: the name stands in metrics, health and the access log."""
 
 
 class ConfigurationError(Exception):
@@ -51,7 +58,11 @@ class ServerConfig(BaseSettings):
         "random:tiny|small|medium|original for tests; empty: the model that ships",
     )
     options: Path | None = Field(None, description="the options.json that goes with a .hdf5 file")
-    served_model_name: str = Field("", description="name that requests may give; empty: of the file or folder")
+    served_model_name: str = Field(
+        "",
+        pattern=f"^{MODEL_NAME}?$",
+        description="name that requests may give: letters, digits, . _ -, at most 64; empty: of the file or folder",
+    )
     listen: str = Field("127.0.0.1:50051", description="HOST:PORT (port 0: any free one) or unix:PATH")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -256,7 +267,7 @@ def load_config(argv: list[str]) -> ServerConfig:
         ConfigurationError: listing every bad value.
         SystemExit: for --help, or a flag that doesn't exist.
     """
-    toml_file = _toml_file(argv)
+    toml = _toml(argv)
 
     class _Sources(ServerConfig):
         @classmethod
@@ -268,28 +279,27 @@ def load_config(argv: list[str]) -> ServerConfig:
             *_unused: Any,
             **_also_unused: Any,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            toml = [TomlConfigSettingsSource(settings_cls, toml_file)] if toml_file else []
-            return (env_settings, *toml)
+            return (env_settings, InitSettingsSource(settings_cls, toml))
 
     try:
         return _Sources(_cli_parse_args=argv)
-    except (SettingsError, ValueError) as error:  # a TOML file that doesn't parse is a ValueError, and so is …
-        if isinstance(error, ValidationError):  # … this, which lists
-            lines = [f"{_name(item['loc'])}{item['msg']} (found {item['input']!r})" for item in error.errors()]
-            raise ConfigurationError("\n".join(line.replace("Value error, ", "") for line in lines)) from error
-        raise ConfigurationError(f"{toml_file or 'environment'}: {error}") from error
+    except ValidationError as error:
+        lines = [f"{_name(item['loc'])}{item['msg']} (found {item['input']!r})" for item in error.errors()]
+        raise ConfigurationError("\n".join(line.replace("Value error, ", "") for line in lines)) from error
+    except (SettingsError, ValueError) as error:
+        raise ConfigurationError(f"environment: {error}") from error
 
 
-def _toml_file(argv: list[str]) -> Path | None:
+def _toml(argv: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default=os.environ.get("BILM_CONFIG"))
     name = parser.parse_known_args(argv)[0].config
     if name is None:
-        return None
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigurationError(f"config: no such file: {path}")
-    return path
+        return {}
+    try:
+        return tomllib.loads(read_text(Path(name)))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"config: {name}: {reason(error)}") from error
 
 
 def _name(place: tuple[int | str, ...]) -> str:

@@ -248,7 +248,9 @@ def configure_logs(
     formatter = _JsonFormatter() if style == "json" else _TextFormatter(_TEXT)
     test_descriptor, test_handler = None, None
     if test_log is not None:
-        test_descriptor = os.open(test_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+        # A named pipe without a reader is an error, then, instead of a start that waits for one
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+        test_descriptor = os.open(test_log, flags, 0o640)
         test_handler = _LineHandler(test_descriptor, formatter)
         test_handler.writer.start()
         _test_log.addHandler(test_handler)

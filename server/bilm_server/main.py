@@ -7,8 +7,10 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 
-from bilm_model.errors import ModelError
+from bilm_model.errors import ModelError, reason
+from bilm_model.terminal import run_command
 
 from bilm_server.alerts import AlertHandler
 from bilm_server.config import ConfigurationError, ServerConfig, load_config
@@ -34,16 +36,20 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0 after SIGTERM or SIGINT, 1 if it couldn't start, 2 for a bad configuration, 3 if the engine was lost.
     """
+    return run_command("bilm-serve", partial(_main, sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
     try:
-        config = load_config(sys.argv[1:] if argv is None else argv)
+        config = load_config(argv)
     except ConfigurationError as error:
         for line in str(error).splitlines():
             print(f"bilm-serve: {line}", file=sys.stderr)
         return 2
     try:
         logs = configure_logs(config.log_level, config.log_format, parse_levels(config.loggers), config.test_log)
-    except OSError as error:
-        print(f"bilm-serve: test_log: {error.filename}: {error.strerror}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"bilm-serve: test_log: {config.test_log}: {reason(error)}", file=sys.stderr)
         return 2
     return _serve(config, logs)
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from bilm_model.files import open_ordinary
+
 from bilm_server.config import ConfigurationError
 
 T = TypeVar("T")
@@ -71,7 +73,7 @@ class ReloadedFiles(Generic[T]):
         stamps = tuple(map(_stamp, self._paths))
         if self._value is not None and stamps == self._stamps:
             return self._value
-        contents = [path.read_bytes() for path in self._paths]
+        contents = [_read(path) for path in self._paths]
         digests = tuple(hashlib.sha256(content).digest() for content in contents)
         if self._value is None or digests != self._digests:
             again = self._value is not None
@@ -99,6 +101,11 @@ def warn_if_open_to_others(path: Path, log: logging.Logger) -> None:
     mode = path.stat().st_mode
     if mode & _OTHERS:
         log.warning("%s can be read or written by every user of this machine (mode %03o)", path, stat.S_IMODE(mode))
+
+
+def _read(path: Path) -> bytes:
+    with open_ordinary(path) as file:
+        return file.read()
 
 
 def _stamp(path: Path) -> _Stamp:

@@ -1,5 +1,7 @@
 """The model as the service sees it: loaded, on its device, with its tokenizer."""
 
+import logging
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,6 +15,8 @@ from bilm_model.weights.loading import load
 
 from bilm_server.config import ServerConfig
 from bilm_server.tokenizer import Tokenizer, new_tokenizer
+
+_log = logging.getLogger("bilm_server.main")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def _load(config: ServerConfig, bfloat16: ProductPath | None) -> ServedModel:
     loaded = load(config.model, config.options)
     bilm = loaded.bilm
     return ServedModel(
-        name=config.served_model_name or loaded.name,
+        name=config.served_model_name or _fitting_name(loaded.name),
         version=loaded.version,
         config=bilm.config,
         parameter_count=bilm.parameter_count,
@@ -75,6 +79,14 @@ def _load(config: ServerConfig, bfloat16: ProductPath | None) -> ServedModel:
         tokenizer=new_tokenizer(config.tokenizer, config.tokenizer_language),
         states=StateCodec(bilm.config, loaded.version),
     )
+
+
+def _fitting_name(name: str) -> str:
+    """Return the name of a file or folder as one that a model can have; the log says where the two differ."""
+    fitting = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:64] or "model"
+    if fitting != name:
+        _log.warning("model name %r has characters that a name can't have, or too many: served as %r", name, fitting)
+    return fitting
 
 
 def _engine_options(config: ServerConfig, precision: Precision, bfloat16: ProductPath | None) -> EngineOptions:

@@ -1,5 +1,6 @@
 """TLS for the server's port: certificate, key and, for mutual TLS, whose certificates callers must have."""
 
+import codecs
 import logging
 import re
 import ssl
@@ -56,6 +57,10 @@ def server_credentials(certificate: Path, key: Path, client_ca: Path | None = No
 
 def _configuration(paths: Sequence[Path], contents: Sequence[bytes]) -> grpc.ServerCertificateConfiguration:
     certificate, key, *client_ca = paths
+    for path, content in zip(paths, contents, strict=True):
+        # TLS libraries pass over a first line that begins so, and with it the first certificate
+        if content.startswith(codecs.BOM_UTF8):
+            raise ValueError(f"{path}: begins with a byte order mark, expected PEM without one")
     _check_pair(certificate, key)
     _check_key_type(certificate, contents[0])
     for path, content in zip(client_ca, contents[2:], strict=True):

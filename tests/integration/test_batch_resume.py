@@ -171,28 +171,22 @@ OLD_TEXT = "A first line .\nand\xa0a second one\r\nthe third\n".encode()
 OLD_FLAGS = ("--layers", "top", "--pool", "mean", "--resume")
 
 
-def test_a_journal_of_version_0_1_is_resumed(
-    start: Start, text: Path, output: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("plain", OLD_TEXT, "precision"),
+        ("marked", b"\xef\xbb\xbfA first line .\nthe second\n", "byte_order_mark, precision"),
+    ],
+)
+def test_a_journal_of_version_0_1_is_refused_with_one_line(  # noqa: PLR0917 - fixtures
+    start: Start, text: Path, output: Path, name: str, content: bytes, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text.write_bytes(OLD_TEXT)
-    shutil.copy(JOURNALS / "0.1-plain.journal", journal_of(output))
-    server = start("--model", OLD_MODEL)
-    assert embed(server.target, text, output, *OLD_FLAGS) == 0
-    assert "3 of them by an earlier run" in capsys.readouterr().out
-    anew = output.with_name("anew.hdf5")
-    assert embed(server.target, text, anew, *OLD_FLAGS) == 0
-    assert_same(datasets(output), datasets(anew), 1e-5)
-
-
-def test_a_journal_of_version_0_1_whose_text_has_a_byte_order_mark_is_refused(
-    start: Start, text: Path, output: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text.write_bytes(b"\xef\xbb\xbfA first line .\nthe second\n")
-    shutil.copy(JOURNALS / "0.1-marked.journal", journal_of(output))
+    text.write_bytes(content)
+    shutil.copy(JOURNALS / f"0.1-{name}.journal", journal_of(output))
     assert embed(start("--model", OLD_MODEL).target, text, output, *OLD_FLAGS) == REFUSED
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
-    assert "made with another byte_order_mark" in errors[0]
+    assert f"made with another {what}" in errors[0]
 
 
 # ---- the client goes ----

@@ -55,8 +55,8 @@ def read_run(path: Path) -> dict[str, Any] | None:
             with np.load(path) as file:
                 text = str(file[RUN_KEY]) if RUN_KEY in file else None
         else:
-            # No lock: this program never writes into a whole output, and not every file system has locks
-            with h5py.File(path, "r", locking=False) as file:
+            # Given a name, HDF5 locks the file, which not every file system can
+            with path.open("rb") as raw, h5py.File(raw, "r") as file:
                 text = file.attrs.get(RUN_KEY)
         return None if text is None else dict(json.loads(text))
     except (

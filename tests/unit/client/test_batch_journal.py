@@ -1,14 +1,11 @@
 """The journal: what a kill at any moment, a crash of the machine or a second run may do to it."""
 
-import errno
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bilm_client._choices import UsageError
-from bilm_client._files import lock
 from bilm_client.batch.journal import Journal, JournalBusyError, Record
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,21 +158,3 @@ def test_a_journal_that_goes_while_it_is_being_opened_is_refused(path: Path, mon
     monkeypatch.setattr(fcntl, "flock", slow_lock)
     with pytest.raises(JournalBusyError):
         Journal.reopen(path)
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524])
-def test_a_file_system_without_locks_is_no_reason_to_refuse(path: Path, number: int) -> None:
-    def flock(file: object, operation: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    with path.open("wb") as file:
-        assert not lock(file, flock)
-
-
-@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES])
-def test_a_lock_that_another_process_holds_is(path: Path, number: int) -> None:
-    def flock(file: object, operation: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    with path.open("wb") as file, pytest.raises(BlockingIOError):
-        lock(file, flock)

@@ -157,6 +157,11 @@ def test_bad_files_at_the_start(lines: list[str], message: str, tmp_path: Path) 
     assert OLD not in str(error.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
+    (path := tmp_path / "tokens").write_bytes(b"\xef\xbb\xbf" + f"team {'a' * 32}\r\n".encode())
+    assert name_of(authenticator(path), "a" * 32) == "team"
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="nowhere: No such file"):
         authenticator(tmp_path / "nowhere")

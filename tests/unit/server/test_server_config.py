@@ -1,8 +1,10 @@
+import shutil
 from pathlib import Path
 
 import pytest
 from bilm_server.config import ConfigurationError, ServerConfig, load_config
 from bilm_server.main import main
+from bilm_server.served_model import load_served_model
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,7 @@ def test_every_error_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--listen", f"unix:/{'s' * 107}"], "a Unix socket's path may have 107 bytes"),
         (["--listen", "unix-abstract:50051"], "abstract sockets are not supported"),
         (["--listen", "h:70000"], "expected HOST:PORT"),
-        (["--config", "/nowhere.toml"], "no such file"),
+        (["--config", "/nowhere.toml"], "config: /nowhere.toml: No such file"),
     ],
 )
 def test_what_does_not_go_together(flags: list[str], message: str) -> None:
@@ -76,3 +78,28 @@ def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     file.write_text("threads = = 1")
     with pytest.raises(ConfigurationError, match="bilm.toml"):
         load_config(["--config", str(file)])
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "bilm.toml"
+    file.write_bytes(b"\xef\xbb\xbfthreads = 3\r\n")
+    assert load_config(["--config", str(file)]).threads == 3
+    file.write_bytes("threads = 3".encode("utf-16"))
+    with pytest.raises(ConfigurationError, match="config: .*: the text is UTF-16, little-endian, expected UTF-8"):
+        load_config(["--config", str(file)])
+
+
+@pytest.mark.parametrize("name", ["a b", "größe", "a" * 65, "org/model"])
+def test_a_name_that_a_model_cannot_have(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="served_model_name: "):
+        load_config(["--served-model-name", name])
+    assert load_config(["--served-model-name", "elmo_5.5B-v1"]).served_model_name == "elmo_5.5B-v1"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("elmo_5.5B", "elmo_5.5B"), ("mein modell", "mein-modell"), ("a" * 70, "a" * 64)]
+)
+def test_a_model_is_served_under_the_name_of_its_folder(tmp_path: Path, folder: str, name: str) -> None:
+    golden = Path(__file__).parents[2] / "data" / "golden" / "relu-2highway"
+    shutil.copytree(golden, tmp_path / folder)
+    assert load_served_model(load_config(["--model", str(tmp_path / folder)])).name == name
