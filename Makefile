@@ -1,9 +1,11 @@
 # On a machine with Python (3.11 or later), pip and make, each of these works by itself:
 #   make demo     serve the model that ships, embed a sample, show what came out
-#   make test     everything CI runs
-# PYTHON names the interpreter; pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, …) say where packages come from.
+#   make test     everything CI runs; `make check` and `make tests` are its halves
+# WORKERS says how many processes run the tests. PYTHON names the interpreter; pip's own variables (PIP_INDEX_URL,
+# PIP_FIND_LINKS, …) say where packages come from.
 
 PYTHON ?= python3
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
@@ -19,7 +21,7 @@ RUN ?= runs/wikitext2-mini
 # Tests have limits of their own (tests/support/time_limits.py); this one is for what comes before and after them.
 LIMITED := timeout --foreground --kill-after=30
 
-.PHONY: demo serve test test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-full bench-training bench-page train clean
+.PHONY: demo serve test tests test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-full bench-training bench-page train clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -27,8 +29,14 @@ demo: $(VENV)/.demo
 serve: $(VENV)/.demo
 	$(BIN)/bilm-serve $(ARGS)
 
-test: check
-	$(LIMITED) 60m $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
+# side by side, because half of `check` keeps one core busy only
+test: $(VENV)/.dev $(PROTO_VENV)/.installed
+	+$(MAKE) --no-print-directory --jobs 2 check tests
+
+# Three workers on two cores: one of them usually waits for a server, a time-out or a network. In the order of the
+# folders: the files of `fault` and `integration` take longest, and none of them should be left to one worker at the end.
+tests: $(VENV)/.dev
+	$(LIMITED) 60m $(BIN)/pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev
 	$(LIMITED) 4h $(BIN)/pytest -m slow
