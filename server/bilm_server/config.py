@@ -110,7 +110,7 @@ class ServerConfig(BaseSettings):
         300.0, gt=0, description="seconds after which a connection is asked to be opened anew, so that load spreads"
     )
     stream_stall_s: float = Field(
-        60.0, gt=0, description="seconds that a stream waits for its caller to read a result; then it is ended"
+        20.0, gt=0, description="seconds that a stream waits for its caller to read a result; then it is ended"
     )
 
     tls_cert: Path | None = Field(None, description="PEM file with the server's certificate chain; turns TLS on")

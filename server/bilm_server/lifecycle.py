@@ -30,6 +30,7 @@ from bilm_server.parts import Parts
 from bilm_server.ready_port import ReadyPort
 from bilm_server.served_model import ServedModel
 from bilm_server.service import EmbedService
+from bilm_server.stream_room import StreamRoom
 from bilm_server.watchdog import Watchdog
 
 SERVICE_NAME = embed_pb2.DESCRIPTOR.services_by_name["EmbedService"].full_name
@@ -190,7 +191,7 @@ def _parts(config: ServerConfig, model: ServedModel, monitoring: Monitoring) -> 
         inference=InferenceThread(ModelCompute(model.engine), monitoring.on_round),
         conversions=Conversions(),
         admission=Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB),
-        stream_admission=Admission(config.max_stream_tokens, config.max_stream_mib * _MIB),
+        stream_admission=StreamRoom(config.max_stream_tokens, config.max_stream_mib * _MIB),
         caller_limits=CallerLimits(config.caller_tokens_per_s, config.caller_max_calls, config.max_tokens_per_request),
     )
 

@@ -20,6 +20,7 @@ from bilm_server.metrics_http import MetricsExporter
 from bilm_server.parts import Parts
 from bilm_server.resources import Gpu, find_gpu
 from bilm_server.served_model import ServedModel
+from bilm_server.stream_room import StreamRoom
 from bilm_server.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _labels(model: ServedModel) -> dict[str, str]:
     }
 
 
-def _taken(admission: Admission) -> Taken:
+def _taken(admission: Admission | StreamRoom) -> Taken:
     return Taken(admission.used, admission.capacity)
 
 

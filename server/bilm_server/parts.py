@@ -9,6 +9,7 @@ from bilm_server.conversions import Conversions
 from bilm_server.inference import InferenceThread
 from bilm_server.requests import SentenceLimits
 from bilm_server.served_model import ServedModel
+from bilm_server.stream_room import StreamRoom
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,7 @@ class Parts:
     inference: InferenceThread
     conversions: Conversions
     admission: Admission
-    stream_admission: Admission
+    stream_admission: StreamRoom
     caller_limits: CallerLimits
 
     @property

@@ -24,6 +24,7 @@ class StreamSession:
         self._parts, self._call, self._write = parts, call, write
         self._writing = asyncio.Lock()  # grpc takes one message at a time
         self._room = asyncio.Semaphore(parts.config.max_stream_items_in_flight)
+        self._share = parts.stream_admission.share()
         self._ids: set[int] = set()
         self._n_items = 0
         self._carried: State | None = None
@@ -90,7 +91,7 @@ class StreamSession:
         task.add_done_callback(lambda _: self._make_room(cost))
 
     def _make_room(self, cost: Cost) -> None:
-        self._parts.stream_admission.release(cost)
+        self._share.release(cost)
         self._room.release()
 
     async def _answer(self, item_id: int, sentence: PreparedSentence, wanted: Wanted) -> None:
@@ -111,7 +112,7 @@ class StreamSession:
                 outcome = await self._compute_carrying(sentence, wanted)
                 await self._write_rows(item.id, sentence, outcome, wanted)
             finally:
-                self._parts.stream_admission.release(cost)
+                self._share.release(cost)
         except RefusalError as error:
             await self._fail(item.id, error)
         self._room.release()
@@ -133,7 +134,7 @@ class StreamSession:
         cost = Cost(len(sentence.tokens), sentence.answer_bytes(wanted, parts.model))
         # The caller's own limit first: whoever waits for it holds no room that others could use
         await parts.caller_limits.acquire(current_call().caller, cost.tokens)
-        await parts.stream_admission.acquire(cost)
+        await self._share.acquire(cost)
         return sentence, cost
 
     async def _write_rows(self, item_id: int, sentence: PreparedSentence, outcome: Outcome, wanted: Wanted) -> None:
