@@ -1,5 +1,3 @@
-import asyncio
-
 import pytest
 from bilm_server.admission import Admission, Cost
 from bilm_server.errors import Reason, RefusalError
@@ -19,57 +17,6 @@ def test_room_comes_back() -> None:
     admission.take(Cost(10, 0), 250)
     admission.release(Cost(10, 100))  # … and sent
     assert admission.used == Cost(0, 0)
-
-
-async def test_waiting_is_first_come_first_served() -> None:
-    admission = Admission(10, 100)
-    await admission.acquire(Cost(8, 0))
-    order: list[str] = []
-
-    async def enter(name: str, tokens: int) -> None:
-        await admission.acquire(Cost(tokens, 0))
-        order.append(name)
-
-    large = asyncio.create_task(enter("large", 9))
-    small = asyncio.create_task(enter("small", 1))
-    await asyncio.sleep(0)
-    assert order == []  # the small one would fit, but it came later
-    with pytest.raises(RefusalError):
-        admission.take(Cost(1, 0), 1)  # and nobody else slips in either
-    admission.release(Cost(8, 0))
-    await asyncio.gather(large, small)
-    assert order == ["large", "small"]
-
-
-async def test_who_gives_up_while_waiting_takes_no_room_and_holds_up_nobody() -> None:
-    admission = Admission(10, 100)
-    await admission.acquire(Cost(8, 0))
-    large = asyncio.create_task(admission.acquire(Cost(9, 0)))
-    small = asyncio.create_task(admission.acquire(Cost(1, 0)))
-    await asyncio.sleep(0)
-    large.cancel()
-    await small
-    assert admission.used == Cost(9, 0)
-    with pytest.raises(asyncio.CancelledError):
-        await large
-
-
-async def test_who_gives_up_at_the_moment_of_being_let_in_gives_the_room_back() -> None:
-    admission = Admission(10, 100)
-    await admission.acquire(Cost(10, 0))
-    waiting = asyncio.create_task(admission.acquire(Cost(5, 0)))
-    await asyncio.sleep(0)
-    admission.release(Cost(10, 0))
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    assert admission.used == Cost(0, 0)
-
-
-async def test_what_never_fits_is_refused_for_good() -> None:
-    with pytest.raises(RefusalError) as refusal:
-        await Admission(10, 100).acquire(Cost(1, 101))
-    assert ("grpc-retry-pushback-ms", "-1") in refusal.value.trailing_metadata()
 
 
 def test_a_reservation_follows_the_cost_and_ends_once() -> None:
@@ -108,13 +55,3 @@ def test_what_has_been_released_takes_nothing_again() -> None:
     room.release()
     room.resize(Cost(5, 5), 250)
     assert admission.used == Cost(0, 0)
-
-
-async def test_a_reservation_that_shrinks_lets_others_in() -> None:
-    admission = Admission(10, 100)
-    room = admission.reserve(Cost(10, 0), 250)
-    waiting = asyncio.create_task(admission.acquire(Cost(5, 0)))
-    await asyncio.sleep(0)
-    room.shrink(Cost(5, 0))
-    await waiting
-    assert admission.used == Cost(10, 0)
