@@ -95,15 +95,45 @@ class FusedCell:
 
 
 @functools.cache
-def cell_arithmetic(device_type: str, dtype: torch.dtype) -> CellArithmetic:
-    """The fastest that works for tensors of this kind."""
+def cell_arithmetic(
+    device_type: str, dtype: torch.dtype, new_fused: Callable[[], CellArithmetic] = FusedCell
+) -> CellArithmetic:
+    """Return the fastest arithmetic that works for tensors of this kind.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        dtype: of the tensors.
+        new_fused: makes the arithmetic that is tried first.
+    """
     if device_type != "cpu" or dtype != torch.float32:
         return TorchCell()
     try:
-        return FusedCell()
-    except (ImportError, OSError) as error:
-        _log.warning("the fused kernels are not to be had, training is slower: %s", error)
+        fused = new_fused()
+        _compare(fused)
+    except Exception as error:  # whatever keeps a kernel from being compiled or from computing what it should
+        _log.warning("fused kernels unavailable, training falls back to torch and is slower: %s", error)
         return TorchCell()
+    return fused
+
+
+def _compare(fused: CellArithmetic) -> None:
+    """Try a tick forward and backward on a few numbers.
+
+    Raises:
+        RuntimeError: if it gives other numbers than torch does.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(2, width, generator=generator) for width in (160, 160, 40, 40, 40)]
+    made = []
+    for cell in (fused, TorchCell()):
+        gates, recurrent, c_before, dm, dc = (tensor.clone() for tensor in drawn)
+        c, m = torch.empty_like(c_before), torch.empty_like(c_before)
+        cell.forward(gates, recurrent, c_before, c, m, clip=1.0)
+        cell.backward(gates, c_before, c, dm, dc, clip=1.0)
+        made.append(torch.cat([gates, c, m, dc], dim=1))
+    found, expected = made
+    if not torch.allclose(found, expected, atol=1e-5):
+        raise RuntimeError("they don't compute what they should")
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Machines without bfloat16 products, which no product of such factors may reach."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def test_the_reference_network_computes_in_bfloat16() -> None:
     assert found.dtype == torch.float32
     assert torch.cosine_similarity(found, exact, dim=-1).min() > 0.999
     assert not torch.equal(found, exact)
+
+
+def test_the_engine_works_without_the_kernel_for_few_rows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = layers(None, "float32")
+    monkeypatch.setitem(sys.modules, "bilm_model.engine.recurrence", None)  # an import of it fails
+    engine = Engine(random_bilm(SIZES["tiny"]), CPU)
+    assert engine.paths["recurrence"] == "products"
+    assert "one kernel for few rows unavailable" in caplog.text
+    assert torch.equal(engine.run([Sentence(TOKENS)])[0].layers, expected)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

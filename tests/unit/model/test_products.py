@@ -92,6 +92,18 @@ def test_operators_that_compute_something_else_do_not_work() -> None:
     assert not packed_works(torch.float32, Wrong)
 
 
+def test_operators_that_round_the_factors_of_large_products_do_not_work(caplog: pytest.LogCaptureFixture) -> None:
+    """As ONEDNN_DEFAULT_FPMATH_MODE=BF16 has it."""
+
+    class FastMath(PlainProduct):
+        def __call__(self, x: Tensor) -> Tensor:
+            return super().__call__(x.bfloat16().float() if len(x) > 16 else x)
+
+    assert packed_works(torch.float32, PlainProduct)
+    assert not packed_works(torch.float32, FastMath)
+    assert "prepacked float32 products not used" in caplog.text
+
+
 def test_a_product_that_rounds_a_row_by_the_number_of_rows_is_found_out_and_put_into_blocks() -> None:
     class Unsteady(PlainProduct):
         def __call__(self, x: Tensor) -> Tensor:

@@ -136,6 +136,19 @@ def test_the_fused_kernels_are_in_use_where_they_can_be() -> None:
     assert isinstance(cell_arithmetic("cuda", torch.float32), TorchCell)
 
 
+def test_training_goes_on_without_fused_kernels_whatever_is_wrong_with_them(caplog: pytest.LogCaptureFixture) -> None:
+    class Wrong(FusedCell):
+        def forward(self, *tensors: Tensor, clip: float) -> None:
+            super().forward(*tensors, clip=2 * clip)
+
+    def broken() -> CellArithmetic:
+        raise RuntimeError("LLVM can't select an instruction")
+
+    for new, reason in ((broken, "can't select"), (Wrong, "don't compute what they should")):
+        assert isinstance(cell_arithmetic("cpu", torch.float32, new), TorchCell)
+        assert reason in caplog.text
+
+
 def tick(cell: CellArithmetic, n_rows: int, n_cells: int, scale: float, dtype: torch.dtype) -> list[Tensor]:
     """Forward and backward from the same numbers; everything that is written."""
     generator = torch.Generator().manual_seed(4)
