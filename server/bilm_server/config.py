@@ -52,6 +52,9 @@ class ServerConfig(BaseSettings):
     )
 
     config: Path | None = Field(None, description="TOML file with any of these choices, named as the flags with _")
+    check_config: bool = Field(
+        False, description="check the configuration and all that it names, show what memory it takes, and end"
+    )
     model: str = Field(
         "",
         description="a .safetensors file, a folder with options.json and weights.hdf5, a .hdf5 file with --options, or "

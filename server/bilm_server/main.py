@@ -13,6 +13,7 @@ from bilm_model.errors import ModelError, reason
 from bilm_model.terminal import run_command
 
 from bilm_server.alerts import AlertHandler
+from bilm_server.checking import check
 from bilm_server.config import ConfigurationError, ServerConfig, load_config
 from bilm_server.lifecycle import Server
 from bilm_server.listening import BindError
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the server.
 
     Returns:
-        0 after SIGTERM or SIGINT, 1 if it couldn't start, 2 for a bad configuration, 3 if the engine was lost.
+        0 after SIGTERM or SIGINT, or if --check-config found nothing wrong; 1 if it couldn't start, 2 for a bad
+        configuration, 3 if the engine was lost.
     """
     return run_command("bilm-serve", partial(_main, sys.argv[1:] if argv is None else argv))
 
@@ -46,12 +48,23 @@ def _main(argv: list[str]) -> int:
         for line in str(error).splitlines():
             print(f"bilm-serve: {line}", file=sys.stderr)
         return 2
+    if config.check_config:
+        return _check(config)
     try:
         logs = configure_logs(config.log_level, config.log_format, parse_levels(config.loggers), config.test_log)
     except (OSError, ValueError) as error:
         print(f"bilm-serve: test_log: {config.test_log}: {reason(error)}", file=sys.stderr)
         return 2
     return _serve(config, logs)
+
+
+def _check(config: ServerConfig) -> int:
+    errors, lines = check(config)
+    for line in errors:
+        print(f"bilm-serve: {line}", file=sys.stderr)
+    for line in lines:
+        print(line)
+    return 2 if errors else 0
 
 
 def _serve(config: ServerConfig, logs: Logs) -> int:

@@ -70,18 +70,18 @@ def _load(config: ServerConfig, bfloat16: ProductPath | None) -> ServedModel:
     loaded = load(config.model, config.options)
     bilm = loaded.bilm
     return ServedModel(
-        name=config.served_model_name or _fitting_name(loaded.name),
+        name=config.served_model_name or fitting_name(loaded.name),
         version=loaded.version,
         config=bilm.config,
         parameter_count=bilm.parameter_count,
         precision=precision,
-        engine=Engine(bilm, device, _engine_options(config, precision, bfloat16)),
+        engine=Engine(bilm, device, engine_options(config, precision, bfloat16)),
         tokenizer=new_tokenizer(config.tokenizer, config.tokenizer_language),
         states=StateCodec(bilm.config, loaded.version),
     )
 
 
-def _fitting_name(name: str) -> str:
+def fitting_name(name: str) -> str:
     """Return the name of a file or folder as one that a model can have; the log says where the two differ."""
     fitting = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:64] or "model"
     if fitting != name:
@@ -89,7 +89,16 @@ def _fitting_name(name: str) -> str:
     return fitting
 
 
-def _engine_options(config: ServerConfig, precision: Precision, bfloat16: ProductPath | None) -> EngineOptions:
+def engine_options(
+    config: ServerConfig, precision: Precision = "float32", bfloat16: ProductPath | None = None
+) -> EngineOptions:
+    """Return the engine's settings.
+
+    Args:
+        config: the server's.
+        precision: in which its products are computed.
+        bfloat16: how those in bfloat16 are.
+    """
     return EngineOptions(
         precision=precision,
         products=bfloat16 if precision == "bfloat16" else None,

@@ -8,7 +8,7 @@ Legend: L layers with the token layer, T tokens, D width, P projection, C cells.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bilm_model.bilm import Bilm
 from bilm_model.characters import bytes_ids, check_ids, with_boundaries
+from bilm_model.config import BilmConfig
 from bilm_model.engine.backend import Backend, Memory
 from bilm_model.engine.cpu import CpuBackend
 from bilm_model.engine.plan import Indices, Round, Row, ticks_of_round
@@ -61,6 +62,30 @@ class EngineOptions:
     token_cache_mib: int = 64
     input_cache_mib: int | None = None
     products: ProductPath | None = None
+
+    def resolved(self, device: torch.device) -> "EngineOptions":
+        """Return these options with what is None replaced by what it means on a device."""
+        on_gpu = device.type == "cuda"
+        input_cache_mib = 0 if on_gpu else _INPUT_CACHE_MIB_ON_A_CPU
+        return replace(
+            self,
+            max_rows=self.max_rows or (_ROWS_ON_A_GPU if on_gpu else _ROWS_ON_A_CPU),
+            input_cache_mib=input_cache_mib if self.input_cache_mib is None else self.input_cache_mib,
+        )
+
+    def n_cached(self, config: BilmConfig) -> int:
+        """Return how many vectors of tokens are kept that no sentence in flight has."""
+        return self.token_cache_mib * _MIB // (4 * config.projection_dim)
+
+    def memory(self, config: BilmConfig, device: torch.device) -> Memory:
+        """Allocate what outlives a round; on the device "meta" there are shapes only."""
+        n_rows = self.max_rows or 0
+        return Memory.of(config, device, n_rows, self.max_tokens, self.max_tokens + self.n_cached(config))
+
+    def memory_bytes(self, config: BilmConfig, device: torch.device) -> int:
+        """Return how much that is on a device, without allocating it."""
+        memory = self.resolved(device).memory(config, torch.device("meta"))
+        return sum(tensor.nbytes for tensor in (memory.vectors, memory.outputs, memory.h, memory.c))
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,18 +195,15 @@ class Engine:
             ConfigError: if a cache is too small to be of use.
         """
         self._device, self._config = device, bilm.config
-        on_gpu = device.type == "cuda"
-        self.max_rows = options.max_rows or (_ROWS_ON_A_GPU if on_gpu else _ROWS_ON_A_CPU)
-        self.max_tokens = options.max_tokens
-        input_cache_mib = options.input_cache_mib
-        if input_cache_mib is None:
-            input_cache_mib = 0 if on_gpu else _INPUT_CACHE_MIB_ON_A_CPU
+        options = options.resolved(device)
+        assert options.max_rows is not None  # noqa: S101 - resolved
+        assert options.input_cache_mib is not None  # noqa: S101 - resolved
+        self.max_rows, self.max_tokens = options.max_rows, options.max_tokens
         if options.precision == "bfloat16":
             bilm.to_bfloat16_products()
-        vector_bytes = 4 * bilm.config.projection_dim
-        self._n_cached = options.token_cache_mib * _MIB // vector_bytes
-        memory = Memory.of(bilm.config, device, self.max_rows, self.max_tokens, self.max_tokens + self._n_cached)
-        self._backend = _new_backend(bilm, memory, self.max_rows, input_cache_mib * _MIB, options.products)
+        self._n_cached = options.n_cached(bilm.config)
+        memory = options.memory(bilm.config, device)
+        self._backend = _new_backend(bilm, memory, self.max_rows, options.input_cache_mib * _MIB, options.products)
         self._known: Tensor | None = None
         self.stats = EngineStats()
         self._counters = self.stats

@@ -6,6 +6,7 @@ called 'carry' is the one that lets the *transformed* value through, that is, th
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,18 +99,22 @@ def read(path: Path, config: BilmConfig) -> dict[str, Tensor]:
         WeightsError: if the file can't be read, a key is missing or unknown, has another shape than the options
             demand, or holds values that are not finite numbers.
     """
-    expected = Bilm.parameter_shapes(config)
     tensors = {}
-    try:
-        # Given a name, HDF5 locks the file, which not every file system can
-        with open_ordinary(path) as raw, h5py.File(raw, "r") as file:
-            _refuse_unknown_keys(_stored_keys(file, path, config), path, config)
-            for key, name, axes in names(config):
-                shape = axes.stored_shape(_joined_shape(expected, name))
-                tensors.update(_ours(name, axes.from_stored(_read_dataset(file, path, key, shape)), config))
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, OverflowError) as error:  # h5py's, for damage
-        raise WeightsError(f"{path}: not a readable HDF5 file: {error}") from error
+    with _datasets(path, config) as datasets:
+        for key, name, axes, dataset in datasets:
+            tensors.update(_ours(name, axes.from_stored(_read_dataset(dataset, path, key)), config))
     return tensors
+
+
+def check(path: Path, config: BilmConfig) -> None:
+    """Check that a published weight file has all weights, in their shapes.
+
+    Raises:
+        WeightsError: as `read` does, except for what the weights hold.
+    """
+    with _datasets(path, config) as datasets:
+        for _ in datasets:
+            pass
 
 
 def write(path: Path, config: BilmConfig, tensors: dict[str, Tensor]) -> None:
@@ -160,7 +165,25 @@ def _theirs(name: str, tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensors[f"{stem}.input.weight"], tensors[f"{stem}.recurrent.weight"]], dim=1)
 
 
-def _read_dataset(file: h5py.File, path: Path, key: str, shape: tuple[int, ...]) -> Tensor:
+@contextmanager
+def _datasets(path: Path, config: BilmConfig) -> Iterator[Iterator[tuple[str, str, _Axes, h5py.Dataset]]]:
+    """Open a file; what comes is its checked datasets, each with its key, our name of it, and its axes."""
+    try:
+        # Given a name, HDF5 locks the file, which not every file system can
+        with open_ordinary(path) as raw, h5py.File(raw, "r") as file:
+            _refuse_unknown_keys(_stored_keys(file, path, config), path, config)
+            yield _checked(file, path, config)
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, OverflowError) as error:  # h5py's, for damage
+        raise WeightsError(f"{path}: not a readable HDF5 file: {error}") from error
+
+
+def _checked(file: h5py.File, path: Path, config: BilmConfig) -> Iterator[tuple[str, str, _Axes, h5py.Dataset]]:
+    expected = Bilm.parameter_shapes(config)
+    for key, name, axes in names(config):
+        yield key, name, axes, _dataset(file, path, key, axes.stored_shape(_joined_shape(expected, name)))
+
+
+def _dataset(file: h5py.File, path: Path, key: str, shape: tuple[int, ...]) -> h5py.Dataset:
     dataset = file.get(key)
     if not isinstance(dataset, h5py.Dataset):
         raise WeightsError(f"{path}: {key}: missing, expected shape {shape}")
@@ -169,6 +192,10 @@ def _read_dataset(file: h5py.File, path: Path, key: str, shape: tuple[int, ...])
     if not np.issubdtype(dataset.dtype, np.floating):
         raise WeightsError(f"{path}: {key}: expected floating-point numbers, found {dataset.dtype}")
     _check_storage(dataset, path, key)
+    return dataset
+
+
+def _read_dataset(dataset: h5py.Dataset, path: Path, key: str) -> Tensor:
     with np.errstate(over="ignore"):  # of float64: infinite then, and refused
         array = dataset[()].astype(np.float32)
     if not np.isfinite(array).all():

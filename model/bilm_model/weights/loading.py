@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+import torch
+
 from bilm_model import pretrained
 from bilm_model.bilm import Bilm, random_bilm
-from bilm_model.config import SIZES
+from bilm_model.config import SIZES, BilmConfig
 from bilm_model.errors import WeightsError, message
 from bilm_model.files import open_ordinary
 from bilm_model.weights import hdf5, single_file
@@ -43,6 +45,25 @@ class LoadedModel:
     version: str
 
 
+@dataclass(frozen=True)
+class ModelHeader:
+    """What is known of a model without its weights.
+
+    Attributes:
+        name: of the file or folder it comes from.
+        config: its structure.
+    """
+
+    name: str
+    config: BilmConfig
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers that it has."""
+        with torch.device("meta"):
+            return Bilm(self.config).parameter_count
+
+
 def load(source: str, options: Path | None = None) -> LoadedModel:
     """Loads a model.
 
@@ -58,7 +79,56 @@ def load(source: str, options: Path | None = None) -> LoadedModel:
     """
     if source.startswith(_RANDOM):
         _refuse_options(options, source)
-        return _random(source)
+        bilm = random_bilm(_random_config(source))
+        return LoadedModel(bilm, _random_name(source), content_version(bilm.config, bilm.state_dict()))
+    found = _find(source, options)
+    if found.options is not None:
+        config = read_options(found.options)
+        tensors = hdf5.read(found.weights, config)
+        version = content_version(config, tensors)
+    else:
+        config, tensors, version = single_file.read(found.weights)
+    return LoadedModel(Bilm.from_tensors(config, tensors), found.name, version)
+
+
+def inspect(source: str, options: Path | None = None) -> ModelHeader:
+    """Read what a model is, and check its files and shapes, without reading a weight.
+
+    Args:
+        source: as for `load`.
+        options: likewise.
+
+    Raises:
+        WeightsError: as `load` does, except for what the weights hold.
+        ConfigError: likewise.
+    """
+    if source.startswith(_RANDOM):
+        _refuse_options(options, source)
+        return ModelHeader(_random_name(source), _random_config(source))
+    found = _find(source, options)
+    if found.options is None:
+        return ModelHeader(found.name, single_file.read_config(found.weights))
+    config = read_options(found.options)
+    hdf5.check(found.weights, config)
+    return ModelHeader(found.name, config)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The files of a model.
+
+    Attributes:
+        name: of the file or folder that was named.
+        weights: one of ours, or a published one.
+        options: that go with a published one; None: it is one of ours.
+    """
+
+    name: str
+    weights: Path
+    options: Path | None
+
+
+def _find(source: str, options: Path | None) -> _Found:
     path = Path(source) if source else pretrained.DEFAULT
     weights = path
     with _naming(path):
@@ -68,16 +138,11 @@ def load(source: str, options: Path | None = None) -> LoadedModel:
         form = _form(weights)
     if is_folder and form is not _Form.HDF5:
         raise WeightsError(f"{weights}: a .safetensors file, expected HDF5 weights")
-    if form is _Form.HDF5:
-        if options is None:
-            raise WeightsError(f"{path}: a published weight file needs its options; name them with --options")
-        config = read_options(options)
-        tensors = hdf5.read(weights, config)
-        version = content_version(config, tensors)
-    else:
+    if form is _Form.SAFETENSORS:
         _refuse_options(options, f"{path}, a .safetensors file,")
-        config, tensors, version = single_file.read(path)
-    return LoadedModel(Bilm.from_tensors(config, tensors), _name(path), version)
+    elif options is None:
+        raise WeightsError(f"{path}: a published weight file needs its options; name them with --options")
+    return _Found(_name(path), weights, options)
 
 
 def _refuse_options(options: Path | None, model: str) -> None:
@@ -158,9 +223,12 @@ def _only(folder: Path, name: str, suffix: str) -> Path:
     return found[0]
 
 
-def _random(source: str) -> LoadedModel:
+def _random_config(source: str) -> BilmConfig:
     size = source.removeprefix(_RANDOM)
     if size not in SIZES:
         raise WeightsError(f"{source}: expected one of {', '.join(_RANDOM + name for name in SIZES)}")
-    bilm = random_bilm(SIZES[size])
-    return LoadedModel(bilm, f"random-{size}", content_version(bilm.config, bilm.state_dict()))
+    return SIZES[size]
+
+
+def _random_name(source: str) -> str:
+    return source.replace(":", "-")

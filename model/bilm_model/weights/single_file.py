@@ -5,7 +5,8 @@ published options as JSON) and `version` (see `content_version`).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,17 +38,25 @@ def read(path: Path) -> tuple[BilmConfig, dict[str, Tensor], str]:
         WeightsError: if the file can't be read, isn't ours, has a tensor too many or too few or of the wrong shape or
             format, or its content doesn't hash to the version it names.
     """
-    _check_header_size(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            config, version = _read_metadata(path, file.metadata() or {})
-            tensors = _read_tensors(path, file, Bilm.parameter_shapes(config))
-    except (OSError, ValueError, SafetensorError) as error:  # a ValueError for an empty file
-        raise WeightsError(f"{path}: not a readable safetensors file: {error}") from error
+    with _opened(path) as file:
+        config, version = _read_metadata(path, file.metadata() or {})
+        tensors = _read_tensors(path, file, Bilm.parameter_shapes(config))
     found = content_version(config, tensors)
     if found != version:
         raise WeightsError(f"{path}: version: expected {version} (metadata), found {found} (content): damaged")
     return config, tensors, version
+
+
+def read_config(path: Path) -> BilmConfig:
+    """Read the structure alone, and check that the file has tensors of its shapes.
+
+    Raises:
+        WeightsError: as `read` does, except for what the tensors hold.
+    """
+    with _opened(path) as file:
+        config, _ = _read_metadata(path, file.metadata() or {})
+        _check_tensors(path, file, Bilm.parameter_shapes(config))
+    return config
 
 
 def write(path: Path, config: BilmConfig, tensors: Mapping[str, Tensor], dtype: str = "float32") -> str:
@@ -65,6 +74,16 @@ def write(path: Path, config: BilmConfig, tensors: Mapping[str, Tensor], dtype: 
     # not `save_file`, which leaves a file that only its owner may read
     path.write_bytes(save(stored, metadata=metadata))
     return version
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    _check_header_size(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, ValueError, SafetensorError) as error:  # a ValueError for an empty file
+        raise WeightsError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 def _check_header_size(path: Path) -> None:
@@ -91,11 +110,10 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[BilmConfig,
         raise WeightsError(f"{path}: metadata options: {error}") from error
 
 
-def _read_tensors(path: Path, file: safe_open, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _check_tensors(path: Path, file: safe_open, shapes: Mapping[str, tuple[int, ...]]) -> None:
     found = set(file.keys())
     for name in sorted(found - shapes.keys()):
         raise WeightsError(f"{path}: {name}: not part of the model that the options describe")
-    tensors = {}
     for name, shape in shapes.items():
         if name not in found:
             raise WeightsError(f"{path}: {name}: missing, expected shape {shape}")
@@ -104,6 +122,12 @@ def _read_tensors(path: Path, file: safe_open, shapes: Mapping[str, tuple[int, .
             raise WeightsError(f"{path}: {name}: expected shape {shape}, found {tuple(stored.get_shape())}")
         if stored.get_dtype() not in _STORED_DTYPES:
             raise WeightsError(f"{path}: {name}: expected float32 or float16, found {stored.get_dtype()}")
+
+
+def _read_tensors(path: Path, file: safe_open, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    _check_tensors(path, file, shapes)
+    tensors = {}
+    for name in shapes:
         tensor = file.get_tensor(name)
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{path}: {name}: holds values that are not finite numbers")

@@ -1,4 +1,5 @@
 import json
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from bilm_model.config import SIZES, to_options
 from bilm_model.errors import ModelError, WeightsError
 from bilm_model.weights import hdf5, single_file
 from bilm_model.weights.convert import main
-from bilm_model.weights.loading import load
+from bilm_model.weights.loading import inspect, load
 from bilm_model.weights.version import content_version
 
 
@@ -52,6 +53,31 @@ def test_two_files(golden: Path, tmp_path: Path) -> None:
     assert load(str(tmp_path)).version == load(str(golden)).version
     with pytest.raises(WeightsError, match="--options"):
         load(str(weights))
+
+
+def test_a_model_is_known_without_its_weights(golden: Path, tmp_path: Path) -> None:
+    single = tmp_path / "model.safetensors"
+    assert main([str(golden), str(single)]) == 0
+    for source in (str(golden), str(single), "random:tiny", ""):
+        loaded, header = load(source), inspect(source)
+        assert (header.name, header.config, header.parameter_count) == (
+            loaded.name, loaded.bilm.config, loaded.bilm.parameter_count
+        )  # fmt: skip
+
+
+def test_files_that_do_not_go_together_are_seen_without_reading_weights(golden: Path, tmp_path: Path) -> None:
+    options = json.loads((golden / "options.json").read_text(encoding="utf-8"))
+    options["lstm"]["n_layers"] += 1
+    (tmp_path / "options.json").write_text(json.dumps(options), encoding="utf-8")
+    shutil.copy(golden / "weights.hdf5", tmp_path)
+    with pytest.raises(WeightsError, match="missing, expected shape") as missing:
+        load(str(tmp_path))
+    with pytest.raises(WeightsError, match=re.escape(str(missing.value))):
+        inspect(str(tmp_path))
+    single_file.write(single := tmp_path / "a.safetensors", SIZES["tiny"], random_bilm(SIZES["tiny"]).state_dict())
+    single.write_bytes(single.read_bytes()[:-4])
+    with pytest.raises(WeightsError, match="not a readable safetensors file"):
+        inspect(str(single))
 
 
 def test_what_the_published_options_cannot_say_is_not_exported(

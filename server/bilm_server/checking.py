@@ -1,0 +1,151 @@
+"""`bilm-serve --check-config`: whether a server would start with a configuration, and what memory it would take.
+
+No port is opened and no weight is read, so it takes a second or two and can run beside a server: of a model the files,
+the options and the shapes are checked, and neither its numbers nor whether the input cache is large enough for a round.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bilm_model.engine.control_groups import memory_limit_bytes
+from bilm_model.engine.device import resolve_device
+from bilm_model.errors import ModelError
+from bilm_model.weights.loading import ModelHeader, inspect
+
+from bilm_server.auth import Authenticator
+from bilm_server.config import ConfigurationError, ServerConfig
+from bilm_server.descriptors import connection_limit
+from bilm_server.listening import credentials
+from bilm_server.served_model import engine_options, fitting_name
+from bilm_server.tokenizer import new_tokenizer
+from bilm_server.unix_sockets import socket_path
+
+_MIB = 2**20
+_PROCESS_BYTES = 400 * _MIB  # Python, torch and compiled kernels
+_CONNECTION_BYTES, _TLS_CONNECTION_BYTES = 20 * 1024, 60 * 1024
+_UNREAD_STREAM_BYTES = 256 * 1024 + _MIB  # what was sent on it, and one result message
+_COPIED_TOKENS = 2048  # of a result being copied out, unless a sentence is longer
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class MemorySum:
+    """What a server takes at most, by the formula of docs/configuration.md.
+
+    Attributes:
+        parts: name and bytes.
+        limit: bytes that the process may have.
+    """
+
+    parts: tuple[tuple[str, int], ...]
+    limit: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(n_bytes for _, n_bytes in self.parts)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the sum as text, a part a line, in MiB."""
+        for name, n_bytes in (*self.parts, ("sum", self.total), ("limit (control group or machine)", self.limit)):
+            yield f"{n_bytes / _MIB:12,.0f} MiB  {name}"
+        yield f"{_UNREAD_STREAM_BYTES / _MIB:12,.2f} MiB  more for each stream that is open and not read"
+        if self.total > self.limit:
+            yield "warning: the sum is more than the limit"
+
+
+def check(config: ServerConfig) -> tuple[list[str], list[str]]:
+    """Check a configuration and everything that it names.
+
+    Returns:
+        What is wrong, a line each; and what to show: the model and the memory, if they could be found out.
+    """
+    errors: list[str] = []
+
+    def checked(do: Callable[[], object]) -> object:
+        try:
+            return do()
+        except (ConfigurationError, ModelError) as error:
+            errors.extend(str(error).splitlines())
+        except OSError as error:
+            errors.append(f"{error.filename}: {error.strerror}")
+        return None
+
+    for step in (
+        lambda: resolve_device(config.device),
+        lambda: new_tokenizer(config.tokenizer, config.tokenizer_language),
+        lambda: Authenticator(config.token_file).load(),
+        lambda: credentials(config),
+        lambda: _check_extras(config),
+        lambda: _check_paths(config),
+    ):
+        checked(step)
+    n_connections = checked(lambda: connection_limit(config.max_connections))
+    header = checked(lambda: inspect(config.model, config.options))
+    if not isinstance(header, ModelHeader) or errors:
+        return errors, []
+    assert isinstance(n_connections, int)  # noqa: S101 - there was no error
+    return errors, [_model_line(config, header), *memory_sum(config, header, n_connections).lines()]
+
+
+def memory_sum(config: ServerConfig, header: ModelHeader, n_connections: int) -> MemorySum:
+    """Return what a server takes at most.
+
+    Args:
+        config: the server's.
+        header: of its model.
+        n_connections: open at a time.
+    """
+    device = resolve_device(config.device)
+    options = engine_options(config).resolved(device)
+    place = f"on {device}" if device.type == "cuda" else "in memory"
+    parameters = _FLOAT_BYTES * header.parameter_count
+    layer_bytes = _FLOAT_BYTES * (header.config.n_layers + 1) * 2 * header.config.projection_dim  # of one token
+    copied = 2 * max(_COPIED_TOKENS, config.max_tokens_per_sentence) * layer_bytes
+    connection = _CONNECTION_BYTES if config.tls_cert is None else _TLS_CONNECTION_BYTES
+    answers_mib = 2 * (config.max_waiting_mib + config.max_stream_mib)
+    return MemorySum(
+        (
+            ("Python, torch and compiled kernels", _PROCESS_BYTES),
+            (f"parameters {place}; as much again in memory while they load", parameters),
+            (f"sentences in flight and the token cache, {place}", options.memory_bytes(header.config, device)),
+            (f"the input cache, {place}", (options.input_cache_mib or 0) * _MIB),
+            ("answers that wait to be sent, twice", answers_mib * _MIB),
+            ("two results being copied out", copied),
+            (f"{n_connections} connections", n_connections * connection),
+        ),
+        memory_limit_bytes(),
+    )
+
+
+def _model_line(config: ServerConfig, header: ModelHeader) -> str:
+    name = config.served_model_name or fitting_name(header.name)
+    layers, width = header.config.n_layers + 1, 2 * header.config.projection_dim
+    return f"model {name}: {layers} layers of {width} numbers, {header.parameter_count:,} parameters"
+
+
+def _check_extras(config: ServerConfig) -> None:
+    if config.trace_endpoint:
+        import bilm_server.tracing  # noqa: F401, PLC0415 - says what is missing
+
+
+def _check_paths(config: ServerConfig) -> None:
+    """Raise ConfigurationError for folders that nothing can be written to."""
+    targets = {"listen": config.listen, "health_listen": config.health_listen}
+    paths = {name: socket_path(target) for name, target in targets.items() if target.startswith("unix:")}
+    if config.test_log is not None:
+        paths["test_log"] = config.test_log
+    lines = [f"{name}: {problem}" for name, path in paths.items() if (problem := _problem(path))]
+    if lines:
+        raise ConfigurationError("\n".join(lines))
+
+
+def _problem(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"{folder}: no such folder"
+    if path.is_dir() or (path.is_file() and not os.access(path, os.W_OK)) or not os.access(folder, os.W_OK | os.X_OK):
+        return f"{path}: can't be written"
+    return ""
