@@ -265,12 +265,13 @@ def configure_logs(
     return Logs(handler, test_handler, test_descriptor)
 
 
-# A header that is not UTF-8, with its bytes; a caller that left while its answer was on its way
-_CALLERS_DOINGS = ("Invalid encoding on", "ExecuteBatchError raised in core")
+# A header that is not UTF-8, with its bytes; a caller that left while its answer was on its way, or before there was
+# one, with the path that it asked for (at level debug)
+_CALLERS_DOINGS = ("Invalid encoding on", "ExecuteBatchError raised in core", "RPC cancelled for servicer method")
 
 
 def is_no_callers_doing(record: logging.LogRecord) -> bool:
-    """A filter for grpc's logger: it logs as errors, some with a caller's bytes, what any caller can bring about."""
+    """A filter for grpc's logger: it logs, some as errors or with a caller's bytes, what any caller can bring about."""
     return not (isinstance(record.msg, UnicodeDecodeError) or str(record.msg).startswith(_CALLERS_DOINGS))
 
 

@@ -1,5 +1,6 @@
 """Which calls pass which door: real grpc servers with small services of all kinds, and no model."""
 
+import asyncio
 import contextlib
 import itertools
 import logging
@@ -73,21 +74,27 @@ async def aborting(request: bytes, context: Any) -> None:
 
 
 class Ends:
-    """Keeps the calls that have ended."""
+    """Keeps the calls that have ended; a call's end is seen after its status has been sent."""
 
     def __init__(self) -> None:
-        self.calls: list[CallRecord] = []
+        self._calls: asyncio.Queue[CallRecord] = asyncio.Queue()
 
     def begin(self, call: CallRecord) -> None:
         pass
 
     def end(self, call: CallRecord) -> None:
-        self.calls.append(call)
+        self._calls.put_nowait(call)
 
-    def taken(self) -> list[tuple[str, Code | None, str]]:
-        found = [(call.method, call.code, call.caller) for call in self.calls]
-        self.calls.clear()
-        return found
+    async def call(self) -> CallRecord:
+        return await asyncio.wait_for(self._calls.get(), 20)
+
+    async def next(self) -> tuple[str, Code | None, str]:
+        call = await self.call()
+        return call.method, call.code, call.caller
+
+    @property
+    def none(self) -> bool:
+        return self._calls.empty()
 
 
 @contextlib.contextmanager
@@ -169,9 +176,9 @@ async def test_every_kind_of_method_of_every_service_is_guarded(
     path, name = f"/{service}/{kind}", kind if service == OWN else f"{service}/{kind}"
     error = await called(guarded, path, kind)
     assert error_info(error).reason == "UNAUTHENTICATED"
-    assert ends.taken() == [(name, Code.UNAUTHENTICATED, "")]
+    assert await ends.next() == (name, Code.UNAUTHENTICATED, "")
     assert await called(guarded, path, kind, metadata=AUTHORIZED) == b"x"
-    assert ends.taken() == [(name, Code.OK, "somebody")]
+    assert await ends.next() == (name, Code.OK, "somebody")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,7 +186,9 @@ async def test_an_open_service_needs_nothing_and_is_not_logged(
     guarded: grpc.aio.Channel, ends: Ends, kind: str
 ) -> None:
     assert await called(guarded, f"/{OPEN}/{kind}", kind) == b"x"
-    assert ends.taken() == []
+    await called(guarded, f"/{OWN}/{kind}", kind)
+    assert await ends.next() == (kind, Code.UNAUTHENTICATED, "")
+    assert ends.none
 
 
 @pytest.mark.parametrize(
@@ -193,7 +202,8 @@ async def test_what_does_not_exist_is_found_out_by_no_stranger(
     assert isinstance(error, grpc.aio.AioRpcError)
     assert (error.code(), error_info(error).reason) == (Code.UNIMPLEMENTED, "METHOD_NOT_FOUND")
     assert "canary" not in str(error.details())
-    assert [(name, caller) for name, _, caller in ends.taken()] == [(UNKNOWN_METHOD, ""), (UNKNOWN_METHOD, "somebody")]
+    assert await ends.next() == (UNKNOWN_METHOD, Code.UNAUTHENTICATED, "")
+    assert await ends.next() == (UNKNOWN_METHOD, Code.UNIMPLEMENTED, "somebody")
 
 
 async def test_names_that_look_like_an_open_service_are_guarded(guarded: grpc.aio.Channel) -> None:
@@ -215,7 +225,7 @@ async def test_a_guarded_methods_own_end_is_what_is_logged(
 ) -> None:
     for method, code in (("Fails", Code.INTERNAL), ("Missing", Code.UNIMPLEMENTED), ("Aborts", Code.DATA_LOSS)):
         assert await code_of(guarded, f"/{FOREIGN}/{method}", metadata=AUTHORIZED) is code
-        assert ends.taken() == [(f"{FOREIGN}/{method}", code, "somebody")]
+        assert await ends.next() == (f"{FOREIGN}/{method}", code, "somebody")
     assert [record.getMessage() for record in caplog.records] == [f"{FOREIGN}/Fails failed"]
 
 
@@ -301,6 +311,6 @@ async def test_the_callers_name_of_a_call_comes_back_with_every_refusal(
     for metadata, path in ((named, f"/{OWN}/unary_unary"), (named + AUTHORIZED, f"/{OWN}/Fails")):
         info = error_info(await called(guarded, path, metadata=metadata))
         assert dict(info.metadata) == ({"request_id": expected} if expected else {})
-        assert ends.calls.pop().request_id == expected
+        assert (await ends.call()).request_id == expected
     info = error_info(await called(guarded, f"/{OPEN}/Fails", metadata=named))
     assert info.metadata.get("request_id", "") == expected
