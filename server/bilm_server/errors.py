@@ -1,6 +1,7 @@
 """Every way to refuse, in one table: a stable reason, its status, and whether a retry can help."""
 
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final
 
 import grpc
@@ -95,10 +96,18 @@ class RefusalError(Exception):
 
         Every RESOURCE_EXHAUSTED carries a pushback, because clients list that code as retryable.
         """
-        details: tuple[str, str | bytes] = (STATUS_DETAILS_KEY, self.status(request_id).SerializeToString())
+        # Under overload the same refusal is sent again and again; one with a request's own name is never the same
+        status = self.status(request_id).SerializeToString() if request_id else _status_bytes(self.reason, str(self))
+        details: tuple[str, str | bytes] = (STATUS_DETAILS_KEY, status)
         if self.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
             return (details,)
         return (details, (PUSHBACK_KEY, str(self.retry_after_ms)))
+
+
+@lru_cache(maxsize=64)
+def _status_bytes(reason: Reason, message: str) -> bytes:
+    data: bytes = RefusalError(reason, message).status().SerializeToString()
+    return data
 
 
 class CallerGoneError(Exception):

@@ -146,7 +146,8 @@ class Metrics:
             self._inference.labels(call.method).observe(call.inference_s)
             self._sentences.labels("ok").inc(n_computed)
             self._tokens.inc(call.tokens)
-        self._sentences.labels("failed").inc(call.failed_sentences)
+        if call.failed_sentences:
+            self._sentences.labels("failed").inc(call.failed_sentences)
 
     # ---- in the inference thread ----
 

@@ -174,17 +174,26 @@ _BYTES_PER_TOKEN = 6
 """Of text, the white space included: what English has."""
 
 
-def priced_tokens(sentence: embed_pb2.Sentence, limits: SentenceLimits) -> int:
-    """What a sentence is taken to cost before it is cut into tokens: exact for tokens, by its bytes for text.
+def priced_tokens(sentences: Iterable[embed_pb2.Sentence], limits: SentenceLimits) -> tuple[int, int]:
+    """What sentences are taken to cost before they are cut into tokens.
 
     A sentence that will be refused for its length costs nothing.
+
+    Returns:
+        Those that are given as tokens, and those that texts have as far as their bytes tell.
     """
-    if not sentence.HasField("text"):
-        n_tokens = len(sentence.tokens.tokens)
-        return n_tokens if n_tokens <= limits.tokens else 0
-    text = sentence.text
+    given, guessed = 0, 0
+    for sentence in sentences:
+        if sentence.HasField("text"):
+            guessed += _text_price(sentence.text, limits.text_bytes)
+        elif (n_tokens := len(sentence.tokens.tokens)) <= limits.tokens:
+            given += n_tokens
+    return given, guessed
+
+
+def _text_price(text: str, max_bytes: int) -> int:
     n_bytes = len(text) if text.isascii() else len(text.encode())
-    if n_bytes > limits.text_bytes or not text or text.isspace():
+    if n_bytes > max_bytes or text.isspace():
         return 0
     return -(-n_bytes // _BYTES_PER_TOKEN)
 

@@ -120,17 +120,11 @@ def _price(request: embed_pb2.EmbedRequest, parts: Parts) -> int:
     Raises:
         RefusalError: TOO_MANY_TOKENS, if those that are given as tokens are too many already.
     """
-    limits, most = parts.sentence_limits, parts.config.max_tokens_per_request
-    known, guessed = 0, 0
-    for sentence in request.sentences:
-        n_tokens = priced_tokens(sentence, limits)
-        if sentence.HasField("text"):
-            guessed += n_tokens
-        else:
-            known += n_tokens
-    if known > most:
-        raise RefusalError(Reason.TOO_MANY_TOKENS, f"{known} tokens are more than {most}")
-    return min(known + guessed, most)
+    most = parts.config.max_tokens_per_request
+    given, guessed = priced_tokens(request.sentences, parts.sentence_limits)
+    if given > most:
+        raise RefusalError(Reason.TOO_MANY_TOKENS, f"{given} tokens are more than {most}")
+    return min(given + guessed, most)
 
 
 async def _prepare(
@@ -152,10 +146,10 @@ async def _prepare(
 
 def _prepare_all(request: embed_pb2.EmbedRequest, wanted: Wanted, parts: Parts) -> list[Prepared]:
     prepared: list[Prepared] = []
-    tokens, limit = 0, parts.config.max_tokens_per_request
+    tokens, limit, sentence_limits = 0, parts.config.max_tokens_per_request, parts.sentence_limits
     for sentence in request.sentences:
         try:
-            found = prepare_sentence(sentence, wanted, parts.model, parts.sentence_limits)
+            found = prepare_sentence(sentence, wanted, parts.model, sentence_limits)
         except RefusalError as error:
             prepared.append(error)
             continue
