@@ -60,9 +60,9 @@ def test_after():
 CONFIGURATION = "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
 
 
-def run(folder: Path, *flags: str, tests: str = TESTS) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Run pytest on these tests, in a process of its own, with none of the suite's fixtures."""
-    (folder / "test_it.py").write_text(tests, encoding="utf-8")
+    (folder / "test_it.py").write_text(TESTS, encoding="utf-8")
     (folder / "pytest.ini").write_text(CONFIGURATION, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(Path(time_limits.__file__).parent)}
     command = [sys.executable, "-m", "pytest", "-p", "time_limits", "-s", "--no-header", "--tb=line", *flags]
@@ -87,12 +87,20 @@ def test_a_hang_that_no_signal_ends_ends_the_process(tmp_path: Path, name: str) 
     assert done.returncode == 1
 
 
-def test_a_worker_waits_for_the_others(tmp_path: Path) -> None:
-    tests = "import pytest, time_limits\n\ntime_limits.GRACE_S = 0.1\n\n"
-    tests += "@pytest.mark.parametrize('i', range(3))\ndef test_it(i):\n    __import__('time').sleep(i / 2)\n"
-    done = run(tmp_path, "-n", "3", "--dist", "load", tests=tests)
-    assert "3 passed" in done.stdout
-    assert "Timeout" not in done.stderr
+@pytest.mark.parametrize(("attribute", "code"), [("workerinput", 0), ("", 1)], ids=["a worker", "a run"])
+def test_a_worker_may_wait_for_the_others_at_its_end(attribute: str, code: int) -> None:
+    """It has run its tests then; pytest-xdist ends it when all workers have."""
+    program = f"""
+import os, threading, types
+import time_limits
+time_limits.GRACE_S = 0.2
+config = types.SimpleNamespace(stash={{time_limits._stderr: os.dup(2)}}, {attribute and attribute + "={}"})
+time_limits.pytest_unconfigure(config)
+threading.Event().wait(1)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(time_limits.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+    assert done.returncode == code
 
 
 def test_every_test_has_a_limit(request: pytest.FixtureRequest) -> None:
