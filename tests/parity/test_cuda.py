@@ -63,7 +63,7 @@ def engine_of(
     options = replace(options, input_cache_mib=options.input_cache_mib or 0)  # as on a GPU
     with pytest.MonkeyPatch.context() as patch:
 
-        def new_backend(bilm: Bilm, memory: Any, max_rows: int, input_cache_bytes: int) -> CudaBackend:
+        def new_backend(bilm: Bilm, memory: Any, max_rows: int, input_cache_bytes: int, _: object) -> CudaBackend:
             return CudaBackend(bilm, memory, max_rows, 32, input_cache_bytes=input_cache_bytes, steps=steps)
 
         patch.setattr(engine_module, "_new_backend", new_backend)
