@@ -133,8 +133,13 @@ class StreamSession:
         )
         cost = Cost(len(sentence.tokens), sentence.answer_bytes(wanted, parts.model))
         # The caller's own limit first: whoever waits for it holds no room that others could use
-        await parts.caller_limits.acquire(current_call().caller, cost.tokens)
-        await self._share.acquire(cost)
+        caller = current_call().caller
+        await parts.caller_limits.acquire(caller, cost.tokens)
+        try:
+            await self._share.acquire(cost)
+        except BaseException:
+            parts.caller_limits.correct(caller, -cost.tokens)  # what isn't admitted costs nothing
+            raise
         return sentence, cost
 
     async def _write_rows(self, item_id: int, sentence: PreparedSentence, outcome: Outcome, wanted: Wanted) -> None:

@@ -12,7 +12,8 @@ from bilm_api.v1 import embed_pb2
 from bilm_server.admission import Cost
 from bilm_server.tokenizer import SacremosesTokenizer, TokenizedText
 from integration_support import PLAIN, TINY, RunningServer, running, tokens
-from test_embed import refusal
+from test_embed import reason, refusal
+from test_stream import item, start_message, stream
 
 LIMIT = 600  # tokens: of what waits, and of a request
 
@@ -135,3 +136,13 @@ def test_a_callers_own_limit_comes_before_tokenising(tokenised: list[str]) -> No
             stub.Embed(text("Some more words, please."))
         assert refusal(error.value)[1] == "CALLER_LIMIT"
         assert tokenised == []
+
+
+def test_an_item_that_is_not_admitted_costs_its_caller_nothing() -> None:
+    flags = ("--max-tokens-per-request", "6000", "--caller-tokens-per-s", "1", "--max-stream-mib", "1")
+    with running("--model", TINY, *flags) as server:
+        words = tokens(*["a"] * 6000)  # 1.2 MiB of vectors; the caller's bucket holds 12,000
+        (answer,) = stream(server, start_message(), item(1, words))
+        assert reason(answer.error) == "RESPONSE_TOO_LARGE"
+        for _ in range(2):
+            assert server.stub().Embed(embed_pb2.EmbedRequest(sentences=[words])).usage.tokens == 6000
