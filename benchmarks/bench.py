@@ -4,11 +4,13 @@ Prints each figure with its target as it comes; writes them, with the machine, a
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bilm_client._terminal import run_command
 
 from benchmarks.in_process import Effort, default_model_singles, in_flight, throughput
 from benchmarks.latency import Crowd, added_latency, client_import, short_among_long, start_to_serving
@@ -59,8 +61,8 @@ def main() -> None:
             "import": lambda: client_import(report, effort),
         }
     _run({name: section for name, section in sections.items() if name in (arguments.only or sections)})
-    report.summary()
     report.write(arguments.out)
+    report.summary()
     write_page(arguments.out.parent)
 
 
@@ -90,4 +92,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.bench", main))

@@ -4,12 +4,14 @@ python -m benchmarks.distillation TEACHER STUDENT
 """
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
+from bilm_client._terminal import run_command
 from bilm_client.testing.server import ServerProcess
 from bilm_model.bilm import Bilm
 from bilm_model.engine.device import default_threads, resolve_device
@@ -178,4 +180,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.distillation", main))

@@ -7,6 +7,7 @@ moment for which the call was meant, so that a slow server can't slow its load d
 
 import argparse
 import math
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bilm_client._terminal import run_command
 from bilm_client.testing.server import ServerProcess
 
 from benchmarks.load import LoadGenerator
@@ -64,8 +66,8 @@ def main() -> None:
         generators[OURS] = stack.enter_context(LoadGenerator(server.target, n_sentences))
         report.detail("largest_difference", _check(generators))
         compare(report, generators, arguments.step_s, arguments.rounds)
-    report.summary()
     report.write(arguments.out)
+    report.summary()
     write_page(arguments.out.parent)
 
 
@@ -179,4 +181,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.full", main))

@@ -3,8 +3,12 @@
 import argparse
 import html
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+from bilm_client._files import write_text
+from bilm_client._terminal import run_command
 
 from benchmarks.numbers import short
 
@@ -57,7 +61,7 @@ def write_page(folder: Path = _RESULTS) -> None:
             parts.append(f"<h2>{html.escape(title)}</h2><p class=soft>{html.escape(words)}</p>{svg}")
     parts += [_table(results) for results in found.values()]
     path = folder / "index.html"
-    path.write_text(_document("\n".join(parts)), encoding="utf-8")
+    write_text(path, _document("\n".join(parts)))
     print(f"written to {path}")
 
 
@@ -109,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.page", main))

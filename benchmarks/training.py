@@ -6,6 +6,7 @@ same windows under the same softmax with the same optimiser, and give the same l
 """
 
 import argparse
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
+from bilm_client._terminal import run_command
 from bilm_model.bilm import Bilm, BilmState, initialize
 from bilm_model.config import BilmConfig
 from bilm_model.engine.device import default_threads, resolve_device
@@ -145,8 +147,8 @@ def main() -> None:
         one.tokens_per_s()  # warm
     found = interleave({name: one.tokens_per_s for name, one in team.items()}, arguments.rounds)
     _report(report, found, recipe, device)
-    report.summary()
     report.write(arguments.out)
+    report.summary()
 
 
 def _report(report: Report, found: dict[str, list[float]], recipe: Recipe, device: torch.device) -> None:
@@ -203,4 +205,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.training", main))

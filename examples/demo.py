@@ -1,5 +1,6 @@
 """`make demo`: serves the model that ships, embeds a sample, and shows that the vectors mean something."""
 
+import io
 import subprocess
 import sys
 import tempfile
@@ -59,4 +60,7 @@ def excerpt(line: list[str], t: int, reach: int = 5) -> str:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every terminal has every character
+            stream.reconfigure(errors="backslashreplace")
     main()

@@ -62,12 +62,12 @@ class _Printer:
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def run_command(name: str, command: Callable[[], int], failed: int = 1) -> int:
+def run_command(name: str, command: Callable[[], int | None], failed: int = 1) -> int:
     """Run a command whose printing can't fail.
 
     Args:
         name: of the command, for messages.
-        command: returns the exit code.
+        command: returns the exit code; None: 0.
         failed: exit code where standard output can't be written for another reason than a reader that has gone.
 
     Returns:
@@ -80,7 +80,7 @@ def run_command(name: str, command: Callable[[], int], failed: int = 1) -> int:
     _occupy_standard_descriptors()
     with _printers() as (out, err):
         try:
-            code, ended = command(), False
+            code, ended = command() or 0, False
         except SystemExit as end:
             if end.code not in (None, 0):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -339,6 +340,37 @@ def test_the_page_needs_nothing_else_and_shows_every_plot(scripted: Scripted, be
     assert "prefers-color-scheme: dark" in page
     assert not re.search(r"#0\d0\d0\d\b", page)  # every colour of the plots became one of the page's
     assert [step["load"] for step in bench.report["steps"]] == [20, 60]
+
+
+def test_no_encoding_of_the_terminal_costs_the_report(
+    scripted: Scripted, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted.fail_next(grpc.StatusCode.UNAVAILABLE, "日本語", times=1)
+    monkeypatch.setattr(sys, "stdout", terminal := io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    assert bench(scripted.target, "--html", str(bench.html)) == DONE
+    assert "日本語" in str(bench.report)
+    assert "日本語" in bench.html.read_text(encoding="utf-8")
+    terminal.flush()
+    assert isinstance(terminal.buffer, io.BytesIO)
+    assert b"\\u65e5\\u672c\\u8a9e" in terminal.buffer.getvalue()
+
+
+def test_a_full_disk_behind_the_terminal_costs_an_exit_code_only(
+    scripted: Scripted, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as terminal:  # noqa: PTH123 - what a shell does
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert bench(scripted.target) == STOPPED
+        assert bench.report["format"] == 1
+    assert capsys.readouterr().err.endswith("bilm-bench: standard output: No space left on device\n")
+
+
+def test_a_name_that_is_not_utf_8_costs_no_report(scripted: Scripted, bench: Bench) -> None:
+    text = bench.text
+    bench.text = text.with_name(os.fsdecode(b"caf\xe9"))
+    text.rename(bench.text)
+    assert bench(scripted.target, "--html", str(bench.html)) == DONE
+    assert bench.report["choices"]["text"] == str(bench.text)
 
 
 def test_no_server(bench: Bench, free_port: int, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,7 @@ def test_metadata_and_the_mark_of_a_test() -> None:
         (["--soak", "long"], "soak: expected a duration"),
         (["--soak", "1m", "--ramp", "1,2"], "exclude each other"),
         (["--tolerance", "0.1"], "tolerance: goes with verify"),
+        (["--json", __file__, "--html", __file__], "html: json names this file, too"),
         (["--server-pid", "1", "--metrics-url", "http://a/metrics"], "exclude each other"),
         (["--metrics-url", "file:///etc/passwd"], "metrics_url: "),
         (["--metadata", "novalue"], "metadata: expected NAME=VALUE"),
