@@ -231,8 +231,10 @@ class InferenceThread:
         tickets.discard(ticket)
         if not tickets:
             del self._pending[ticket.job.call]
+        if ticket.status is not _Status.WAITING:  # nor will it be again: no need for the lock
+            return
         with self._wake:
-            if ticket.status is _Status.WAITING and self._scheduler.remove(ticket, ticket.job.call):
+            if self._scheduler.remove(ticket, ticket.job.call):
                 self._end([ticket])
 
     def _why_not(self) -> RefusalError | None:

@@ -121,8 +121,10 @@ def test_a_caller_that_left_leaves_nothing() -> None:
     scheduler: Scheduler[str] = Scheduler(Room(9, 1000))
     for item, caller, n_steps in (("a", 1, 2), ("b", 2, 2), ("c", 1, 2), ("d", 1, 500)):
         scheduler.add(item, caller, n_steps, NEVER)
-    scheduler.discard(1)
-    scheduler.discard("unknown")
+    assert len(scheduler) == 4
+    assert sorted(scheduler.discard(1)) == ["a", "c", "d"]
+    assert scheduler.discard("unknown") == []
+    assert len(scheduler) == 1
     assert scheduler.decide(0.0).items == ("b",)
     assert not scheduler
     assert scheduler.decide(0.0).items == ()
@@ -134,3 +136,23 @@ def test_draining_takes_everything() -> None:
         scheduler.add(item, 1, n_steps, NEVER)
     assert set(scheduler.drain()) == {"a", "b", "c"}
     assert not scheduler
+    assert len(scheduler) == 0
+
+
+@given(Waiting, st.randoms(use_true_random=False))
+def test_single_sentences_can_be_taken_out_wherever_they_wait(waiting: list[tuple[int, int]], chance: object) -> None:
+    scheduler = scheduler_of(waiting, Room(3, 1000))
+    left = set(range(len(waiting)))
+    for item, (caller, _) in enumerate(waiting):
+        if chance.random() < 0.5:  # type: ignore[attr-defined]
+            assert scheduler.remove(item, caller)
+            assert not scheduler.remove(item, caller)
+            left.remove(item)
+        assert len(scheduler) == len(left)
+    joined: set[int] = set()
+    while scheduler:
+        for item in scheduler.decide(0.0).items:
+            joined.add(item)
+            scheduler.release(waiting[item][1])
+    assert joined == left
+    assert scheduler.used == Room(0, 0)
