@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -234,6 +235,24 @@ def test_an_input_that_cannot_be_read(tmp_path: Path, name: str, capsys: pytest.
     assert embed(NOWHERE, tmp_path / name, tmp_path / "out.hdf5") == REFUSED
     assert capsys.readouterr().err.startswith("bilm-embed: input: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_standard_input_that_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it, then
+    assert main(["-", str(tmp_path / "out.npz")]) == REFUSED
+    assert capsys.readouterr().err == "bilm-embed: input: -: standard input is closed\n"
+
+
+def test_the_input_is_not_written_over(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = text.read_bytes()
+    (link := tmp_path / "link.npz").symlink_to(text)
+    assert embed(NOWHERE, text, link, "--overwrite") == REFUSED
+    assert "output: the input is this file" in capsys.readouterr().err
+    assert embed(NOWHERE, text, tmp_path / "out.npz", "--errors", str(text)) == REFUSED
+    assert "errors: the input is this file" in capsys.readouterr().err
+    assert text.read_bytes() == before
 
 
 # ---- the beginning of a text, and the ends of its lines ----
