@@ -10,12 +10,14 @@ may, it runs in a network namespace of its own, in which packets can be lost, to
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,8 @@ class Run:
         self._callers_file = folder / "callers.jsonl"
         self.outcome = Outcome(seed)
 
-    def run(self, until_s: float) -> None:
-        """Runs until that time on the monotonic clock, or a little longer.
+    def run(self, until_s: float, n_rounds: int | None = None) -> None:
+        """Runs until that time on the monotonic clock, or a little longer; or for so many rounds of all faults.
 
         Raises:
             Exception: What kept the run itself from going on; all its processes have ended.
@@ -88,12 +90,14 @@ class Run:
             self._supervisor.start()
             proxy = stack.enter_context(FaultyProxy(self._server.port))
             callers = stack.enter_context(self._callers(proxy))
-            self._go_through(callers, proxy, until_s - _SETTLE_S)
+            self._go_through(callers, proxy, until_s - _SETTLE_S, n_rounds)
             self._supervisor.stop()
         self._collect()
         self.outcome.seconds = time.monotonic() - begun_s
 
-    def _go_through(self, callers: "subprocess.Popen[str]", proxy: FaultyProxy, until_s: float) -> None:
+    def _go_through(
+        self, callers: "subprocess.Popen[str]", proxy: FaultyProxy, until_s: float, n_rounds: int | None
+    ) -> None:
         self.outcome.exact = _said(callers)["exact"]
         before = self._held()
         _tell(callers, "go\n")
@@ -103,7 +107,7 @@ class Run:
             self.outcome.skipped = f"{', '.join(skipped)} (they need nft and a network namespace)"
         injector = Injector(self._server, self._supervisor, proxy, self._packets, self._recorder)
         self.outcome.windows = injector.windows
-        for fault in schedule(self._seed, kinds):
+        for fault in islice(schedule(self._seed, kinds), None if n_rounds is None else n_rounds * len(kinds)):
             if time.monotonic() >= until_s:
                 break
             injector.inject(fault)
@@ -199,16 +203,17 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(description="Faults at random moments under load.")
     parser.add_argument("--minutes", type=float, default=5.0, help="in all, starts and clearing up included")
+    parser.add_argument("--rounds", type=int, help="so many times each fault, however long that takes")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same faults in the same order")
     parser.add_argument("--faults", type=_kinds, default=KINDS, help=f"a list of: {','.join(KINDS)} (all)")
     parser.add_argument("--json", type=Path, help="write the results here, too")
     parser.add_argument("--keep", type=Path, help="an empty folder for the server's log and the calls")
     arguments = parser.parse_args()
-    end_s = time.monotonic() + max(_LEAST_S, 60 * arguments.minutes)
+    end_s = math.inf if arguments.rounds else time.monotonic() + max(_LEAST_S, 60 * arguments.minutes)
     in_namespace = enter_namespace(sys.argv)
     with tempfile.TemporaryDirectory(prefix="bilm-chaos-") as folder:
         run = Run(arguments.seed, arguments.faults, arguments.keep or Path(folder), in_namespace)
-        run.run(end_s)
+        run.run(end_s, arguments.rounds)
     print(table(run.outcome))
     if arguments.json is not None:
         write_json(run.outcome, arguments.json)

@@ -73,7 +73,7 @@ class BadRequests:
         for data in (_NOT_PROTOBUF, _NOT_UTF8):
             yield BadRequest("INVALID_ARGUMENT MALFORMED_REQUEST", lambda data=data: self._send(data))  # type: ignore[misc]
         yield BadRequest("RESOURCE_EXHAUSTED", lambda: self._send(bytes(_TOO_LARGE_BYTES)))
-        yield BadRequest("UNIMPLEMENTED", lambda: self._nothing(b"", timeout=self._limit_s))
+        yield BadRequest("UNIMPLEMENTED METHOD_NOT_FOUND", lambda: self._nothing(b"", timeout=self._limit_s))
 
     def _messages(self) -> Iterator[BadRequest]:
         for expected, change in _CHANGES:

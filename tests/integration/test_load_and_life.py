@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -387,11 +386,6 @@ def test_the_grace_time_bounds_the_drain() -> None:
         assert next(never_ending).status == SERVING
         child.terminate()
         assert child.wait(25) == 0  # the default would be 30 s
-
-
-def test_a_unix_socket(tmp_path: Path) -> None:
-    with process("--listen", f"unix:{tmp_path}/s") as (_, target), grpc.insecure_channel(target) as channel:
-        assert embed_pb2_grpc.EmbedServiceStub(channel).Embed(one("w")).results[0].HasField("embedding")
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:

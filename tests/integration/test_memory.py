@@ -52,6 +52,7 @@ def test_a_hundred_long_sentences_at_once(n_tokens: int, in_flight: int, answers
         "max_rows": 16,
         "token_cache_mib": 1,
         "input_cache_mib": 64,
+        "max_connection_age_s": 3600,  # a slow machine may take longer than the default
     }
     flags = [part for name, value in limits.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     with (
