@@ -6,7 +6,7 @@ from pathlib import Path
 
 import grpc
 
-from bilm_client._files import check_readable, read_bytes, reason
+from bilm_client._files import check_readable, read_bytes, reason, text_start
 
 
 class CredentialsError(Exception):
@@ -47,7 +47,11 @@ def read_token(path: Path | None) -> str | None:
     """
     if path is None:
         return None
-    words = _read(path).removeprefix(codecs.BOM_UTF8).decode("ascii", "replace").split()
+    data = _read(path)
+    try:
+        words = data[text_start(data) :].decode("ascii", "replace").split()
+    except ValueError as error:
+        raise CredentialsError(f"{path}: {error}") from error
     if len(words) != 1 or not (words[0].isascii() and words[0].isprintable()):
         raise CredentialsError(f"{path}: expected one token of printable ASCII and nothing else")
     return words[0]

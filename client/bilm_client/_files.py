@@ -135,7 +135,11 @@ def check_writable(path: Path, *, beside: tuple[str, ...] = ()) -> None:
         raise ValueError("no such folder") from error
     except OSError as error:
         raise ValueError(reason(error)) from error
-    if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+    effective = os.access in os.supports_effective_ids
+    if path.exists() and not beside:  # written into as it is
+        if not os.access(path, os.W_OK, effective_ids=effective):
+            raise ValueError(os.strerror(errno.EACCES))
+    elif not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=effective):
         raise ValueError("the folder can't be written to")
 
 

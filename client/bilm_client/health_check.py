@@ -124,6 +124,8 @@ def _watch(watch: Callable[..., Iterator[health_pb2.HealthCheckResponse]]) -> in
                 if connected:
                     _tell(f"UNREACHABLE {error.code().name}")
                 connected = False
+            if is_lost():
+                return last
             pause.wait(_RECONNECT_PAUSE_S)
     except KeyboardInterrupt:
         return last

@@ -138,8 +138,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file in UTF-8, whole or not at all; see `replaced`."""
-    write_bytes(path, text.encode())
+    """Write a file in UTF-8, whole or not at all; see `replaced`.
+
+    Raises:
+        OSError: It can't be written, or the text holds a file's name that isn't UTF-8.
+    """
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise OSError(errno.EILSEQ, "a name in it isn't UTF-8", str(path)) from error
+    write_bytes(path, data)
 
 
 def _sync(path: Path) -> None:

@@ -55,6 +55,18 @@ def test_watch_tells_each_change_until_interrupted(scripted: Scripted) -> None:
         assert process.wait(60) == 1
 
 
+def test_watch_ends_when_nobody_reads_it(scripted: Scripted) -> None:
+    command = [sys.executable, "-m", "bilm_client.health_check", "--watch", "--target", scripted.target]
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().split()[1] == "SERVING"
+        process.stdout.close()
+        scripted.set_health(NOT_SERVING)
+        assert process.wait(60) == 1
+        assert process.stderr.read() == ""
+
+
 def test_no_numpy_in_a_probe() -> None:
     code = "import sys, bilm_client.health_check; sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

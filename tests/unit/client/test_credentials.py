@@ -74,6 +74,9 @@ def test_a_missing_token_file(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_no_part_of_a_token_and_none_of_pem(authority: Authority, tmp_path: Path) -> None:
     (path := tmp_path / "token").write_bytes(b"\xef\xbb\xbf" + TOKEN.encode() + b"\r\n")
     assert read_token(path) == TOKEN
+    path.write_bytes(TOKEN.encode("utf-16"))
+    with pytest.raises(CredentialsError, match=f"{path}: the text is UTF-16, little-endian, expected UTF-8"):
+        read_token(path)
     certificate, key = authority.issue("me").write(tmp_path, "me")
     for file in (certificate, key):
         content = file.read_bytes()

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -182,6 +183,12 @@ def test_a_body_that_fails_leaves_the_old_file_and_its_own_error(tmp_path: Path)
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none/file'"):
         write_text(tmp_path / "none" / "file", "")
+
+
+def test_a_name_that_is_not_utf_8_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"a name in it isn't UTF-8: .*config\.toml'$"):
+        write_text(tmp_path / "config.toml", os.fsdecode(b"train = 'caf\xe9'"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_log_without_room_is_named_and_can_be_gone_on_with(folder: RunFolder) -> None:
