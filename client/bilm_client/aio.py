@@ -313,6 +313,7 @@ class AsyncClient:
         return {"timeout": deadline.remaining_s(), "metadata": self._settings.call_metadata()}
 
     def _stub(self) -> "embed_pb2_grpc.EmbedServiceAsyncStub":
+        self._check_open()
         if self._embed_stub is None:
             self._embed_stub = embed_pb2_grpc.EmbedServiceStub(self._open_channel())
         return self._embed_stub
