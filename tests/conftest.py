@@ -12,6 +12,8 @@ from tests.support.signals import reset_inherited_signals
 pytest_plugins = ["tests.support.garbage", "tests.support.time_limits"]
 
 reset_inherited_signals()  # in the main thread of each worker, before any fixture starts a thread
+for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):  # the tests' own channels go to this machine only
+    os.environ[name] = ",".join(filter(None, (os.environ.get(name, ""), "localhost,127.0.0.1,::1")))
 settings.register_profile("bilm", deadline=None)  # a busy machine is no reason to fail
 settings.load_profile("bilm")
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
+from bilm_api.proxies import is_local_url
+
 from bilm_server.logs import raised_at, short_path
 
 _log = logging.getLogger("bilm_server.alerts")
@@ -177,7 +179,8 @@ class AlertHandler(logging.Handler):
         """
         super().__init__(logging.ERROR)
         self._url, self._style = url, style
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        proxies: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})] if is_local_url(url) else []
+        self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
         self.server = server
         """Whose errors these are; may be set again once the port is known."""
         self._groups = groups or AlertGroups()

@@ -6,10 +6,11 @@ To be imported only where traces are wanted: it needs the extra `trace`, and rai
 import threading
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 from urllib.parse import unquote
 
 import grpc
+from bilm_api.proxies import WITHOUT_PROXY, is_local_url
 
 import bilm_server
 from bilm_server.calls import UNKNOWN_METHOD, CallRecord
@@ -139,7 +140,8 @@ def start_tracing(endpoint: str, sample_ratio: float, service: str, instance: st
         service: full name of the gRPC service.
         instance: which server this is.
     """
-    exporter = CountingExporter(endpoint=endpoint, timeout=_EXPORT_TIMEOUT_S)
+    options: Any = tuple(WITHOUT_PROXY) if is_local_url(endpoint) else ()  # numbers too, whatever its annotation says
+    exporter = CountingExporter(endpoint=endpoint, timeout=_EXPORT_TIMEOUT_S, channel_options=options)
     identity = {
         "service.name": "bilm-serve",
         "service.version": bilm_server.__version__,

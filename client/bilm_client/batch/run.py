@@ -87,6 +87,7 @@ def _client(
         timeout_s=settings.timeout_s,
         credentials=credentials,
         token=token,
+        proxy=settings.proxy,
     )
 
 

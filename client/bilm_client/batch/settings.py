@@ -35,6 +35,7 @@ class RunSettings(BaseSettings):
     cert_file: Path | None = Field(None, description="PEM file of the own certificate, for mutual TLS")
     key_file: Path | None = Field(None, description="PEM file of its key")
     token_file: Path | None = Field(None, description="file with the bearer token for the server")
+    proxy: bool = Field(True, description="use the proxy that http_proxy and the like name")
     raw: bool = Field(False, description="the server tokenises; otherwise white space separates the tokens")
     layers: Literal["all", "top", "average"] = Field("all", description="which layers")
     pool: Literal["none", "mean", "max"] = Field("none", description="over the tokens of a sentence")

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bilm_api.proxies import is_local_url
+
 from bilm_client._choices import UsageError
 
 _PAGE_TIMEOUT_S = 2.0
@@ -48,10 +50,11 @@ def of_process(process_id: int | None = None) -> Resources:
         return Resources(pages * _PAGE_SIZE_BYTES)
 
 
-def of_page(url: str) -> Resources:
+def of_page(url: str, *, proxy: bool = True) -> Resources:
     """Those on a Prometheus page; nothing is known while it can't be had."""
+    direct = [] if proxy and not is_local_url(url) else [urllib.request.ProxyHandler({})]
     try:
-        with urllib.request.urlopen(url, timeout=_PAGE_TIMEOUT_S) as response:  # noqa: S310 - http or https, by settings
+        with urllib.request.build_opener(*direct).open(url, timeout=_PAGE_TIMEOUT_S) as response:
             page = response.read(_MOST_PAGE_BYTES).decode(errors="replace")
     except (OSError, http.client.HTTPException):
         return Resources()

@@ -95,6 +95,7 @@ async def measure(settings: BenchSettings, sentences: Sequence[Sentence], tell: 
         credentials=credentials,
         token=token,
         metadata=settings.call_metadata(),
+        proxy=settings.proxy,
     )
     async with Connections(connection, settings.connections) as connections:
         model = await connections.open(min(settings.timeout_s, _CONNECT_TIMEOUT_S))
@@ -111,7 +112,7 @@ async def measure(settings: BenchSettings, sentences: Sequence[Sentence], tell: 
 def server_reader(settings: BenchSettings) -> ReadResources | None:
     """How the server's resources are read; None if that wasn't chosen."""
     if settings.metrics_url:
-        return partial(of_page, settings.metrics_url)
+        return partial(of_page, settings.metrics_url, proxy=settings.proxy)
     return None if settings.server_pid is None else partial(of_process, settings.server_pid)
 
 

@@ -72,6 +72,7 @@ class BenchSettings(BaseSettings):
     ca_file: Path | None = Field(None, description="certificates to trust (PEM); implies --tls")
     cert_file: Path | None = Field(None, description="our certificate (PEM), for a server that asks; implies --tls")
     key_file: Path | None = Field(None, description="the key of --cert-file (PEM)")
+    proxy: bool = Field(True, description="use the proxy that http_proxy and the like name")
 
     server_pid: int | None = Field(None, ge=1, description="the server's process here: memory, descriptors from /proc")
     metrics_url: str = Field("", pattern=r"^(https?://.+)?$", description="or the server's Prometheus page: the same")

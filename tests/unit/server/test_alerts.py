@@ -171,6 +171,17 @@ def test_an_error_is_posted_with_its_place_and_without_the_exceptions_text(webho
     }  # fmt: skip
 
 
+def test_a_webhook_of_this_machine_is_reached_without_a_proxy(
+    webhook: Webhook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with alerting(webhook.url) as (_, logger):
+        fail(logger)
+        assert webhook.got.get(timeout=60)
+
+
 def test_jandi_gets_its_own_format(webhook: Webhook) -> None:
     with alerting(webhook.url, style="jandi") as (_, logger):
         fail(logger)

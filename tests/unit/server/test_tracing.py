@@ -239,6 +239,18 @@ def test_what_the_environment_adds_holds(collector: Collector, monkeypatch: pyte
     assert collector.metadata[0]["api-key"] == "1234"
 
 
+def test_a_collector_of_this_machine_is_reached_without_a_proxy(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:9")
+    traced = start_tracing(collector.endpoint, 1.0, SERVICE, "x")
+    run(traced, a_call())
+    traced.stop()
+    assert set(collector.spans) == {f"{SERVICE}/Embed"}
+
+
 # ---- a collector that fails ----
 
 
