@@ -44,7 +44,7 @@ def test_javascript_with_nothing_but_the_proto_file(target: str, tmp_path: Path)
         capture_output=True,
         text=True,
         env={**os.environ, "NODE_PATH": str(tmp_path / "node_modules")},
-        timeout=60,
+        timeout=240,
         check=True,
     )
     said = json.loads(found.stdout)
@@ -87,7 +87,7 @@ print(grpc.__version__, google.protobuf.__version__)
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "proto"), str(ROOT / "client")])},
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert found.returncode == 0, found.stderr

@@ -114,7 +114,7 @@ def test_a_drained_replica(behind: Cluster) -> None:
         checked.result()
         assert behind.haproxy.servers()[name]["stot"] == connections
         assert stream.end() is grpc.StatusCode.OK
-        assert replica.process.wait(60) == 0, replica.log()
+        assert replica.process.wait(240) == 0, replica.log()
         back_s = behind.restart(replica)
         check_back_and_spread(behind, load, back_s, f"drained, out after {out_s:.2f} s")
     check_callers(load)
@@ -152,7 +152,7 @@ def test_envoy_with_a_hung_and_a_drained_replica(behind: Cluster, envoy: Envoy) 
         back_s = envoy.wait_for(name, healthy=True, timeout_s=20)
         load.wait_until_spread(20)
         replica.send(signal.SIGTERM)
-        assert replica.process.wait(60) == 0, replica.log()
+        assert replica.process.wait(240) == 0, replica.log()
         behind.restart(replica)
         envoy.wait_for(name, healthy=True, timeout_s=20)
         load.wait_until_spread(20)

@@ -35,7 +35,7 @@ class Valve:
         original = ModelCompute.advance
 
         def advance(compute: ModelCompute) -> list[tuple[Job, Computed]]:
-            assert self._open or self._permits.acquire(timeout=60)
+            assert self._open or self._permits.acquire(timeout=240)
             return original(compute)
 
         monkeypatch.setattr(ModelCompute, "advance", advance)
@@ -72,7 +72,7 @@ def server_process(listen: str, *flags: str) -> Iterator[subprocess.Popen[bytes]
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and standard error."""
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     return process.returncode, errors
 
 
@@ -86,7 +86,7 @@ def part_of(output: Path) -> Path:
 
 def wait_for_size(path: Path, size_bytes: int, process: subprocess.Popen[str]) -> None:
     """Waits until a file has grown to so many bytes."""
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 240
     while not path.exists() or path.stat().st_size < size_bytes:
         assert process.poll() is None, "the run ended before"
         assert time.monotonic() < deadline_s, "it never grew"

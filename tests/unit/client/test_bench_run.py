@@ -397,7 +397,7 @@ def test_ctrl_c_ends_the_load_and_reports(scripted: Scripted, bench: Bench) -> N
     with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert hold.arrived.wait(60)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     hold.released.set()
     assert process.returncode == INTERRUPTED, err
     assert "interrupted" in out

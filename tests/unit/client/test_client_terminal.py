@@ -36,7 +36,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
         result = tmp_path / "result"
         line = f"set -o pipefail; {sys.executable} -W error {script} {result} {redirections}"
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
-        ended = subprocess.run(["bash", "-c", line], capture_output=True, env=environment, timeout=60, check=False)
+        ended = subprocess.run(["bash", "-c", line], capture_output=True, env=environment, timeout=240, check=False)
         assert result.read_text() == "whole"
         return ended.returncode, ended.stdout, ended.stderr
 

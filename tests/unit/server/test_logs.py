@@ -321,7 +321,7 @@ def test_the_service_goes_on_where_nothing_can_be_logged(redirection: str, tmp_p
     program.write_text(_PROGRAM)
     command = f'exec "$0" "$1" {redirection}'
     found = subprocess.run(
-        ["sh", "-c", command, sys.executable, str(program)], check=False, capture_output=True, text=True, timeout=60
+        ["sh", "-c", command, sys.executable, str(program)], check=False, capture_output=True, text=True, timeout=240
     )
     assert (found.returncode, found.stdout, found.stderr) == (0, "1001\n", "")
 
@@ -329,7 +329,7 @@ def test_the_service_goes_on_where_nothing_can_be_logged(redirection: str, tmp_p
 def test_what_was_logged_last_is_written_at_the_end(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(_PROGRAM.replace("logs.flush()", ""))
-    found = subprocess.run([sys.executable, str(program)], check=False, capture_output=True, text=True, timeout=60)
+    found = subprocess.run([sys.executable, str(program)], check=False, capture_output=True, text=True, timeout=240)
     lines = [json.loads(line) for line in found.stderr.splitlines()]
     assert [line["message"] for line in lines] == [*(f"line {n}" for n in range(1000)), "failed"]
 

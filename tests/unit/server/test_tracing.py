@@ -287,5 +287,5 @@ try:
 except ConfigurationError as error:
     print(error)
 """
-    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=240)
     assert found.stdout == "trace_endpoint: needs the extra `trace`: pip install 'bilm-serve[trace]'\n"
