@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bilm_model.engine.control_groups import memory_limit_bytes
 from bilm_model.engine.device import resolve_device
-from bilm_model.errors import ModelError
+from bilm_model.errors import ModelError, reason
 from bilm_model.weights.loading import ModelHeader, inspect
 
 from bilm_server.auth import Authenticator
@@ -146,6 +146,12 @@ def _problem(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"{folder}: no such folder"
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass  # it will be made
+    except (OSError, ValueError) as error:
+        return f"{path}: {reason(error)}"
     if path.is_dir() or (path.is_file() and not os.access(path, os.W_OK)) or not os.access(folder, os.W_OK | os.X_OK):
         return f"{path}: can't be written"
     return ""

@@ -86,6 +86,11 @@ DOORS = (
     Door(bilm_health, "--token-file PATH", 2),
     Door(bilm_serve, "--config PATH", 2).but("empty", "pipe"),
     Door(bilm_serve, "--test-log PATH", 2, WRITTEN),
+    Door(bilm_serve, "--check-config --model PATH", 2),
+    Door(bilm_serve, "--check-config --model MODEL/weights.hdf5 --options PATH", 2),
+    Door(bilm_serve, "--check-config --token-file PATH", 2),
+    Door(bilm_serve, "--check-config --tls-cert PATH --tls-key MODEL/options.json", 2),
+    Door(bilm_serve, "--check-config --test-log PATH", 2, WRITTEN).but("pipe"),  # somebody may read it by then
     Door(_model, "--model PATH", 1),
     Door(_model, "--model MODEL/weights.hdf5 --options PATH", 1),
     Door(_tokens, "PATH", 1),
