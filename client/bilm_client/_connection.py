@@ -23,8 +23,14 @@ from bilm_client._open_streams import OPEN_STREAMS
 from bilm_client.errors import BilmError, ServiceError, UnavailableError
 
 _END_TIMEOUT_S = 5.0
+_SPINNER_TIMEOUT_S = 0.2  # it lives on where other calls of its channel do
 
-Delivery = pb.EmbedStreamResponse | BilmError
+
+class Interruption:
+    """Delivered where a call was ended on purpose: the stream continues with another one."""
+
+
+Delivery = pb.EmbedStreamResponse | BilmError | Interruption
 Call = Any  # a grpc.Call that is also an iterator of responses: gRPC's types have no one name for it
 Connect = Callable[[Iterator[pb.EmbedStreamRequest]], Call]
 Translate = Callable[[grpc.RpcError], BilmError]
@@ -51,6 +57,7 @@ class Connection:
         deliver: Callable[[Delivery], None],
     ) -> None:
         OPEN_STREAMS.check()
+        OPEN_STREAMS.wait_for_fork()
         self._process_id = os.getpid()
         self._translate = translate
         self._deliver = deliver
@@ -58,7 +65,8 @@ class Connection:
         self._requests = _Requests(opening)
         self._call_ended = threading.Event()
         self._call = connect(self._requests)
-        if not self._call.add_callback(self._call_ended.set):
+        self._spinner: threading.Thread | None = None  # gRPC's, for the calls of one channel
+        if not self._call.add_callback(self._end_call):
             self._call_ended.set()
         self._reader = threading.Thread(target=self._read, name="bilm-stream-reader", daemon=True)
         try:
@@ -88,9 +96,21 @@ class Connection:
         self._requests.end()
         self._call.cancel()
 
+    def interrupt(self) -> None:
+        """End the call for now, as before a fork; its driver continues with another one."""
+        if not self._closed:
+            self._deliver(Interruption())
+            self.close()
+
     def join(self, timeout_s: float) -> None:
         """Wait for the end of a closed connection's threads and of gRPC's work for its call."""
         self._reader.join(timeout_s)
+        if self._spinner is not None:
+            self._spinner.join(min(timeout_s, _SPINNER_TIMEOUT_S))
+
+    def _end_call(self) -> None:
+        self._spinner = threading.current_thread()
+        self._call_ended.set()
 
     def _read(self) -> None:
         try:

@@ -22,6 +22,9 @@ class OpenStream(Protocol):
     def close(self) -> None:
         """Cancel the call, without waiting."""
 
+    def interrupt(self) -> None:
+        """End the call, without waiting, so that its reader continues with another one."""
+
     def join(self, timeout_s: float) -> None:
         """Wait for the end of the call and of its threads."""
 
@@ -32,6 +35,8 @@ class OpenStreams:
     def __init__(self) -> None:
         self._streams: dict[int, OpenStream] = {}  # by id: each operation on a dict is atomic
         self._ended = False
+        self._forked = threading.Event()  # unset while the process is being forked
+        self._forked.set()
 
     def add(self, stream: OpenStream) -> None:
         """Remember a stream until it is discarded."""
@@ -40,6 +45,10 @@ class OpenStreams:
     def discard(self, stream: OpenStream) -> None:
         """Forget a stream whose call and threads have ended."""
         self._streams.pop(id(stream), None)
+
+    def wait_for_fork(self) -> None:
+        """Wait, before a stream is opened, until no fork is under way; not for ever, as one may fail."""
+        self._forked.wait(_EXIT_TIMEOUT_S)
 
     def check(self) -> None:
         """Let no stream be opened or read once the interpreter is shutting down.
@@ -61,13 +70,35 @@ class OpenStreams:
         streams = list(self._streams.values())
         for stream in streams:
             stream.close()
-        until_s = time.monotonic() + timeout_s
+        _join(streams, timeout_s)
+
+    def interrupt(self, timeout_s: float = _EXIT_TIMEOUT_S) -> None:
+        """End the calls of all streams for now, and wait for it, in `timeout_s` seconds together.
+
+        Before a fork: what gRPC's core does in another thread at that moment, it never ends in the child, which then
+        hangs or aborts with its first call. The streams continue in this process with calls of their own.
+        """
+        self._forked = threading.Event()
+        streams = list(self._streams.values())
         for stream in streams:
-            stream.join(max(0.0, until_s - time.monotonic()))
+            stream.interrupt()
+        _join(streams, timeout_s)
+
+    def resume(self) -> None:
+        """Let streams be opened again, in the parent."""
+        self._forked.set()
 
     def forget(self) -> None:
-        """Forget all streams: after a fork, the parent's are not this process's to close."""
+        """Forget all streams, in the child: the parent's are not this process's to close."""
         self._streams = {}
+        self._forked = threading.Event()
+        self._forked.set()
+
+
+def _join(streams: list[OpenStream], timeout_s: float) -> None:
+    until_s = time.monotonic() + timeout_s
+    for stream in streams:
+        stream.join(max(0.0, until_s - time.monotonic()))
 
 
 class StreamOwner:
@@ -92,4 +123,6 @@ class StreamOwner:
 
 OPEN_STREAMS = OpenStreams()
 atexit.register(OPEN_STREAMS.close)
-os.register_at_fork(after_in_child=OPEN_STREAMS.forget)
+os.register_at_fork(
+    before=OPEN_STREAMS.interrupt, after_in_parent=OPEN_STREAMS.resume, after_in_child=OPEN_STREAMS.forget
+)

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 
-from bilm_client._connection import Connect, Connection, Delivery, Translate
+from bilm_client._connection import Connect, Connection, Delivery, Interruption, Translate
 from bilm_client._inputs import Input
 from bilm_client._job import Outcome
 from bilm_client._open_streams import StreamOwner
@@ -114,6 +114,9 @@ class AsyncStream:
             while self._mailbox is not None and (delivery := self._mailbox.take()) is not None:
                 if isinstance(delivery, BilmError):
                     raise delivery
+                if isinstance(delivery, Interruption):
+                    self._disconnect()
+                    break
                 self._session.receive(delivery)
                 self._patience.reset()
         except ServiceError as error:

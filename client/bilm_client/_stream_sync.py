@@ -5,7 +5,7 @@ from queue import Empty, SimpleQueue
 
 from bilm_api.v1 import embed_pb2 as pb
 
-from bilm_client._connection import Connect, Connection, Delivery, Translate
+from bilm_client._connection import Connect, Connection, Delivery, Interruption, Translate
 from bilm_client._inputs import Input
 from bilm_client._job import Outcome
 from bilm_client._open_streams import StreamOwner
@@ -106,6 +106,9 @@ class SyncStream:
             return None
         if isinstance(delivery, BilmError):
             raise delivery
+        if isinstance(delivery, Interruption):
+            self._disconnect()
+            return None
         return delivery
 
     def _finish(self) -> None:
