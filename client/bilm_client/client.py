@@ -12,6 +12,7 @@ from bilm_api.v1 import embed_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bilm_client import _surface
+from bilm_client._forks import CALL_GATE
 from bilm_client._inputs import Input, Sentence
 from bilm_client._job import EmbedJob, Outcome, at_index
 from bilm_client._link import Link
@@ -177,7 +178,8 @@ class Client:
         if not job.inputs:
             return []
         job.plan(self._model_info or self._fetch_model_info(deadline))
-        self._run_parts(job, deadline)
+        with CALL_GATE.call():
+            self._run_parts(job, deadline)
         self._run_by_stream(job, deadline)
         return job.results()
 
@@ -372,7 +374,8 @@ class Client:
 
     def _unary(self, method: Any, request: Any, deadline: Deadline) -> Any:
         try:
-            return method(request, **self._call_arguments(deadline))
+            with CALL_GATE.call():
+                return method(request, **self._call_arguments(deadline))
         except (grpc.RpcError, ValueError) as error:
             raise self._translated(error) from error
 

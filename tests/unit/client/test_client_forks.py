@@ -122,6 +122,16 @@ use(client)
 client.close()
 in_child(lambda: raises(ClientClosedError, lambda: client.embed("a")))
 """,
+    "while other threads call": """
+stop = threading.Event()
+def call():
+    while not stop.is_set(): use(client)
+threads = [threading.Thread(target=call) for _ in range(4)]
+for thread in threads: thread.start()
+for _ in range(5): in_child(lambda: use(client))
+stop.set()
+for thread in threads: thread.join()
+""",
     "threads of the child": """
 use(client)
 def child():

@@ -1,0 +1,55 @@
+"""Keeps forks and calls apart: what gRPC's core does in another thread is never ended in a forked process."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_FORK_TIMEOUT_S = 2.0
+
+
+class CallGate:
+    """Lets a fork wait for the calls that are under way, and calls that come then for the fork; neither for ever."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Count a call for as long as the context lasts."""
+        state = self._changed
+        with state:
+            state.wait_for(lambda: not self._forking, _FORK_TIMEOUT_S)
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with state:
+                self._under_way -= 1
+                state.notify_all()
+
+    def before_fork(self) -> None:
+        """Hold new calls, and wait for the others."""
+        with self._changed:
+            self._forking = True
+            self._changed.wait_for(lambda: not self._under_way, _FORK_TIMEOUT_S)
+
+    def after_fork(self) -> None:
+        """Let calls go on, in the parent."""
+        with self._changed:
+            self._forking = False
+            self._changed.notify_all()
+
+    def _reset(self) -> None:
+        """Start anew, in the child: the parent's calls and locks are not its own."""
+        self._changed = threading.Condition()
+        self._forking = False
+        self._under_way = 0
+
+    def register(self) -> None:
+        """Take part in the forks of this process."""
+        os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork, after_in_child=self._reset)
+
+
+CALL_GATE = CallGate()
+CALL_GATE.register()
