@@ -15,7 +15,7 @@ WORKDIR /build
 COPY pyproject.toml constraints.txt ${WHEELS}/*.whl ./
 # An empty project of the same needs is installed with them, then taken away. Secrets are optional.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=ca.pem \
-    mkdir proto model server client \
+    mkdir system proto model server client \
     && touch README.md LICENSE \
     && python -m venv --without-pip /opt/bilm \
     && pip --python /opt/bilm/bin/python install --no-cache-dir --find-links . -c constraints.txt '.[server]' \
@@ -25,6 +25,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=
 FROM dependencies AS project
 
 COPY README.md LICENSE ./
+COPY system system
 COPY proto proto
 COPY model model
 COPY server server

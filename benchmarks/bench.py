@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bilm_client._terminal import run_command
+from bilm_system.terminal import run_command
 
 from benchmarks.in_process import Effort, default_model_singles, in_flight, throughput
 from benchmarks.latency import Crowd, added_latency, client_import, short_among_long, start_to_serving

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bilm_client._terminal import run_command
 from bilm_client.testing.server import ServerProcess
 from bilm_model.bilm import Bilm
 from bilm_model.engine.device import default_threads, resolve_device
 from bilm_model.engine.engine import Engine, EngineOptions
 from bilm_model.engine.products import Precision
 from bilm_model.weights.loading import load as load_model
+from bilm_system.terminal import run_command
 
 from benchmarks.in_process import Effort, Sentences, run_seconds
 from benchmarks.load import LoadGenerator

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bilm_client._terminal import run_command
 from bilm_client.testing.server import ServerProcess
+from bilm_system.terminal import run_command
 
 from benchmarks.load import LoadGenerator
 from benchmarks.page import write_page

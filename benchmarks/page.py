@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bilm_client._files import write_text
-from bilm_client._terminal import run_command
+from bilm_system.files import write_text
+from bilm_system.terminal import run_command
 
 from benchmarks.numbers import short
 

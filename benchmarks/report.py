@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bilm_client._files import write_text
+from bilm_system.files import write_text
 
 from benchmarks.numbers import short
 from benchmarks.rounds import Spread
@@ -98,7 +98,7 @@ class Report:
             "details": self.details,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", "backslashreplace")
         print(f"written to {path}")
 
     def summary(self) -> None:

@@ -14,7 +14,6 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from bilm_client._terminal import run_command
 from bilm_model.bilm import Bilm, BilmState, initialize
 from bilm_model.config import BilmConfig
 from bilm_model.engine.device import default_threads, resolve_device
@@ -23,6 +22,7 @@ from bilm_model.training.corpus import Corpus, Streams, Vocabulary, WindowPair
 from bilm_model.training.learner import Learner
 from bilm_model.training.objective import BilmObjective
 from bilm_model.training.recipe import Recipe, read_recipe
+from bilm_system.terminal import run_command
 from torch import Tensor
 
 from benchmarks.published_order import PublishedOrder

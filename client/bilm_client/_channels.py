@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc
-from bilm_api.proxies import channel_options
+from bilm_system.proxies import channel_options
 
 from bilm_client.errors import ForkedError
 

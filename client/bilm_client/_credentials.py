@@ -5,8 +5,7 @@ import ssl
 from pathlib import Path
 
 import grpc
-
-from bilm_client._files import check_readable, read_bytes, reason, text_start
+from bilm_system.files import check_readable, read_bytes, reason, text_start
 
 
 class CredentialsError(Exception):

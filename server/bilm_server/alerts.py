@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
-from bilm_api.proxies import is_local_url
+from bilm_system.proxies import is_local_url
 
 from bilm_server.logs import raised_at, short_path
 

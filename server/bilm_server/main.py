@@ -10,7 +10,7 @@ import sys
 from functools import partial
 
 from bilm_model.errors import ModelError, reason
-from bilm_model.terminal import run_command
+from bilm_system.terminal import run_command
 
 from bilm_server.alerts import AlertHandler
 from bilm_server.checking import check
@@ -76,8 +76,20 @@ def _serve(config: ServerConfig, logs: Logs) -> int:
     except (BindError, ConfigurationError, ModelError) as error:
         logs.flush()
         print(f"bilm-serve: {error}", file=sys.stderr)
-        return 1
+        return exit_code(error)
     return 0
+
+
+def exit_code(error: BindError | ConfigurationError | ModelError) -> int:
+    """Return the exit code for what kept the server from starting.
+
+    Returns:
+        2, so that no supervisor tries again, where a setting names a file that can't be used (closed to this user, a
+        folder, a device); 1 for all else. A file that is missing is 1: its file system may be mounted later.
+    """
+    cause = error.__cause__
+    unusable = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+    return 2 if unusable and not isinstance(error, BindError) else 1
 
 
 def _start_alerts(config: ServerConfig) -> AlertHandler | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from bilm_model.files import open_ordinary
+from bilm_system.files import open_ordinary
 
 from bilm_server.config import ConfigurationError
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from urllib.parse import unquote
 
 import grpc
-from bilm_api.proxies import WITHOUT_PROXY, is_local_url
+from bilm_system.proxies import WITHOUT_PROXY, is_local_url
 
 import bilm_server
 from bilm_server.calls import UNKNOWN_METHOD, CallRecord

@@ -16,6 +16,7 @@ from typing import Final
 from urllib.parse import quote, unquote
 
 import grpc
+from bilm_system.files import lock
 
 _log = logging.getLogger("bilm_server.acceptor")
 
@@ -23,8 +24,6 @@ MAX_PATH_BYTES: Final = 107
 """Of a Unix socket's path on Linux, without the 0 at its end."""
 
 _PRIVATE_NAME_BYTES = 8
-# Answers of file systems that can't lock; 524 is ENOTSUPP of the kernel's NFS, which has no name in user space
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, 524)
 _PROBE_TIMEOUT_S = 1.0
 
 
@@ -132,15 +131,11 @@ def _locked(path: Path) -> int:
 
 
 def _lock(descriptor: int, path: Path) -> None:
-    import fcntl  # noqa: PLC0415 - not on Windows
-
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock(descriptor)
     except BlockingIOError:
         raise OSError(errno.EADDRINUSE, "another server listens there", str(path)) from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
+    if not locked:
         _log.warning("%s: this file system has no locks; two servers that start at once may take the path", path)
 
 

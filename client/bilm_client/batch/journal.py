@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+from bilm_system.files import check_readable, lock, reason
 from numpy.typing import NDArray
 
 from bilm_client._choices import UsageError
-from bilm_client._files import check_readable, lock, reason
 
 _HEADER = struct.Struct("<IQQI")  # lengths of description, vectors and state; CRC-32 of the three
 _MAX_DESCRIPTION_BYTES = 2**20

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from bilm_system.files import check_readable, reason, text_start
+
 from bilm_client._choices import UsageError
-from bilm_client._files import check_readable, reason, text_start
 from bilm_client.batch.output import RUN_KEY
 from bilm_client.batch.settings import RunSettings
 

@@ -4,7 +4,8 @@ import asyncio
 import sys
 from functools import partial
 
-from bilm_client._terminal import run_command
+from bilm_system.terminal import run_command
+
 from bilm_client.errors import BilmError
 
 _MISSING = "bilm-embed: needs the extra `files`: pip install 'bilm-serve[files]'"

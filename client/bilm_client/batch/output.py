@@ -15,10 +15,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+from bilm_system.files import replaced
 from numpy.typing import NDArray
 
 from bilm_client._choices import UsageError
-from bilm_client._files import replaced
 from bilm_client.batch.deferring import DeferringFile
 
 RUN_KEY = "bilm_serve"

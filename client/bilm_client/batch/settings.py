@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grpc
+from bilm_system.files import check_writable, same_file
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
 from bilm_client._choices import credentials_from_files, load_choices
-from bilm_client._files import check_writable, same_file
 
 
 class RunSettings(BaseSettings):

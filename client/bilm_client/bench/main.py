@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bilm_client._files import write_text
-from bilm_client._terminal import run_command
+from bilm_system.files import write_text
+from bilm_system.terminal import run_command
+
 from bilm_client.errors import BilmError
 
 if TYPE_CHECKING:
@@ -79,12 +80,12 @@ def _write(report: "Report", json_file: Path | None, html_file: Path | None) -> 
     """Write both files, even if the first can't be written."""
     try:
         if json_file is not None:
-            write_text(json_file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+            write_text(json_file, json.dumps(report, indent=1, ensure_ascii=False) + "\n", "backslashreplace")
     finally:
         if html_file is not None:
             from bilm_client.bench.page import page  # noqa: PLC0415 - matplotlib takes a second to load
 
-            write_text(html_file, page(report))
+            write_text(html_file, page(report), "backslashreplace")
 
 
 def _tell(loop: str, step: "Step", tally: "Tally") -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bilm_api.proxies import is_local_url
+from bilm_system.proxies import is_local_url
 
 from bilm_client._choices import UsageError
 

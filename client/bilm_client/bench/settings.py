@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grpc
+from bilm_system.files import check_readable, check_writable, is_special
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict
 
 from bilm_client._choices import credentials_from_files, load_choices
-from bilm_client._files import check_readable, check_writable, is_special
 from bilm_client.bench.conditions import Condition
 from bilm_client.bench.schedule import Step, parse_duration_s, parse_ramp
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bilm_system.files import check_readable, reason, text_start
+
 from bilm_client._choices import UsageError
-from bilm_client._files import check_readable, reason, text_start
 from bilm_client._inputs import Sentence
 
 _ENDS = (".", "?", "!")

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import torch
+from bilm_system.control_groups import CGROUPS, PROC, cpu_quota
 
-from bilm_model.engine.control_groups import CGROUPS, PROC, cpu_quota
 from bilm_model.errors import ModelError
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import tomli_w
+from bilm_system.files import read_text
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,7 +24,6 @@ from pydantic import (
 
 from bilm_model.config import BilmConfig
 from bilm_model.errors import ConfigError, reason
-from bilm_model.files import read_text
 
 PRESETS = ("mini", "small", "medium", "original", "student")
 

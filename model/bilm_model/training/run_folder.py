@@ -28,8 +28,9 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from bilm_system.files import lock, naming, replaced
+
 from bilm_model.errors import ModelError
-from bilm_model.files import lock, naming, replaced
 
 if TYPE_CHECKING:  # a run that is only read needs no TensorBoard
     from torch.utils.tensorboard import SummaryWriter

@@ -13,12 +13,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from bilm_system.files import open_ordinary
 from torch import Tensor
 
 from bilm_model.bilm import Bilm
 from bilm_model.config import BilmConfig
 from bilm_model.errors import WeightsError
-from bilm_model.files import open_ordinary
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from bilm_client._files import replaced
 from bilm_client.batch.deferring import DeferringFile
+from bilm_system.files import replaced
 
 # In a process of its own, because what it guards against ends the process, at the failure or at the interpreter's end
 _SWEEP = """

@@ -10,7 +10,6 @@ import pytest
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
 from bilm_model.errors import ModelError
-from bilm_model.files import write_text
 from bilm_model.training import compare_plots
 from bilm_model.training.compare import compare, read_runs
 from bilm_model.training.evaluation import Perplexity
@@ -18,6 +17,7 @@ from bilm_model.training.knowledge.report import Knowledge
 from bilm_model.training.knowledge.scores import ProbeScore, TreebankReport
 from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder, StepRecord
 from bilm_model.weights import single_file
+from bilm_system.files import write_text
 
 # forward, backward: the second is the best
 PERPLEXITIES = ((100.0, 120.0), (50.0, 60.0), (70.0, 60.0))

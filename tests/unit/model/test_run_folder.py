@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bilm_model.files import replaced, write_bytes, write_text
 from bilm_model.training.run_folder import (
     EpochRecord,
     RunError,
@@ -17,6 +16,7 @@ from bilm_model.training.run_folder import (
     RunLog,
     StepRecord,
 )
+from bilm_system.files import replaced, write_bytes, write_text
 from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 STEP = StepRecord(1, 1, 5.5, 5.0, 6.0, 1e-3, 0.5, 1000.0, 2.5)

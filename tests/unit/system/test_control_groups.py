@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from bilm_model.engine.control_groups import cpu_quota, memory_limit_bytes
 from bilm_model.engine.device import default_threads
+from bilm_system.control_groups import cpu_quota, memory_limit_bytes
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

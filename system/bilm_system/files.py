@@ -96,6 +96,21 @@ def _kind(mode: int) -> str:
     return next((name for is_it, name in _KINDS if is_it(mode)), "not an ordinary file")
 
 
+def open_ordinary(path: Path) -> BinaryIO:
+    """Open a file for reading: no pipe, which would be waited for, and no device, which might be read for ever.
+
+    Raises:
+        OSError: It can't be opened, or is something else.
+        ValueError: No file can have this name.
+    """
+    file = _open(path)
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        raise OSError(errno.EINVAL, f"{_kind(mode)}, expected a file", str(path))
+    return file
+
+
 def check_readable(path: Path) -> None:
     """Check that a path names an ordinary file that can be read.
 
@@ -103,12 +118,9 @@ def check_readable(path: Path) -> None:
         ValueError: Why it can't.
     """
     try:
-        with _open(path) as file:
-            mode = os.fstat(file.fileno()).st_mode
+        open_ordinary(path).close()
     except OSError as error:
         raise ValueError(reason(error)) from error
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{_kind(mode)}, expected a file")
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -168,27 +180,26 @@ def replaced(path: Path) -> Iterator[Path]:
         Where to write it: beside `path`, so that renaming is all that remains to be done.
 
     Raises:
-        OSError: It can't be written.
+        OSError: It can't be written; names `path`, whatever the body made of the error.
     """
     draft = path.with_name(path.name + ".part")
-    try:
-        yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with naming(path):
+        try:
+            yield draft
+            _sync(draft)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+        if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder can't be opened
+            _sync(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, whole or not at all; what is no file (`/dev/stdout`) is written to as it is.
-
-    Lone surrogates, as names that aren't UTF-8 bring them, become backslash escapes, which JSON reads back.
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all; what is no file (`/dev/stdout`) is written to as it is.
 
     Raises:
         OSError: It can't be written.
     """
-    data = text.encode("utf-8", "backslashreplace")
     if is_special(path):
         # Without waiting for a reader of a pipe
         with os.fdopen(os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)), "wb") as file:
@@ -199,14 +210,55 @@ def write_text(path: Path, text: str) -> None:
         draft.write_bytes(data)
 
 
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a file in UTF-8; see `write_bytes`.
+
+    Args:
+        path: Where.
+        text: All of it.
+        errors: Python's error handler for lone surrogates, which stand for names that aren't UTF-8: with
+            "backslashreplace" they become escapes, which JSON reads back.
+
+    Raises:
+        OSError: It can't be written, or the text has lone surrogates and `errors` is "strict".
+    """
+    try:
+        data = text.encode("utf-8", errors)
+    except UnicodeEncodeError as error:
+        raise OSError(errno.EILSEQ, "a name in it isn't UTF-8", str(path)) from error
+    write_bytes(path, data)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the name of a file to errors that know none, as those of failed writes; let those of other files pass."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while isinstance(cause, RuntimeError):  # a library's own ("unexpected pos") hides the reason behind it
+            cause = cause.__cause__ or cause.__context__
+        if not isinstance(cause, OSError) or not str(cause.filename or path).startswith(str(path)):
+            raise
+        raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from error
+
+
 # ---- locks -----------------------------------------------------------------------------------------------------------
 
 
-def lock(file: BinaryIO, flock: Callable[[BinaryIO, int], None] | None = None) -> bool:
+def lock(file: BinaryIO | int, flock: Callable[[BinaryIO | int, int], None] | None = None) -> bool:
     """Lock an open file against other processes; closing it, or the end of this process, unlocks it.
 
     Args:
-        file: To lock.
+        file: To lock, or its descriptor.
         flock: The system's call; None: `fcntl.flock`.
 
     Returns:

@@ -1,24 +1,16 @@
-"""Files that people name: for the client's commands, and for those of the model's package."""
+"""Files that people name."""
 
 import errno
 import os
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from bilm_client import _files as client_files
-from bilm_model import files as model_files
+from bilm_system import files
 
 MARK = b"\xef\xbb\xbf"
 
 
-@pytest.fixture(params=[client_files, model_files], ids=["client", "model"])
-def files(request: pytest.FixtureRequest) -> ModuleType:
-    module: ModuleType = request.param
-    return module
-
-
-def test_a_byte_order_mark_is_no_part_of_a_text(files: ModuleType, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
     (path := tmp_path / "text").write_bytes(MARK + b"one\r\n" + MARK + b"two")
     assert files.read_text(path) == "one\r\n\ufefftwo"
     assert files.decode_text(b"") == files.decode_text(MARK) == ""
@@ -26,13 +18,13 @@ def test_a_byte_order_mark_is_no_part_of_a_text(files: ModuleType, tmp_path: Pat
 
 
 @pytest.mark.parametrize("encoding", ["UTF-16-LE", "UTF-16-BE", "UTF-32-LE", "UTF-32-BE"])
-def test_the_mark_of_another_encoding_names_it(files: ModuleType, encoding: str) -> None:
+def test_the_mark_of_another_encoding_names_it(encoding: str) -> None:
     order = {"LE": "little-endian", "BE": "big-endian"}[encoding[-2:]]
     with pytest.raises(ValueError, match=f"the text is {encoding[:-3]}, {order}, expected UTF-8"):
         files.decode_text("\ufeffone".encode(encoding))
 
 
-def test_a_pipe_is_read_where_somebody_writes_into_it(files: ModuleType, tmp_path: Path) -> None:
+def test_a_pipe_is_read_where_somebody_writes_into_it(tmp_path: Path) -> None:
     readable, writable = os.pipe()
     os.write(writable, b"content")
     os.close(writable)
@@ -42,7 +34,7 @@ def test_a_pipe_is_read_where_somebody_writes_into_it(files: ModuleType, tmp_pat
     assert files.read_bytes(tmp_path / "pipe") == b""  # nobody does, and nobody is waited for
 
 
-def test_what_is_no_file_is_named(files: ModuleType, tmp_path: Path) -> None:
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         files.read_bytes(tmp_path)
     with pytest.raises(OSError, match="a device, expected a file"):
@@ -50,7 +42,7 @@ def test_what_is_no_file_is_named(files: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524])
-def test_a_file_system_without_locks_is_told_from_a_lock(files: ModuleType, tmp_path: Path, number: int) -> None:
+def test_a_file_system_without_locks_is_told_from_a_lock(tmp_path: Path, number: int) -> None:
     def failing(number: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -62,7 +54,7 @@ def test_a_file_system_without_locks_is_told_from_a_lock(files: ModuleType, tmp_
                 files.lock(file, lambda *_, held=held: failing(held))
 
 
-def test_one_lock_keeps_another_out(files: ModuleType, tmp_path: Path) -> None:
+def test_one_lock_keeps_another_out(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("wb") as file, (tmp_path / "lock").open("wb") as other:
         assert files.lock(file)
         with pytest.raises(BlockingIOError):

@@ -1,4 +1,4 @@
-"""Printing that must not cost what was computed: for the client's commands, and for those of the model's package."""
+"""Printing that must not cost what was computed."""
 
 import os
 import subprocess
@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("bilm_client._terminal", "bilm_model.terminal")
 _SCRIPT = """
 import sys
 from pathlib import Path
-from {package} import run_command
+from bilm_system.terminal import run_command
 
 def command():
     print("naïve 日本語", flush=True)
@@ -27,12 +26,12 @@ sys.exit(run_command("bilm-x", command, failed=3))
 Run = Callable[..., tuple[int, bytes, bytes]]
 
 
-@pytest.fixture(params=PACKAGES)
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
     """Runs a command by a shell, with redirections of its own; its result is whole whatever becomes of its output."""
 
     def run(redirections: str, *, code: int = 0, encoding: str = "utf-8") -> tuple[int, bytes, bytes]:
-        (script := tmp_path / "script.py").write_text(_SCRIPT.format(package=request.param, code=code), "utf-8")
+        (script := tmp_path / "script.py").write_text(_SCRIPT.format(code=code), "utf-8")
         result = tmp_path / "result"
         line = f"set -o pipefail; {sys.executable} -W error {script} {result} {redirections}"
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
