@@ -88,7 +88,9 @@ class TritonServer:
         # Without the library's path, Triton's Python stub loads another libpython than the one that runs us
         libraries = os.pathsep.join(filter(None, [_library_folder(self._python), os.environ.get("LD_LIBRARY_PATH")]))
         # Our package can't be installed there: its gRPC family and Triton's client want different protobufs
-        ours = os.pathsep.join([str(ROOT / "model"), str(ROOT / "system"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        ours = os.pathsep.join(
+            [*map(str, (ROOT / "model", ROOT / "system")), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         threads = str(self._setting.threads)
         return {**os.environ, "LD_LIBRARY_PATH": libraries, "PYTHONPATH": ours, "OMP_NUM_THREADS": threads}
 
