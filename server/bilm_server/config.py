@@ -251,9 +251,17 @@ def split_address(listen: str, expected: str = "HOST:PORT") -> tuple[str, int]:
     """
     host, _, port = listen.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not (host and port.isdecimal() and int(port) <= 65535):
+    if not (_is_host(host) and port.isdecimal() and int(port) <= 65535):
         raise ValueError(f"expected {expected}")
     return host, int(port)
+
+
+def _is_host(host: str) -> bool:
+    """Return whether this can be looked up; what can't is a UnicodeError there, or a ValueError."""
+    try:
+        return bool(host.encode("idna")) and host.isprintable()
+    except UnicodeError:
+        return False
 
 
 def _at_least(value: int, smaller: str, info: ValidationInfo) -> int:

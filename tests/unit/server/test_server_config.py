@@ -65,6 +65,10 @@ def test_every_error_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--listen", f"unix:/{'s' * 107}"], "a Unix socket's path may have 107 bytes"),
         (["--listen", "unix-abstract:50051"], "abstract sockets are not supported"),
         (["--listen", "h:70000"], "expected HOST:PORT"),
+        (["--listen", "a..b:80"], "listen: expected HOST:PORT"),
+        (["--ready-listen", ".local:80"], "ready_listen: expected HOST:PORT"),
+        (["--metrics-listen", f"{'h' * 64}:80"], "metrics_listen: expected HOST:PORT"),
+        (["--health-listen", "h\0:80"], "health_listen: expected HOST:PORT"),
         (["--config", "/nowhere.toml"], "config: /nowhere.toml: No such file"),
     ],
 )
