@@ -38,12 +38,48 @@ Raises a RefusalError to whom it doesn't let in.
 """
 
 
+class OpenCalls:
+    """The calls of open services: some last for as long as their caller likes, and none may hold a drain."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Timeout] = set()
+
+    def end(self) -> None:
+        """End all that run."""
+        for call in self._running:
+            call.reschedule(asyncio.get_running_loop().time())
+
+    async def run(self, response: Awaitable[Any]) -> Any:
+        """Await the response of one.
+
+        Raises:
+            RefusalError: SHUTTING_DOWN, if `end` comes first.
+        """
+        try:
+            async with asyncio.timeout(None) as call:
+                self._running.add(call)
+                try:
+                    return await response
+                finally:
+                    self._running.discard(call)
+        except TimeoutError:
+            if not call.expired():
+                raise
+            raise RefusalError(Reason.SHUTTING_DOWN, "the server is shutting down") from None
+
+
 class OpenInterceptor(grpc.aio.ServerInterceptor):
     """Lets anybody call some services, and nobody any other; no input of a caller is an error in the log."""
 
-    def __init__(self, open_services: Collection[str]) -> None:
-        """Keep the full names of the services."""
+    def __init__(self, open_services: Collection[str], calls: OpenCalls | None = None) -> None:
+        """Keep what calls pass through.
+
+        Args:
+            open_services: full names.
+            calls: where the calls that run are found; None: nowhere.
+        """
         self._open_services = frozenset(open_services)
+        self._calls = calls or OpenCalls()
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -53,14 +89,19 @@ class OpenInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or service not in self._open_services:
             return None
-        return _method_handler(_quiet(method, _from_bytes(handler)), handler)
+        return _method_handler(_quiet(method, _from_bytes(handler), self._calls), handler)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Guards every method but those of open services."""
 
     def __init__(
-        self, service: str, gate: Gate, observers: Sequence[CallObserver], open_services: Collection[str] = ()
+        self,
+        service: str,
+        gate: Gate,
+        observers: Sequence[CallObserver],
+        open_services: Collection[str] = (),
+        open_calls: OpenCalls | None = None,
     ) -> None:
         """Keep what calls pass through.
 
@@ -69,10 +110,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             gate: comes before a byte of the request is looked at.
             observers: see every guarded call, in this order; each must neither raise nor take long.
             open_services: full names of those that pass neither gate nor observers.
+            open_calls: where the calls of those that run are found; None: nowhere.
         """
         self._service, self._gate, self._observers = service, gate, tuple(observers)
         self._open_services = frozenset(open_services)
-        self._open = OpenInterceptor(open_services)
+        self._open = OpenInterceptor(open_services, open_calls)
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -145,12 +187,12 @@ async def _end(call: CallRecord, context: "Context", error: Exception) -> None:
             await _refuse(call, context, internal_error())
 
 
-def _quiet(method: str, behavior: Behavior) -> Behavior:
+def _quiet(method: str, behavior: Behavior, calls: OpenCalls) -> Behavior:
     """Run a method that anybody may call: no failure is an error in the log, as each could be a caller's doing."""
 
     async def quiet(requests: AsyncIterator[bytes], context: "Context") -> Any:
         try:
-            return await behavior(requests, context)
+            return await calls.run(behavior(requests, context))
         except grpc.aio.AbortError:
             raise
         except grpc.aio.BaseError:  # the call is over, or the server has stopped

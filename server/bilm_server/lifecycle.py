@@ -23,7 +23,7 @@ from bilm_server.conversions import Conversions
 from bilm_server.descriptors import connection_limit, health_server
 from bilm_server.health import HealthReporter
 from bilm_server.inference import InferenceThread
-from bilm_server.interceptors import CallInterceptor, OpenInterceptor
+from bilm_server.interceptors import CallInterceptor, OpenCalls, OpenInterceptor
 from bilm_server.listening import BindError, address, channel_options, credentials
 from bilm_server.monitoring import NO_LOSSES, Losses, Monitoring
 from bilm_server.parts import Parts
@@ -65,6 +65,7 @@ class Server:
         self._authenticator = Authenticator(config.token_file)
         self._ready_port = ReadyPort(*split_address(config.ready_listen)) if config.ready_listen else None
         self._starting = asyncio.Lock()
+        self._open_calls = OpenCalls()
         self._acceptor: Acceptor | None = None
         self._health_acceptor: Acceptor | None = None
         self._stop_asked = asyncio.Event()
@@ -120,6 +121,7 @@ class Server:
         _log.info("draining: NOT_SERVING, new calls refused in %g s, calls in flight get %g s more", delay_s, grace_s)
         self._health.drain()
         await asyncio.sleep(delay_s)
+        self._open_calls.end()  # a health watcher would hold the drain for all of the grace time
         if self._acceptor is not None:
             await self._acceptor.stop(grace_s)
 
@@ -167,7 +169,9 @@ class Server:
 
     def _new_grpc_server(self, max_connections: int) -> grpc.aio.Server:
         open_services = {HEALTH_NAME, reflection.SERVICE_NAME} if self._config.reflection else {HEALTH_NAME}
-        interceptor = CallInterceptor(SERVICE_NAME, self._gate, self._monitoring.observers, open_services)
+        interceptor = CallInterceptor(
+            SERVICE_NAME, self._gate, self._monitoring.observers, open_services, self._open_calls
+        )
         options = channel_options(self._config, max_connections)
         return grpc.aio.server(interceptors=[interceptor], options=options)
 

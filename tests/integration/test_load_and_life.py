@@ -25,6 +25,7 @@ from bilm_server.ready_port import GREETING
 from bilm_server.watchdog import EngineLostError
 from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from integration_support import PLAIN, RunningServer, health_stub, tokens
 from test_embed import refusal
 
@@ -298,10 +299,7 @@ def stream_of(*words: str) -> list[embed_pb2.EmbedStreamRequest]:
 
 
 def test_reflection_is_there_only_when_asked_for(start: Callable[..., RunningServer]) -> None:
-    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-
     stub: Any = reflection_pb2_grpc.ServerReflectionStub
-
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     with_it = stub(start("--reflection").channel())
     (response,) = with_it.ServerReflectionInfo(iter([request]))
@@ -382,10 +380,39 @@ def test_a_signal_drains_and_ends_with_0(number: signal.Signals) -> None:
 def test_the_grace_time_bounds_the_drain() -> None:
     server = process("--listen", "127.0.0.1:0", "--grace-s", "0.2")
     with server as (child, target), grpc.insecure_channel(target) as channel:
-        never_ending = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
-        assert next(never_ending).status == SERVING
+        stay_open = threading.Event()
+        never_ending = embed_pb2_grpc.EmbedServiceStub(channel).EmbedStream(unfinished(stay_open))
+        assert next(never_ending).rows.last
         child.terminate()
         assert child.wait(25) == 0  # the default would be 30 s
+        stay_open.set()
+
+
+def unfinished(stay_open: threading.Event) -> Iterator[embed_pb2.EmbedStreamRequest]:
+    yield from stream_of("w")
+    stay_open.wait(60)
+
+
+def test_a_drain_waits_neither_for_health_watchers_nor_for_reflection(start: Callable[..., RunningServer]) -> None:
+    server = start("--reflection", "--grace-s", "3600")
+    updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+    assert next(updates).status == SERVING
+    stay_open = threading.Event()
+
+    def questions() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        stay_open.wait(60)
+
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub
+    answers = stub(server.channel()).ServerReflectionInfo(questions(), timeout=60)
+    next(answers)
+    server.call(server.server.drain)
+    for call in (updates, answers):
+        with pytest.raises(grpc.RpcError) as error:
+            list(call)
+        assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert refusal(error.value)[1] == "SHUTTING_DOWN"
+    stay_open.set()
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
