@@ -19,13 +19,3 @@ class CharacterError(ModelError, ValueError):
 
 class StateError(ModelError, ValueError):
     """A state that didn't come from this model, or not whole."""
-
-
-def reason(error: Exception) -> str:
-    """What an error says, to stand behind a file's name: the system's without number and name."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-def message(error: ModelError | OSError) -> str:
-    """A line for the terminal: an operating system's error after the name of the file, where it has one."""
-    return f"{error.filename}: {reason(error)}" if isinstance(error, OSError) and error.filename else str(error)

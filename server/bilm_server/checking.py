@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bilm_model.engine.device import resolve_device
-from bilm_model.errors import ModelError, reason
+from bilm_model.errors import ModelError
 from bilm_model.weights.loading import ModelHeader, inspect
 from bilm_system.control_groups import memory_limit_bytes
+from bilm_system.files import reason
 
 from bilm_server.auth import Authenticator
 from bilm_server.config import ConfigurationError, ServerConfig

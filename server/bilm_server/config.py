@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from bilm_model.errors import reason
-from bilm_system.files import read_text
+from bilm_system.files import read_text, reason
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,

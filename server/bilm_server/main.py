@@ -9,7 +9,8 @@ import socket
 import sys
 from functools import partial
 
-from bilm_model.errors import ModelError, reason
+from bilm_model.errors import ModelError
+from bilm_system.files import reason
 from bilm_system.terminal import run_command
 
 from bilm_server.alerts import AlertHandler

@@ -25,9 +25,14 @@ _KINDS = (
 _HELD_BY_ANOTHER = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 
 
-def reason(error: OSError | ValueError) -> str:
+def reason(error: Exception) -> str:
     """Return what an error says, to stand behind a file's name: the system's words without number and name."""
-    return getattr(error, "strerror", None) or str(error)
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def message(error: Exception) -> str:
+    """Return a line for the terminal: what the system says behind the name of the file, where there is one."""
+    return f"{error.filename}: {reason(error)}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ print(grpc.__version__, google.protobuf.__version__)
         [python, "-W", "error", "-c", program],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "proto"), str(ROOT / "client")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("system", "proto", "client"))},
         timeout=240,
         check=False,
     )

@@ -133,7 +133,7 @@ def test_a_disk_that_is_full_when_the_output_is_written(server: RunningServer, t
         code, errors = ended(process)
     assert code == STOPPED
     assert errors.splitlines() == [
-        "bilm-embed: [Errno 27] File too large",
+        f"bilm-embed: {output}: File too large",
         "bilm-embed: the run stopped; what is done is kept, --resume goes on",
     ]
     assert sorted(path.name for path in text.parent.iterdir()) == ["in.txt", journal_of(output).name]

@@ -4,6 +4,7 @@ import asyncio
 import sys
 from functools import partial
 
+from bilm_system.files import message
 from bilm_system.terminal import run_command
 
 from bilm_client.errors import BilmError
@@ -51,7 +52,9 @@ def _main(argv: list[str]) -> int:
     except UsageError as error:
         return _fail("\n".join(f"bilm-embed: {line}" for line in str(error).splitlines()), 2)
     except (BilmError, OSError) as error:
-        return _fail(f"bilm-embed: {error}\nbilm-embed: the run stopped; what is done is kept, --resume goes on", 1)
+        return _fail(
+            f"bilm-embed: {message(error)}\nbilm-embed: the run stopped; what is done is kept, --resume goes on", 1
+        )
     except KeyboardInterrupt:
         return _fail("bilm-embed: interrupted; what is done is kept, --resume goes on", 130)
     return 0

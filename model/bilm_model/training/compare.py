@@ -11,12 +11,12 @@ from pathlib import Path
 from shlex import quote
 from typing import Literal
 
-from bilm_system.files import read_text, write_bytes, write_text
+from bilm_system.files import read_text, reason, write_bytes, write_text
 from safetensors import SafetensorError, safe_open
 
 from bilm_model.bilm import Bilm
 from bilm_model.config import BilmConfig, from_options
-from bilm_model.errors import ConfigError, reason
+from bilm_model.errors import ConfigError
 from bilm_model.training.knowledge.report import Knowledge, read_knowledge
 from bilm_model.training.knowledge.scores import TreebankReport, best
 from bilm_model.training.run_folder import EpochRecord, RunError, RunFolder

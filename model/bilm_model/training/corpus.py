@@ -15,12 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from bilm_system.files import open_ordinary, text_start
+from bilm_system.files import open_ordinary, reason, text_start
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bilm_model.characters import BEGIN_TOKEN, END_TOKEN, CharacterIds, token_ids
-from bilm_model.errors import ModelError, reason
+from bilm_model.errors import ModelError
 from bilm_model.training.typos import with_typos
 
 BOUNDARY = 0

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from bilm_system.files import replaced, write_text
+from bilm_system.files import reason, replaced, write_text
 from torch import nn
 from tqdm import tqdm
 
 from bilm_model.bilm import BilmState
 from bilm_model.characters import END_TOKEN
 from bilm_model.engine.products import ProductPath, resolve_precision
-from bilm_model.errors import reason
 from bilm_model.training.corpus import UNKNOWN, Corpus, Streams, Vocabulary, WindowPair
 from bilm_model.training.evaluation import mean_losses, valid_streams
 from bilm_model.training.learner import Learner, Objective

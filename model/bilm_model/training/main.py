@@ -11,12 +11,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from bilm_system.files import write_text
+from bilm_system.files import message, write_text
 from bilm_system.terminal import run_command
 
 from bilm_model.bilm import Bilm, initialize
 from bilm_model.engine.device import default_threads, resolve_device
-from bilm_model.errors import ModelError, message
+from bilm_model.errors import ModelError
 from bilm_model.training.compare import compare
 from bilm_model.training.corpus import Corpus, Vocabulary
 from bilm_model.training.distillation import new_distillation

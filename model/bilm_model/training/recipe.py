@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import tomli_w
-from bilm_system.files import read_text
+from bilm_system.files import read_text, reason
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from bilm_model.config import BilmConfig
-from bilm_model.errors import ConfigError, reason
+from bilm_model.errors import ConfigError
 
 PRESETS = ("mini", "small", "medium", "original", "student")
 

@@ -6,12 +6,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from bilm_system.files import replaced
+from bilm_system.files import message, replaced
 from bilm_system.terminal import run_command
 from torch import Tensor
 
 from bilm_model.config import BilmConfig, to_options
-from bilm_model.errors import ModelError, message
+from bilm_model.errors import ModelError
 from bilm_model.weights import hdf5, single_file
 from bilm_model.weights.loading import HDF5_SUFFIXES, LoadedModel, load
 

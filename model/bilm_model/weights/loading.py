@@ -7,12 +7,12 @@ from enum import Enum
 from pathlib import Path
 
 import torch
-from bilm_system.files import open_ordinary
+from bilm_system.files import message, open_ordinary
 
 from bilm_model import pretrained
 from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.config import SIZES, BilmConfig
-from bilm_model.errors import WeightsError, message
+from bilm_model.errors import WeightsError
 from bilm_model.weights import hdf5, single_file
 from bilm_model.weights.options import read_options
 from bilm_model.weights.version import content_version

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bilm_system.files import decode_text, open_ordinary
+from bilm_system.files import decode_text, open_ordinary, reason
 
 from bilm_model.characters import CHARACTER_COUNT
 from bilm_model.config import BilmConfig, from_options
-from bilm_model.errors import ConfigError, reason
+from bilm_model.errors import ConfigError
 
 MAX_OPTIONS_BYTES = 2**16
 """Published options have less than 1 KiB."""

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from bilm_system.files import reason
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from bilm_model.bilm import Bilm
 from bilm_model.config import BilmConfig, to_options
-from bilm_model.errors import ConfigError, WeightsError, reason
+from bilm_model.errors import ConfigError, WeightsError
 from bilm_model.weights.options import parse_options
 from bilm_model.weights.version import content_version
 

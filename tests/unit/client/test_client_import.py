@@ -21,7 +21,7 @@ from bilm_client import AsyncClient, Client, ScalarMix
 import bilm_client.testing
 print(*{name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))
 """
-OUR_OWN = {"bilm_api", "bilm_client"}
+OUR_OWN = {"bilm_api", "bilm_client", "bilm_system"}
 GRPC = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "google"}  # grpc imports reflection where it is there
 NUMPY = {"numpy", "typing_extensions"}
 

@@ -9,10 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from bilm_system.files import read_text
+from bilm_system.files import read_text, reason
 
 from bilm_model.bilm import Bilm
-from bilm_model.errors import reason
 from bilm_model.training.corpus import CorpusError
 from bilm_model.training.knowledge.treebank import read_conllu
 from bilm_model.training.knowledge.vectors import Embedder, Vectors

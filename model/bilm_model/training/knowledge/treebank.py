@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from bilm_system.files import read_text
+from bilm_system.files import read_text, reason
 
-from bilm_model.errors import reason
 from bilm_model.training.corpus import CorpusError
 
 _COLUMNS = 10
