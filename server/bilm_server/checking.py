@@ -13,7 +13,7 @@ from bilm_model.engine.device import resolve_device
 from bilm_model.errors import ModelError
 from bilm_model.weights.loading import ModelHeader, inspect
 from bilm_system.control_groups import memory_limit_bytes
-from bilm_system.files import reason
+from bilm_system.files import message, reason
 
 from bilm_server.auth import Authenticator
 from bilm_server.config import ConfigurationError, ServerConfig
@@ -21,7 +21,7 @@ from bilm_server.descriptors import connection_limit
 from bilm_server.listening import credentials
 from bilm_server.served_model import engine_options, fitting_name
 from bilm_server.tokenizer import new_tokenizer
-from bilm_server.unix_sockets import socket_path
+from bilm_server.unix_sockets import check_kinds, socket_path
 
 _MIB = 2**20
 _PROCESS_BYTES = 400 * _MIB  # Python, torch and compiled kernels
@@ -133,14 +133,22 @@ def _check_extras(config: ServerConfig) -> None:
 
 
 def _check_paths(config: ServerConfig) -> None:
-    """Raise ConfigurationError for folders that nothing can be written to."""
+    """Raise ConfigurationError for paths that can't be written or listened on."""
     targets = {"listen": config.listen, "health_listen": config.health_listen}
-    paths = {name: socket_path(target) for name, target in targets.items() if target.startswith("unix:")}
-    if config.test_log is not None:
-        paths["test_log"] = config.test_log
-    lines = [f"{name}: {problem}" for name, path in paths.items() if (problem := _problem(path))]
-    if lines:
+    sockets = {name: socket_path(target) for name, target in targets.items() if target.startswith("unix:")}
+    paths = sockets if config.test_log is None else {**sockets, "test_log": config.test_log}
+    problems = {name: _problem(path) for name, path in paths.items()}
+    problems |= {name: _kind_problem(path) for name, path in sockets.items() if not problems[name]}
+    if lines := [f"{name}: {problem}" for name, problem in problems.items() if problem]:
         raise ConfigurationError("\n".join(lines))
+
+
+def _kind_problem(path: Path) -> str:
+    try:
+        check_kinds(path)
+    except OSError as error:
+        return message(error)
+    return ""
 
 
 def _problem(path: Path) -> str:

@@ -52,13 +52,28 @@ def socket_path(target: str) -> Path:
     return Path(text)
 
 
+def check_kinds(path: Path) -> None:
+    """Check that nothing but a socket, with its lock file, stands where a server would listen; it may be in use.
+
+    Raises:
+        OSError: naming what is something else.
+    """
+    for found, is_right, kind in ((path, stat.S_ISSOCK, "socket"), (_lock_path(path), stat.S_ISREG, "regular file")):
+        try:
+            mode = found.lstat().st_mode
+        except FileNotFoundError:
+            continue
+        if not is_right(mode):
+            raise OSError(errno.EEXIST, f"exists and isn't a {kind}", str(found))
+
+
 class UnixSocket:
     """A path that one process serves on at a time."""
 
     def __init__(self, path: Path) -> None:
         """Keep the path; call `claim` to own it."""
         self._path = path
-        self._lock_path = path.with_name(path.name + ".lock")
+        self._lock_path = _lock_path(path)
         self._lock: int | None = None
         self._identity: tuple[int, int, int] | None = None
 
@@ -71,8 +86,10 @@ class UnixSocket:
         """
         if self._lock is not None:
             return
+        check_kinds(self._path)
         self._lock = _locked(self._lock_path)
         try:
+            check_kinds(self._path)  # again, now that no other server changes it
             _check_free(self._path)
         except OSError:
             self.release()
@@ -109,6 +126,10 @@ class UnixSocket:
         self._lock = None
 
 
+def _lock_path(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
 def _private_path(path: str) -> str:
     """Return a path in the same folder that no other process uses."""
     folder, _, _ = path.rpartition("/")
@@ -141,12 +162,8 @@ def _lock(descriptor: int, path: Path) -> None:
 
 def _check_free(path: Path) -> None:
     """Raise OSError unless the path is free, or a socket that nobody listens on."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
+    if not path.exists():
         return
-    if not stat.S_ISSOCK(mode):
-        raise OSError(errno.EEXIST, "exists and isn't a socket", str(path))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PROBE_TIMEOUT_S)
         try:

@@ -1,6 +1,7 @@
 """`bilm-serve --check-config`."""
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,30 @@ def test_everything_that_is_wrong_is_a_line(tmp_path: Path, capsys: pytest.Captu
     ):  # fmt: skip
         assert sum(part in line for line in lines) == 1, part
     assert len(lines) == 8
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("/nowhere")], ids=["a file", "a symlink"])
+@pytest.mark.parametrize("flag", ["--listen", "--health-listen"])
+def test_a_unix_socket_where_something_else_is(
+    flag: str, make: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(place := tmp_path / "s")
+    assert main(["--check-config", flag, f"unix:{place}"]) == 2
+    assert capsys.readouterr().err.count(f"{place}: exists and isn't a socket") == 1
+
+
+def test_a_unix_socket_whose_lock_cannot_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (lock := tmp_path / "s.lock").mkdir()
+    assert main(["--check-config", "--listen", f"unix:{tmp_path}/s"]) == 2
+    assert f"listen: {lock}: exists and isn't a regular file" in capsys.readouterr().err
+
+
+def test_the_socket_of_a_server_that_runs_is_no_error(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as running:
+        running.bind(str(tmp_path / "s"))
+        running.listen()
+        (tmp_path / "s.lock").touch()
+        assert main(["--check-config", "--listen", f"unix:{tmp_path}/s"]) == 0
 
 
 def test_the_engines_memory_is_what_the_engine_allocates() -> None:
