@@ -1,9 +1,11 @@
 """What a synchronous client has in one process: a channel, and whether it is closed."""
 
 import threading
+from typing import Any
 
 import grpc
 from bilm_api.v1 import embed_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from bilm_client._settings import Settings
 from bilm_client.errors import ClientClosedError
@@ -21,8 +23,7 @@ class Link:
         self._settings = settings
         self._lock = threading.RLock()  # a signal handler may close the client
         self._closed = threading.Event()
-        self._channel: grpc.Channel | None = None
-        self._stub: embed_pb2_grpc.EmbedServiceStub | None = None
+        self._stubs: _Stubs | None = None
         if closed:
             self._closed.set()
 
@@ -40,38 +41,50 @@ class Link:
         if self.is_closed:
             raise ClientClosedError("the client is closed")
 
-    def channel(self) -> grpc.Channel:
-        """The channel, made by the first call.
+    def stub(self) -> embed_pb2_grpc.EmbedServiceStub:
+        """Return the service's stub, on the channel that the first call makes.
 
         Raises:
             ClientClosedError: The client is closed.
         """
+        return self._open().embed
+
+    def health_stub(self) -> Any:
+        """Return the health service's stub, on the same channel.
+
+        Raises:
+            ClientClosedError: The client is closed.
+        """
+        return self._open().health
+
+    def _open(self) -> "_Stubs":
         with self._lock:
             self.check_open()
-            if self._channel is None:
-                self._channel = self._settings.new_channel()
-            return self._channel
-
-    def stub(self) -> embed_pb2_grpc.EmbedServiceStub:
-        """The service's stub on that channel.
-
-        Raises:
-            ClientClosedError: The client is closed.
-        """
-        with self._lock:
-            channel = self.channel()
-            if self._stub is None:
-                self._stub = embed_pb2_grpc.EmbedServiceStub(channel)
-            return self._stub
+            stubs = self._stubs
+            if stubs is None:
+                stubs = self._stubs = _Stubs(self._settings.new_channel())
+                if self.is_closed:  # by a signal handler, while the channel was being made
+                    self.close()
+                    self.check_open()
+            return stubs
 
     def close(self) -> None:
         """Close the channel for good."""
         with self._lock:
             self._closed.set()
-            channel, self._channel, self._stub = self._channel, None, None
-        if channel is not None:
-            channel.close()
+            stubs, self._stubs = self._stubs, None
+        if stubs is not None:
+            stubs.channel.close()
 
     def wait(self, timeout_s: float) -> None:
         """Wait so long, or until the client is closed."""
         self._closed.wait(timeout_s)
+
+
+class _Stubs:
+    """A channel with all its stubs, made before anything can close it: gRPC (1.85) crashes making one afterwards."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.embed = embed_pb2_grpc.EmbedServiceStub(channel)
+        self.health: Any = health_pb2_grpc.HealthStub(channel)  # gRPC's package has no types for it

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, Unpack, overload
 import grpc
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from bilm_client import _surface
 from bilm_client._forks import CALL_GATE
@@ -300,7 +300,7 @@ class Client:
             ServiceError: The call failed in another way.
             ClientClosedError: The client is closed.
         """
-        stub: Any = health_pb2_grpc.HealthStub(self._link.channel())
+        stub = self._link.health_stub()
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             response = self._unary(stub.Check, request, self._settings.deadline(timeout_s))

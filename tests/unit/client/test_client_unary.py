@@ -12,9 +12,12 @@ import pytest
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
 from bilm_client import Client, ClientClosedError, HealthStatus, RetryPolicy, ScalarMix, SentenceError, errors
+from bilm_client._link import Link
 from grpc_health.v1 import health_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.unit.client.conftest import Connect, Scripted
 
 FAST = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
@@ -279,6 +282,24 @@ def test_closing_ends_a_call_under_way(scripted: Scripted) -> None:
         with pytest.raises(ClientClosedError):
             future.result(60)
         hold.released.set()
+
+
+@pytest.mark.parametrize("call", [Link.stub, Link.health_stub])
+def test_closing_in_a_signal_handler_while_the_channel_is_made_is_not_lost(
+    scripted: Scripted, call: Callable[[Link], object]
+) -> None:
+    class Settings:
+        def new_channel(self) -> grpc.Channel:
+            link.close()  # as the handler does, in the same thread
+            return channel
+
+    channel = grpc.insecure_channel(scripted.target)
+    get_model = embed_pb2_grpc.EmbedServiceStub(channel).GetModel
+    link = Link(Settings(), closed=False)  # type: ignore[arg-type] # all that a link asks of them
+    with pytest.raises(ClientClosedError):
+        call(link)
+    with pytest.raises(ValueError, match="closed channel"):
+        get_model(pb.GetModelRequest())
 
 
 def test_many_threads_share_a_client(scripted: Scripted) -> None:
