@@ -142,6 +142,37 @@ def test_a_disk_that_is_full_when_the_output_is_written(server: RunningServer, t
     assert len(datasets(output)) == 400
 
 
+def test_a_full_disk_names_the_journal(server: RunningServer, text: Path, output: Path) -> None:
+    write(text, *(f"line {i}" for i in range(400)))
+    limit_bytes = 100_000
+
+    with embedding(server.target, text, output, "--pool", "mean") as process:
+        # At once: the process has hardly begun to import what it needs
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+        code, errors = ended(process)
+    assert (code, errors.splitlines()) == (STOPPED, stopped_at(journal_of(output), "File too large"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
+def test_a_full_disk_names_the_list_of_errors(server: RunningServer, text: Path, output: Path) -> None:
+    (folder := text.parent / "small").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("a file system can't be mounted here")
+    try:
+        text.write_bytes(b"\xff\n" * 2000)
+        with embedding(server.target, text, output, "--errors", str(folder / "errors")) as process:
+            code, errors = ended(process)
+        assert (code, errors.splitlines()) == (STOPPED, stopped_at(folder / "errors", "No space left on device"))
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def stopped_at(path: Path, why: str) -> list[str]:
+    return [f"bilm-embed: {path}: {why}", "bilm-embed: the run stopped; what is done is kept, --resume goes on"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
 def test_a_full_file_system(server: RunningServer, text: Path, tmp_path: Path) -> None:
@@ -326,6 +357,14 @@ def test_a_server_that_comes_back_with_another_model(  # noqa: PLR0917 - fixture
 
 
 # ---- going on, and not ----
+
+
+def test_an_empty_journal_of_a_machine_that_crashed_is_no_obstacle(
+    server: RunningServer, text: Path, output: Path
+) -> None:
+    journal_of(output).touch()
+    assert embed(server.target, text, output, "--resume") == 0
+    assert len(datasets(output)) == N_LINES
 
 
 def test_an_output_that_cannot_be_written_is_made_later(

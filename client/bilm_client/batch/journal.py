@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
-from bilm_system.files import check_readable, lock, reason
+from bilm_system.files import check_readable, lock, naming, reason
 from numpy.typing import NDArray
 
 from bilm_client._choices import UsageError
@@ -70,6 +70,7 @@ class Journal:
 
         Raises:
             UsageError: The file can't be made.
+            OSError: Its beginning can't be written; there is no file then.
             JournalBusyError: Another run is writing it.
         """
         try:
@@ -79,8 +80,12 @@ class Journal:
         locked = _lock(file, path)
         file.truncate()  # not before it is ours
         journal = cls(path, identity, locked, file)
-        journal._write(identity, b"", b"")
-        journal.flush()
+        try:
+            journal._write(identity, b"", b"")
+            journal.flush()
+        except OSError:
+            path.unlink()
+            raise
         return journal
 
     @classmethod
@@ -108,7 +113,11 @@ class Journal:
         return journal
 
     def append(self, record: Record) -> None:
-        """Adds a record."""
+        """Add a record.
+
+        Raises:
+            OSError: The file can't be written; names it, as the errors of `flush` and `close` do.
+        """
         description: dict[str, Any] = {"index": record.index, "n_tokens": record.n_tokens}
         data = b""
         if record.vectors is None:
@@ -116,16 +125,18 @@ class Journal:
         else:
             description |= {"shape": record.vectors.shape, "dtype": record.vectors.dtype.str}
             data = record.vectors.tobytes()
-        self._file.seek(0, os.SEEK_END)
-        self._write(description, data, record.state)
+        with naming(self.path):
+            self._file.seek(0, os.SEEK_END)
+            self._write(description, data, record.state)
 
     def flush(self) -> None:
-        """Hands everything to the operating system: a kill of this process loses nothing from here on."""
-        self._file.flush()
+        """Hand everything to the operating system: a kill of this process loses nothing from here on."""
+        with naming(self.path):
+            self._file.flush()
 
     def records(self) -> Iterator[Record]:
         """All records, from the start."""
-        self._file.flush()
+        self.flush()
         self._file.seek(0)
         _read(self._file)
         while (found := _read(self._file)) is not None:
@@ -153,8 +164,9 @@ class Journal:
         self._file.truncate(end)
 
     def close(self) -> None:
-        """Closes the file, which stays."""
-        self._file.close()
+        """Close the file, which stays."""
+        with naming(self.path):
+            self._file.close()
 
     def _write(self, description: dict[str, Any], data: bytes, state: bytes) -> None:
         text = json.dumps(description).encode()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 import grpc
+from bilm_system.files import naming
 from tqdm import tqdm
 
 from bilm_client._choices import UsageError
@@ -220,7 +221,7 @@ class _Run:
 
     def _open_journal(self) -> Journal:
         path = _journal_path(self._settings)
-        if not (self._settings.resume and path.exists()):
+        if not (self._settings.resume and path.exists() and path.stat().st_size):  # empty: nothing has been kept
             return Journal.create(path, self._identity)
         with contextlib.ExitStack() as stack:
             journal = stack.enter_context(contextlib.closing(Journal.reopen(path)))
@@ -250,8 +251,9 @@ class _Run:
             if self._errors is None:  # an earlier run had a list, this one has none
                 raise _bad_line(record)
             line = {"line": record.index + 1, "reason": record.reason, "message": record.message}
-            self._errors.write(json.dumps(line) + "\n")
-            self._errors.flush()
+            with naming(Path(self._errors.name)):
+                self._errors.write(json.dumps(line) + "\n")
+                self._errors.flush()
 
     # ---- lines in, records out ----
 
@@ -358,5 +360,9 @@ def _open_errors(path: Path | None) -> Iterator[TextIO | None]:
     if path is None:
         yield None
     else:
-        with path.open("w", encoding="utf-8") as file:
+        file = path.open("w", encoding="utf-8")
+        try:
             yield file
+        finally:
+            with naming(path):
+                file.close()
