@@ -21,7 +21,8 @@ _RESPONSE_SHARE = 64
 
 _SECONDS_PER_BYTE = 1.3e-3 / 1024 / TOKENISING_WEIGHT
 _MAX_WAITING_BYTES = 4 * 2**20
-"""Weighted, about 1.3 s of work. A larger request is still converted when nothing else waits."""
+"""Weighted, about 1.3 s of work: from there on requests are refused. One that begins below may go above, however large
+it is, so that small requests never keep a large one out."""
 
 _THREADS = 2
 
@@ -39,7 +40,7 @@ class Conversions:
         """Threads start with the first conversion.
 
         Args:
-            max_waiting_bytes: weighted bytes of requests and responses that may wait.
+            max_waiting_bytes: weighted bytes of requests and responses from which on further requests are refused.
         """
         self._max_waiting_bytes = max_waiting_bytes
         self._threads = ThreadPoolExecutor(_THREADS, "conversion")
@@ -60,7 +61,7 @@ class Conversions:
         weight = TOKENISING_WEIGHT * n_bytes
         if weight <= INLINE_BYTES:
             return function()
-        if self._waiting_bytes and self._waiting_bytes + weight > self._max_waiting_bytes:
+        if self._waiting_bytes >= self._max_waiting_bytes:
             half_s = self._waiting_bytes * _SECONDS_PER_BYTE / 2
             raise RefusalError(Reason.OVERLOADED, "too many requests wait to be read; try again", pushback_ms(half_s))
         return await self._counted(weight, function)

@@ -59,6 +59,13 @@ async def test_a_request_is_refused_when_too_many_bytes_wait(slow: Slow) -> None
     assert await settled(conversions, slow, *tasks) == ["converted"] * 3
 
 
+async def test_small_requests_do_not_keep_a_large_one_out(slow: Slow) -> None:
+    conversions = Conversions(max_waiting_bytes=2 * TOKENISING_WEIGHT * LARGE)
+    tasks = [asyncio.create_task(conversions.request(n_bytes, slow)) for n_bytes in (LARGE, 4 * 2**20)]
+    await begun(slow, 2)
+    assert await settled(conversions, slow, *tasks) == ["converted"] * 2
+
+
 async def test_a_request_of_any_size_is_converted_when_nothing_waits(slow: Slow) -> None:
     conversions = Conversions(max_waiting_bytes=1)
     task = asyncio.create_task(conversions.request(4 * 2**20, slow))
