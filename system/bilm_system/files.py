@@ -181,12 +181,16 @@ def same_file(path: Path, other: Path) -> bool:
 def replaced(path: Path) -> Iterator[Path]:
     """Put a new file in another's place, whole and on the disk, or leave the other as it is.
 
+    A symbolic link stays: the file that it leads to is replaced.
+
     Yields:
-        Where to write it: beside `path`, so that renaming is all that remains to be done.
+        Where to write it: beside that file, so that renaming is all that remains to be done.
 
     Raises:
         OSError: It can't be written; names `path`, whatever the body made of the error.
     """
+    if path.is_symlink():
+        path = path.resolve()
     draft = path.with_name(path.name + ".part")
     with naming(path):
         try:
@@ -211,7 +215,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.set_blocking(file.fileno(), True)
             file.write(data)
         return
-    with replaced(path.resolve()) as draft:
+    with replaced(path) as draft:
         draft.write_bytes(data)
 
 

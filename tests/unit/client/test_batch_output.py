@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 from bilm_client.batch.deferring import DeferringFile
+from bilm_client.batch.output import new_output, read_run
 from bilm_system.files import replaced
 
 # In a process of its own, because what it guards against ends the process, at the failure or at the interpreter's end
@@ -90,3 +91,16 @@ def test_a_failed_file_leaves_the_one_before(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full"):
         write_half()
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("file", "before")]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_file_that_a_link_leads_to_is_replaced(tmp_path: Path, exists: bool) -> None:
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (link := tmp_path / "out.npz").symlink_to(elsewhere / "real.npz")
+    if exists:
+        link.write_text("before")
+    with new_output(link, {}) as (write, _):
+        write("0", np.zeros(4))
+    assert link.is_symlink()
+    assert read_run(elsewhere / "real.npz") == {}
+    assert [each.name for each in elsewhere.iterdir()] == ["real.npz"]
