@@ -133,6 +133,7 @@ def _health(client: Client) -> HealthStatus | None:
 # ---- the clock ----
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_the_wall_clock(start: Start, tmp_path: Path) -> None:
     """Which jumps by years, both ways, under a server at work; the machine's own clock stays as it is."""
     if reason := missing("faketime"):

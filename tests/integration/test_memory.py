@@ -35,10 +35,8 @@ def documents(n_documents: int, n_tokens: int) -> Iterator[embed_pb2.EmbedStream
         yield embed_pb2.EmbedStreamRequest(item=embed_pb2.StreamItem(id=i, sentence=tokens(*words)))
 
 
-@pytest.mark.parametrize(
-    ("n_tokens", "in_flight", "answers_mib"),
-    [(500, 2048, 16), pytest.param(10_000, 20_000, 128, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_tokens", "in_flight", "answers_mib"), [(500, 2048, 16), (10_000, 20_000, 128)])
 def test_a_hundred_long_sentences_at_once(n_tokens: int, in_flight: int, answers_mib: int) -> None:
     """All in flight on ten streams, as fast as they can be sent; and unary calls, which are answered or refused."""
     limits = {

@@ -32,7 +32,7 @@ def engine_of(source: str, precision: Precision) -> Engine:
 
 @pytest.mark.parametrize(
     "source",
-    ["", "random:small", pytest.param("random:original", marks=pytest.mark.slow)],
+    ["", *(pytest.param(f"random:{size}", marks=pytest.mark.slow) for size in ("small", "original"))],
     ids=lambda s: s or "shipped",
 )
 def test_every_vector_of_every_layer_points_the_same_way(source: str, corpora: Path) -> None:
