@@ -33,7 +33,7 @@ serve: $(VENV)/.demo
 test: $(VENV)/.dev $(PROTO_VENV)/.installed
 	+$(MAKE) --no-print-directory --jobs 2 check tests
 
-# OpenMP's threads sleep where they would spin for one another: beside other workers that took four times as long.
+# OpenMP's threads sleep instead of spinning while they wait for one another: spinning takes the cores from other workers.
 # Three workers on two cores: one of them usually waits for a server, a time-out or a network. In the order of the
 # folders: the files of `fault` and `integration` take longest, and none of them should be left to one worker at the end.
 tests: $(VENV)/.dev
