@@ -3,6 +3,7 @@
 from collections import deque
 
 import grpc
+from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2 as pb
 
 from bilm_client._inputs import Input
@@ -25,7 +26,7 @@ from bilm_client.results import Embedding, ModelInfo
 Outcome = Embedding | SentenceError
 
 PARTS_IN_FLIGHT = 4
-_TOO_MUCH = frozenset({"RESPONSE_TOO_LARGE", "TOO_MANY_TOKENS", "TOO_MANY_SENTENCES"})
+_TOO_MUCH = frozenset({Reason.RESPONSE_TOO_LARGE, Reason.TOO_MANY_TOKENS, Reason.TOO_MANY_SENTENCES})
 
 
 class EmbedJob:

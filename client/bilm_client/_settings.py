@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import grpc
+from bilm_api.constants import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
 
 from bilm_client._channels import new_aio_channel, new_channel
 from bilm_client.errors import DeadlineError, ServiceError
 from bilm_client.policy import Keepalive, RetryPolicy
 
 _MIB = 1024 * 1024
-MAX_SEND_BYTES = 4 * _MIB
-# The server cuts its messages to 16 MiB; the slack keeps a server that counts a little differently from costing a call.
-MAX_RECEIVE_BYTES = 17 * _MIB
+# The slack keeps a server that counts a little differently from costing a call.
+_MAX_RECEIVE_BYTES = MAX_RESPONSE_BYTES + _MIB
 # By gRPC's default of two minutes a client goes on failing long after its server is back.
 _MAX_RECONNECT_BACKOFF_MS = 5_000
 
@@ -166,8 +166,8 @@ class Settings:
     def channel_arguments(self) -> list[tuple[str, Any]]:
         """The arguments of the channel; those the caller gave replace ours."""
         arguments = {
-            "grpc.max_receive_message_length": MAX_RECEIVE_BYTES,
-            "grpc.max_send_message_length": MAX_SEND_BYTES,
+            "grpc.max_receive_message_length": _MAX_RECEIVE_BYTES,
+            "grpc.max_send_message_length": MAX_REQUEST_BYTES,
             "grpc.keepalive_time_ms": round(self.keepalive.time_s * 1000),
             "grpc.keepalive_timeout_ms": round(self.keepalive.timeout_s * 1000),
             "grpc.http2.ping_timeout_ms": round(self.keepalive.timeout_s * 1000),  # else its 60 s decide
@@ -175,7 +175,7 @@ class Settings:
             "grpc.http2.max_pings_without_data": 0,  # else an idle connection gets two pings and then none
             "grpc.max_reconnect_backoff_ms": _MAX_RECONNECT_BACKOFF_MS,
             "grpc.enable_retries": 1,
-            "grpc.per_rpc_retry_buffer_size": MAX_SEND_BYTES + _MIB,  # default 256 KiB: larger calls aren't retried
+            "grpc.per_rpc_retry_buffer_size": MAX_REQUEST_BYTES + _MIB,  # default 256 KiB: larger calls aren't retried
             "grpc.service_config": self.retry.service_config(),
             "grpc.service_config_disable_resolution": 1,
         }

@@ -22,12 +22,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import grpc
+from bilm_api.constants import ERROR_DOMAIN, PUSHBACK_KEY, Reason
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-ERROR_DOMAIN = "bilm-serve"
-PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _CODE_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -191,7 +190,7 @@ def version_changed(expected: str, found: str) -> ModelVersionChangedError:
     return ModelVersionChangedError(
         f"the model's version changed during the call: expected {expected!r}, found {found!r}",
         code=grpc.StatusCode.FAILED_PRECONDITION,
-        reason="MODEL_VERSION_MISMATCH",
+        reason=Reason.MODEL_VERSION_MISMATCH.value,
         metadata={"expected": expected, "found": found},
     )
 

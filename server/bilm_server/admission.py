@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from bilm_server.errors import NEVER_RETRY, Reason, RefusalError
+from bilm_api.constants import NEVER_RETRY, Reason
+
+from bilm_server.errors import RefusalError
 
 _MIN_PUSHBACK_MS, _MAX_PUSHBACK_MS = 20, 10_000  # never 0: a gRPC client hangs on that until its deadline
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
+from bilm_api.constants import Reason
 from bilm_system.files import decode_text
 
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import RefusalError
 from bilm_server.reloading import ReloadedFiles, warn_if_open_to_others
 
 MIN_TOKEN_CHARACTERS = 16

@@ -8,7 +8,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from bilm_server.errors import Reason, RefusalError
+from bilm_api.constants import Reason
+
+from bilm_server.errors import RefusalError
 
 _MAX_CALLERS = 4096
 _LOOKS = 8  # at callers that might be forgotten, for each new one

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Annotated
 
+from bilm_api.constants import NO_LOG_KEY
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from bilm_server.calls import TEST_MARK, CallRecord
+from bilm_server.calls import CallRecord
 
 _log = logging.getLogger("bilm_server.auth")
 
@@ -83,4 +84,4 @@ class NoLogCalls:
         count = self._counts[name] = self._counts.get(name, 0) + 1
         if str(count).strip("0") == "1":
             who = f"caller {name}" if name else "callers without authentication"
-            _log.info("%s: %d calls kept out of the access log by %s", who, count, TEST_MARK)
+            _log.info("%s: %d calls kept out of the access log by %s", who, count, NO_LOG_KEY)

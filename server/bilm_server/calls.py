@@ -7,14 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
-
-TEST_MARK = "x-bilm-no-log"
-"""Metadata that marks a call as a test, whatever its value: it leaves no access log, if its caller has that right."""
-
-REQUEST_ID_KEY = "x-request-id"
-"""Metadata with the caller's own name of a call."""
-
-MAX_REQUEST_ID_CHARACTERS = 64
+from bilm_api.constants import MAX_REQUEST_ID_CHARACTERS, NO_LOG_KEY, REQUEST_ID_KEY
 
 UNKNOWN_METHOD = "unknown"
 """What a call is named whose method doesn't exist; the name that it gave is the caller's text."""
@@ -32,7 +25,7 @@ def caller_request_id(metadata: Metadata) -> str:
 
 def is_marked(metadata: Metadata) -> bool:
     """Return whether a call is marked as a test; whether that counts is a right of its caller."""
-    return any(key == TEST_MARK for key, _ in metadata)
+    return any(key == NO_LOG_KEY for key, _ in metadata)
 
 
 @dataclass(eq=False)

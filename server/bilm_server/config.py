@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from bilm_api.constants import MAX_RESPONSE_BYTES
 from bilm_system.files import read_text, reason
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
@@ -21,12 +22,6 @@ from bilm_server.callers import CallerSettings
 from bilm_server.logs import parse_levels
 from bilm_server.scheduler import Room
 from bilm_server.unix_sockets import socket_path
-
-MAX_REQUEST_BYTES = 4 * 2**20
-"""Largest request message; parsing holds the event loop, so it is not for the user to raise."""
-MAX_RESPONSE_BYTES = 16 * 2**20
-"""Largest response message, likewise."""
-
 
 MODEL_NAME = "([A-Za-z0-9._-]{1,64})"
 """What a model can be called, as a regular expression: the name stands in metrics, health and the access log."""

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from bilm_api.constants import Reason
+
 from bilm_server.admission import pushback_ms
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import RefusalError
 
 R = TypeVar("R")
 

@@ -1,54 +1,19 @@
 """Every way to refuse, in one table: a stable reason, its status, and whether a retry can help."""
 
-from enum import StrEnum
 from functools import lru_cache
 from typing import Final
 
 import grpc
+from bilm_api.constants import (
+    ERROR_DOMAIN,
+    ERROR_INFO_REQUEST_ID,
+    NEVER_RETRY,
+    PUSHBACK_KEY,
+    STATUS_DETAILS_KEY,
+    Reason,
+)
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-
-DOMAIN: Final = "bilm-serve"
-PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
-STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
-NEVER_RETRY: Final = -1
-REQUEST_ID: Final = "request_id"
-"""Key in the metadata of an ErrorInfo."""
-
-
-class Reason(StrEnum):
-    """Reasons, as they stand in `google.rpc.ErrorInfo`. Never renamed."""
-
-    MALFORMED_REQUEST = "MALFORMED_REQUEST"
-    METHOD_NOT_FOUND = "METHOD_NOT_FOUND"
-    MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
-    MODEL_VERSION_MISMATCH = "MODEL_VERSION_MISMATCH"
-    OPTIONS_MISSING = "OPTIONS_MISSING"
-    LAYERS_INVALID = "LAYERS_INVALID"
-    POOLING_INVALID = "POOLING_INVALID"
-    DATA_TYPE_INVALID = "DATA_TYPE_INVALID"
-    MIX_INVALID = "MIX_INVALID"
-    SENTENCES_MISSING = "SENTENCES_MISSING"
-    TOO_MANY_SENTENCES = "TOO_MANY_SENTENCES"
-    TOO_MANY_TOKENS = "TOO_MANY_TOKENS"
-    RESPONSE_TOO_LARGE = "RESPONSE_TOO_LARGE"
-    STREAM_ORDER = "STREAM_ORDER"
-    ID_IN_USE = "ID_IN_USE"
-    SENTENCE_MISSING = "SENTENCE_MISSING"
-    SENTENCE_TOO_LONG = "SENTENCE_TOO_LONG"
-    TOKEN_EMPTY = "TOKEN_EMPTY"
-    TEXT_NOT_TOKENIZABLE = "TEXT_NOT_TOKENIZABLE"
-    STATE_INVALID = "STATE_INVALID"
-    POOLING_EMPTY = "POOLING_EMPTY"
-    OVERLOADED = "OVERLOADED"
-    CALLER_LIMIT = "CALLER_LIMIT"
-    UNAUTHENTICATED = "UNAUTHENTICATED"
-    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
-    STREAM_STALLED = "STREAM_STALLED"
-    SHUTTING_DOWN = "SHUTTING_DOWN"
-    MODEL_FAILING = "MODEL_FAILING"
-    INTERNAL = "INTERNAL"
-
 
 _CODES: Final = {
     Reason.METHOD_NOT_FOUND: grpc.StatusCode.UNIMPLEMENTED,
@@ -87,8 +52,8 @@ class RefusalError(Exception):
     def status(self, request_id: str = "") -> status_pb2.Status:
         """Return a `google.rpc.Status` with the reason, and the caller's name of the call, among the details."""
         info = any_pb2.Any()
-        metadata = {REQUEST_ID: request_id} if request_id else {}
-        info.Pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=metadata))
+        metadata = {ERROR_INFO_REQUEST_ID: request_id} if request_id else {}
+        info.Pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=ERROR_DOMAIN, metadata=metadata))
         return status_pb2.Status(code=code_pb2.Code.Value(self.code.name), message=str(self), details=[info])
 
     def trailing_metadata(self, request_id: str = "") -> tuple[tuple[str, str | bytes], ...]:

@@ -9,7 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from bilm_server.errors import Reason, RefusalError, internal_error
+from bilm_api.constants import Reason
+
+from bilm_server.errors import RefusalError, internal_error
 from bilm_server.jobs import Call, Compute, Computed, Job, Outcome
 from bilm_server.scheduler import Scheduler
 from bilm_server.speed import Speed

@@ -13,10 +13,11 @@ from contextlib import AbstractContextManager, aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from bilm_api.constants import Reason
 from google.protobuf.message import DecodeError
 
 from bilm_server.calls import UNKNOWN_METHOD, CallObserver, CallRecord, caller_request_id, entered
-from bilm_server.errors import CallerGoneError, Reason, RefusalError, internal_error
+from bilm_server.errors import CallerGoneError, RefusalError, internal_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

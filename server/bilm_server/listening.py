@@ -1,8 +1,9 @@
 """The addresses that the server listens on, and gRPC's options for them."""
 
 import grpc
+from bilm_api.constants import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
 
-from bilm_server.config import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, ServerConfig
+from bilm_server.config import ServerConfig
 from bilm_server.descriptors import connection_options
 from bilm_server.tls import server_credentials
 from bilm_server.unix_sockets import UnixSocket, socket_path

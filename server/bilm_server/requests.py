@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2
 from bilm_model.characters import is_truncated
 from bilm_model.errors import StateError
 from bilm_model.scalar_mix import Pooling, ScalarMix, Selection
 from numpy.typing import NDArray
 
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import RefusalError
 from bilm_server.served_model import ServedModel
 
 DataType = Literal["float32", "float16", "bfloat16"]

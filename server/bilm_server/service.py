@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from bilm_api.constants import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, Reason
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_model.characters import MAX_TOKEN_BYTES
 
@@ -13,9 +14,9 @@ import bilm_server
 from bilm_server import responses
 from bilm_server.admission import Cost, Reservation
 from bilm_server.calls import current_call
-from bilm_server.config import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, ServerConfig
+from bilm_server.config import ServerConfig
 from bilm_server.conversions import INLINE_BYTES
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import RefusalError
 from bilm_server.jobs import Call, Job, Outcome
 from bilm_server.parts import Parts
 from bilm_server.requests import PreparedSentence, Wanted, check_model, parse_options, prepare_sentence, priced_tokens

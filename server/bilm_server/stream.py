@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
+from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2
 
 from bilm_server import responses
 from bilm_server.admission import Cost
 from bilm_server.calls import current_call
-from bilm_server.errors import CallerGoneError, Reason, RefusalError
+from bilm_server.errors import CallerGoneError, RefusalError
 from bilm_server.jobs import Call, Job, Outcome
 from bilm_server.parts import Parts
 from bilm_server.requests import PreparedSentence, State, Wanted, check_model, parse_options, prepare_sentence

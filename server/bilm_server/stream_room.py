@@ -9,8 +9,10 @@ other half is for streams that hold nothing.
 import asyncio
 from dataclasses import dataclass, field
 
+from bilm_api.constants import Reason
+
 from bilm_server.admission import Cost
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import RefusalError
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Protocol
 
+from bilm_api.constants import Reason
 from sacremoses import MosesTokenizer
 from sacremoses.corpus import NonbreakingPrefixes
 
 from bilm_server.config import ConfigurationError
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import RefusalError
 
 # Those with abbreviations of their own, and those whose script has rules of its own.
 _LANGUAGES = {*NonbreakingPrefixes().available_langs.values(), "ja", "ko"}

@@ -25,11 +25,12 @@ def _measuring() -> AbstractContextManager[object]:
 
 
 with _measuring():
+    from bilm_api.constants import Reason
     from bilm_api.v1 import embed_pb2
     from bilm_model.characters import bytes_ids, read_bytes
     from bilm_model.scalar_mix import Selection
     from bilm_server.config import load_config
-    from bilm_server.errors import Reason, RefusalError
+    from bilm_server.errors import RefusalError
     from bilm_server.requests import SentenceLimits, Wanted, check_model, parse_options, prepare_sentence
     from bilm_server.served_model import ServedModel, load_served_model
     from fuzz_messages import almost, damage, embed_request, item_request, model_request, mutate, start_request

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from bilm_api.constants import MAX_REQUEST_BYTES
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
-from bilm_server.config import MAX_REQUEST_BYTES
 from bilm_server.errors import RefusalError
 from bilm_server.tokenizer import new_tokenizer
 from fuzz_http2 import Connection, Reply, call, call_headers, data_frames, header_block, header_frames, message, opening

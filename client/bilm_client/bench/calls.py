@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
 from google.protobuf.message import DecodeError
@@ -24,7 +25,7 @@ from bilm_client.results import ModelInfo
 
 _EMBED = f"/{SERVICE_NAME}/Embed"
 # The server did take the work on, and then couldn't do it.
-_NOT_REFUSALS = frozenset({"INTERNAL", "DEADLINE_EXCEEDED"})
+_NOT_REFUSALS = frozenset({Reason.INTERNAL, Reason.DEADLINE_EXCEEDED})
 _MOST_MESSAGE = 200
 ONE_ATTEMPT = RetryPolicy(max_attempts=1)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grpc
+from bilm_api.constants import NO_LOG_KEY
 from bilm_system.files import check_readable, check_writable, is_special
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict
@@ -12,7 +13,7 @@ from bilm_client._choices import credentials_from_files, load_choices
 from bilm_client.bench.conditions import Condition
 from bilm_client.bench.schedule import Step, parse_duration_s, parse_ramp
 
-NO_LOG = ("x-bilm-no-log", "1")
+NO_LOG = (NO_LOG_KEY, "1")
 """Metadata by which a server keeps a call out of its access log."""
 
 

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
+from bilm_api.constants import ERROR_DOMAIN, Reason
 from bilm_api.v1 import embed_pb2 as pb
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 from numpy.typing import NDArray
-
-from bilm_client.errors import ERROR_DOMAIN
 
 FloatArray = NDArray[np.float32]
 
@@ -111,11 +110,11 @@ class FakeService:
         if name in self.failures:
             raise SentenceFailure(self.failures[name], f"this sentence shall fail: {name!r}")
         if "" in tokens:
-            raise SentenceFailure("TOKEN_EMPTY", f"token {list(tokens).index('')} is empty")
+            raise SentenceFailure(Reason.TOKEN_EMPTY, f"token {list(tokens).index('')} is empty")
         if sentence.state and not (sentence.state.startswith(_STATE_MAGIC) and len(sentence.state) == STATE_BYTES):
-            raise SentenceFailure("STATE_INVALID", "the state is not of this model")
+            raise SentenceFailure(Reason.STATE_INVALID, "the state is not of this model")
         if not tokens and options.pooling != pb.POOLING_NONE:
-            raise SentenceFailure("POOLING_EMPTY", "a sentence without tokens can't be pooled")
+            raise SentenceFailure(Reason.POOLING_EMPTY, "a sentence without tokens can't be pooled")
 
     def _layers(self, tokens: Sequence[str], left: bytes) -> FloatArray:
         """(L, T, D)."""

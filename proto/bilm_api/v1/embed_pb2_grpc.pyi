@@ -4,8 +4,8 @@ isort:skip_file
 The contract of bilm-serve: contextual word vectors from a bidirectional language model (ELMo).
 
 Errors. Every status that the server makes itself carries a google.rpc.ErrorInfo with domain "bilm-serve" and a
-stable reason in UPPER_SNAKE_CASE; docs/errors.md lists them. An error of one sentence is that sentence's result
-and costs the others nothing; an error of the request ends the call.
+stable reason, one of ErrorReason. An error of one sentence is that sentence's result and costs the others nothing; an
+error of the request ends the call.
 
 Sizes. A request message may have at most 4 MiB and a response message 16 MiB; GetModel tells the other limits.
 """

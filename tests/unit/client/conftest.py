@@ -11,10 +11,10 @@ from typing import Any
 
 import grpc
 import pytest
+from bilm_api.constants import PUSHBACK_KEY
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
 from bilm_client import AsyncClient, Client
-from bilm_client.errors import PUSHBACK_KEY
 from bilm_client.testing.service import FakeService, FakeStream, error_status
 from grpc_health.v1 import health, health_pb2_grpc
 

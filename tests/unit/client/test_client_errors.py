@@ -5,6 +5,7 @@ from typing import Any
 
 import grpc
 import pytest
+from bilm_api.constants import PUSHBACK_KEY
 from bilm_client import errors
 from bilm_client.testing.service import error_status
 from google.rpc import status_pb2
@@ -36,7 +37,7 @@ def test_details_that_a_proxy_rewrote_do_not_hide_the_status() -> None:
 
 
 def test_a_pushback_that_cannot_be_read_means_stop() -> None:
-    call = FinishedCall(grpc.StatusCode.RESOURCE_EXHAUSTED, None, ((errors.PUSHBACK_KEY, "soon"),))
+    call = FinishedCall(grpc.StatusCode.RESOURCE_EXHAUSTED, None, ((PUSHBACK_KEY, "soon"),))
     error = errors.service_error(call)
     assert type(error) is errors.ResourceExhaustedError
     assert error.pushback_ms == -1

@@ -1,6 +1,7 @@
 import pytest
+from bilm_api.constants import Reason
 from bilm_server.admission import Admission, Cost
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import RefusalError
 
 
 def test_room_comes_back() -> None:

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from bilm_api.constants import Reason
 from bilm_server.caller_limits import CallerLimits
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import RefusalError
 
 
 class Clock:

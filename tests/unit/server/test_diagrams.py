@@ -11,8 +11,8 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
+from bilm_api.constants import Reason
 from bilm_server.config import ServerConfig
-from bilm_server.errors import Reason
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "docs" / "diagrams"

@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
+from bilm_api.constants import Reason
 from bilm_model.scalar_mix import Selection
 from bilm_server import inference
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import RefusalError
 from bilm_server.inference import InferenceThread, Round
 from bilm_server.jobs import Call, Computed, Job, Outcome
 from bilm_server.requests import PreparedSentence, Wanted

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bilm_api.constants import Reason
 from bilm_model.scalar_mix import Selection
 from bilm_server import inference
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import RefusalError
 from bilm_server.inference import InferenceThread
 from bilm_server.jobs import Call, Computed, Job, Outcome
 from bilm_server.requests import PreparedSentence, Wanted

@@ -9,9 +9,10 @@ from typing import Any
 
 import grpc
 import pytest
+from bilm_api.constants import Reason
 from bilm_server.alerts import AlertHandler
 from bilm_server.calls import UNKNOWN_METHOD, CallRecord
-from bilm_server.errors import Reason, RefusalError
+from bilm_server.errors import RefusalError
 from bilm_server.health import HealthReporter
 from bilm_server.interceptors import CallInterceptor, OpenInterceptor
 from google.rpc import error_details_pb2, status_pb2
