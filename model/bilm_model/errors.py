@@ -17,5 +17,13 @@ class CharacterError(ModelError, ValueError):
     """A token or a character id that the model can't take."""
 
 
+class LanguageError(ModelError, ValueError):
+    """A language that a tokenizer has no rules for; the message lists those that it has."""
+
+
+class AlignmentError(ModelError, ValueError):
+    """Text that a tokenizer has changed so far that its tokens can't be found in it."""
+
+
 class StateError(ModelError, ValueError):
     """A state that didn't come from this model, or not whole."""

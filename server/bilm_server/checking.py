@@ -19,8 +19,7 @@ from bilm_server.auth import Authenticator
 from bilm_server.config import ConfigurationError, ServerConfig
 from bilm_server.descriptors import connection_limit
 from bilm_server.listening import credentials
-from bilm_server.served_model import engine_options, fitting_name
-from bilm_server.tokenizer import new_tokenizer
+from bilm_server.served_model import configured_tokenizer, engine_options, fitting_name
 from bilm_server.unix_sockets import check_kinds, socket_path
 
 _MIB = 2**20
@@ -76,7 +75,7 @@ def check(config: ServerConfig) -> tuple[list[str], list[str]]:
 
     for step in (
         lambda: resolve_device(config.device),
-        lambda: new_tokenizer(config.tokenizer, config.tokenizer_language),
+        lambda: configured_tokenizer(config),
         lambda: Authenticator(config.token_file).load(),
         lambda: credentials(config),
         lambda: _check_extras(config),

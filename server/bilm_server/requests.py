@@ -9,7 +9,7 @@ import numpy as np
 from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2
 from bilm_model.characters import is_truncated
-from bilm_model.errors import StateError
+from bilm_model.errors import AlignmentError, StateError
 from bilm_model.scalar_mix import Pooling, ScalarMix, Selection
 from numpy.typing import NDArray
 
@@ -212,7 +212,10 @@ def prepare_sentence(
     match sentence.WhichOneof("input"):
         case "text":
             _check_text(sentence.text, limits.text_bytes)
-            text = model.tokenizer(sentence.text)
+            try:
+                text = model.tokenizer(sentence.text)
+            except AlignmentError as error:
+                raise RefusalError(Reason.TEXT_NOT_TOKENIZABLE, str(error)) from error
             tokens, starts, ends = text.tokens, text.starts, text.ends
         case "tokens":
             tokens = tuple(sentence.tokens.tokens)

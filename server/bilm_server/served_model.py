@@ -11,10 +11,12 @@ from bilm_model.engine.device import default_threads, resolve_device
 from bilm_model.engine.engine import Engine, EngineOptions
 from bilm_model.engine.products import Precision, ProductPath, resolve_precision
 from bilm_model.engine.state import StateCodec
+from bilm_model.errors import LanguageError
+from bilm_model.tokenization.tokenizers import new_tokenizer
+from bilm_model.tokenization.types import Tokenizer
 from bilm_model.weights.loading import load
 
-from bilm_server.config import ServerConfig
-from bilm_server.tokenizer import Tokenizer, new_tokenizer
+from bilm_server.config import ConfigurationError, ServerConfig
 
 _log = logging.getLogger("bilm_server.main")
 
@@ -76,9 +78,21 @@ def _load(config: ServerConfig, bfloat16: ProductPath | None) -> ServedModel:
         parameter_count=bilm.parameter_count,
         precision=precision,
         engine=Engine(bilm, device, engine_options(config, precision, bfloat16)),
-        tokenizer=new_tokenizer(config.tokenizer, config.tokenizer_language),
+        tokenizer=configured_tokenizer(config),
         states=StateCodec(bilm.config, loaded.version),
     )
+
+
+def configured_tokenizer(config: ServerConfig) -> Tokenizer:
+    """Return the tokenizer for raw text.
+
+    Raises:
+        ConfigurationError: if it doesn't know the language.
+    """
+    try:
+        return new_tokenizer(config.tokenizer, config.tokenizer_language)
+    except LanguageError as error:
+        raise ConfigurationError(f"tokenizer_language: {error}") from error
 
 
 def fitting_name(name: str) -> str:

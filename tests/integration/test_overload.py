@@ -9,8 +9,9 @@ from typing import Any
 import grpc
 import pytest
 from bilm_api.v1 import embed_pb2
+from bilm_model.tokenization.moses import SacremosesTokenizer
+from bilm_model.tokenization.types import TokenizedText
 from bilm_server.admission import Cost
-from bilm_server.tokenizer import SacremosesTokenizer, TokenizedText
 from integration_support import PLAIN, TINY, RunningServer, running, tokens
 from test_embed import reason, refusal
 from test_stream import item, start_message, stream

@@ -1,7 +1,9 @@
 import pytest
-from bilm_server.config import ConfigurationError
-from bilm_server.errors import RefusalError
-from bilm_server.tokenizer import SacremosesTokenizer, Tokenizer, WhitespaceTokenizer
+from bilm_model.errors import AlignmentError, LanguageError
+from bilm_model.tokenization.moses import SacremosesTokenizer
+from bilm_model.tokenization.tokenizers import new_tokenizer
+from bilm_model.tokenization.types import Tokenizer
+from bilm_model.tokenization.whitespace import WhitespaceTokenizer
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -33,7 +35,7 @@ def test_control_characters_inside_a_token_are_part_of_its_place() -> None:
 
 
 def test_what_the_tokenizer_changed_is_refused_not_misplaced() -> None:
-    with pytest.raises(RefusalError, match="changed characters"):
+    with pytest.raises(AlignmentError, match="changed characters"):
         MOSES("DOTMULTI")  # a placeholder of the library's own
 
 
@@ -44,7 +46,7 @@ def test_any_text_has_ordered_places_or_a_refusal(text: str) -> None:
     for tokenizer in (MOSES, WHITESPACE):
         try:
             found = tokenizer(text)
-        except RefusalError:
+        except AlignmentError:
             continue
         data, end = text.encode(), 0
         for token, start, stop in zip(found.tokens, found.starts, found.ends, strict=True):
@@ -55,8 +57,15 @@ def test_any_text_has_ordered_places_or_a_refusal(text: str) -> None:
 
 
 def test_an_unknown_language_is_not_taken_for_english() -> None:
-    with pytest.raises(ConfigurationError, match="tokenizer_language: expected one of"):
+    with pytest.raises(LanguageError, match="expected one of as, .*, found 'xx'"):
         SacremosesTokenizer("xx")
+
+
+def test_choice_by_name() -> None:
+    assert isinstance(new_tokenizer("whitespace", "xx"), WhitespaceTokenizer)
+    assert new_tokenizer("moses", "ko").name.startswith("moses-ko ")
+    with pytest.raises(LanguageError):
+        new_tokenizer("moses", "xx")
 
 
 def test_names() -> None:

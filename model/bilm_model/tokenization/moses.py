@@ -1,59 +1,16 @@
-"""Raw text -> tokens with their places. The tokenizers are libraries'; finding the places again is ours."""
+"""The Moses tokenizer. The rules are sacremoses'; its tokens are found again in the text here."""
 
-import re
-from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Protocol
 
-from bilm_api.constants import Reason
 from sacremoses import MosesTokenizer
 from sacremoses.corpus import NonbreakingPrefixes
 
-from bilm_server.config import ConfigurationError
-from bilm_server.errors import RefusalError
+from bilm_model.errors import AlignmentError, LanguageError
+from bilm_model.tokenization.offsets import in_bytes
+from bilm_model.tokenization.types import TokenizedText
 
 # Those with abbreviations of their own, and those whose script has rules of its own.
 _LANGUAGES = {*NonbreakingPrefixes().available_langs.values(), "ja", "ko"}
-
-
-@dataclass(frozen=True)
-class TokenizedText:
-    """Tokens and where they stand.
-
-    Attributes:
-        tokens: in order.
-        starts: the first byte of each, counted in the text's UTF-8.
-        ends: the byte after the last of each.
-    """
-
-    tokens: tuple[str, ...]
-    starts: tuple[int, ...]
-    ends: tuple[int, ...]
-
-
-class Tokenizer(Protocol):
-    """Cuts text into tokens."""
-
-    @property
-    def name(self) -> str:
-        """For people and for `GetModel`."""
-
-    def __call__(self, text: str) -> TokenizedText:
-        """Tokenises one sentence.
-
-        Raises:
-            RefusalError: TEXT_NOT_TOKENIZABLE, if the tokens can't be found again in the text.
-        """
-
-
-class WhitespaceTokenizer:
-    """What Unicode white space leaves."""
-
-    name = "whitespace"
-
-    def __call__(self, text: str) -> TokenizedText:
-        """See `Tokenizer`."""
-        return _in_bytes(text, [(match.start(), match.end(), match.group()) for match in re.finditer(r"\S+", text)])
 
 
 class _Moses(MosesTokenizer):  # type: ignore[misc]
@@ -71,7 +28,7 @@ class _Moses(MosesTokenizer):  # type: ignore[misc]
         return not self._letters.isdisjoint(text)
 
     def islower(self, text: str) -> bool:
-        """Likewise."""
+        """Part of sacremoses' interface."""
         return self._lower_letters.issuperset(text)
 
 
@@ -79,27 +36,23 @@ class SacremosesTokenizer:
     """The Moses tokenizer by sacremoses, nothing escaped."""
 
     def __init__(self, language: str) -> None:
+        """Load the language's rules.
+
+        Raises:
+            LanguageError: if Moses doesn't know the language.
+        """
         if language not in _LANGUAGES:  # sacremoses would take English without a word
-            raise ConfigurationError(f"tokenizer_language: expected one of {', '.join(sorted(_LANGUAGES))}")
+            raise LanguageError(f"expected one of {', '.join(sorted(_LANGUAGES))}, found {language!r}")
         self._tokenizer = _Moses(language)
         self.name = f"moses-{language} (sacremoses {version('sacremoses')})"
 
     def __call__(self, text: str) -> TokenizedText:
         """See `Tokenizer`."""
-        return _in_bytes(text, _align(text, self._tokenizer.tokenize(text, escape=False)))
-
-
-def new_tokenizer(kind: str, language: str) -> Tokenizer:
-    """The tokenizer of a configuration.
-
-    Raises:
-        ConfigurationError: if Moses doesn't know the language.
-    """
-    return WhitespaceTokenizer() if kind == "whitespace" else SacremosesTokenizer(language)
+        return in_bytes(text, _align(text, self._tokenizer.tokenize(text, escape=False)))
 
 
 def _align(text: str, tokens: list[str]) -> list[tuple[int, int, str]]:
-    """Finds each token's characters in the text, in order.
+    """Find each token's characters in the text, in order.
 
     Moses inserts and removes white space and removes control characters, so that a token may not stand in the text as
     one piece; but its characters do, one after another.
@@ -128,28 +81,7 @@ def _align_characters(text: str, token: str, position: int) -> tuple[int, int]:
     for character in token:
         position = text.find(character, position)
         if position < 0:
-            raise RefusalError(Reason.TEXT_NOT_TOKENIZABLE, "the tokenizer changed characters of the text")
+            raise AlignmentError("the tokenizer changed characters of the text")
         start = position if start is None else start
         position += 1
     return start or 0, position
-
-
-def _in_bytes(text: str, places: list[tuple[int, int, str]]) -> TokenizedText:
-    if text.isascii():
-        bounds = [(start, end) for start, end, _ in places]
-    else:
-        offsets = _byte_offsets(text)
-        bounds = [(offsets[start], offsets[end]) for start, end, _ in places]
-    return TokenizedText(
-        tokens=tuple(token for _, _, token in places),
-        starts=tuple(start for start, _ in bounds),
-        ends=tuple(end for _, end in bounds),
-    )
-
-
-def _byte_offsets(text: str) -> list[int]:
-    """For each character, and for the end, its offset in UTF-8."""
-    offsets = [0]
-    for character in text:
-        offsets.append(offsets[-1] + len(character.encode("utf-8")))
-    return offsets

@@ -1,0 +1,1 @@
+"""Text -> tokens with their places in it, for the server and in process."""
