@@ -15,7 +15,7 @@ from bilm_client.testing.server import ServerProcess
 from bilm_model.bilm import Bilm
 from bilm_model.engine.device import default_threads, resolve_device
 from bilm_model.engine.engine import Engine, EngineOptions
-from bilm_model.engine.products import Precision
+from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights.loading import load as load_model
 from bilm_system.terminal import run_command
 

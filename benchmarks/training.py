@@ -17,7 +17,7 @@ import torch
 from bilm_model.bilm import Bilm, BilmState, initialize
 from bilm_model.config import BilmConfig
 from bilm_model.engine.device import default_threads, resolve_device
-from bilm_model.engine.products import ProductPath
+from bilm_model.kernels.product_paths import ProductPath
 from bilm_model.training.corpus import Corpus, Streams, Vocabulary, WindowPair
 from bilm_model.training.learner import Learner
 from bilm_model.training.objective import BilmObjective

@@ -3,7 +3,7 @@
 The one place that knows about reduced precision: products are in the weight's format, everything else in float32, so
 that bfloat16 costs the products' rounding only, not the recurrence's. A bfloat16 product is computed here in float32,
 from rounded factors, and rounded at its end: no processor has to know bfloat16, and the values are those of a bfloat16
-product up to the order of its sums. What serves and trains uses faster ones where there are any (`engine.products`).
+product up to the order of its sums. What serves and trains uses faster ones where there are any (`kernels.products`).
 """
 
 import torch

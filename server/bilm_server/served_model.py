@@ -9,9 +9,9 @@ import torch
 from bilm_model.config import BilmConfig
 from bilm_model.engine.device import default_threads, resolve_device
 from bilm_model.engine.engine import Engine, EngineOptions
-from bilm_model.engine.products import Precision, ProductPath, resolve_precision
 from bilm_model.engine.state import StateCodec
 from bilm_model.errors import LanguageError
+from bilm_model.kernels.product_paths import Precision, ProductPath, resolve_precision
 from bilm_model.tokenization.tokenizers import new_tokenizer
 from bilm_model.tokenization.types import Tokenizer
 from bilm_model.weights.loading import load

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
-from bilm_model.engine.products import ProductPath
+from bilm_model.kernels.product_paths import ProductPath
 from bilm_server.config import ServerConfig, load_config
 from bilm_server.lifecycle import Server
 from bilm_server.served_model import load_served_model

@@ -18,7 +18,7 @@ from bilm_api.v1 import embed_pb2
 from bilm_model.bilm import random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import SIZES, Residual
-from bilm_model.engine.products import ProductPath, cpu_path
+from bilm_model.kernels.product_paths import ProductPath, cpu_path
 from bilm_model.weights import single_file
 from google.rpc import error_details_pb2, status_pb2
 from integration_support import PLAIN, RunningServer, options, tokens

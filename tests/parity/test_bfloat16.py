@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from bilm_model.engine.engine import Engine, EngineOptions, Sentence
-from bilm_model.engine.products import Precision
+from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights.loading import load
 
 LEAST_COSINE = 0.9995

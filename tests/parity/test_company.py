@@ -9,7 +9,7 @@ import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES, BilmConfig
 from bilm_model.engine.engine import EmbeddedSentence, Engine, EngineOptions, Sentence, Ticket
-from bilm_model.engine.products import Precision, ProductPath
+from bilm_model.kernels.product_paths import Precision, ProductPath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

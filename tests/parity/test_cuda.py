@@ -20,9 +20,9 @@ from bilm_model.engine.cuda_inputs import distinct
 from bilm_model.engine.cuda_steps import Schedule, Steps, TorchSteps, fastest_steps
 from bilm_model.engine.engine import EmbeddedSentence, Engine, EngineOptions, Sentence
 from bilm_model.engine.plan import Round, Row
-from bilm_model.engine.products import Precision
 from bilm_model.engine.transfer import HostCopy, to_device
 from bilm_model.errors import ConfigError
+from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights.loading import load
 from interpreted import interpreted_steps
 from test_golden import Golden

@@ -38,7 +38,7 @@ PROGRAM = """
 import sys
 import pytest, torch
 from numba.core.registry import cpu_target
-from bilm_model.engine.products import has_bfloat16_products
+from bilm_model.kernels.product_paths import has_bfloat16_products
 
 capability, knows_bfloat16, processor = sys.argv[1:4]
 assert torch.backends.cpu.get_cpu_capability() == capability, torch.backends.cpu.get_cpu_capability()

@@ -10,7 +10,7 @@ from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import BilmConfig, to_options
 from bilm_model.engine.engine import Engine, EngineOptions, Sentence
-from bilm_model.engine.products import Precision
+from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights import hdf5
 from oracle import Oracle
 

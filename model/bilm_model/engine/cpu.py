@@ -19,13 +19,13 @@ from bilm_model.bilm import Bilm
 from bilm_model.characters import CharacterIds
 from bilm_model.config import BilmConfig
 from bilm_model.engine.backend import Memory
-from bilm_model.engine.elementwise import CellWork, Elementwise, TorchElementwise
 from bilm_model.engine.encoder import WindowEncoder
-from bilm_model.engine.packed import Product, padded_rows
 from bilm_model.engine.plan import Indices, Round
-from bilm_model.engine.products import ProductPath, cpu_path
 from bilm_model.engine.tokens import InputPlaces
 from bilm_model.errors import ConfigError
+from bilm_model.kernels.elementwise import CellWork, Elementwise, TorchElementwise
+from bilm_model.kernels.product_paths import ProductPath, cpu_path
+from bilm_model.kernels.products import Product, padded_rows
 from bilm_model.lstm import ClippedProjectedLstm
 
 if TYPE_CHECKING:

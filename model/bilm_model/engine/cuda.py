@@ -26,12 +26,12 @@ from bilm_model.characters import CharacterIds
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.cuda_inputs import CachedInputs, FirstInputs, RoundInputs, multiply_inputs
 from bilm_model.engine.cuda_steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, fastest_steps
-from bilm_model.engine.elementwise import TorchElementwise
 from bilm_model.engine.encoder import WindowEncoder
-from bilm_model.engine.packed import PlainProduct
 from bilm_model.engine.plan import Indices, Round
-from bilm_model.engine.products import ProductPath
 from bilm_model.engine.transfer import to_device
+from bilm_model.kernels.elementwise import TorchElementwise
+from bilm_model.kernels.product_paths import ProductPath
+from bilm_model.kernels.products import PlainProduct
 
 _MIN_BLOCK_ROWS = 8192
 _TICKS_WHEN_FULL = 8

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bilm_model.config import Residual
-from bilm_model.engine.elementwise import TorchElementwise
 from bilm_model.engine.plan import Indices, Round
+from bilm_model.kernels.elementwise import TorchElementwise
 
 _log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from bilm_model.bilm import TokenEncoder
 from bilm_model.characters import MAX_CHARACTERS, NO_TOKEN, PADDING, CharacterIds
 from bilm_model.config import BilmConfig
-from bilm_model.engine.elementwise import Elementwise, Windows
-from bilm_model.engine.packed import NewProduct, Product, padded_rows
 from bilm_model.engine.transfer import to_device
 from bilm_model.highway import Highway
+from bilm_model.kernels.elementwise import Elementwise, Windows
+from bilm_model.kernels.products import NewProduct, Product, padded_rows
 
 _BLOCK_WINDOWS = 2048
 """Windows computed together: bounds the memory that they take."""

@@ -21,10 +21,10 @@ from bilm_model.config import BilmConfig
 from bilm_model.engine.backend import Backend, Memory
 from bilm_model.engine.cpu import CpuBackend
 from bilm_model.engine.plan import Indices, Round, Row, ticks_of_round
-from bilm_model.engine.products import Precision, ProductPath
 from bilm_model.engine.tokens import CacheStats, TokenTable
 from bilm_model.engine.transfer import to_device
 from bilm_model.errors import ModelError
+from bilm_model.kernels.product_paths import Precision, ProductPath
 
 _MAX_TICKS = 32
 """Of a round: a newcomer waits for one to end, and more would save little, as each tick reads the weights anyway."""

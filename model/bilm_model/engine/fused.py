@@ -19,7 +19,7 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from bilm_model.engine.elementwise import Windows
+from bilm_model.kernels.elementwise import Windows
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from numba import carray, cfunc, types
 from torch import Tensor
 
 from bilm_model.config import BilmConfig
-from bilm_model.engine.elementwise import CellWork
 from bilm_model.engine.fused import (
     CONTRACT,
     clip_block,
@@ -30,7 +29,8 @@ from bilm_model.engine.fused import (
     run,
     share,
 )
-from bilm_model.engine.packed import PackedProduct, padded_rows
+from bilm_model.kernels.elementwise import CellWork
+from bilm_model.kernels.products import PackedProduct, padded_rows
 from bilm_model.lstm import ClippedProjectedLstm
 
 _MAX_STEP = 2**20

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from bilm_model.bilm import Bilm, BilmState, initialize
 from bilm_model.config import BilmConfig
-from bilm_model.engine.products import ProductPath
 from bilm_model.errors import ConfigError, WeightsError
+from bilm_model.kernels.product_paths import ProductPath
 from bilm_model.training.corpus import Corpus, Streams, Vocabulary, WindowPair
 from bilm_model.training.evaluation import valid_streams
 from bilm_model.training.objective import window_layers

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bilm_model.bilm import Bilm, BilmState
-from bilm_model.engine.products import ProductPath, training_path
 from bilm_model.errors import ModelError
+from bilm_model.kernels.product_paths import ProductPath, training_path
 from bilm_model.training.corpus import WindowPair
 from bilm_model.training.mixed_precision import bfloat16_products
 from bilm_model.training.recipe import Optimisation

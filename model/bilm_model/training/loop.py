@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bilm_model.bilm import BilmState
 from bilm_model.characters import END_TOKEN
-from bilm_model.engine.products import ProductPath, resolve_precision
+from bilm_model.kernels.product_paths import ProductPath, resolve_precision
 from bilm_model.training.corpus import UNKNOWN, Corpus, Streams, Vocabulary, WindowPair
 from bilm_model.training.evaluation import mean_losses, valid_streams
 from bilm_model.training.learner import Learner, Objective

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilm_model.affine import rounded
-from bilm_model.engine.products import ProductPath
+from bilm_model.kernels.product_paths import ProductPath
 
 
 @contextmanager

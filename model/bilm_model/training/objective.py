@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from bilm_model.bilm import Bilm, BilmState
 from bilm_model.characters import END_WORD, MAX_CHARACTERS, CharacterIds, check_ids
-from bilm_model.engine.packed import padded_rows
-from bilm_model.engine.products import ProductPath
 from bilm_model.errors import ModelError
+from bilm_model.kernels.product_paths import ProductPath
+from bilm_model.kernels.products import padded_rows
 from bilm_model.training.corpus import Window, WindowPair
 from bilm_model.training.evaluation import of_nats
 from bilm_model.training.recipe import Softmax

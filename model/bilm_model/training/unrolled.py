@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilm_model.engine.products import ProductPath, training_path
+from bilm_model.kernels.product_paths import ProductPath, training_path
 from bilm_model.lstm import FORGET_BIAS, ClippedProjectedLstm
 from bilm_model.training.cells import CellArithmetic, cell_arithmetic
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from bilm_model.engine.products import has_bfloat16_products
+from bilm_model.kernels.product_paths import has_bfloat16_products
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

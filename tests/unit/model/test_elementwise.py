@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from bilm_model.engine import fused
-from bilm_model.engine.elementwise import Elementwise, TorchElementwise, Windows
 from bilm_model.engine.fused import FusedElementwise
+from bilm_model.kernels.elementwise import Elementwise, TorchElementwise, Windows
 
 DTYPES = [torch.float32, torch.bfloat16]
 TORCH = TorchElementwise()

@@ -11,7 +11,7 @@ from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import SIZES
 from bilm_model.engine.engine import Engine, EngineOptions, Sentence
-from bilm_model.engine.products import ProductPath
+from bilm_model.kernels.product_paths import ProductPath
 from bilm_model.training.loop import Trainer
 from bilm_model.training.main import new_objective
 from bilm_model.training.mixed_precision import bfloat16_products

@@ -14,8 +14,8 @@ import pytest
 import torch
 from bilm_model.config import Residual
 from bilm_model.engine.cuda_steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, TorchSteps, check_steps
-from bilm_model.engine.elementwise import TorchElementwise
 from bilm_model.engine.plan import Round
+from bilm_model.kernels.elementwise import TorchElementwise
 from interpreted import interpreted_steps
 from torch import Tensor
 

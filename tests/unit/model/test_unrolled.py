@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bilm_model.engine.products import ProductPath, training_path
+from bilm_model.kernels.product_paths import ProductPath, training_path
 from bilm_model.lstm import ClippedProjectedLstm
 from bilm_model.training.cells import CellArithmetic, FusedCell, TorchCell, cell_arithmetic
 from bilm_model.training.unrolled import unrolled

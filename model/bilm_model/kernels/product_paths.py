@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilm_model.engine.packed import (
+from bilm_model.kernels.products import (
     BlockedProduct,
     NewProduct,
     PackedProduct,
