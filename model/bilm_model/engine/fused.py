@@ -1,152 +1,34 @@
-"""The arithmetic between products as fused kernels, compiled at start by Numba: no compiler is needed where this runs.
-
-The kernels run on the OpenMP threads that torch's products run on: a second pool would fight the first for the cores,
-since both wait for work by spinning. A row's numbers are computed by the same instructions wherever the row stands.
-"""
+"""The arithmetic between products as fused kernels on a CPU."""
 
 import ctypes
 import functools
-import logging
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
+from numba import carray
 from torch import Tensor
 
 from bilm_model.kernels.elementwise import Windows
-
-_log = logging.getLogger(__name__)
-
-# A thread takes whole blocks of columns; below so many numbers a second thread costs more than it brings.
-_BLOCK = 512
-_MIN_PARALLEL = 4096
-
-_THREAD_NUMBER = "bilm_omp_get_thread_num"
-CONTRACT = {"contract", "nsz"}  # lets multiply and add become one instruction; NaN stays NaN
-
-# ---- what Numba lacks: memory by address, bfloat16, the thread's number --------------------------------------------
-
-_FLOAT, _INT16, _INT32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
-
-
-def _pointer_to(element: Any) -> Any:
-    @intrinsic
-    def pointer(typing_context: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(element)(types.int64), generate
-
-    return pointer
-
-
-float32s, _bfloat16s = _pointer_to(types.float32), _pointer_to(types.uint16)
-_int32s, int64s = _pointer_to(types.int32), _pointer_to(types.int64)
-
-
-@intrinsic
-def load(typing_context: Any, pointer: Any, index: Any) -> Any:
-    """The number there as float32; uint16 means bfloat16."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = builder.load(builder.gep(args[0], [args[1]]))
-        if pointer.dtype == types.uint16:
-            value = builder.bitcast(builder.shl(builder.zext(value, _INT32), _INT32(16)), _FLOAT)
-        return value
-
-    return types.float32(pointer, types.int64), generate
-
-
-@intrinsic
-def store(typing_context: Any, pointer: Any, index: Any, value: Any) -> Any:
-    """Writes a float32; to bfloat16 it is rounded to the nearest, ties to even."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        number = args[2]
-        if pointer.dtype == types.uint16:
-            bits = builder.bitcast(number, _INT32)
-            odd = builder.and_(builder.lshr(bits, _INT32(16)), _INT32(1))
-            rounded = builder.add(bits, builder.add(_INT32(0x7FFF), odd))
-            number = builder.trunc(builder.lshr(rounded, _INT32(16)), _INT16)
-        builder.store(number, builder.gep(args[0], [args[1]]))
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.int64, types.float32), generate
-
-
-@intrinsic
-def _thread_number(typing_context: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        function = builder.module.globals.get(_THREAD_NUMBER)
-        if function is None:
-            function = ir.Function(builder.module, ir.FunctionType(_INT32, []), _THREAD_NUMBER)
-        return builder.call(function, [])
-
-    return types.int32(), generate
-
-
-# ---- the arithmetic --------------------------------------------------------------------------------------------------
-
-# tanh(x) ≈ x·P(x²) / Q(x²) for |x| up to the limit, beyond which it is ±1 in float32; within 4e-7 of it.
-# The coefficients are those of Eigen's `ptanh` (generic_fast_tanh_float).
-_LIMIT = np.float32(7.90531110763549805)
-_P = tuple(
-    np.float32(coefficient)
-    for coefficient in (
-        4.89352455891786e-03,
-        6.37261928875436e-04,
-        1.48572235717979e-05,
-        5.12229709037114e-08,
-        -8.60467152213735e-11,
-        2.00018790482477e-13,
-        -2.76076847742355e-16,
-    )
+from bilm_model.kernels.numba_blocks import (
+    BLOCK,
+    HALF,
+    TWO,
+    Kernel,
+    bfloat16s,
+    float32s,
+    inner,
+    int32s,
+    int64s,
+    kernel,
+    load,
+    lstm_block,
+    openmp,
+    run,
+    share,
+    store,
+    tanh_ratio,
 )
-_Q = tuple(
-    np.float32(coefficient)
-    for coefficient in (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06)
-)
-HALF, TWO = np.float32(0.5), np.float32(2.0)
-
-
-inner = njit(fastmath=CONTRACT, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""For what kernels call: without the means to call it from Python, which take time to compile."""
-
-
-@inner
-def tanh_ratio(x):  # type: ignore[no-untyped-def]
-    """Numerator and denominator of tanh(x); σ(2x) is (denominator + numerator) / (2·denominator)."""
-    x = _LIMIT if x > _LIMIT else x
-    x = -_LIMIT if x < -_LIMIT else x
-    s = x * x
-    p = x * (_P[0] + s * (_P[1] + s * (_P[2] + s * (_P[3] + s * (_P[4] + s * (_P[5] + s * _P[6]))))))
-    q = _Q[0] + s * (_Q[1] + s * (_Q[2] + s * _Q[3]))
-    return p, q
-
-
-@inner
-def lstm_block(n, gates_h, gates_x, n_cells, c, m, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
-    """N neighbouring cells of a row; their four gates stand `n_cells` apart. Two divisions a cell."""
-    for k in range(n):
-        p_i, q_i = tanh_ratio(HALF * (load(gates_h, k) + load(gates_x, k)))
-        p_j, q_j = tanh_ratio(load(gates_h, k + n_cells) + load(gates_x, k + n_cells))
-        p_f, q_f = tanh_ratio(HALF * (load(gates_h, k + 2 * n_cells) + load(gates_x, k + 2 * n_cells)))
-        p_o, q_o = tanh_ratio(HALF * (load(gates_h, k + 3 * n_cells) + load(gates_x, k + 3 * n_cells)))
-        # σ(f)·c + σ(i)·tanh(j), over one denominator
-        f_denominator, ij_denominator = TWO * q_f, TWO * q_i * q_j
-        kept, new = (q_f + p_f) * load(c, k), (q_i + p_i) * p_j
-        cell = (kept * ij_denominator + new * f_denominator) / (f_denominator * ij_denominator)
-        cell = clip if cell > clip else cell
-        cell = -clip if cell < -clip else cell
-        store(c, k, cell)
-        p_c, q_c = tanh_ratio(cell)
-        store(m, k, (q_o + p_o) * p_c / (TWO * q_o * q_c))
 
 
 @inner
@@ -177,35 +59,7 @@ def _activate(n, peaks, bias, tanh):  # type: ignore[no-untyped-def]
             peaks[k] = np.float32(0.0) if x < np.float32(0.0) else x
 
 
-@inner
-def clip_block(n, x, bound):  # type: ignore[no-untyped-def]
-    """Clips n numbers to ±bound, in place; NaN stays NaN."""
-    for k in range(n):
-        x[k] = bound if x[k] > bound else (-bound if x[k] < -bound else x[k])
-
-
-@inner
-def copy_block(n, source, target):  # type: ignore[no-untyped-def]
-    """Copies n numbers."""
-    for k in range(n):
-        target[k] = source[k]
-
-
-@inner
-def share(n_units, n_threads):  # type: ignore[no-untyped-def]
-    """The units from..to of this thread."""
-    thread = _thread_number() if n_threads > 1 else 0
-    return n_units * thread // n_threads, n_units * (thread + 1) // n_threads
-
-
-# ---- kernels: void (int64 *arguments), arguments[0] the number of threads ------------------------------------------
-
-_Kernel = Any
-kernel = cfunc(types.void(types.CPointer(types.int64)))
-"""Compiles a kernel."""
-
-
-def _compile_lstm(numbers: Any, n_bytes: int) -> _Kernel:
+def _compile_lstm(numbers: Any, n_bytes: int) -> Kernel:
     @kernel
     def lstm(arguments):  # type: ignore[no-untyped-def]
         n_threads, n_rows, n_cells, block, gates_h, gates_x, index, c, slots, m = carray(arguments, 10)
@@ -227,7 +81,7 @@ def _compile_lstm(numbers: Any, n_bytes: int) -> _Kernel:
     return lstm
 
 
-def _compile_highway(numbers: Any, n_bytes: int) -> _Kernel:
+def _compile_highway(numbers: Any, n_bytes: int) -> Kernel:
     @kernel
     def highway(arguments):  # type: ignore[no-untyped-def]
         n_threads, n_rows, width, x, z, y = carray(arguments, 6)
@@ -240,7 +94,7 @@ def _compile_highway(numbers: Any, n_bytes: int) -> _Kernel:
     return highway
 
 
-def _compile_peaks(numbers: Any, n_bytes: int) -> _Kernel:
+def _compile_peaks(numbers: Any, n_bytes: int) -> Kernel:
     @kernel
     def peaks(arguments):  # type: ignore[no-untyped-def]
         n_threads, n_tokens, width, responses, first_window, start, last_start, bias, tanh, y = carray(arguments, 10)
@@ -251,35 +105,42 @@ def _compile_peaks(numbers: Any, n_bytes: int) -> _Kernel:
                 largest[k] = -np.inf
             for window in range(int64s(first_window)[token], int64s(first_window)[token + 1]):
                 at = responses + window * width * n_bytes
-                _raise_peaks(width, numbers(at), _int32s(start)[window], _int32s(last_start), largest)
+                _raise_peaks(width, numbers(at), int32s(start)[window], int32s(last_start), largest)
             _activate(width, largest, float32s(bias), tanh != 0)
 
     return peaks
 
 
 @functools.cache
-def _compile_all(product_dtype: torch.dtype) -> tuple[_Kernel, _Kernel, _Kernel]:
-    layout = (_bfloat16s, 2) if product_dtype == torch.bfloat16 else (float32s, 4)
+def _compile_all(product_dtype: torch.dtype) -> tuple[Kernel, Kernel, Kernel]:
+    layout = (bfloat16s, 2) if product_dtype == torch.bfloat16 else (float32s, 4)
     return _compile_lstm(*layout), _compile_highway(*layout), _compile_peaks(*layout)
 
 
 class FusedElementwise:
     """`elementwise.Elementwise` on a CPU, for products in one format."""
 
-    def __init__(self, product_dtype: torch.dtype) -> None:
-        """Compiles the kernels; takes a second or two."""
-        openmp()
+    def __init__(self, product_dtype: torch.dtype, *, one_thread: bool = False) -> None:
+        """Compile the kernels, which takes a second or two.
+
+        Args:
+            product_dtype: format of what products take and give.
+            one_thread: whether to do without OpenMP, as where there is none.
+        """
+        found = openmp()
+        self._parallel = None if one_thread else found
+        self._run = functools.partial(run, parallel=self._parallel)
         self._lstm, self._highway, self._peaks = _compile_all(product_dtype)
 
     @property
     def name(self) -> str:
         """What it is, for people to read."""
-        return "fused kernels" if openmp() else "fused kernels on one thread"
+        return "fused kernels" if self._parallel else "fused kernels on one thread"
 
     @property
     def path(self) -> str:
         """See `Elementwise`."""
-        return "fused" if openmp() else "fused_one_thread"
+        return "fused" if self._parallel else "fused_one_thread"
 
     def lstm(
         self, gates_h: Tensor, gates_x: Tensor, index: Tensor, c: Tensor, slots: Tensor, *, clip: float, out: Tensor
@@ -288,12 +149,12 @@ class FusedElementwise:
         n_rows, n_cells = len(index), c.shape[1]
         bound = ctypes.c_float(clip)
         addresses = [tensor.data_ptr() for tensor in (gates_h, gates_x, index, c, slots, out)]
-        run(self._lstm, n_rows * n_cells, n_rows, n_cells, _BLOCK, *addresses, ctypes.addressof(bound))
+        self._run(self._lstm, n_rows * n_cells, n_rows, n_cells, BLOCK, *addresses, ctypes.addressof(bound))
 
     def highway(self, x: Tensor, z: Tensor) -> Tensor:
         """See `Elementwise`."""
         y = torch.empty_like(x)
-        run(self._highway, x.numel(), *x.shape, x.data_ptr(), z.data_ptr(), y.data_ptr())
+        self._run(self._highway, x.numel(), *x.shape, x.data_ptr(), z.data_ptr(), y.data_ptr())
         return y
 
     def peaks(self, responses: Tensor, windows: Windows, bias: Tensor, activation: str) -> Tensor:
@@ -302,42 +163,5 @@ class FusedElementwise:
         y = torch.empty(n_tokens, width)
         tensors = (responses, windows.first, windows.start, windows.last_start, bias)
         addresses = [tensor.data_ptr() for tensor in tensors]
-        run(self._peaks, responses.numel(), n_tokens, width, *addresses, activation == "tanh", y.data_ptr())
+        self._run(self._peaks, responses.numel(), n_tokens, width, *addresses, activation == "tanh", y.data_ptr())
         return y
-
-
-def run(compiled: _Kernel, n_numbers: int, *arguments: int) -> None:
-    """Runs a kernel that makes so many numbers, on all threads if that is worth it."""
-    parallel = openmp()
-    # Always the whole team or none of it: OpenMP ends and begins threads when a team's size changes.
-    n_threads = torch.get_num_threads() if parallel and n_numbers >= _MIN_PARALLEL else 1
-    values = (ctypes.c_int64 * (1 + len(arguments)))(n_threads, *arguments)
-    if parallel and n_threads > 1:
-        parallel(compiled.address, values, n_threads, 0)
-    else:
-        compiled.ctypes(values)
-
-
-@functools.cache
-def openmp() -> Callable[..., None] | None:
-    """`GOMP_parallel` of the OpenMP library that torch runs on; None where torch brought none, or another kind.
-
-    To be called before a kernel is compiled: it makes the thread's number known to kernels.
-    Source: libgomp's ABI, `void GOMP_parallel (void (*fn) (void *), void *data, unsigned num_threads, unsigned flags)`.
-    """
-    folder = Path(torch.__file__).parent
-    for path in (*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")):
-        library = ctypes.CDLL(str(path))  # loaded already: this only finds it
-        address = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value
-        llvm.add_symbol(_THREAD_NUMBER, address)
-        parallel = library.GOMP_parallel
-        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        parallel.restype = None
-        return parallel
-    _log.warning("found no libgomp beside torch: elementwise arithmetic runs on one thread")
-    llvm.add_symbol(_THREAD_NUMBER, ctypes.cast(_ZERO, ctypes.c_void_p).value)
-    return None
-
-
-_ZERO = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
-"""Stands for the thread's number where there is one thread; never called then, but a symbol needs an address."""

@@ -17,7 +17,8 @@ from numba import carray, cfunc, types
 from torch import Tensor
 
 from bilm_model.config import BilmConfig
-from bilm_model.engine.fused import (
+from bilm_model.kernels.elementwise import CellWork
+from bilm_model.kernels.numba_blocks import (
     CONTRACT,
     clip_block,
     copy_block,
@@ -26,10 +27,10 @@ from bilm_model.engine.fused import (
     int64s,
     kernel,
     lstm_block,
+    openmp,
     run,
     share,
 )
-from bilm_model.kernels.elementwise import CellWork
 from bilm_model.kernels.products import PackedProduct, padded_rows
 from bilm_model.lstm import ClippedProjectedLstm
 
@@ -167,7 +168,7 @@ def run_together(cells: Sequence[tuple[Recurrence, CellWork]]) -> list[Tensor]:
     ticks = [torch.tensor(work.sizes) for _, work in cells]
     jobs = [cell.arguments(work, out, n) for (cell, work), out, n in zip(cells, outputs, ticks, strict=True)]
     n_numbers = sum(out.numel() for out in outputs)
-    run(_recurrences, n_numbers, len(jobs), *(ctypes.addressof(job) for job in jobs))
+    run(_recurrences, n_numbers, len(jobs), *(ctypes.addressof(job) for job in jobs), parallel=openmp())
     return outputs
 
 

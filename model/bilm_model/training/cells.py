@@ -3,18 +3,15 @@
 Legend: B streams, C cells. Gates stand in the order input, candidate, forget, output.
 """
 
-import ctypes
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 _log = logging.getLogger(__name__)
-
-_BLOCK = 512
 
 
 class CellArithmetic(Protocol):
@@ -68,35 +65,16 @@ class TorchCell:
             gate.copy_(d_gate)
 
 
-class FusedCell:
-    """By kernels that Numba compiles, in float32 on a CPU: each number is read and written once."""
+def _new_fused() -> CellArithmetic:
+    # Not at the top: Numba may be missing, is not needed on a GPU, and takes a second to compile the kernels
+    from bilm_model.training.fused_cells import FusedCell  # noqa: PLC0415
 
-    def __init__(self) -> None:
-        """Compiles the kernels (once in a process); takes a second.
-
-        Raises:
-            ImportError: without Numba.
-        """
-        self._forward, self._backward, self._run = _compile()
-
-    def forward(self, gates: Tensor, recurrent: Tensor, c_before: Tensor, c: Tensor, m: Tensor, *, clip: float) -> None:
-        """See `CellArithmetic`."""
-        self._call(self._forward, (gates, recurrent, c_before, c, m), clip)
-
-    def backward(self, gates: Tensor, c_before: Tensor, c: Tensor, dm: Tensor, dc: Tensor, *, clip: float) -> None:
-        """See `CellArithmetic`."""
-        self._call(self._backward, (gates, c_before, c, dm, dc), clip)
-
-    def _call(self, kernel: Any, tensors: tuple[Tensor, ...], clip: float) -> None:
-        n_rows, n_cells = tensors[2].shape
-        bound = ctypes.c_float(clip)
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        self._run(kernel, n_rows * n_cells, n_rows, n_cells, _BLOCK, *addresses, ctypes.addressof(bound))
+    return FusedCell()
 
 
 @functools.cache
 def cell_arithmetic(
-    device_type: str, dtype: torch.dtype, new_fused: Callable[[], CellArithmetic] = FusedCell
+    device_type: str, dtype: torch.dtype, new_fused: Callable[[], CellArithmetic] = _new_fused
 ) -> CellArithmetic:
     """Return the fastest arithmetic that works for tensors of this kind.
 
@@ -117,7 +95,7 @@ def cell_arithmetic(
 
 
 def _compare(fused: CellArithmetic) -> None:
-    """Try a tick forward and backward on a few numbers.
+    """Try one tick forward and backward on a few numbers.
 
     Raises:
         RuntimeError: if it gives other numbers than torch does.
@@ -134,107 +112,3 @@ def _compare(fused: CellArithmetic) -> None:
     found, expected = made
     if not torch.allclose(found, expected, atol=1e-5):
         raise RuntimeError("they don't compute what they should")
-
-
-@functools.cache
-def _compile() -> tuple[Any, Any, Callable[..., None]]:  # noqa: PLR0915 - kernels see what stands around them
-    from numba import carray  # noqa: PLC0415 - heavy, and not needed on a GPU
-
-    from bilm_model.engine.fused import (  # noqa: PLC0415
-        HALF,
-        TWO,
-        float32s,
-        inner,
-        kernel,
-        load,
-        openmp,
-        run,
-        share,
-        store,
-        tanh_ratio,
-    )
-
-    openmp()
-
-    @inner
-    def sigmoid(x):  # type: ignore[no-untyped-def]
-        p, q = tanh_ratio(HALF * x)
-        return (q + p) / (TWO * q)
-
-    @inner
-    def forward_block(n, n_cells, gates, recurrent, c_before, c, m, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
-        for k in range(n):
-            i = sigmoid(load(gates, k) + load(recurrent, k))
-            p, q = tanh_ratio(load(gates, k + n_cells) + load(recurrent, k + n_cells))
-            j = p / q
-            f = sigmoid(load(gates, k + 2 * n_cells) + load(recurrent, k + 2 * n_cells))
-            o = sigmoid(load(gates, k + 3 * n_cells) + load(recurrent, k + 3 * n_cells))
-            cell = f * load(c_before, k) + i * j
-            cell = clip if cell > clip else cell
-            cell = -clip if cell < -clip else cell
-            p, q = tanh_ratio(cell)
-            store(gates, k, i)
-            store(gates, k + n_cells, j)
-            store(gates, k + 2 * n_cells, f)
-            store(gates, k + 3 * n_cells, o)
-            store(c, k, cell)
-            store(m, k, o * p / q)
-
-    @inner
-    def backward_block(n, n_cells, gates, c_before, c, dm, dc, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
-        one = TWO * HALF
-        for k in range(n):
-            i, j = load(gates, k), load(gates, k + n_cells)
-            f, o = load(gates, k + 2 * n_cells), load(gates, k + 3 * n_cells)
-            cell, d_m = load(c, k), load(dm, k)
-            p, q = tanh_ratio(cell)
-            t = p / q
-            d = load(dc, k) + d_m * o * (one - t * t)
-            d = d if -clip < cell < clip else one - one
-            store(gates, k, d * j * i * (one - i))
-            store(gates, k + n_cells, d * i * (one - j * j))
-            store(gates, k + 2 * n_cells, d * load(c_before, k) * f * (one - f))
-            store(gates, k + 3 * n_cells, d_m * t * o * (one - o))
-            store(dc, k, d * f)
-
-    @kernel
-    def forward(arguments):  # type: ignore[no-untyped-def]
-        n_threads, n_rows, n_cells, block, gates, recurrent, c_before, c, m = carray(arguments, 9)
-        clip = float32s(arguments[9])[0]
-        n_blocks = (n_cells + block - 1) // block
-        first, end = share(n_rows * n_blocks, n_threads)
-        for unit in range(first, end):
-            row, k = unit // n_blocks, unit % n_blocks * block
-            gate_at, at = (row * 4 * n_cells + k) * 4, (row * n_cells + k) * 4
-            forward_block(
-                min(block, n_cells - k),
-                n_cells,
-                float32s(gates + gate_at),
-                float32s(recurrent + gate_at),
-                float32s(c_before + at),
-                float32s(c + at),
-                float32s(m + at),
-                clip,
-            )
-
-    @kernel
-    def backward(arguments):  # type: ignore[no-untyped-def]
-        n_threads, n_rows, n_cells, block, gates, c_before, c, dm, dc = carray(arguments, 9)
-        clip = float32s(arguments[9])[0]
-        n_blocks = (n_cells + block - 1) // block
-        first, end = share(n_rows * n_blocks, n_threads)
-        for unit in range(first, end):
-            row, k = unit // n_blocks, unit % n_blocks * block
-            at = (row * n_cells + k) * 4
-            backward_block(
-                min(block, n_cells - k),
-                n_cells,
-                float32s(gates + (row * 4 * n_cells + k) * 4),
-                float32s(c_before + at),
-                float32s(c + at),
-                float32s(dm + at),
-                float32s(dc + at),
-                clip,
-            )
-
-    return forward, backward, run

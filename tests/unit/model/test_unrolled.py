@@ -4,7 +4,8 @@ import pytest
 import torch
 from bilm_model.kernels.product_paths import ProductPath, training_path
 from bilm_model.lstm import ClippedProjectedLstm
-from bilm_model.training.cells import CellArithmetic, FusedCell, TorchCell, cell_arithmetic
+from bilm_model.training.cells import CellArithmetic, TorchCell, cell_arithmetic
+from bilm_model.training.fused_cells import FusedCell
 from bilm_model.training.unrolled import unrolled
 from torch import Tensor
 
