@@ -24,7 +24,7 @@ _NUMPY: dict[pb.DataType, np.dtype[Any]] = {
 
 
 def to_array(tensor: pb.Tensor, options: Options) -> Vectors:
-    """The numbers of a tensor, as a read-only view where numpy knows the format; bfloat16 widened to float32.
+    """Return the numbers of a tensor, as a read-only view where numpy knows the format; bfloat16 widened to float32.
 
     Raises:
         MalformedResponseError: Format, number of axes or number of bytes aren't as asked for and announced.
@@ -46,14 +46,15 @@ def to_array(tensor: pb.Tensor, options: Options) -> Vectors:
 
 
 def to_embedding(message: pb.Embedding, source: Input, options: Options, model_version: str) -> Embedding:
-    """The embedding of a whole sentence.
+    """Return the embedding of a whole sentence, read from the message in place.
 
     Raises:
         MalformedResponseError: The message isn't what was asked for.
     """
-    rows = Rows(source, options)
-    rows.add(pb.EmbeddingRows(embedding=message, total_rows=_row_count(message, options), last=True))
-    return rows.embedding(model_version)
+    vectors, found = to_array(message.tensor, options), tuple(_offsets(message))
+    tokens, offsets = (source.tokens, None) if source.tokens is not None else (tuple(message.tokens), found)
+    _check_counts(options, _row_count(message, options), tokens, offsets)
+    return Embedding(tokens, vectors, message.truncated, offsets, message.state or None, model_version)
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ class Rows:
         """Take a range; True if it was the last.
 
         Raises:
-            MalformedResponseError: The range doesn't go on where the one before it ended, or has another shape.
+            MalformedResponseError: The range doesn't continue where the one before it ended, or has another shape.
         """
         embedding = message.embedding
         rows = _row_count(embedding, self.options)
@@ -97,7 +98,7 @@ class Rows:
         return message.last
 
     def embedding(self, model_version: str) -> Embedding:
-        """The whole sentence's embedding, after the last range.
+        """Return the whole sentence's embedding, after the last range.
 
         Raises:
             MalformedResponseError: Vectors, tokens and offsets differ in number.
@@ -107,7 +108,7 @@ class Rows:
         self._vectors.flags.writeable = False
         tokens = self.source.tokens if self.source.tokens is not None else tuple(self._tokens)
         offsets = None if self.source.tokens is not None else tuple(self._offsets)
-        self._check_counts(tokens, offsets)
+        _check_counts(self.options, self._row_count, tokens, offsets)
         return Embedding(tokens, self._vectors, self._truncated, offsets, self._state or None, model_version)
 
     def _store(self, part: Vectors, message: pb.EmbeddingRows) -> None:
@@ -125,11 +126,14 @@ class Rows:
             raise MalformedResponseError(f"rows of shape {part.shape} don't fit a result of {self._vectors.shape}")
         self._vectors[place] = part
 
-    def _check_counts(self, tokens: Sequence[str], offsets: Sequence[tuple[int, int]] | None) -> None:
-        if not self.options.pooled and len(tokens) != self._row_count:
-            raise MalformedResponseError(f"expected {len(tokens)} rows, one for each token, got {self._row_count}")
-        if offsets is not None and len(offsets) != len(tokens):
-            raise MalformedResponseError(f"expected {len(tokens)} offsets, got {len(offsets)}")
+
+def _check_counts(
+    options: Options, row_count: int, tokens: Sequence[str], offsets: Sequence[tuple[int, int]] | None = None
+) -> None:
+    if not options.pooled and len(tokens) != row_count:
+        raise MalformedResponseError(f"expected {len(tokens)} rows, one for each token, got {row_count}")
+    if offsets is not None and len(offsets) != len(tokens):
+        raise MalformedResponseError(f"expected {len(tokens)} offsets, got {len(offsets)}")
 
 
 def _row_count(message: pb.Embedding, options: Options) -> int:
