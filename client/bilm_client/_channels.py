@@ -2,14 +2,17 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from bilm_system.proxies import channel_options
 
 from bilm_client.errors import ForkedError
 
-Options = Sequence[tuple[str, Any]]
+if TYPE_CHECKING:
+    from bilm_client._settings import Settings
+
+ChannelOptions = Sequence[tuple[str, Any]]
 
 _FORK_SUPPORT = "GRPC_ENABLE_FORK_SUPPORT"
 _OFF = frozenset({"0", "f", "false", "n", "no"})
@@ -21,8 +24,23 @@ class _FirstUse:
     process_id = 0
 
 
+def sync_channel(settings: "Settings") -> grpc.Channel:
+    """Return a synchronous channel of a client; it connects with its first call."""
+    return new_channel(
+        settings.target, settings.channel_arguments(), credentials=settings.credentials, proxy=settings.proxy
+    )
+
+
+def async_channel(settings: "Settings") -> grpc.aio.Channel:
+    """Return an asynchronous channel of a client; it connects with its first call."""
+    arguments = _arguments(settings.target, settings.channel_arguments(), settings.proxy)
+    if settings.credentials is None:
+        return grpc.aio.insecure_channel(settings.target, arguments)
+    return grpc.aio.secure_channel(settings.target, settings.credentials, arguments)
+
+
 def new_channel(
-    target: str, options: Options = (), *, credentials: grpc.ChannelCredentials | None = None, proxy: bool = True
+    target: str, options: ChannelOptions = (), *, credentials: grpc.ChannelCredentials | None = None, proxy: bool = True
 ) -> grpc.Channel:
     """Return a synchronous channel; it connects with its first call.
 
@@ -41,17 +59,7 @@ def new_channel(
     return grpc.secure_channel(target, credentials, arguments)
 
 
-def new_aio_channel(
-    target: str, options: Options = (), *, credentials: grpc.ChannelCredentials | None = None, proxy: bool = True
-) -> grpc.aio.Channel:
-    """Return an asynchronous channel; arguments and errors are those of `new_channel`."""
-    arguments = _arguments(target, options, proxy)
-    if credentials is None:
-        return grpc.aio.insecure_channel(target, arguments)
-    return grpc.aio.secure_channel(target, credentials, arguments)
-
-
-def _arguments(target: str, options: Options, proxy: bool) -> list[tuple[str, Any]]:
+def _arguments(target: str, options: ChannelOptions, proxy: bool) -> list[tuple[str, Any]]:
     _check_process()
     return list({**dict(channel_options(target, proxy=proxy)), **dict(options)}.items())
 

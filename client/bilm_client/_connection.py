@@ -20,24 +20,20 @@ import grpc
 from bilm_api.v1 import embed_pb2 as pb
 
 from bilm_client._open_streams import OPEN_STREAMS
-from bilm_client.errors import BilmError, ServiceError, UnavailableError
+from bilm_client._transport.base import Deliver, Delivery, Interruption
+from bilm_client.errors import BilmError, ended_early
 
 _END_TIMEOUT_S = 5.0
 _SPINNER_TIMEOUT_S = 0.2  # it lives on where other calls of its channel do
 
 
-class Interruption:
-    """Delivered where a call was ended on purpose: the stream continues with another one."""
-
-
-Delivery = pb.EmbedStreamResponse | BilmError | Interruption
 Call = Any  # a grpc.Call that is also an iterator of responses: gRPC's types have no one name for it
 Connect = Callable[[Iterator[pb.EmbedStreamRequest]], Call]
 Translate = Callable[[grpc.RpcError], BilmError]
 
 
 class Connection:
-    """One stream.
+    """One stream; a `StreamConnection`.
 
     Finalisers close connections too, in any thread and at any moment: `close` waits for nothing.
 
@@ -54,7 +50,7 @@ class Connection:
         connect: Connect,
         translate: Translate,
         opening: list[pb.EmbedStreamRequest],
-        deliver: Callable[[Delivery], None],
+        deliver: Deliver,
     ) -> None:
         OPEN_STREAMS.check()
         OPEN_STREAMS.wait_for_fork()
@@ -116,7 +112,7 @@ class Connection:
         try:
             for response in self._call:
                 self._pass_on(response)
-            self._pass_on(_ended_early())
+            self._pass_on(ended_early())
         except grpc.RpcError as error:
             failure = self._translate(error)
             failure.__cause__ = error
@@ -161,8 +157,3 @@ class _Requests:
         if message is None:
             raise StopIteration
         return message
-
-
-def _ended_early() -> ServiceError:
-    """The error for a server that ends a stream in good order; one only if results are still due."""
-    return UnavailableError("the server ended the stream before all results had come", code=grpc.StatusCode.UNAVAILABLE)

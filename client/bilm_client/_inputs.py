@@ -47,17 +47,15 @@ class Input:
         tokens = _TOKEN_OVERHEAD_BYTES * len(self.tokens or ())
         return self.text_bytes + tokens + len(self.state) + _SENTENCE_OVERHEAD_BYTES
 
-    def to_proto(self, *, state: bytes | None = None, return_state: bool | None = None) -> pb.Sentence:
-        """The message; `state` and `return_state`, where given, replace the input's own."""
-        message = pb.Sentence(
-            state=self.state if state is None else state,
-            return_state=self.return_state if return_state is None else return_state,
-        )
+    def write(self, message: pb.Sentence, *, state: bytes | None = None, return_state: bool | None = None) -> None:
+        """Write the sentence into an empty message; `state` and `return_state`, where given, replace the input's."""
+        message.state = self.state if state is None else state
+        message.return_state = self.return_state if return_state is None else return_state
         if self.tokens is None:
             message.text = self.text or ""
         else:
-            message.tokens.CopyFrom(pb.Tokens(tokens=self.tokens))
-        return message
+            message.tokens.SetInParent()  # of a sentence without tokens, too
+            message.tokens.tokens.extend(self.tokens)
 
 
 def parse_sentences(

@@ -1,15 +1,17 @@
 """One `embed` call as a state machine without I/O: which request next, and what its answer means."""
 
 from collections import deque
+from collections.abc import Iterable
 
 import grpc
 from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2 as pb
 
-from bilm_client._inputs import Input
+from bilm_client._inputs import Input, Sentence, parse_sentences
 from bilm_client._options import Options
 from bilm_client._plan import plan
 from bilm_client._settings import Settings
+from bilm_client._surface import EmbedArguments
 from bilm_client._tensors import to_embedding
 from bilm_client.errors import (
     MalformedResponseError,
@@ -81,12 +83,14 @@ class EmbedJob:
         inputs = [self.inputs[index] for index in part]
         # The client knows tokens that it sent, so the server need not send them back.
         omit_tokens = all(source.tokens is not None for source in inputs)
-        return pb.EmbedRequest(
+        request = pb.EmbedRequest(
             model=self._model,
             expected_model_version=self._version,
             options=self.options.to_proto(omit_tokens=omit_tokens),
-            sentences=[source.to_proto() for source in inputs],
         )
+        for source in inputs:
+            source.write(request.sentences.add())
+        return request
 
     def succeed(self, part: range, response: pb.EmbedResponse) -> None:
         """Take the answer of a part.
@@ -151,6 +155,16 @@ class EmbedJob:
                 return sentence_error(result.error, index)
             case _:
                 raise MalformedResponseError(f"sentence {index} has no outcome")
+
+
+def embed_job(settings: Settings, sentences: str | Iterable[Sentence], arguments: EmbedArguments) -> EmbedJob:
+    """Check the sentences of an `embed`, and return the job that embeds them.
+
+    Raises:
+        TypeError: A sentence or a state has the wrong type; the message names it.
+        ValueError: A sentence has a value that can't be; the message names it.
+    """
+    return EmbedJob(parse_sentences(sentences, arguments.states, arguments.return_states), arguments, settings)
 
 
 def agreed_version(expected: str, found: str) -> str:

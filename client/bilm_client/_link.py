@@ -1,13 +1,13 @@
 """What a synchronous client has in one process: a channel, and whether it is closed."""
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 from bilm_api.v1 import embed_pb2_grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from bilm_client._settings import Settings
 from bilm_client.errors import ClientClosedError
 
 
@@ -15,12 +15,12 @@ class Link:
     """The channel of one client in one process.
 
     Args:
-        settings: The client's.
+        new_channel: Makes the channel, which is not connected yet.
         closed: Whether the client was closed before this process was forked.
     """
 
-    def __init__(self, settings: Settings, closed: bool) -> None:
-        self._settings = settings
+    def __init__(self, new_channel: Callable[[], grpc.Channel], closed: bool) -> None:
+        self._new_channel = new_channel
         self._lock = threading.RLock()  # a signal handler may close the client
         self._closed = threading.Event()
         self._stubs: _Stubs | None = None
@@ -62,7 +62,7 @@ class Link:
             self.check_open()
             stubs = self._stubs
             if stubs is None:
-                stubs = self._stubs = _Stubs(self._settings.new_channel())
+                stubs = self._stubs = _Stubs(self._new_channel())
                 if self.is_closed:  # by a signal handler, while the channel was being made
                     self.close()
                     self.check_open()

@@ -66,12 +66,12 @@ class ScalarMix:
 class Options:
     """Checked options of `embed` and `embed_stream`."""
 
-    layers: LayersName
-    pool: PoolName
-    dtype: DTypeName
-    mix: ScalarMix | None
-    l2_normalize: bool
-    on_error: OnError
+    layers: LayersName = "all"
+    pool: PoolName = "none"
+    dtype: DTypeName = "float32"
+    mix: ScalarMix | None = None
+    l2_normalize: bool = False
+    on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
         _choose("layers", self.layers, _LAYERS)

@@ -1,19 +1,20 @@
 """One `embed_stream` call as a state machine without I/O: what to send, in which order results leave, what to resend.
 
-A session outlives its connections. A driver reads input while there is `room`, sends what `add` gives (or, on a new
-connection, all that `opening` gives), hands every message to `receive`, takes results with `take`, and asks `broken`
-what to do when a connection ends.
+A session outlives its connections. A driver reads input while the session `accepts_input`, sends what `add` gives (or,
+on a new connection, all that `opening` gives), hands every message to `receive`, takes results with `take`, and asks
+`broken` what to do when a connection ends.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from bilm_api.v1 import embed_pb2 as pb
 
-from bilm_client._inputs import Input
-from bilm_client._job import Outcome, agreed_version
+from bilm_client._inputs import Input, Sentence, parse_sentence
+from bilm_client._job import EmbedJob, Outcome, agreed_version
 from bilm_client._options import Options
 from bilm_client._settings import Settings
+from bilm_client._surface import StreamArguments
 from bilm_client._tensors import Rows
 from bilm_client.errors import (
     MalformedResponseError,
@@ -48,26 +49,16 @@ class StreamSession:
     """
 
     def __init__(
-        self,
-        options: Options,
-        settings: Settings,
-        *,
-        window: int,
-        window_tokens: int,
-        uniform: Callable[[], float],
-        carry_state: bool = False,
-        state_every: int = 0,
-        initial_state: bytes = b"",
-        version: str = "",
+        self, arguments: StreamArguments, settings: Settings, *, uniform: Callable[[], float], version: str = ""
     ) -> None:
-        self._options = options
+        self._options: Options = arguments
         self._model = settings.model
         self._retry: RetryPolicy = settings.retry
-        self._window = window
-        self._window_tokens = window_tokens
+        self._window = arguments.window
+        self._window_tokens = arguments.window_tokens
         self._uniform = uniform
-        self._carry = carry_state
-        self._every = state_every
+        self._carry = arguments.carry_state
+        self._every = arguments.return_state_every
         self._expected = version or settings.expected_model_version
         self._version = self._expected
         self._items: dict[int, _Item] = {}
@@ -76,13 +67,13 @@ class StreamSession:
         self._next = 0  # the item whose result leaves next
         self._tokens = 0  # of the items from there on
         self._checkpoint = 0  # the first item that `_state` precedes
-        self._state = initial_state
+        self._state = arguments.initial_state or b""
         self._owes_state = False
         self._failures = 0
         self.ended = False  # no more input
 
     @property
-    def room(self) -> bool:
+    def accepts_input(self) -> bool:
         """Whether another sentence may be read; one always may while none is under way."""
         if self.ended or self._added - self._next >= self._window:
             return False
@@ -222,6 +213,35 @@ class StreamSession:
         return embedding if wanted else replace(embedding, state=None)
 
 
+def stream_by_job(settings: Settings, job: EmbedJob, uniform: Callable[[], float]) -> StreamSession:
+    """Return the session for those sentences of a job that an Embed can't bring."""
+    options = {each.name: getattr(job.options, each.name) for each in fields(Options)}
+    options["on_error"] = "return"  # the job settles, by the sentence's number in the call
+    return StreamSession(StreamArguments(**options), settings, uniform=uniform, version=job.version)
+
+
+def stream_input(sentence: Sentence, index: int, return_state: bool) -> Input:
+    """Check one sentence of a stream.
+
+    Raises:
+        TypeError: It is neither a str nor a sequence of str.
+        ValueError: A string can't be written as UTF-8.
+    """
+    return parse_sentence(sentence, f"sentence {index}", return_state=return_state)
+
+
+def check_iterable(sentences: object) -> None:
+    """Check the input of `embed_stream`: a lone str would be taken for a sequence of letters.
+
+    Raises:
+        TypeError: It is a str or bytes.
+    """
+    if isinstance(sentences, str | bytes | bytearray):
+        raise TypeError(f"sentences must be an iterable of sentences, got one {type(sentences).__name__}")
+
+
 def _item_message(item: _Item, state: bytes | None = None) -> pb.EmbedStreamRequest:
-    sentence = item.source.to_proto(state=state or None, return_state=item.asks_state)
-    return pb.EmbedStreamRequest(item=pb.StreamItem(id=item.index, sentence=sentence))
+    message = pb.EmbedStreamRequest()
+    message.item.id = item.index
+    item.source.write(message.item.sentence, state=state or None, return_state=item.asks_state)
+    return message

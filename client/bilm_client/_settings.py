@@ -1,17 +1,16 @@
-"""What a client was told once: parsed here, then passed down; and the deadline of one call."""
+"""The settings of a client, parsed once and passed down, and the deadline of one call."""
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import grpc
 from bilm_api.constants import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
 
-from bilm_client._channels import new_aio_channel, new_channel
 from bilm_client.errors import DeadlineError, ServiceError
-from bilm_client.policy import Keepalive, RetryPolicy
+from bilm_client.policy import DEFAULT_KEEPALIVE, DEFAULT_RETRY, Keepalive, RetryPolicy
 
 _MIB = 1024 * 1024
 # The slack keeps a server that counts a little differently from costing a call.
@@ -28,11 +27,11 @@ class Deadline:
 
     @classmethod
     def after(cls, timeout_s: float) -> Self:
-        """The deadline `timeout_s` seconds from now."""
+        """Return the deadline `timeout_s` seconds from now."""
         return cls(time.monotonic() + timeout_s)
 
     def remaining_s(self) -> float | None:
-        """Seconds left, as gRPC takes them (None: no deadline).
+        """Return the seconds left, as gRPC takes them (None: no deadline).
 
         Raises:
             DeadlineError: None is left.
@@ -48,12 +47,12 @@ class Deadline:
 NO_DEADLINE = Deadline(math.inf)
 
 
-class Patience:
-    """How long a stream's next message may take, through breaks and new connections.
+class ResultTimeout:
+    """The longest wait for a stream's next message, through breaks and new connections.
 
     Args:
-        timeout_s: From the beginning of the wait for a message to its arrival; None: for ever.
-        deadline: Of all of them.
+        timeout_s: From the beginning of the wait for a message to its arrival; None: no limit.
+        deadline: The deadline of the stream as a whole.
     """
 
     def __init__(self, timeout_s: float | None, deadline: Deadline = NO_DEADLINE) -> None:
@@ -62,11 +61,11 @@ class Patience:
         self._since_s: float | None = None
 
     def reset(self) -> None:
-        """A message has come, or its result has left: the next wait is another one."""
+        """Start over: a message has come, or its result has left."""
         self._since_s = None
 
     def remaining_s(self) -> float | None:
-        """Seconds left, None: for ever; a wait begins, unless one is under way.
+        """Return the seconds left (None: no limit); a wait begins, unless one is under way.
 
         Raises:
             DeadlineError: None is left.
@@ -83,7 +82,7 @@ class Patience:
         return wait_s if left_s is None else min(left_s, wait_s)
 
     def pause_s(self, wait_s: float, error: ServiceError) -> float:
-        """The wait before another attempt.
+        """Return the wait before another attempt.
 
         Raises:
             ServiceError: `error`, where that attempt would come too late.
@@ -99,16 +98,16 @@ class Settings:
     """The arguments of a client, checked; see `Client` for what they mean."""
 
     target: str
-    model: str
-    expected_model_version: str
-    timeout_s: float
-    retry: RetryPolicy
-    keepalive: Keepalive
-    credentials: grpc.ChannelCredentials | None
-    token: str | None = field(repr=False)
-    metadata: Sequence[tuple[str, str | bytes]] = field(repr=False)
-    channel_options: Sequence[tuple[str, Any]]
-    proxy: bool
+    model: str = ""
+    expected_model_version: str = ""
+    timeout_s: float = 60.0
+    retry: RetryPolicy = DEFAULT_RETRY
+    keepalive: Keepalive = DEFAULT_KEEPALIVE
+    credentials: grpc.ChannelCredentials | None = None
+    token: str | None = field(default=None, repr=False)
+    metadata: Sequence[tuple[str, str | bytes]] = field(default=(), repr=False)
+    channel_options: Sequence[tuple[str, Any]] = ()
+    proxy: bool = True
 
     def __post_init__(self) -> None:
         for name in ("target", "model", "expected_model_version"):
@@ -123,13 +122,13 @@ class Settings:
             raise ValueError("token must be printable ASCII and not empty")  # never show the token itself
 
     def deadline(self, timeout_s: float | None) -> Deadline:
-        """The deadline of a call that starts now; `timeout_s` None: the client's default."""
+        """Return the deadline of a call that starts now; `timeout_s` None: the client's default."""
         return Deadline.after(self._timeout_or_default_s(timeout_s))
 
-    def patience(self, timeout_s: float | None) -> Patience:
-        """A stream's, for each of its results; `timeout_s` None: the client's default."""
+    def result_timeout(self, timeout_s: float | None) -> ResultTimeout:
+        """Return the time-out for each result of a stream; `timeout_s` None: the client's default."""
         wait_s = self._timeout_or_default_s(timeout_s)
-        return Patience(None if math.isinf(wait_s) else wait_s)
+        return ResultTimeout(None if math.isinf(wait_s) else wait_s)
 
     def _timeout_or_default_s(self, timeout_s: float | None) -> float:
         if timeout_s is None:
@@ -138,12 +137,12 @@ class Settings:
         return timeout_s
 
     def call_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        """The metadata of every call."""
+        """Return the metadata of every call."""
         bearer = () if self.token is None else (("authorization", f"Bearer {self.token}"),)
         return (*bearer, *self.metadata)
 
-    def to_pickle(self) -> dict[str, Any]:
-        """The arguments of a client, to make it again from.
+    def check_picklable(self) -> None:
+        """Check that the settings can be used in another process.
 
         Raises:
             TypeError: There are credentials, which gRPC keeps in this process.
@@ -153,18 +152,9 @@ class Settings:
                 "credentials: gRPC's can't be pickled, so this client can't either: pickle what they are made from and "
                 "make the client in the other process"
             )
-        return {each.name: getattr(self, each.name) for each in fields(self)}
-
-    def new_channel(self) -> grpc.Channel:
-        """A synchronous channel, as the settings say; it connects with its first call."""
-        return new_channel(self.target, self.channel_arguments(), credentials=self.credentials, proxy=self.proxy)
-
-    def new_aio_channel(self) -> grpc.aio.Channel:
-        """An asynchronous channel, as the settings say; it connects with its first call."""
-        return new_aio_channel(self.target, self.channel_arguments(), credentials=self.credentials, proxy=self.proxy)
 
     def channel_arguments(self) -> list[tuple[str, Any]]:
-        """The arguments of the channel; those the caller gave replace ours."""
+        """Return the arguments of the channel; `channel_options` replace the others."""
         arguments = {
             "grpc.max_receive_message_length": _MAX_RECEIVE_BYTES,
             "grpc.max_send_message_length": MAX_REQUEST_BYTES,

@@ -5,12 +5,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 
-from bilm_client._connection import Connect, Connection, Delivery, Interruption, Translate
 from bilm_client._inputs import Input
 from bilm_client._job import Outcome
 from bilm_client._open_streams import StreamOwner
 from bilm_client._session import StreamSession
-from bilm_client._settings import Patience
+from bilm_client._settings import ResultTimeout
+from bilm_client._transport.base import Delivery, Interruption, OpenStream, StreamConnection
 from bilm_client.errors import BilmError, ServiceError
 
 
@@ -19,6 +19,8 @@ class AsyncStream:
 
     Between two results there is no task of its own unless the input is asynchronous: a loop that never runs again, as
     at the end of a script, would complain about it.
+
+    Arguments are those of `SyncStream`; `inputs` may be asynchronous.
     """
 
     def __init__(
@@ -26,18 +28,18 @@ class AsyncStream:
         session: StreamSession,
         inputs: Iterator[Input] | AsyncIterator[Input],
         *,
-        connect: Connect,
-        translate: Translate,
-        sleep: Callable[[float], Awaitable[object]],
-        patience: Patience,
+        open_stream: OpenStream,
+        wait: Callable[[float], Awaitable[object]],
+        timeout: ResultTimeout,
+        failed: Callable[[ServiceError], None] = lambda _error: None,
     ) -> None:
         self._session = session
         self._inputs = inputs
-        self._connect = connect
-        self._translate = translate
-        self._sleep = sleep
-        self._patience = patience
-        self._connection: Connection | None = None
+        self._open_stream = open_stream
+        self._wait = wait
+        self._timeout = timeout
+        self._failed = failed
+        self._connection: StreamConnection | None = None
         self._mailbox: _Mailbox | None = None
         self._pulling: asyncio.Task[Input] | None = None
 
@@ -51,7 +53,7 @@ class AsyncStream:
                 self._pull()
                 outcome = self._session.take()
                 if outcome is not None:
-                    self._patience.reset()
+                    self._timeout.reset()
                     yield outcome
                 elif not self._session.finished:
                     await self._step()
@@ -63,10 +65,10 @@ class AsyncStream:
         self._disconnect()  # of a generator that was dropped after its loop's end, no `finally` runs
 
     def _pull(self) -> None:
-        """Take a sentence in, if there is one and room for it."""
+        """Take a sentence in, if there is one and the session accepts it."""
         if isinstance(self._inputs, AsyncIterator):
             self._pull_asynchronously(self._inputs)
-        elif self._session.room:
+        elif self._session.accepts_input:
             try:
                 self._add(next(self._inputs))
             except StopIteration:
@@ -79,7 +81,7 @@ class AsyncStream:
                 self._add(task.result())
             except StopAsyncIteration:
                 self._end_input()
-        if self._pulling is None and self._session.room:
+        if self._pulling is None and self._session.accepts_input:
             self._pulling = asyncio.ensure_future(_next(inputs))
 
     def _add(self, source: Input) -> None:
@@ -96,7 +98,7 @@ class AsyncStream:
 
     async def _step(self) -> None:
         """Wait for a sentence or a message; only let others run where a sentence can be had at once."""
-        if self._session.room and self._pulling is None:
+        if self._session.accepts_input and self._pulling is None:
             await asyncio.sleep(0)
             return
         waits: set[asyncio.Future[None] | asyncio.Task[Input]] = set()
@@ -105,7 +107,7 @@ class AsyncStream:
         timeout_s = None
         if self._session.awaiting and self._mailbox is not None:
             waits.add(self._mailbox.arrival())
-            timeout_s = self._patience.remaining_s()
+            timeout_s = self._timeout.remaining_s()
         await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
 
     async def _receive(self) -> None:
@@ -118,18 +120,19 @@ class AsyncStream:
                     self._disconnect()
                     break
                 self._session.receive(delivery)
-                self._patience.reset()
+                self._timeout.reset()
         except ServiceError as error:
+            self._failed(error)
             self._disconnect()
             if self._session.awaiting:  # else all that was due is here, and the stream's end may have come right behind
-                await self._sleep(self._patience.pause_s(self._session.broken(error), error))
+                await self._wait(self._timeout.pause_s(self._session.broken(error), error))
         if self._session.awaiting and self._connection is None:
             self._open()
 
     def _open(self) -> None:
         self._mailbox = _Mailbox()  # what an earlier connection still delivers must not be taken for this one's
         opening = self._session.opening()
-        self._connection = Connection(self._connect, self._translate, opening, self._mailbox.deliver)
+        self._connection = self._open_stream(opening, self._mailbox.deliver, self._timeout.deadline)
         if self._session.ended:
             self._connection.half_close()
 
@@ -151,7 +154,7 @@ class AsyncStream:
 
 
 class _Mailbox:
-    """What the reader thread of one connection delivers to an event loop."""
+    """Hands what the reader thread of one connection delivers to an event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -5,35 +5,44 @@ from queue import Empty, SimpleQueue
 
 from bilm_api.v1 import embed_pb2 as pb
 
-from bilm_client._connection import Connect, Connection, Delivery, Interruption, Translate
 from bilm_client._inputs import Input
 from bilm_client._job import Outcome
 from bilm_client._open_streams import StreamOwner
 from bilm_client._session import StreamSession
-from bilm_client._settings import Patience
+from bilm_client._settings import ResultTimeout
+from bilm_client._transport.base import Delivery, Interruption, OpenStream, StreamConnection
 from bilm_client.errors import BilmError, ServiceError
 
 
 class SyncStream:
-    """A session, its input and its present connection."""
+    """A session, its input and its present connection.
+
+    Args:
+        session: Says what to send, and what the messages that come mean.
+        inputs: The sentences.
+        open_stream: Opens a connection.
+        wait: Waits for so many seconds before another attempt.
+        timeout: The longest wait for a result.
+        failed: Takes each error that ended a connection.
+    """
 
     def __init__(
         self,
         session: StreamSession,
         inputs: Iterator[Input],
         *,
-        connect: Connect,
-        translate: Translate,
+        open_stream: OpenStream,
         wait: Callable[[float], object],
-        patience: Patience,
+        timeout: ResultTimeout,
+        failed: Callable[[ServiceError], None] = lambda _error: None,
     ) -> None:
         self._session = session
         self._inputs = inputs
-        self._connect = connect
-        self._translate = translate
+        self._open_stream = open_stream
         self._wait = wait
-        self._patience = patience
-        self._connection: Connection | None = None
+        self._timeout = timeout
+        self._failed = failed
+        self._connection: StreamConnection | None = None
         self._deliveries: SimpleQueue[Delivery] = SimpleQueue()
 
     def run(self) -> Generator[Outcome, None, None]:
@@ -47,7 +56,7 @@ class SyncStream:
                     self._receive(wait=True)
                 outcome = self._session.take()
                 if outcome is not None:
-                    self._patience.reset()
+                    self._timeout.reset()
                     yield outcome
             self._finish()
         finally:
@@ -56,7 +65,7 @@ class SyncStream:
     def _feed(self) -> None:
         # At least one sentence is read for each result that leaves, else the server would run dry while ready
         # results are handed out.
-        while self._session.room:
+        while self._session.accepts_input:
             try:
                 source = next(self._inputs)
             except StopIteration:
@@ -79,7 +88,7 @@ class SyncStream:
     def _open(self) -> None:
         self._deliveries = SimpleQueue()  # what an earlier connection still delivers must not be taken for this one's
         opening = self._session.opening()
-        self._connection = Connection(self._connect, self._translate, opening, self._deliveries.put)
+        self._connection = self._open_stream(opening, self._deliveries.put, self._timeout.deadline)
         if self._session.ended:
             self._connection.half_close()
 
@@ -87,19 +96,20 @@ class SyncStream:
         """Take what has come, and before that, if asked to, wait for a message or a break."""
         if self._connection is None:
             self._open()
-        timeout_s = self._patience.remaining_s() if wait else 0.0
+        timeout_s = self._timeout.remaining_s() if wait else 0.0
         try:
             while (response := self._poll(timeout_s)) is not None:
                 self._session.receive(response)
-                self._patience.reset()
+                self._timeout.reset()
                 timeout_s = 0.0
         except ServiceError as error:
+            self._failed(error)
             self._disconnect()
             if self._session.awaiting:  # else all that was due is here, and the stream's end may have come right behind
-                self._wait(self._patience.pause_s(self._session.broken(error), error))
+                self._wait(self._timeout.pause_s(self._session.broken(error), error))
 
     def _poll(self, timeout_s: float | None) -> pb.EmbedStreamResponse | None:
-        """The next message; None if none comes in `timeout_s` seconds (0: don't wait; None: for ever)."""
+        """Return the next message; None if none comes in `timeout_s` seconds (0: don't wait; None: no limit)."""
         try:
             delivery = self._deliveries.get(block=timeout_s != 0, timeout=timeout_s or None)
         except Empty:

@@ -1,18 +1,23 @@
-"""Arguments of `embed` and `embed_stream`: their types for overloads, and their checks, shared by every client."""
+"""The keyword arguments of `embed` and `embed_stream`: their types for overloads, their values, and their checks.
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import TypedDict
+Each client's methods take `**keywords`, show the fields of the class that holds them as their signature, and pass them
+on as one object.
+"""
 
-from bilm_client._inputs import Input, Sentence, check_bool, check_state, parse_sentence, parse_sentences
-from bilm_client._job import EmbedJob
-from bilm_client._options import DTypeName, LayersName, OnError, Options, PoolName, ScalarMix
-from bilm_client._session import StreamSession
-from bilm_client._settings import Settings
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict, TypeVar
+
+from bilm_client._inputs import check_bool, check_state
+from bilm_client._options import DTypeName, LayersName, Options, PoolName, ScalarMix
 
 WINDOW = 64
 WINDOW_TOKENS = 16_384
 RETURN_STATE_EVERY = 16
+
+_Arguments = TypeVar("_Arguments", bound=Options)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class OutputKeywords(TypedDict, total=False):
@@ -44,99 +49,70 @@ class StreamKeywords(OutputKeywords, total=False):
     window_tokens: int
 
 
-def embed_job(
-    settings: Settings,
-    sentences: str | Iterable[Sentence],
-    *,
-    layers: LayersName,
-    pool: PoolName,
-    dtype: DTypeName,
-    mix: ScalarMix | None,
-    l2_normalize: bool,
-    on_error: OnError,
-    states: Sequence[bytes | None] | None,
-    return_states: bool,
-) -> EmbedJob:
-    """Check the arguments of `embed`.
+@dataclass(frozen=True, slots=True)
+class EmbedArguments(Options):
+    """The keyword arguments of one `embed`; states are checked with their sentences."""
+
+    states: Sequence[bytes | None] | None = None
+    return_states: bool = False
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamArguments(Options):
+    """The keyword arguments of one `embed_stream`.
 
     Raises:
         TypeError: An argument has the wrong type; the message names it.
         ValueError: An argument has a value that can't be; the message names it.
     """
-    options = Options(layers, pool, dtype, mix, l2_normalize, on_error)
-    return EmbedJob(parse_sentences(sentences, states, return_states), options, settings)
+
+    return_states: bool = False
+    carry_state: bool = False
+    initial_state: bytes | None = None
+    return_state_every: int = RETURN_STATE_EVERY
+    window: int = WINDOW
+    window_tokens: int = WINDOW_TOKENS
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        Options.__post_init__(self)
+        check_bool("return_states", self.return_states)
+        check_bool("carry_state", self.carry_state)
+        _check_positive_int("return_state_every", self.return_state_every)
+        _check_positive_int("window", self.window)
+        _check_positive_int("window_tokens", self.window_tokens)
+        if check_state("initial_state", self.initial_state) and not self.carry_state:
+            raise ValueError("initial_state must be given with carry_state=True only, got one without")
 
 
-def stream_session(
-    settings: Settings,
-    *,
-    layers: LayersName,
-    pool: PoolName,
-    dtype: DTypeName,
-    mix: ScalarMix | None,
-    l2_normalize: bool,
-    on_error: OnError,
-    return_states: bool,
-    carry_state: bool,
-    initial_state: bytes | None,
-    return_state_every: int,
-    window: int,
-    window_tokens: int,
-    uniform: Callable[[], float],
-) -> StreamSession:
-    """Check the arguments of `embed_stream`, less its input.
+def keywords_of(arguments: type[Options]) -> Callable[[_Method], _Method]:
+    """Show the fields of a class of arguments in the signature of a method that takes them as `**keywords`."""
+    shown = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in fields(arguments)
+    ]
+
+    def decorate(method: _Method) -> _Method:
+        signature = inspect.signature(method)
+        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        method.__signature__ = signature.replace(parameters=[*own, *shown])  # type: ignore[attr-defined]
+        return method
+
+    return decorate
+
+
+def parse_keywords(arguments: type[_Arguments], method: str, keywords: Mapping[str, Any]) -> _Arguments:
+    """Check the keyword arguments of a method.
 
     Raises:
-        TypeError: An argument has the wrong type; the message names it.
+        TypeError: An argument isn't one of the method's or has the wrong type; the message names it.
         ValueError: An argument has a value that can't be; the message names it.
     """
-    options = Options(layers, pool, dtype, mix, l2_normalize, on_error)
-    check_bool("return_states", return_states)
-    check_bool("carry_state", carry_state)
-    _check_positive_int("return_state_every", return_state_every)
-    _check_positive_int("window", window)
-    _check_positive_int("window_tokens", window_tokens)
-    state = check_state("initial_state", initial_state)
-    if state and not carry_state:
-        raise ValueError("initial_state must be given with carry_state=True only, got one without")
-    return StreamSession(
-        options,
-        settings,
-        window=window,
-        window_tokens=window_tokens,
-        uniform=uniform,
-        carry_state=carry_state,
-        state_every=return_state_every,
-        initial_state=state,
-    )
-
-
-def by_stream_session(settings: Settings, job: EmbedJob, uniform: Callable[[], float]) -> StreamSession:
-    """The session for those sentences of a job that an Embed can't bring."""
-    options = replace(job.options, on_error="return")  # the job settles, by the sentence's number in the call
-    return StreamSession(
-        options, settings, window=WINDOW, window_tokens=WINDOW_TOKENS, uniform=uniform, version=job.version
-    )
-
-
-def stream_input(sentence: Sentence, index: int, return_state: bool) -> Input:
-    """Check one sentence of a stream.
-
-    Raises:
-        TypeError: It is neither a str nor a sequence of str.
-        ValueError: A string can't be written as UTF-8.
-    """
-    return parse_sentence(sentence, f"sentence {index}", return_state=return_state)
-
-
-def check_iterable(sentences: object) -> None:
-    """Check the input of `embed_stream`: a lone str would be taken for a sequence of letters.
-
-    Raises:
-        TypeError: It is a str or bytes.
-    """
-    if isinstance(sentences, str | bytes | bytearray):
-        raise TypeError(f"sentences must be an iterable of sentences, got one {type(sentences).__name__}")
+    unknown = keywords.keys() - {each.name for each in fields(arguments)}
+    if unknown:
+        raise TypeError(f"{method}() got an unexpected keyword argument {min(unknown)!r}")
+    return arguments(**keywords)
 
 
 def _check_positive_int(name: str, value: int) -> None:

@@ -195,6 +195,11 @@ def version_changed(expected: str, found: str) -> ModelVersionChangedError:
     )
 
 
+def ended_early() -> ServiceError:
+    """Return the error for a server that ends a stream in good order; one only if results are still due."""
+    return UnavailableError("the server ended the stream before all results had come", code=grpc.StatusCode.UNAVAILABLE)
+
+
 def _details_of(call: _Call) -> status_pb2.Status | None:
     try:
         status: status_pb2.Status | None = rpc_status.from_call(call)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
 from google.protobuf.message import DecodeError
 
+from bilm_client._channels import async_channel
 from bilm_client._inputs import Sentence, parse_sentence
 from bilm_client._settings import Settings
 from bilm_client.bench.known import KnownAnswers
@@ -84,11 +85,13 @@ class Answer:
 
 def make_requests(sentences: Sequence[Sentence], per_call: int, options: pb.EmbedOptions) -> list[Request]:
     """Calls with so many sentences each, which are neighbours in the text; every sentence is in one, some in more."""
-    messages = [parse_sentence(sentence, f"sentence {index}").to_proto() for index, sentence in enumerate(sentences)]
+    inputs = [parse_sentence(sentence, f"sentence {index}") for index, sentence in enumerate(sentences)]
     requests = []
     for first in range(0, len(sentences), per_call):
         indices = tuple(index % len(sentences) for index in range(first, first + per_call))
-        request = pb.EmbedRequest(options=options, sentences=[messages[index] for index in indices])
+        request = pb.EmbedRequest(options=options)
+        for index in indices:
+            inputs[index].write(request.sentences.add())
         n_tokens = sum(n_words(sentences[index]) for index in indices)
         requests.append(Request(request.SerializeToString(), indices, n_tokens))
     return requests
@@ -135,7 +138,7 @@ class Connections:
         self._embed: Iterator[Any] = iter(())
 
     async def __aenter__(self) -> Self:
-        self._channels = [self._settings.new_aio_channel() for _ in range(self._count)]
+        self._channels = [async_channel(self._settings) for _ in range(self._count)]
         self._embed = cycle([channel.unary_unary(_EMBED) for channel in self._channels])
         return self
 

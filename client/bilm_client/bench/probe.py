@@ -10,6 +10,7 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bilm_client._channels import sync_channel
 from bilm_client._settings import Settings
 from bilm_client.bench.histogram import Histogram
 
@@ -63,7 +64,7 @@ class HealthProbe:
         self._thread.join()
 
     def _run(self) -> None:
-        with self._settings.new_channel() as channel:
+        with sync_channel(self._settings) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             self._send(stub, lambda _: None).exception()  # connects; that is not what is to be measured
             meant_s = time.monotonic()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import grpc
@@ -14,7 +15,11 @@ import pytest
 from bilm_api.constants import PUSHBACK_KEY
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
-from bilm_client import AsyncClient, Client
+from bilm_client._settings import Settings
+from bilm_client._transport.grpc_async import GrpcAsyncTransport
+from bilm_client._transport.grpc_sync import GrpcSyncTransport
+from bilm_client.aio import AsyncTransportClient
+from bilm_client.client import TransportClient
 from bilm_client.testing.service import FakeService, FakeStream, error_status
 from grpc_health.v1 import health, health_pb2_grpc
 
@@ -193,23 +198,40 @@ def runner() -> Iterator[asyncio.Runner]:
         yield one
 
 
+class NoWait(GrpcSyncTransport):
+    """Notes the waits before new attempts instead of waiting."""
+
+    def __init__(self, delays_s: list[float], settings: Settings) -> None:
+        super().__init__(settings)
+        self.delays_s = delays_s
+
+    def wait(self, timeout_s: float) -> None:
+        self.delays_s.append(timeout_s)
+
+
+class NoAsyncWait(GrpcAsyncTransport):
+    """Notes the waits before new attempts instead of waiting."""
+
+    def __init__(self, delays_s: list[float], settings: Settings) -> None:
+        super().__init__(settings)
+        self.delays_s = delays_s
+
+    async def wait(self, timeout_s: float) -> None:
+        self.delays_s.append(timeout_s)
+
+
 class Either:
     """A client of either kind, called without awaits."""
 
     def __init__(self, target: str, runner: asyncio.Runner | None, **arguments: Any) -> None:
         self.delays_s: list[float] = []
         self.runner = runner
+        settings = Settings(target=target, **arguments)
+        self.client: Any
         if self.runner is None:
-            client: Any = Client(target, **arguments)
-            client._wait = self.delays_s.append
+            self.client = TransportClient(settings, partial(NoWait, self.delays_s), uniform=no_jitter)
         else:
-            client = AsyncClient(target, **arguments)
-            client._sleep = self._sleep
-        client._uniform = lambda: 0.5  # no jitter: a factor of 1
-        self.client = client
-
-    async def _sleep(self, delay_s: float) -> None:
-        self.delays_s.append(delay_s)
+            self.client = AsyncTransportClient(settings, partial(NoAsyncWait, self.delays_s), uniform=no_jitter)
 
     def run(self, value: Any) -> Any:
         return value if self.runner is None else self.runner.run(_awaited(value))
@@ -239,6 +261,11 @@ class Either:
 
     def close(self) -> None:
         self.run(self.client.close())
+
+
+def no_jitter() -> float:
+    """A factor of 1."""
+    return 0.5
 
 
 async def _awaited(value: Any) -> Any:

@@ -146,10 +146,11 @@ except KeyboardInterrupt:
 LOCKED_CALL = """
 import threading, time
 import grpc
-from bilm_client import Client
-from bilm_client._settings import Patience
+from bilm_client._connection import Connection
+from bilm_client._session import StreamSession, stream_input
+from bilm_client._settings import ResultTimeout, Settings
 from bilm_client._stream_sync import SyncStream
-from bilm_client._surface import stream_input, stream_session
+from bilm_client._surface import StreamArguments
 from bilm_client.testing.service import FakeService, FakeStream
 
 # In names of their own: the frozen thread keeps them, and must not keep the stream beside them.
@@ -181,14 +182,13 @@ def translate(_):
     return Exception()
 ''', own)
 
-client = Client("unused:1")
-options = dict(layers="all", pool="none", dtype="float32", mix=None, l2_normalize=False, on_error="raise")
-states = dict(return_states=False, carry_state=False, initial_state=None, return_state_every=1)
-session = stream_session(client._settings, **options, **states, window=1, window_tokens=1, uniform=float)
+def open_stream(opening, deliver, deadline):
+    return Connection(own["Call"], own["translate"], opening, deliver)
+
+arguments = StreamArguments(return_state_every=1, window=1, window_tokens=1)
+session = StreamSession(arguments, Settings(target="unused:1"), uniform=float)
 inputs = iter([stream_input("a", 0, False), stream_input("b", 1, False)])
-source = SyncStream(
-    session, inputs, connect=own["Call"], translate=own["translate"], wait=time.sleep, patience=Patience(None)
-)
+source = SyncStream(session, inputs, open_stream=open_stream, wait=time.sleep, timeout=ResultTimeout(None))
 stream = source.run()
 next(stream)
 """

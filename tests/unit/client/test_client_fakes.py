@@ -32,6 +32,30 @@ def test_all_clients_have_one_surface() -> None:
     assert inspect.signature(FakeClient).parameters == inspect.signature(FakeAsyncClient).parameters
 
 
+OUTPUT = {"layers": "all", "pool": "none", "dtype": "float32", "mix": None, "l2_normalize": False, "on_error": "raise"}
+STREAM = {
+    **OUTPUT,
+    "return_states": False,
+    "carry_state": False,
+    "initial_state": None,
+    "return_state_every": 16,
+    "window": 64,
+    "window_tokens": 16_384,
+    "timeout_s": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("embed", {**OUTPUT, "states": None, "return_states": False, "timeout_s": None}), ("embed_stream", STREAM)],
+)
+def test_keywords_are_shown_with_their_defaults(method: str, expected: dict[str, object]) -> None:
+    shown = [each for each in surface(Client)[method] if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert {each.name: each.default for each in shown} == expected
+    with FakeClient() as client, pytest.raises(TypeError, match=rf"{method}\(\) got an unexpected keyword .* 'layer'"):
+        getattr(client, method)(["a"], layer="top")
+
+
 def test_vectors_depend_on_context_but_for_the_token_layer() -> None:
     with FakeClient() as client:
         river, money, again = client.embed([["river", "bank"], ["money", "bank"], ["river", "bank"]])
@@ -90,6 +114,15 @@ def test_health_and_closing() -> None:
     client.close()
     with pytest.raises(ClientClosedError):
         client.embed("a")
+
+
+def test_closing_ends_a_stream() -> None:
+    client = FakeClient()
+    results = client.embed_stream(["a", "b"])
+    next(results)
+    client.close()
+    with pytest.raises(ClientClosedError):
+        next(results)
 
 
 async def test_the_asynchronous_fake() -> None:

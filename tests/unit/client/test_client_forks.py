@@ -133,13 +133,25 @@ stop.set()
 for thread in threads: thread.join()
 """,
     "threads of the child": """
-use(client)
+from bilm_client._settings import Settings
+from bilm_client._transport.grpc_sync import GrpcSyncTransport
+from bilm_client.client import TransportClient
+
+class Counted(Settings):
+    def channel_arguments(self):
+        channels.append(os.getpid())
+        return super().channel_arguments()
+
+channels = []
+shared = TransportClient(Counted(target=target, timeout_s=20), GrpcSyncTransport)
+use(shared)
 def child():
-    threads = [threading.Thread(target=use, args=[client]) for _ in range(8)]
+    threads = [threading.Thread(target=use, args=[shared]) for _ in range(8)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
-    assert len(client._links) == 2
+    assert channels.count(os.getpid()) == 1
 in_child(child)
+assert channels == [os.getpid()]
 """,
     "an AsyncClient": """
 async def main():
@@ -241,7 +253,7 @@ def test_a_client_pickles_as_its_arguments(kind: type[Client] | type[AsyncClient
     )
     for other in (pickle.loads(pickle.dumps(client)), copy.copy(client), copy.deepcopy(client)):
         assert type(other) is kind
-        assert other._settings == client._settings
+        assert other.__getstate__() == client.__getstate__()
 
 
 def test_a_used_client_pickles_too(answering: Scripted) -> None:

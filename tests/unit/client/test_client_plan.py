@@ -46,7 +46,9 @@ def test_every_sentence_travels_once_and_within_the_limits(
 @given(st.lists(st.lists(st.text("aé\U0001f600", min_size=1), max_size=30), min_size=1, max_size=8), st.booleans())
 def test_costs_are_not_below_the_messages(sentences: list[list[str]], return_states: bool) -> None:
     inputs = parse_sentences(sentences, None, return_states)
-    request = pb.EmbedRequest(options=ALL.to_proto(), sentences=[source.to_proto() for source in inputs])
+    request = pb.EmbedRequest(options=ALL.to_proto())
+    for source in inputs:
+        source.write(request.sentences.add())
     response = SERVICE.embed(request)
     total = sum((cost_of(source, ALL, INFO) for source in inputs), Cost(0, 0, 4096, 4096))
     assert request.ByteSize() <= total.request_bytes

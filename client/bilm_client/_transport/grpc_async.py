@@ -1,0 +1,173 @@
+"""gRPC's asynchronous API as a transport. Streams use a synchronous channel, which `connection` explains."""
+
+import asyncio
+import os
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+from bilm_api.v1 import embed_pb2 as pb
+from bilm_api.v1 import embed_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from bilm_client._channels import async_channel, sync_channel
+from bilm_client._connection import Connection
+from bilm_client._settings import Deadline, Settings
+from bilm_client._transport.base import Deliver
+from bilm_client._transport.grpc_common import call_arguments, failed_health_status, health_status
+from bilm_client.errors import BilmError, ClientClosedError, ForkedError, ServiceError, service_error
+from bilm_client.results import HealthStatus
+
+
+class GrpcAsyncTransport:
+    """An `AsyncTransport`. The channel opens with the first call and belongs to that call's loop.
+
+    Args:
+        settings: The client's.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._process_id = 0  # that opened the channel; 0: none has
+        self._closed = False
+        self._channel: grpc.aio.Channel | None = None
+        self._stream_channel: grpc.Channel | None = None
+        self._embed_stub: embed_pb2_grpc.EmbedServiceAsyncStub | None = None
+
+    def check_open(self) -> None:
+        """Raise ClientClosedError if the client is closed, ForkedError where gRPC doesn't work."""
+        if self._closed:
+            raise ClientClosedError("the client is closed")
+        if _CHANNELS.inherited or self._process_id not in (0, os.getpid()):
+            raise ForkedError(
+                "this process was forked while an AsyncClient was open, so gRPC's asynchronous side doesn't work here: "
+                "use Client, start the process by 'spawn', or close every AsyncClient before the fork"
+            )
+
+    async def embed(self, request: pb.EmbedRequest, deadline: Deadline) -> pb.EmbedResponse:
+        """Call Embed."""
+        response: pb.EmbedResponse = await self._unary(self._stub().Embed, request, deadline)
+        return response
+
+    async def get_model(self, request: pb.GetModelRequest, deadline: Deadline) -> pb.GetModelResponse:
+        """Call GetModel."""
+        response: pb.GetModelResponse = await self._unary(self._stub().GetModel, request, deadline)
+        return response
+
+    async def check_health(self, service: str, deadline: Deadline) -> HealthStatus:
+        """Call the health service."""
+        stub: Any = health_pb2_grpc.HealthStub(self._open_channel())
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            return health_status(await self._unary(stub.Check, request, deadline))
+        except ServiceError as error:
+            return failed_health_status(error)
+
+    def open_stream(self, opening: list[pb.EmbedStreamRequest], deliver: Deliver, deadline: Deadline) -> Connection:
+        """Start an EmbedStream call."""
+
+        def connect(requests: Iterator[pb.EmbedStreamRequest]) -> Any:
+            try:
+                return self._stream_stub().EmbedStream(requests, **call_arguments(self._settings, deadline))
+            except ValueError as error:
+                raise self._translated(error) from error
+
+        return Connection(connect, self._translated, opening, deliver)
+
+    async def wait(self, timeout_s: float) -> None:
+        """Sleep."""
+        await asyncio.sleep(timeout_s)
+
+    async def close(self) -> None:
+        """Close the channels and end the calls under way."""
+        if self._process_id not in (0, os.getpid()):
+            return  # the channel is the parent's
+        self._closed = True
+        stream_channel, self._stream_channel = self._stream_channel, None
+        if stream_channel is not None:
+            stream_channel.close()
+        channel, self._channel, self._embed_stub = self._channel, None, None
+        if channel is not None:
+            await channel.close()
+
+    async def _unary(self, method: Any, request: Any, deadline: Deadline) -> Any:
+        try:
+            call = method(request, **call_arguments(self._settings, deadline))
+            return await call
+        except (grpc.RpcError, grpc.aio.UsageError) as error:
+            raise self._translated(error) from error
+        except asyncio.CancelledError:
+            # gRPC raises this for a call that ended CANCELLED as well as for a task that is being cancelled.
+            if _is_being_cancelled():
+                raise
+            raise self._translated(await _finished_call(call)) from None
+
+    def _stub(self) -> "embed_pb2_grpc.EmbedServiceAsyncStub":
+        self.check_open()
+        if self._embed_stub is None:
+            self._embed_stub = embed_pb2_grpc.EmbedServiceStub(self._open_channel())
+        return self._embed_stub
+
+    def _stream_stub(self) -> embed_pb2_grpc.EmbedServiceStub:
+        # gRPC lets this channel share the other one's connection.
+        self.check_open()
+        if self._stream_channel is None:
+            self._process_id = os.getpid()
+            self._stream_channel = sync_channel(self._settings)
+        return embed_pb2_grpc.EmbedServiceStub(self._stream_channel)
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        self.check_open()
+        if self._channel is None:
+            self._process_id = os.getpid()
+            self._channel = async_channel(self._settings)
+            _CHANNELS.add(self._channel)
+        return self._channel
+
+    def _translated(self, error: Any) -> BilmError:
+        """Return the package's error for gRPC's, which is UsageError or ValueError where the channel is closed."""
+        if self._closed:
+            return ClientClosedError("the client was closed during the call")
+        if isinstance(error, grpc.aio.UsageError | ValueError):
+            raise error
+        return service_error(error)
+
+
+class AsyncChannels:
+    """The asynchronous channels that are open.
+
+    Attributes:
+        inherited: Whether some were at the fork that made this process.
+    """
+
+    def __init__(self) -> None:
+        self.inherited = False
+        self._open: weakref.WeakSet[grpc.aio.Channel] = weakref.WeakSet()
+
+    def add(self, channel: grpc.aio.Channel) -> None:
+        """Count a channel for as long as it exists."""
+        self._open.add(channel)
+
+    def after_fork(self) -> None:
+        """Record, in the child process, whether it has inherited channels."""
+        self.inherited = self.inherited or len(self._open) > 0
+
+
+_CHANNELS = AsyncChannels()
+os.register_at_fork(after_in_child=_CHANNELS.after_fork)
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _finished_call(call: Any) -> grpc.aio.AioRpcError:
+    """Return the error of a call that has ended."""
+    return grpc.aio.AioRpcError(
+        await call.code(),
+        await call.initial_metadata(),
+        await call.trailing_metadata(),
+        details=await call.details(),
+    )
