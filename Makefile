@@ -44,12 +44,12 @@ test-slow: $(VENV)/.dev
 
 # faults of all kinds under load, each answer compared with the known one; five minutes
 chaos: $(VENV)/.dev
-	$(BIN)/python tests/fault/chaos.py --minutes 5 $(ARGS)
+	$(BIN)/python -m tests.fault.chaos --minutes 5 $(ARGS)
 
 # malformed frames and fields against a real server; ten minutes
 fuzz: $(VENV)/.dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
-	$(BIN)/python tests/security/fuzz_run.py --minutes 10 $(ARGS)
+	$(BIN)/python -m tests.security.fuzz_run --minutes 10 $(ARGS)
 
 # known vulnerabilities of what is installed; fails where the index has no such list
 audit: $(VENV)/.dev $(AUDIT_VENV)/.installed

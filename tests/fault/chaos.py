@@ -1,6 +1,6 @@
 """Faults at random moments while every kind of caller is at work, each of whose answers is known.
 
-    python tests/fault/chaos.py --minutes 5 --seed 1
+    python -m tests.fault.chaos --minutes 5 --seed 1
 
 A supervisor restarts a real server; callers of all kinds (chaos_callers) go to it directly and through a proxy; faults
 come as the seed has it (chaos_schedule, chaos_faults). Ends with 0 if there was no wrong answer, no call that hung
@@ -22,16 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from bilm_client import Client
-from chaos_bad_requests import MAX_REQUEST_TOKENS
-from chaos_callers import CHANNEL_OPTIONS, LIMIT_S
-from chaos_faults import STALL_S, Injector
-from chaos_records import Recorder, read_records
-from chaos_report import Holdings, Outcome, failures, table, write_json
-from chaos_schedule import KINDS, PACKETS, schedule
-from chaos_supervisor import Supervisor
-from fault_support import HERE, ServerProcess, descriptors, resident_bytes
-from packets import PacketFilter, enter_namespace
-from proxy import FaultyProxy
+
+from tests.fault.chaos_bad_requests import MAX_REQUEST_TOKENS
+from tests.fault.chaos_callers import CHANNEL_OPTIONS, LIMIT_S
+from tests.fault.chaos_faults import STALL_S, Injector
+from tests.fault.chaos_records import Recorder, read_records
+from tests.fault.chaos_report import Holdings, Outcome, failures, table, write_json
+from tests.fault.chaos_schedule import KINDS, PACKETS, schedule
+from tests.fault.chaos_supervisor import Supervisor
+from tests.fault.fault_support import ServerProcess, descriptors, resident_bytes
+from tests.fault.packets import PacketFilter, enter_namespace
+from tests.fault.proxy import FaultyProxy
+from tests.support.processes import ROOT, module_command
 
 _MAX_STREAM_TOKENS = 8192
 _FLAGS = {
@@ -130,9 +132,9 @@ class Run:
 
     @contextmanager
     def _callers(self, proxy: FaultyProxy) -> "Iterator[subprocess.Popen[str]]":
-        command = [sys.executable, str(HERE / "chaos_load.py"), "--direct", self._server.target]
+        command = module_command("tests.fault.chaos_load", "--direct", self._server.target)
         command += ["--proxy", proxy.target, "--records", str(self._callers_file), "--seed", str(self._seed)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             try:
                 yield process
                 process.wait(_CALLERS_TIMEOUT_S)
@@ -210,7 +212,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="an empty folder for the server's log and the calls")
     arguments = parser.parse_args()
     end_s = math.inf if arguments.rounds else time.monotonic() + max(_LEAST_S, 60 * arguments.minutes)
-    in_namespace = enter_namespace(sys.argv)
+    in_namespace = enter_namespace("tests.fault.chaos")
     with tempfile.TemporaryDirectory(prefix="bilm-chaos-") as folder:
         run = Run(arguments.seed, arguments.faults, arguments.keep or Path(folder), in_namespace)
         run.run(end_s, arguments.rounds)

@@ -8,7 +8,8 @@ from typing import Any
 import grpc
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_client.errors import sentence_error
-from known_answers import PLAIN, KnownAnswers, WrongAnswerError, bare_options
+
+from tests.fault.known_answers import PLAIN, KnownAnswers, WrongAnswerError, bare_options
 
 MAX_REQUEST_TOKENS = 16_384
 """--max-tokens-per-request of the server."""

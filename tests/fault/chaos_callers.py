@@ -9,10 +9,11 @@ import grpc
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
 from bilm_client import AsyncClient, Client, Embedding
-from chaos_bad_requests import BadRequests
-from chaos_records import Recorder, StatusError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from known_answers import N_BARE_OPTIONS, N_DOCUMENTS, OPTIONS, KnownAnswers, WrongAnswerError, bare_options
+
+from tests.fault.chaos_bad_requests import BadRequests
+from tests.fault.chaos_records import Recorder, StatusError
+from tests.fault.known_answers import N_BARE_OPTIONS, N_DOCUMENTS, OPTIONS, KnownAnswers, WrongAnswerError, bare_options
 
 LIMIT_S = 10.0
 """The deadline of each call; of a client's streams, of each result."""

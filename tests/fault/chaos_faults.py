@@ -5,7 +5,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -13,14 +12,16 @@ from typing import Any, Literal
 import grpc
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
-from chaos_bad_requests import MAX_REQUEST_TOKENS
-from chaos_records import Recorder, Window
-from chaos_schedule import Fault
-from chaos_supervisor import Supervisor
-from fault_support import HERE, START_TIMEOUT_S, ServerProcess, wait_until
-from known_answers import PLAIN, bare_options, endless_items, sentence
-from packets import DROP, RESET, PacketFilter
-from proxy import FaultyProxy
+
+from tests.fault.chaos_bad_requests import MAX_REQUEST_TOKENS
+from tests.fault.chaos_records import Recorder, Window
+from tests.fault.chaos_schedule import Fault
+from tests.fault.chaos_supervisor import Supervisor
+from tests.fault.fault_support import START_TIMEOUT_S, ServerProcess, wait_until
+from tests.fault.known_answers import PLAIN, bare_options, endless_items, sentence
+from tests.fault.packets import DROP, RESET, PacketFilter
+from tests.fault.proxy import FaultyProxy
+from tests.support.processes import ROOT, module_command
 
 STALL_S = 3
 """--stream-stall-s of the server: longer than any fault, so that it meets nobody who reads."""
@@ -155,8 +156,8 @@ class Injector:
 
     def _vanish(self, fault: Fault) -> None:
         """A process with streams under way is killed."""
-        command = [sys.executable, str(HERE / "vanishing_client.py"), self._server.target]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        command = module_command("tests.fault.vanishing_client", self._server.target)
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as child:
             try:
                 assert child.stdout is not None
                 child.stdout.readline()  # its streams are under way, or the server is away

@@ -17,10 +17,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from bilm_client import AsyncClient, Client
-from chaos_callers import LIMIT_S, AsyncCallers, Callers
-from chaos_records import HANG_MARGIN_S, Recorder
-from fault_support import descriptors, resident_bytes
-from known_answers import KnownAnswers
+
+from tests.fault.chaos_callers import LIMIT_S, AsyncCallers, Callers
+from tests.fault.chaos_records import HANG_MARGIN_S, Recorder
+from tests.fault.fault_support import descriptors, resident_bytes
+from tests.fault.known_answers import KnownAnswers
 
 _THINK_S = 0.02
 _THINK_AFTER_FAILURE_S = 0.2

@@ -12,7 +12,8 @@ from typing import Any, Literal, TextIO
 import grpc
 from bilm_client import BilmError, SentenceError, ServiceError
 from bilm_client.errors import service_error
-from known_answers import WrongAnswerError
+
+from tests.fault.known_answers import WrongAnswerError
 
 HANG_MARGIN_S = 2.0
 """Longer than this after its deadline, a call counts as hung."""

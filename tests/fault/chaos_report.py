@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from chaos_records import VERDICTS, Record, Verdict, Window, judge
-from chaos_supervisor import End
+from tests.fault.chaos_records import VERDICTS, Record, Verdict, Window, judge
+from tests.fault.chaos_supervisor import End
 
 _MAX_MORE_DESCRIPTORS = 2
 _MAX_MORE_MIB = {"server": 128.0, "callers": 96.0}

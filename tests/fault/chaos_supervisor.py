@@ -5,7 +5,8 @@ import time
 from dataclasses import dataclass
 
 from bilm_client.testing.server import ServerStartError, wait_until_serving
-from fault_support import START_TIMEOUT_S, ServerProcess
+
+from tests.fault.fault_support import START_TIMEOUT_S, ServerProcess
 
 _LOOK_INTERVAL_S = 0.05
 

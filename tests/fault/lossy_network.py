@@ -1,6 +1,6 @@
 """Calls of the client while packets get lost, in a network namespace; prints what came of them, as JSON.
 
-python tests/fault/lossy_network.py FOLDER
+python -m tests.fault.lossy_network FOLDER
 """
 
 import json
@@ -13,9 +13,10 @@ from typing import Any
 
 from bilm_client import Client, Keepalive, RetryPolicy
 from bilm_client.errors import ServiceError
-from fault_support import ServerProcess, descriptors, resident_bytes, wait_until
-from known_answers import OPTIONS, KnownAnswers, WrongAnswerError
-from packets import DROP, RESET, PacketFilter, enter_namespace
+
+from tests.fault.fault_support import ServerProcess, descriptors, resident_bytes, wait_until
+from tests.fault.known_answers import OPTIONS, KnownAnswers, WrongAnswerError
+from tests.fault.packets import DROP, RESET, PacketFilter, enter_namespace
 
 _LIMIT_S = 60.0
 _SHORT_LIMIT_S = 1.5
@@ -67,7 +68,7 @@ class Calls:
 
 def main() -> None:
     """Runs it."""
-    if not enter_namespace(sys.argv):
+    if not enter_namespace("tests.fault.lossy_network"):
         sys.exit("needs a network namespace")
     with ServerProcess("--log-level", "warning", log=Path(sys.argv[1]) / "server.log") as server:
         print(json.dumps(_measure(server)))

@@ -5,10 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fault_support import missing_namespace, unshare
+from tests.fault.fault_support import missing_namespace, unshare
 
 DROP = "drop"
 RESET = "reject with tcp reset"
@@ -17,11 +17,11 @@ _INSIDE = "BILM_TEST_NAMESPACE"
 _TABLE = "inet faults"
 
 
-def enter_namespace(command: Sequence[str]) -> bool:
-    """Starts the program anew in a network namespace, where that is possible; it doesn't return then.
+def enter_namespace(module: str) -> bool:
+    """Start the program anew in a network namespace, where that is possible; then the function doesn't return.
 
     Args:
-        command: What Python runs, with its arguments.
+        module: The program; it gets the arguments of this process.
 
     Returns:
         Whether this already is the namespace.
@@ -29,7 +29,7 @@ def enter_namespace(command: Sequence[str]) -> bool:
     if not os.environ.get(_INSIDE) and not missing_namespace("--net"):
         os.environ[_INSIDE] = "1"
         up = 'ip link set lo up && exec "$@"'
-        program = [*unshare("--net"), "sh", "-c", up, "sh", sys.executable, *command]
+        program = [*unshare("--net"), "sh", "-c", up, "sh", sys.executable, "-m", module, *sys.argv[1:]]
         os.execvp(program[0], program)
     return bool(os.environ.get(_INSIDE))
 

@@ -9,10 +9,11 @@ from queue import SimpleQueue
 
 import grpc
 import pytest
-from balancer_support import OWN_CONNECTION, Cluster, Envoy, HAProxy, Load, addresses, cluster, poll
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from integration_support import PLAIN, tokens
+
+from tests.fault.balancer_support import OWN_CONNECTION, Cluster, Envoy, HAProxy, Load, addresses, cluster, poll
+from tests.integration.integration_support import PLAIN, tokens
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 OUT_S, BACK_S = 3.0, 3.0

@@ -2,17 +2,17 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
-from chaos_records import HANG_MARGIN_S, RECOVERY_S, Record, Verdict, Window, judge
-from chaos_report import Holdings, Outcome, failures
-from chaos_schedule import KINDS, PACKETS, schedule
-from chaos_supervisor import End
-from fault_support import HERE
+
+from tests.fault.chaos_records import HANG_MARGIN_S, RECOVERY_S, Record, Verdict, Window, judge
+from tests.fault.chaos_report import Holdings, Outcome, failures
+from tests.fault.chaos_schedule import KINDS, PACKETS, schedule
+from tests.fault.chaos_supervisor import End
+from tests.support.processes import ROOT, module_command
 
 
 def record(status: str = "OK", begun_s: float = 10.0, ended_s: float = 11.0, **changes: object) -> Record:
@@ -78,8 +78,8 @@ def test_what_makes_a_run_fail() -> None:
 def test_a_round_of_chaos(tmp_path: Path) -> None:
     """Each fault once, for as long as this machine takes."""
     results = tmp_path / "chaos.json"
-    command = [sys.executable, str(HERE / "chaos.py"), "--rounds", "1", "--json", str(results)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    command = module_command("tests.fault.chaos", "--rounds", "1", "--json", str(results))
+    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     print(ended.stdout)
     found = json.loads(results.read_text(encoding="utf-8"))
     assert found["failures"] == []

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-from balancer_support import free_ports, poll, program
 from bilm_client import Client
 from grpc_health.v1 import health_pb2
-from integration_support import health_stub
+
+from tests.fault.balancer_support import free_ports, poll, program
+from tests.integration.integration_support import health_stub
 
 pytestmark = pytest.mark.slow
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from balancer_support import HAPROXY_CONFIG, ROOT, program
 from bilm_server.config import ServerConfig, load_config
 from grpc_health.v1 import health_pb2
-from integration_support import TINY, RunningServer, health_stub, running
+
+from tests.fault.balancer_support import HAPROXY_CONFIG, ROOT, program
+from tests.integration.integration_support import TINY, RunningServer, health_stub, running
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes" / "bilm-serve.yaml"

@@ -3,7 +3,6 @@
 import json
 import random
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,10 +12,12 @@ from typing import Any, Literal
 import pytest
 from bilm_client import Client, Keepalive, RetryPolicy
 from bilm_client.errors import DeadlineError, UnavailableError
-from fault_support import HERE, missing, missing_namespace, wait_until
-from integration_support import RunningServer, running
-from known_answers import OPTIONS, KnownAnswers
-from proxy import FaultyProxy
+
+from tests.fault.fault_support import missing, missing_namespace, wait_until
+from tests.fault.known_answers import OPTIONS, KnownAnswers
+from tests.fault.proxy import FaultyProxy
+from tests.integration.integration_support import RunningServer, running
+from tests.support.processes import ROOT, module_command
 
 FAST = (
     ("grpc.use_local_subchannel_pool", 1),
@@ -197,8 +198,8 @@ def lossy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     """What came of calls in a network namespace in which packets get lost."""
     if reason := missing("nft") or missing_namespace("--net"):
         pytest.skip(reason)
-    command = [sys.executable, str(HERE / "lossy_network.py"), str(tmp_path_factory.mktemp("lossy"))]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    command = module_command("tests.fault.lossy_network", str(tmp_path_factory.mktemp("lossy")))
+    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
     found: dict[str, dict[str, Any]] = json.loads(ended.stdout)
     return found
 

@@ -16,7 +16,8 @@ import grpc
 import pytest
 from bilm_client import Client, HealthStatus, RetryPolicy
 from bilm_client.errors import BilmError, DeadlineError, SentenceError, ServiceError, UnavailableError
-from fault_support import (
+
+from tests.fault.fault_support import (
     HERE,
     ServerProcess,
     descriptors,
@@ -26,8 +27,8 @@ from fault_support import (
     unshare,
     wait_until,
 )
-from faulty_server import EXHAUST, HANG, POISON
-from known_answers import OPTIONS, KnownAnswers
+from tests.fault.faulty_server import EXHAUST, HANG, POISON
+from tests.fault.known_answers import OPTIONS, KnownAnswers
 
 LIMIT_S = 30.0
 MIB = 2**20

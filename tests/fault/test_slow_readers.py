@@ -3,7 +3,6 @@
 import logging
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,13 +20,13 @@ from bilm_client.errors import OverloadedError, service_error
 from bilm_server.admission import Admission, Cost
 from bilm_server.config import split_address
 from bilm_server.logs import is_no_callers_doing
-from fault_support import HERE, ServerProcess, descriptors, resident_bytes, wait_until
-from fuzz_http2 import INITIAL_WINDOW, call, opening, settings
-from integration_support import RunningServer, running
-from known_answers import PLAIN, bare_options, endless_items, sentence
-from security_support import EMBED_PATH
 
-from tests.support.processes import started
+from tests.fault.fault_support import ServerProcess, descriptors, resident_bytes, wait_until
+from tests.fault.known_answers import PLAIN, bare_options, endless_items, sentence
+from tests.integration.integration_support import RunningServer, running
+from tests.security.fuzz_http2 import INITIAL_WINDOW, call, opening, settings
+from tests.security.security_support import EMBED_PATH
+from tests.support.processes import ROOT, module_command, started
 
 STALL_S = 1.0
 ITEM_TOKENS = 1000
@@ -148,9 +147,9 @@ def _holds_more_than(admission: Admission, answer_bytes: int) -> bool:
 
 def test_a_caller_that_is_killed_leaves_nothing(server: RunningServer) -> None:
     """With SIGKILL, in the middle of its streams; long before anybody would notice a stall."""
-    command = [sys.executable, str(HERE / "vanishing_client.py"), server.target]
+    command = module_command("tests.fault.vanishing_client", server.target)
     with ExitStack() as stack:
-        children = [stack.enter_context(started(command, stdout=subprocess.PIPE)) for _ in range(2)]
+        children = [stack.enter_context(started(command, cwd=ROOT, stdout=subprocess.PIPE)) for _ in range(2)]
         for child in children:
             assert child.stdout is not None
             assert child.stdout.readline() == b"under way\n"

@@ -5,7 +5,8 @@ import time
 
 import grpc
 from bilm_api.v1 import embed_pb2_grpc
-from known_answers import endless_items
+
+from tests.fault.known_answers import endless_items
 
 _STREAMS = 3
 _LIFE_S = 60.0

@@ -3,7 +3,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from integration_support import TINY, RunningServer, running
+
+from tests.integration.integration_support import TINY, RunningServer, running
 
 
 @pytest.fixture(scope="session")

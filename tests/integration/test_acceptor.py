@@ -19,7 +19,8 @@ from bilm_server.compute import ModelCompute
 from bilm_server.jobs import Computed, Job
 from bilm_server.listening import BindError, TcpAddress
 from grpc_health.v1 import health_pb2
-from integration_support import PLAIN, TINY, RunningServer, health_stub, running, tokens
+
+from tests.integration.integration_support import PLAIN, TINY, RunningServer, health_stub, running, tokens
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 REQUEST = embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens("a")])

@@ -6,8 +6,9 @@ from typing import Any
 
 import h5py
 import pytest
-from batch_support import SENTENCES, assert_same, datasets, embed, write
-from integration_support import RunningServer
+
+from tests.integration.batch_support import SENTENCES, assert_same, datasets, embed, write
+from tests.integration.integration_support import RunningServer
 
 TOLERANCE = 1e-5
 

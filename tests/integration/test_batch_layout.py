@@ -12,7 +12,10 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
-from batch_support import (
+from bilm_client import Client
+from bilm_client.batch.main import main
+
+from tests.integration.batch_support import (
     REFUSED,
     SENTENCES,
     STOPPED,
@@ -24,9 +27,7 @@ from batch_support import (
     run_of,
     write,
 )
-from bilm_client import Client
-from bilm_client.batch.main import main
-from integration_support import RunningServer
+from tests.integration.integration_support import RunningServer
 
 LINES = ("The cat sat on the mat .", "Hello", "naïve café — 日本語")
 LENGTHS = {"0": 7, "1": 1, "2": 4}

@@ -15,7 +15,11 @@ from typing import Any
 
 import h5py
 import pytest
-from batch_support import (
+from bilm_client.batch import run as batch_run
+from bilm_client.batch.journal import Journal
+from bilm_client.batch.output import new_output
+
+from tests.integration.batch_support import (
     REFUSED,
     STOPPED,
     Datasets,
@@ -31,10 +35,7 @@ from batch_support import (
     wait_for_size,
     write,
 )
-from bilm_client.batch import run as batch_run
-from bilm_client.batch.journal import Journal
-from bilm_client.batch.output import new_output
-from integration_support import TINY, RunningServer, running
+from tests.integration.integration_support import TINY, RunningServer, running
 
 Start = Callable[..., RunningServer]
 

@@ -21,7 +21,8 @@ from bilm_model.config import SIZES, Residual
 from bilm_model.kernels.product_paths import ProductPath, cpu_path
 from bilm_model.weights import single_file
 from google.rpc import error_details_pb2, status_pb2
-from integration_support import PLAIN, RunningServer, options, tokens
+
+from tests.integration.integration_support import PLAIN, RunningServer, options, tokens
 
 SENTENCES = [[f"w{i}", *["x"] * (i % 13), "y"] for i in range(64)]
 

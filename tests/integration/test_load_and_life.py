@@ -26,8 +26,9 @@ from bilm_server.watchdog import EngineLostError
 from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from integration_support import PLAIN, RunningServer, health_stub, tokens
-from test_embed import refusal
+
+from tests.integration.integration_support import PLAIN, RunningServer, health_stub, tokens
+from tests.integration.test_embed import refusal
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = ("", "bilm_api.v1.EmbedService")

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from batch_support import datasets, journal_of, write
-from integration_support import RunningServer
 
+from tests.integration.batch_support import datasets, journal_of, write
+from tests.integration.integration_support import RunningServer
 from tests.support.processes import started
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "golden" / "relu-2highway"

@@ -8,7 +8,8 @@ import grpc
 import pytest
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_client.testing.server import ServerProcess
-from integration_support import tokens
+
+from tests.integration.integration_support import tokens
 
 MIB = 2**20
 ALL_LAYERS = embed_pb2.EmbedOptions(

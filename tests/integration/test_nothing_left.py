@@ -10,9 +10,10 @@ from bilm_api.v1 import embed_pb2
 from bilm_server.admission import Cost
 from bilm_server.compute import ModelCompute
 from bilm_server.jobs import Computed, Job
-from integration_support import PLAIN, RunningServer, tokens
-from test_embed import refusal
-from test_stream import item, start_message
+
+from tests.integration.integration_support import PLAIN, RunningServer, tokens
+from tests.integration.test_embed import refusal
+from tests.integration.test_stream import item, start_message
 
 SIX = embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens("one", "of", "six")] * 6)
 

@@ -12,9 +12,10 @@ from bilm_api.v1 import embed_pb2
 from bilm_model.tokenization.moses import SacremosesTokenizer
 from bilm_model.tokenization.types import TokenizedText
 from bilm_server.admission import Cost
-from integration_support import PLAIN, TINY, RunningServer, running, tokens
-from test_embed import reason, refusal
-from test_stream import item, start_message, stream
+
+from tests.integration.integration_support import PLAIN, TINY, RunningServer, running, tokens
+from tests.integration.test_embed import reason, refusal
+from tests.integration.test_stream import item, start_message, stream
 
 LIMIT = 600  # tokens: of what waits, and of a request
 

@@ -12,8 +12,9 @@ import h5py
 import numpy as np
 import pytest
 from bilm_api.v1 import embed_pb2
-from integration_support import PLAIN, RunningServer, options, tokens
-from test_embed import array, embed, reason, refusal
+
+from tests.integration.integration_support import PLAIN, RunningServer, options, tokens
+from tests.integration.test_embed import array, embed, reason, refusal
 
 Request, Response = embed_pb2.EmbedStreamRequest, embed_pb2.EmbedStreamResponse
 

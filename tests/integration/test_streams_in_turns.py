@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from bilm_api.v1 import embed_pb2_grpc
 from bilm_client import AsyncClient, Client
-from integration_support import TINY, RunningServer, running, tokens
-from test_stream import item, start_message
+
+from tests.integration.integration_support import TINY, RunningServer, running, tokens
+from tests.integration.test_stream import item, start_message
 
 N_ITEMS = 8
 ITEM_TOKENS = 1000

@@ -8,7 +8,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from batch_support import SENTENCES, embed, embedding, journal_of, server_process, wait_for_size
+
+from tests.integration.batch_support import SENTENCES, embed, embedding, journal_of, server_process, wait_for_size
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,8 @@ import pytest
 from bilm_client.bench import main as bench_main
 from bilm_client.bench.main import DONE
 from bilm_client.testing.server import ServerProcess
-from integration_support import TINY, RunningServer, running
+
+from tests.integration.integration_support import TINY, RunningServer, running
 
 LINES = (
     "A short one .",

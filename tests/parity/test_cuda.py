@@ -24,9 +24,10 @@ from bilm_model.engine.transfer import HostCopy, to_device
 from bilm_model.errors import ConfigError
 from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights.loading import load
-from interpreted import interpreted_steps
-from test_golden import Golden
-from test_oracle import CONFIGS
+
+from tests.parity.interpreted import interpreted_steps
+from tests.parity.test_golden import Golden
+from tests.parity.test_oracle import CONFIGS
 
 # of torch's own way to find the peaks, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:index_reduce")

@@ -12,7 +12,8 @@ from bilm_model.config import BilmConfig, to_options
 from bilm_model.engine.engine import Engine, EngineOptions, Sentence
 from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights import hdf5
-from oracle import Oracle
+
+from tests.parity.oracle import Oracle
 
 BASE = BilmConfig(char_dim=4, filters=((1, 6), (3, 10), (7, 8)), projection_dim=12, cell_dim=40)
 CONFIGS = {

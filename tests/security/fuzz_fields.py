@@ -1,7 +1,7 @@
 """Requests through the server's checks, in this process: coverage says which mutations lead somewhere new.
 
-`python fuzz_fields.py` runs it under atheris (libFuzzer); its arguments are libFuzzer's. An input is one byte that says
-which request, and the request.
+`python -m tests.security.fuzz_fields` runs it under atheris (libFuzzer); its arguments are libFuzzer's.
+An input is one byte that says which request, and the request.
 """
 
 import random
@@ -33,7 +33,16 @@ with _measuring():
     from bilm_server.errors import RefusalError
     from bilm_server.requests import SentenceLimits, Wanted, check_model, parse_options, prepare_sentence
     from bilm_server.served_model import ServedModel, load_served_model
-    from fuzz_messages import almost, damage, embed_request, item_request, model_request, mutate, start_request
+
+    from tests.security.fuzz_messages import (
+        almost,
+        damage,
+        embed_request,
+        item_request,
+        model_request,
+        mutate,
+        start_request,
+    )
 
 _LIMITS = SentenceLimits(tokens=1000, text_bytes=64 * 1024)
 _PLAIN = Wanted(Selection("all", "none", False), "float32", omit_tokens=False)

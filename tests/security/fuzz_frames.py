@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from bilm_api.v1 import embed_pb2
-from fuzz_http2 import (
+from google.protobuf.message import Message
+
+from tests.security.fuzz_http2 import (
     ACK,
     CONTINUATION,
     DATA,
@@ -39,9 +41,8 @@ from fuzz_http2 import (
     opening,
     settings,
 )
-from fuzz_messages import almost, almost_stream, damage, embed_request, health_request, model_request
-from google.protobuf.message import Message
-from security_support import EMBED_PATH, HEALTH_PATH, MODEL_PATH, STREAM_PATH
+from tests.security.fuzz_messages import almost, almost_stream, damage, embed_request, health_request, model_request
+from tests.security.security_support import EMBED_PATH, HEALTH_PATH, MODEL_PATH, STREAM_PATH
 
 
 @dataclass(frozen=True)

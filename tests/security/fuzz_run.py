@@ -3,7 +3,7 @@
 One third of the time goes to the checks in process, guided by coverage; two thirds to a real bilm-serve over TCP, whose
 log, answers, descriptors and memory are watched. Inputs follow from the seed; those that find something are saved.
 
-    python tests/security/fuzz_run.py --minutes 10 --seed 1
+    python -m tests.security.fuzz_run --minutes 10 --seed 1
 """
 
 import argparse
@@ -21,10 +21,12 @@ from pathlib import Path
 
 import grpc
 from bilm_api.v1 import embed_pb2
-from fuzz_frames import KINDS, Case
-from fuzz_http2 import Connection, Reply, messages
 from google.protobuf.message import DecodeError
-from security_support import LISTENS_ANEW_S, MIB, TcpServer, Watch, resident_bytes
+
+from tests.security.fuzz_frames import KINDS, Case
+from tests.security.fuzz_http2 import Connection, Reply, messages
+from tests.security.security_support import LISTENS_ANEW_S, MIB, TcpServer, Watch, resident_bytes
+from tests.support.processes import ROOT, module_command
 
 # What would look like a leak is kept small: what is remembered of words, oneDNN's kernels for each number of rows (it
 # keeps 1,024), and what glibc keeps of the memory that was freed, in as many arenas as there are threads
@@ -192,8 +194,8 @@ def fuzz_in_process(seed: int, seconds: int, failures: Path) -> Report:
     failures.parent.mkdir(parents=True, exist_ok=True)
     options = [f"-seed={seed}", f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=3000", "-max_len=20000"]
     options += ["-print_final_stats=1", f"-artifact_prefix={failures.parent}/fuzz-fields-"]
-    program = Path(__file__).with_name("fuzz_fields.py")
-    done = subprocess.run([sys.executable, str(program), *options], capture_output=True, text=True, check=False)
+    command = module_command("tests.security.fuzz_fields", *options)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     found = re.findall(r"^stat::(\w+):\s+(\d+)", done.stderr, re.MULTILINE)
     covered = re.findall(r"cov: (\d+)", done.stderr)
     report = Report(figures=[f"places in the code that inputs in process reached: {covered[-1] if covered else 0}"])

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from bilm_server import requests
-from fuzz_fields import input_of, new_check
-from fuzz_frames import KINDS, Case
-from fuzz_http2 import Reply
-from fuzz_run import Report, fuzz_server, judge, new_case
+
+from tests.security.fuzz_fields import input_of, new_check
+from tests.security.fuzz_frames import KINDS, Case
+from tests.security.fuzz_http2 import Reply
+from tests.security.fuzz_run import Report, fuzz_server, judge, new_case
 
 _ROUNDS, _INPUTS_IN_PROCESS = 6, 400
 
@@ -71,7 +72,7 @@ def test_a_bad_reply_is_seen(reply: Reply, complaint: str) -> None:
 
 
 def test_findings_are_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("fuzz_run.judge", lambda case, reply: ["found"])
+    monkeypatch.setattr("tests.security.fuzz_run.judge", lambda case, reply: ["found"])
     path = tmp_path / "failures.jsonl"
     found = fuzz_server(seed=7, rounds=range(1), end_s=time.monotonic() + 300, failures=path)
     assert len(found.complaints) == len(path.read_text(encoding="utf-8").splitlines()) == len(KINDS)

@@ -9,9 +9,20 @@ from bilm_api.constants import MAX_REQUEST_BYTES
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_model.errors import AlignmentError
 from bilm_model.tokenization.tokenizers import new_tokenizer
-from fuzz_http2 import Connection, Reply, call, call_headers, data_frames, header_block, header_frames, message, opening
 from grpc_health.v1 import health_pb2
-from security_support import (
+
+from tests.security.fuzz_http2 import (
+    Connection,
+    Reply,
+    call,
+    call_headers,
+    data_frames,
+    header_block,
+    header_frames,
+    message,
+    opening,
+)
+from tests.security.security_support import (
     EMBED_PATH,
     HEALTH_PATH,
     MIB,

@@ -21,9 +21,10 @@ from bilm_model.config import SIZES, to_options
 from bilm_model.weights import hdf5, single_file
 from bilm_model.weights.loading import load
 from bilm_model.weights.options import read_options
-from fuzz_messages import damage
 from safetensors.torch import save
-from security_support import MIB
+
+from tests.security.fuzz_messages import damage
+from tests.security.security_support import MIB
 
 # Loads what it is told, in what memory it has when it has loaded the good model, and some more
 _WORKER = """

@@ -22,8 +22,9 @@ from bilm_server.config import ConfigurationError, load_config
 from bilm_server.lifecycle import Server
 from bilm_server.served_model import load_served_model
 from grpc_health.v1 import health_pb2
-from integration_support import PLAIN, TINY, health_stub, running, tokens
-from tls_support import Authority, Identity, replace
+
+from tests.integration.integration_support import PLAIN, TINY, health_stub, running, tokens
+from tests.security.tls_support import Authority, Identity, replace
 
 TOKEN, OTHER_TOKEN, THIRD_TOKEN = "a-0123456789abcdef", "b-0123456789abcdef", "c-0123456789abcdef"
 NEW_TOKEN = "new-0123456789abcdef"

@@ -1,6 +1,7 @@
 """A client process that opens and closes connections, and writes down what it and the server hold meanwhile.
 
-`python churn.py KIND TARGET SERVER_PROCESS_ID CYCLES`, with KIND one of KINDS; a JSON object a line on standard output.
+`python -m tests.ulimit.churn KIND TARGET SERVER_PROCESS_ID CYCLES`, with KIND one of KINDS, writes a JSON object
+a line on standard output.
 """
 
 import asyncio
@@ -16,7 +17,8 @@ from bilm_client import Client
 from bilm_client.aio import AsyncClient
 from bilm_client.errors import UnavailableError
 from bilm_client.policy import RetryPolicy
-from ulimit_support import OWN_CONNECTION, Holding, channel, check, descriptors, resident_bytes, wait_until
+
+from tests.ulimit.ulimit_support import OWN_CONNECTION, Holding, channel, check, descriptors, resident_bytes, wait_until
 
 WARM_UP_SHARE = 5
 """One cycle in so many is a warm-up."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ulimit_support import (
+
+from tests.ulimit.ulimit_support import (
     LIMIT,
     MAX_MORE_DESCRIPTORS,
     MIB,

@@ -10,7 +10,8 @@ from bilm_client import Client
 from bilm_client.errors import UnavailableError
 from bilm_client.policy import RetryPolicy
 from grpc_health.v1 import health_pb2
-from ulimit_support import (
+
+from tests.ulimit.ulimit_support import (
     HELLO,
     LIMIT,
     OWN_CONNECTION,

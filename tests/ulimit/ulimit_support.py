@@ -16,13 +16,14 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.support.processes import ROOT, module_command
+
 LIMIT = 256
 """Of descriptors, for servers and clients."""
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 """Channels of a process to the same address share a connection otherwise, and a leak goes unseen."""
 MIB = 2**20
 
-_HERE = Path(__file__).parent
 _START_S = 240.0
 _WAIT_S = 60.0
 # The same server with shorter waits: what takes minutes otherwise
@@ -162,9 +163,9 @@ def growth_complaints(middle: Holding, end: Holding, max_more_bytes: int) -> lis
 
 
 def churn(kind: str, target: str, server_process_id: int, cycles: int) -> list[Holding]:
-    """Runs churn.py; what was held after the warm-up, in the middle and at the end."""
-    command = [sys.executable, str(_HERE / "churn.py"), kind, target, str(server_process_id), str(cycles)]
-    done = subprocess.run(limited(command), capture_output=True, text=True, timeout=1800, check=False)
+    """Run `churn`; what was held after the warm-up, in the middle and at the end."""
+    command = module_command("tests.ulimit.churn", kind, target, str(server_process_id), str(cycles))
+    done = subprocess.run(limited(command), cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [Holding(**json.loads(line)) for line in done.stdout.splitlines()]
 

@@ -12,7 +12,8 @@ from bilm_api.v1 import embed_pb2_grpc
 from bilm_client.bench.main import DONE, STOPPED, UNUSABLE, main
 from bilm_client.testing.service import FakeService
 from grpc_health.v1 import health, health_pb2_grpc
-from tls_support import Authority
+
+from tests.security.tls_support import Authority
 
 LOAD = ("--rate", "40", "--step-s", "0.5", "--warm-up-s", "0", "--connections", "2", "--timeout-s", "5")
 

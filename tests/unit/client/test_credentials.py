@@ -8,7 +8,8 @@ import pytest
 from bilm_client._credentials import CredentialsError, channel_credentials, read_token
 from bilm_client.batch.main import main as bilm_embed
 from bilm_client.health_check import main as bilm_health
-from tls_support import Authority
+
+from tests.security.tls_support import Authority
 
 TOKEN = "0123456789abcdef"
 

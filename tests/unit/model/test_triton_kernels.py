@@ -16,8 +16,9 @@ from bilm_model.config import Residual
 from bilm_model.engine.cuda_steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, TorchSteps, check_steps
 from bilm_model.engine.plan import Round
 from bilm_model.kernels.elementwise import TorchElementwise
-from interpreted import interpreted_steps
 from torch import Tensor
+
+from tests.parity.interpreted import interpreted_steps
 
 CPU = torch.device("cpu")
 SIZES = ((3, 2), (1, 1), (5, 4))

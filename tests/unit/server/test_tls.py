@@ -11,7 +11,8 @@ import pytest
 from bilm_server.config import ConfigurationError
 from bilm_server.tls import server_credentials
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from tls_support import Authority, Identity, PrivateKey, replace
+
+from tests.security.tls_support import Authority, Identity, PrivateKey, replace
 
 NAME_OF_CLIENT = "x509_common_name"
 
