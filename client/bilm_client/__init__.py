@@ -14,8 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bilm_client._inputs import Sentence
-    from bilm_client._options import ScalarMix
+    from bilm_client._core.inputs import Sentence
+    from bilm_client._core.options import ScalarMix
     from bilm_client.aio import AsyncClient
     from bilm_client.client import Client
     from bilm_client.errors import BilmError, ClientClosedError, SentenceError, ServiceError
@@ -41,8 +41,8 @@ __all__ = [
 
 # Names load with their first use: `bilm-health`, which a probe starts every few seconds, needs no numpy.
 _HOMES = {
-    "_inputs": ("Sentence",),
-    "_options": ("ScalarMix",),
+    "_core.inputs": ("Sentence",),
+    "_core.options": ("ScalarMix",),
     "aio": ("AsyncClient",),
     "client": ("Client",),
     "errors": ("BilmError", "ClientClosedError", "SentenceError", "ServiceError"),

@@ -8,12 +8,9 @@ from typing import Any, Literal, Self, Unpack, overload
 import grpc
 from bilm_api.v1 import embed_pb2 as pb
 
-from bilm_client._inputs import Input, Sentence
-from bilm_client._job import EmbedJob, Outcome, at_index, embed_job
-from bilm_client._session import StreamSession, check_iterable, stream_by_job, stream_input
-from bilm_client._settings import Deadline, ResultTimeout, Settings
-from bilm_client._stream_sync import SyncStream
-from bilm_client._surface import (
+from bilm_client._core.inputs import Input, Sentence
+from bilm_client._core.job import EmbedJob, Outcome, at_index, embed_job
+from bilm_client._core.keywords import (
     EmbedArguments,
     EmbedKeywords,
     StreamArguments,
@@ -21,8 +18,11 @@ from bilm_client._surface import (
     keywords_of,
     parse_keywords,
 )
+from bilm_client._core.session import StreamSession, check_iterable, stream_by_job, stream_input
+from bilm_client._core.settings import Deadline, ResultTimeout, Settings
 from bilm_client._transport.base import PendingEmbed, SyncTransport
 from bilm_client._transport.grpc_sync import GrpcSyncTransport
+from bilm_client._transport.stream_sync import SyncStream
 from bilm_client.errors import ModelVersionError, SentenceError, ServiceError
 from bilm_client.policy import DEFAULT_KEEPALIVE, DEFAULT_RETRY, Keepalive, RetryPolicy
 from bilm_client.results import Embedding, HealthStatus, ModelInfo

@@ -3,7 +3,7 @@
 import dataclasses
 
 from bilm_api.v1 import embed_pb2 as pb
-from bilm_client._options import _DATA_TYPES, _LAYERS, _POOLING
+from bilm_client._core.options import _DATA_TYPES, _LAYERS, _POOLING
 from bilm_client.policy import _RETRIED_METHODS, SERVICE_NAME
 from bilm_client.results import Limits, ModelInfo
 from google.protobuf.descriptor import EnumDescriptor

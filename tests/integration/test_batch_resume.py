@@ -15,9 +15,9 @@ from typing import Any
 
 import h5py
 import pytest
-from bilm_client.batch import run as batch_run
+from bilm_client.batch import pipeline
 from bilm_client.batch.journal import Journal
-from bilm_client.batch.output import new_output
+from bilm_client.batch.outputs.base import new_output
 
 from tests.integration.batch_support import (
     REFUSED,
@@ -589,7 +589,7 @@ def test_no_partial_file_has_the_final_name(
             yield look, write_sentences
         seen.append((output.exists(), part_of(output).exists()))
 
-    monkeypatch.setattr(batch_run, "new_output", watched)
+    monkeypatch.setattr(pipeline, "new_output", watched)
     assert embed(server.target, text, output) == 0
     assert seen == [(False, True)] * N_LINES + [(True, False)]
 

@@ -15,8 +15,8 @@ import pytest
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_client import AsyncClient, Client, RetryPolicy
 from bilm_client.batch.main import main as bilm_embed
+from bilm_client.cli.health_check import main as bilm_health
 from bilm_client.errors import AuthenticationError, OverloadedError, UnavailableError
-from bilm_client.health_check import main as bilm_health
 from bilm_server.auth import Authenticator, Caller
 from bilm_server.config import ConfigurationError, load_config
 from bilm_server.lifecycle import Server

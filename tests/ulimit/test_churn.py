@@ -77,7 +77,7 @@ def test_retries_against_a_dead_server(server: LimitedServer, dead_target: str, 
 def test_the_health_command(server: LimitedServer, runs: int) -> None:
     before = descriptors(server.process.pid), resident_bytes(server.process.pid)
     for _ in range(runs):
-        command = [sys.executable, "-m", "bilm_client.health_check", "--target", server.target, "--timeout-s", "10"]
+        command = [sys.executable, "-m", "bilm_client.cli.health_check", "--target", server.target, "--timeout-s", "10"]
         done = subprocess.run(limited(command), capture_output=True, text=True, timeout=240, check=True)
         assert done.stdout.strip() == "SERVING"
     wait_until(lambda: descriptors(server.process.pid) <= before[0] + MAX_MORE_DESCRIPTORS, "connections are closed")

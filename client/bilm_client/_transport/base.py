@@ -9,7 +9,7 @@ from typing import Protocol
 
 from bilm_api.v1 import embed_pb2 as pb
 
-from bilm_client._settings import Deadline
+from bilm_client._core.settings import Deadline
 from bilm_client.errors import BilmError
 from bilm_client.results import HealthStatus
 

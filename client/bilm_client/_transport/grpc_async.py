@@ -11,10 +11,10 @@ from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bilm_client._channels import async_channel, sync_channel
-from bilm_client._connection import Connection
-from bilm_client._settings import Deadline, Settings
+from bilm_client._core.settings import Deadline, Settings
 from bilm_client._transport.base import Deliver
+from bilm_client._transport.channels import async_channel, sync_channel
+from bilm_client._transport.connection import Connection
 from bilm_client._transport.grpc_common import call_arguments, failed_health_status, health_status
 from bilm_client.errors import BilmError, ClientClosedError, ForkedError, ServiceError, service_error
 from bilm_client.results import HealthStatus

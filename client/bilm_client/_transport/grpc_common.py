@@ -5,7 +5,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
-from bilm_client._settings import Deadline, Settings
+from bilm_client._core.settings import Deadline, Settings
 from bilm_client.errors import ServiceError
 from bilm_client.results import HealthStatus
 

@@ -9,13 +9,13 @@ import grpc
 from bilm_api.v1 import embed_pb2 as pb
 from grpc_health.v1 import health_pb2
 
-from bilm_client._channels import sync_channel
-from bilm_client._connection import Connection
-from bilm_client._forks import CALL_GATE
-from bilm_client._link import Link
-from bilm_client._settings import Deadline, Settings
+from bilm_client._core.settings import Deadline, Settings
 from bilm_client._transport.base import Deliver
+from bilm_client._transport.channels import sync_channel
+from bilm_client._transport.connection import Connection
+from bilm_client._transport.forks import CALL_GATE
 from bilm_client._transport.grpc_common import call_arguments, failed_health_status, health_status
+from bilm_client._transport.link import Link
 from bilm_client.errors import BilmError, ClientClosedError, ServiceError, service_error
 from bilm_client.results import HealthStatus
 

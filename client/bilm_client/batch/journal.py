@@ -18,7 +18,7 @@ import numpy as np
 from bilm_system.files import check_readable, lock, naming, reason
 from numpy.typing import NDArray
 
-from bilm_client._choices import UsageError
+from bilm_client.cli.settings_sources import UsageError
 
 _HEADER = struct.Struct("<IQQI")  # lengths of description, vectors and state; CRC-32 of the three
 _MAX_DESCRIPTION_BYTES = 2**20

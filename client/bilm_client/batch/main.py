@@ -24,10 +24,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     try:
-        from bilm_client._choices import UsageError  # noqa: PLC0415
-        from bilm_client.batch.lines import open_input  # noqa: PLC0415 - without the extra, say what to install
-        from bilm_client.batch.run import Summary, embed_file  # noqa: PLC0415
+        from bilm_client.batch.pipeline import Summary, embed_file  # noqa: PLC0415
+        from bilm_client.batch.reader import open_input  # noqa: PLC0415 - without the extra, say what to install
         from bilm_client.batch.settings import load_settings  # noqa: PLC0415
+        from bilm_client.cli.settings_sources import UsageError  # noqa: PLC0415
     except ModuleNotFoundError as error:
         if error.name in ("h5py", "pydantic", "pydantic_settings", "tqdm"):
             return _fail(_MISSING, 2)

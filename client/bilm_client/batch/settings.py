@@ -8,7 +8,7 @@ from bilm_system.files import check_writable, same_file
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
-from bilm_client._choices import credentials_from_files, load_choices
+from bilm_client.cli.settings_sources import credentials_from_files, load_choices
 
 
 class RunSettings(BaseSettings):

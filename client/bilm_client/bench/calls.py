@@ -15,9 +15,9 @@ from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
 from google.protobuf.message import DecodeError
 
-from bilm_client._channels import async_channel
-from bilm_client._inputs import Sentence, parse_sentence
-from bilm_client._settings import Settings
+from bilm_client._core.inputs import Sentence, parse_sentence
+from bilm_client._core.settings import Settings
+from bilm_client._transport.channels import async_channel
 from bilm_client.bench.known import KnownAnswers
 from bilm_client.bench.texts import n_words
 from bilm_client.errors import MalformedResponseError, ServiceError, sentence_error, service_error

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from bilm_api.v1 import embed_pb2 as pb
 
-from bilm_client._options import Options
-from bilm_client._tensors import to_array
+from bilm_client._core.options import Options
+from bilm_client._core.tensors import to_array
 from bilm_client.errors import MalformedResponseError, sentence_error
 from bilm_client.results import Vectors
 

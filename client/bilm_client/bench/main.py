@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     try:
-        from bilm_client._choices import UsageError  # noqa: PLC0415 - without the extra, say what to install
         from bilm_client.bench.settings import load_settings  # noqa: PLC0415
+        from bilm_client.cli.settings_sources import UsageError  # noqa: PLC0415 - without the extra, say what to install
     except ModuleNotFoundError as error:
         if error.name in ("pydantic", "pydantic_settings", "tqdm"):
             return _fail(_MISSING, UNUSABLE)
@@ -53,12 +53,12 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(settings: "BenchSettings") -> int:
-    from bilm_client._choices import UsageError  # noqa: PLC0415 - see main
     from bilm_client.bench.report import is_violated, make_report  # noqa: PLC0415
     from bilm_client.bench.resources import check_readable  # noqa: PLC0415
     from bilm_client.bench.run import measure, server_reader  # noqa: PLC0415
     from bilm_client.bench.summary import summary  # noqa: PLC0415
     from bilm_client.bench.texts import read_sentences  # noqa: PLC0415
+    from bilm_client.cli.settings_sources import UsageError  # noqa: PLC0415 - see main
 
     if settings.html_file is not None and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("html: needs matplotlib, of the extra `bench`: pip install 'bilm-serve[bench]'")

@@ -10,8 +10,8 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bilm_client._channels import sync_channel
-from bilm_client._settings import Settings
+from bilm_client._core.settings import Settings
+from bilm_client._transport.channels import sync_channel
 from bilm_client.bench.histogram import Histogram
 
 CHECK_EVERY_S = 0.1

@@ -3,7 +3,7 @@
 from datetime import timedelta
 from typing import Any
 
-from bilm_client._inputs import Sentence
+from bilm_client._core.inputs import Sentence
 from bilm_client.bench.conditions import flat
 from bilm_client.bench.figures import run_figures, tally_figures
 from bilm_client.bench.run import Measured

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bilm_system.proxies import is_local_url
 
-from bilm_client._choices import UsageError
+from bilm_client.cli.settings_sources import UsageError
 
 _PAGE_TIMEOUT_S = 2.0
 _MOST_PAGE_BYTES = 16 * 2**20

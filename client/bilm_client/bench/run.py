@@ -11,8 +11,8 @@ from random import Random
 
 from tqdm import tqdm
 
-from bilm_client._inputs import Sentence
-from bilm_client._options import Options
+from bilm_client._core.inputs import Sentence
+from bilm_client._core.options import Options
 from bilm_client.bench.calls import (
     ONE_ATTEMPT,
     Answer,

@@ -9,9 +9,9 @@ from bilm_system.files import check_readable, check_writable, is_special
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict
 
-from bilm_client._choices import credentials_from_files, load_choices
 from bilm_client.bench.conditions import Condition
 from bilm_client.bench.schedule import Step, parse_duration_s, parse_ramp
+from bilm_client.cli.settings_sources import credentials_from_files, load_choices
 
 NO_LOG = (NO_LOG_KEY, "1")
 """Metadata by which a server keeps a call out of its access log."""

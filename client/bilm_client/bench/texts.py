@@ -8,8 +8,8 @@ from typing import Any
 
 from bilm_system.files import check_readable, reason, text_start
 
-from bilm_client._choices import UsageError
-from bilm_client._inputs import Sentence
+from bilm_client._core.inputs import Sentence
+from bilm_client.cli.settings_sources import UsageError
 
 _ENDS = (".", "?", "!")
 _HEADING = "="

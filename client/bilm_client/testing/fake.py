@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 
-from bilm_client._settings import Settings
+from bilm_client._core.settings import Settings
 from bilm_client.aio import AsyncClient, AsyncTransportClient
 from bilm_client.client import Client, TransportClient
 from bilm_client.results import HealthStatus

@@ -12,7 +12,7 @@ from typing import IO, Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bilm_client._channels import new_channel
+from bilm_client._transport.channels import new_channel
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from bilm_api.v1 import embed_pb2 as pb
 
-from bilm_client._settings import Deadline, Settings
+from bilm_client._core.settings import Deadline, Settings
 from bilm_client._transport.base import Deliver
 from bilm_client.errors import ClientClosedError, ended_early
 from bilm_client.results import HealthStatus

@@ -15,7 +15,7 @@ import pytest
 from bilm_api.constants import PUSHBACK_KEY
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
-from bilm_client._settings import Settings
+from bilm_client._core.settings import Settings
 from bilm_client._transport.grpc_async import GrpcAsyncTransport
 from bilm_client._transport.grpc_sync import GrpcSyncTransport
 from bilm_client.aio import AsyncTransportClient

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bilm_client._choices import UsageError
 from bilm_client.batch.journal import Journal, JournalBusyError, Record
+from bilm_client.cli.settings_sources import UsageError
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from bilm_client.batch.deferring import DeferringFile
-from bilm_client.batch.output import new_output, read_run
+from bilm_client.batch.outputs.base import new_output, read_run
+from bilm_client.batch.outputs.deferring import DeferringFile
 from bilm_system.files import replaced
 
 # In a process of its own, because what it guards against ends the process, at the failure or at the interpreter's end
@@ -17,7 +17,7 @@ _SWEEP = """
 import errno, random, resource, sys
 from pathlib import Path
 import numpy as np
-from bilm_client.batch.output import new_output, read_run
+from bilm_client.batch.outputs.base import new_output, read_run
 
 output, n_lines, n_random = Path(sys.argv[1]), 600, 25
 

@@ -7,8 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from bilm_client._choices import UsageError
-from bilm_client._options import Options
+from bilm_client._core.options import Options
 from bilm_client.bench.calls import Answer, Kind, Request, make_requests
 from bilm_client.bench.conditions import Condition, flat
 from bilm_client.bench.figures import figures_of_nothing, resource_figures, slope_per_hour, tally_figures
@@ -17,6 +16,7 @@ from bilm_client.bench.resources import Resources, of_process
 from bilm_client.bench.schedule import arrivals_s, in_rounds, parse_duration_s, parse_ramp
 from bilm_client.bench.tally import Tally
 from bilm_client.bench.texts import read_sentences
+from bilm_client.cli.settings_sources import UsageError
 
 TIMEOUT_S = 10.0
 REQUEST = Request(b"", (0, 1), 7)

@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import pytest
 from bilm_client import Client, Keepalive, RetryPolicy, ScalarMix
-from bilm_client._settings import Settings
+from bilm_client._core.settings import Settings
 from bilm_client.testing import FakeClient
 
 MIX = ScalarMix([1.0, 2.0, 3.0])

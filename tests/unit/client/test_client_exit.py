@@ -146,11 +146,11 @@ except KeyboardInterrupt:
 LOCKED_CALL = """
 import threading, time
 import grpc
-from bilm_client._connection import Connection
-from bilm_client._session import StreamSession, stream_input
-from bilm_client._settings import ResultTimeout, Settings
-from bilm_client._stream_sync import SyncStream
-from bilm_client._surface import StreamArguments
+from bilm_client._transport.connection import Connection
+from bilm_client._core.session import StreamSession, stream_input
+from bilm_client._core.settings import ResultTimeout, Settings
+from bilm_client._transport.stream_sync import SyncStream
+from bilm_client._core.keywords import StreamArguments
 from bilm_client.testing.service import FakeService, FakeStream
 
 # In names of their own: the frozen thread keeps them, and must not keep the stream beside them.

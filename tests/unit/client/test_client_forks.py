@@ -133,7 +133,7 @@ stop.set()
 for thread in threads: thread.join()
 """,
     "threads of the child": """
-from bilm_client._settings import Settings
+from bilm_client._core.settings import Settings
 from bilm_client._transport.grpc_sync import GrpcSyncTransport
 from bilm_client.client import TransportClient
 

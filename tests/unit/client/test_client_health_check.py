@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from bilm_client.health_check import main
+from bilm_client.cli.health_check import main
 from grpc_health.v1 import health_pb2
 
 from tests.support.processes import started
@@ -45,7 +45,7 @@ def test_a_bad_timeout(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_watch_tells_each_change_until_interrupted(scripted: Scripted) -> None:
-    command = [sys.executable, "-m", "bilm_client.health_check", "--watch", "--target", scripted.target]
+    command = [sys.executable, "-m", "bilm_client.cli.health_check", "--watch", "--target", scripted.target]
     with started(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline().split()[1] == "SERVING"
@@ -56,7 +56,7 @@ def test_watch_tells_each_change_until_interrupted(scripted: Scripted) -> None:
 
 
 def test_watch_ends_when_nobody_reads_it(scripted: Scripted) -> None:
-    command = [sys.executable, "-m", "bilm_client.health_check", "--watch", "--target", scripted.target]
+    command = [sys.executable, "-m", "bilm_client.cli.health_check", "--watch", "--target", scripted.target]
     with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -68,5 +68,5 @@ def test_watch_ends_when_nobody_reads_it(scripted: Scripted) -> None:
 
 
 def test_no_numpy_in_a_probe() -> None:
-    code = "import sys, bilm_client.health_check; sys.exit('numpy' in sys.modules)"
+    code = "import sys, bilm_client.cli.health_check; sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from bilm_api.v1 import embed_pb2 as pb
-from bilm_client._inputs import parse_sentences
-from bilm_client._options import Options
-from bilm_client._plan import Cost, cost_of, plan, request_limit
+from bilm_client._core.inputs import parse_sentences
+from bilm_client._core.options import Options
+from bilm_client._core.plan import Cost, cost_of, plan, request_limit
 from bilm_client.results import ModelInfo
 from bilm_client.testing.service import FakeService
 from hypothesis import given

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from bilm_api.v1 import embed_pb2 as pb
-from bilm_client._inputs import Input
-from bilm_client._options import DTypeName, Options
-from bilm_client._tensors import Rows, to_array
+from bilm_client._core.inputs import Input
+from bilm_client._core.options import DTypeName, Options
+from bilm_client._core.tensors import Rows, to_array
 from bilm_client.errors import MalformedResponseError
 
 

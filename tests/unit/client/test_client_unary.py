@@ -12,7 +12,7 @@ import pytest
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
 from bilm_client import Client, ClientClosedError, HealthStatus, RetryPolicy, ScalarMix, SentenceError, errors
-from bilm_client._link import Link
+from bilm_client._transport.link import Link
 from grpc_health.v1 import health_pb2
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from typing import Any
 
 import grpc
 import pytest
-from bilm_client._credentials import CredentialsError, channel_credentials, read_token
 from bilm_client.batch.main import main as bilm_embed
-from bilm_client.health_check import main as bilm_health
+from bilm_client.cli.credentials import CredentialsError, channel_credentials, read_token
+from bilm_client.cli.health_check import main as bilm_health
 
 from tests.security.tls_support import Authority
 

@@ -17,8 +17,8 @@ import grpc
 from bilm_system.terminal import is_lost, run_command
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bilm_client._channels import new_channel
-from bilm_client._credentials import CredentialsError, channel_credentials, read_token
+from bilm_client._transport.channels import new_channel
+from bilm_client.cli.credentials import CredentialsError, channel_credentials, read_token
 
 SERVING, NOT_SERVING, UNREACHABLE = 0, 1, 2
 _RECONNECT_PAUSE_S = 1.0

@@ -10,7 +10,7 @@ from bilm_system.proxies import channel_options
 from bilm_client.errors import ForkedError
 
 if TYPE_CHECKING:
-    from bilm_client._settings import Settings
+    from bilm_client._core.settings import Settings
 
 ChannelOptions = Sequence[tuple[str, Any]]
 

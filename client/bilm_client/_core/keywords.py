@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict, TypeVar
 
-from bilm_client._inputs import check_bool, check_state
-from bilm_client._options import DTypeName, LayersName, Options, PoolName, ScalarMix
+from bilm_client._core.inputs import check_bool, check_state
+from bilm_client._core.options import DTypeName, LayersName, Options, PoolName, ScalarMix
 
 WINDOW = 64
 WINDOW_TOKENS = 16_384

@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields, replace
 
 from bilm_api.v1 import embed_pb2 as pb
 
-from bilm_client._inputs import Input, Sentence, parse_sentence
-from bilm_client._job import EmbedJob, Outcome, agreed_version
-from bilm_client._options import Options
-from bilm_client._settings import Settings
-from bilm_client._surface import StreamArguments
-from bilm_client._tensors import Rows
+from bilm_client._core.inputs import Input, Sentence, parse_sentence
+from bilm_client._core.job import EmbedJob, Outcome, agreed_version
+from bilm_client._core.keywords import StreamArguments
+from bilm_client._core.options import Options
+from bilm_client._core.settings import Settings
+from bilm_client._core.tensors import Rows
 from bilm_client.errors import (
     MalformedResponseError,
     ModelVersionError,

@@ -5,12 +5,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 
-from bilm_client._inputs import Input
-from bilm_client._job import Outcome
-from bilm_client._open_streams import StreamOwner
-from bilm_client._session import StreamSession
-from bilm_client._settings import ResultTimeout
+from bilm_client._core.inputs import Input
+from bilm_client._core.job import Outcome
+from bilm_client._core.session import StreamSession
+from bilm_client._core.settings import ResultTimeout
 from bilm_client._transport.base import Delivery, Interruption, OpenStream, StreamConnection
+from bilm_client._transport.open_streams import StreamOwner
 from bilm_client.errors import BilmError, ServiceError
 
 

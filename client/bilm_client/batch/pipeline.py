@@ -13,13 +13,13 @@ import grpc
 from bilm_system.files import naming
 from tqdm import tqdm
 
-from bilm_client._choices import UsageError
 from bilm_client.aio import AsyncClient
+from bilm_client.batch.backoff import PASSING, Patience, tell
 from bilm_client.batch.journal import Journal, Record
-from bilm_client.batch.lines import InputText, Line
-from bilm_client.batch.output import new_output, read_run
-from bilm_client.batch.patience import PASSING, Patience, tell
+from bilm_client.batch.outputs.base import new_output, read_run
+from bilm_client.batch.reader import InputText, Line
 from bilm_client.batch.settings import RunSettings
+from bilm_client.cli.settings_sources import UsageError
 from bilm_client.errors import BilmError, SentenceError
 from bilm_client.results import Embedding, ModelInfo
 

@@ -11,7 +11,7 @@ from bilm_system.files import read_text, reason
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsError
 
-from bilm_client._credentials import CredentialsError, channel_credentials, read_token
+from bilm_client.cli.credentials import CredentialsError, channel_credentials, read_token
 
 S = TypeVar("S", bound=BaseSettings)
 

@@ -18,8 +18,8 @@ import numpy as np
 from bilm_system.files import replaced
 from numpy.typing import NDArray
 
-from bilm_client._choices import UsageError
-from bilm_client.batch.deferring import DeferringFile
+from bilm_client.batch.outputs.deferring import DeferringFile
+from bilm_client.cli.settings_sources import UsageError
 
 RUN_KEY = "bilm_serve"
 SENTENCES_KEY = "sentence_to_index"

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bilm_client._inputs import Input
-from bilm_client._options import Options
+from bilm_client._core.inputs import Input
+from bilm_client._core.options import Options
 from bilm_client.results import ModelInfo
 
 # Names, versions, options and mix weights of a request; usage of a response.

@@ -19,8 +19,8 @@ from typing import Any
 import grpc
 from bilm_api.v1 import embed_pb2 as pb
 
-from bilm_client._open_streams import OPEN_STREAMS
 from bilm_client._transport.base import Deliver, Delivery, Interruption
+from bilm_client._transport.open_streams import OPEN_STREAMS
 from bilm_client.errors import BilmError, ended_early
 
 _END_TIMEOUT_S = 5.0

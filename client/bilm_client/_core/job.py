@@ -7,12 +7,12 @@ import grpc
 from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2 as pb
 
-from bilm_client._inputs import Input, Sentence, parse_sentences
-from bilm_client._options import Options
-from bilm_client._plan import plan
-from bilm_client._settings import Settings
-from bilm_client._surface import EmbedArguments
-from bilm_client._tensors import to_embedding
+from bilm_client._core.inputs import Input, Sentence, parse_sentences
+from bilm_client._core.keywords import EmbedArguments
+from bilm_client._core.options import Options
+from bilm_client._core.plan import plan
+from bilm_client._core.settings import Settings
+from bilm_client._core.tensors import to_embedding
 from bilm_client.errors import (
     MalformedResponseError,
     ModelVersionError,

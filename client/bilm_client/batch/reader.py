@@ -16,9 +16,9 @@ from typing import BinaryIO
 
 from bilm_system.files import check_readable, reason, text_start
 
-from bilm_client._choices import UsageError
-from bilm_client.batch.output import RUN_KEY
+from bilm_client.batch.outputs.base import RUN_KEY
 from bilm_client.batch.settings import RunSettings
+from bilm_client.cli.settings_sources import UsageError
 
 _SHOWN = 20
 _MAX_KEY_BYTES = 65_000  # a zip archive's names, and so an .npz's, end at 65,535

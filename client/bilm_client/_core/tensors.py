@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from bilm_api.v1 import embed_pb2 as pb
 
-from bilm_client._inputs import Input
-from bilm_client._options import Options
+from bilm_client._core.inputs import Input
+from bilm_client._core.options import Options
 from bilm_client.errors import MalformedResponseError
 from bilm_client.results import Embedding, Vectors
 
