@@ -18,11 +18,11 @@ from bilm_model.bilm import Bilm, BilmState, initialize
 from bilm_model.config import BilmConfig
 from bilm_model.engine.device import default_threads, resolve_device
 from bilm_model.kernels.product_paths import ProductPath
-from bilm_model.training.corpus import Corpus, Streams, Vocabulary, WindowPair
-from bilm_model.training.learner import Learner
-from bilm_model.training.objective import BilmObjective
-from bilm_model.training.recipe import Recipe, read_recipe
 from bilm_system.terminal import run_command
+from bilm_training.data.corpus import Corpus, Streams, Vocabulary, WindowPair
+from bilm_training.learner import Learner
+from bilm_training.objectives.language_model import BilmObjective
+from bilm_training.recipe import Recipe, read_recipe
 from torch import Tensor
 
 from benchmarks.published_order import PublishedOrder

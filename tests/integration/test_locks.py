@@ -51,7 +51,7 @@ def test_published_files_are_converted_and_a_run_folder_is_taken(tmp_path: Path,
         convert = [sys.executable, "-m", "bilm_model.weights.convert", source, target]
         ended = subprocess.run(convert, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert (ended.returncode, ended.stderr) == (0, "")
-    take = "import sys; from pathlib import Path; from bilm_model.training.run_folder import RunFolder\n"
+    take = "import sys; from pathlib import Path; from bilm_training.runs.run_folder import RunFolder\n"
     take += "with RunFolder(Path(sys.argv[1])).taken(): print('taken')"
     ended = subprocess.run(
         [sys.executable, "-c", take, str(tmp_path / "run")],

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from bilm_model.training.recipe import PRESETS
+from bilm_training.recipe import PRESETS
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("system", "proto", "model", "server", "client", "pyproject.toml", "LICENSE", "README.md")
@@ -87,12 +87,12 @@ def full(wheel: Path) -> Iterator[Environment]:
 def test_the_wheel_has_the_data_files_too(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    packages = ("bilm_system", "bilm_api", "bilm_model", "bilm_server", "bilm_client")
+    packages = ("bilm_system", "bilm_api", "bilm_model", "bilm_training", "bilm_server", "bilm_client")
     assert {f"{package}/py.typed" for package in packages} <= names
     assert "bilm_api/v1/embed.proto" in names
     assert "bilm_api/v1/embed_pb2.pyi" in names
     assert "bilm_model/pretrained/wikitext2-mini.safetensors" in names
-    assert {f"bilm_model/training/presets/{name}.toml" for name in PRESETS} <= names
+    assert {f"bilm_training/presets/{name}.toml" for name in PRESETS} <= names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(packages)  # no tests, no benchmarks
     assert wheel.stat().st_size < 20 * 2**20

@@ -8,10 +8,10 @@ import pytest
 import torch
 from bilm_model.bilm import Bilm, initialize
 from bilm_model.config import BilmConfig
-from bilm_model.training.corpus import Corpus, Streams, Vocabulary
-from bilm_model.training.learner import Learner, Learnt
-from bilm_model.training.objective import BilmObjective
-from bilm_model.training.recipe import Optimisation, Softmax
+from bilm_training.data.corpus import Corpus, Streams, Vocabulary
+from bilm_training.learner import Learner, Learnt
+from bilm_training.objectives.language_model import BilmObjective
+from bilm_training.recipe import Optimisation, Softmax
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch sees none")
 

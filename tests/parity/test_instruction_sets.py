@@ -28,9 +28,9 @@ ALL = (
     "tests/parity/test_bfloat16.py",
     "tests/unit/model/test_elementwise.py",
     "tests/unit/model/test_machines.py",
-    "tests/unit/model/test_packed.py",
+    "tests/unit/model/test_product_paths.py",
     "tests/unit/model/test_products.py",
-    "tests/unit/model/test_unrolled.py",
+    "tests/unit/training/test_unrolled.py",
 )
 """Tests whose numbers depend on the instructions."""
 

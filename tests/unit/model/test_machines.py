@@ -12,16 +12,16 @@ from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import SIZES
 from bilm_model.engine.engine import Engine, EngineOptions, Sentence
 from bilm_model.kernels.product_paths import ProductPath
-from bilm_model.training.loop import Trainer
-from bilm_model.training.main import new_objective
-from bilm_model.training.mixed_precision import bfloat16_products
-from bilm_model.training.recipe import PRESETS, Recipe, read_recipe
-from bilm_model.training.run_folder import RunError, RunFolder
 from bilm_model.weights import single_file
+from bilm_training.main import new_objective
+from bilm_training.network.mixed_precision import bfloat16_products
+from bilm_training.recipe import PRESETS, Recipe, read_recipe
+from bilm_training.runs.run_folder import RunError, RunFolder
+from bilm_training.trainer import Trainer
 from torch import Tensor
 
 from tests.unit.model.machine_support import NoBfloat16Products, needs_bfloat16
-from tests.unit.model.training_support import TINY, checkpoint, random_text, write, write_recipe
+from tests.unit.training.training_support import TINY, checkpoint, random_text, write, write_recipe
 
 CPU = torch.device("cpu")
 ROUNDED = [ProductPath.ROUNDED_PREPACKED, ProductPath.ROUNDED_PLAIN]

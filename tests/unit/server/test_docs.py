@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from bilm_client.batch.settings import RunSettings
-from bilm_model.training.recipe import Data, Distillation, Optimisation, Recipe, Softmax
 from bilm_server.config import ServerConfig
+from bilm_training.recipe import Data, Distillation, Optimisation, Recipe, Softmax
 from pydantic_settings import BaseSettings
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,1 @@
+"""Training of biLMs: `bilm-train`."""

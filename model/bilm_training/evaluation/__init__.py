@@ -1,0 +1,1 @@
+"""What a model has learnt: perplexity, and probes of its vectors."""

@@ -1,0 +1,70 @@
+"""Perplexity on held-out text."""
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from bilm_training.data.corpus import Corpus, Streams, Vocabulary
+from bilm_training.learner import Objective
+
+_STEPS = 64
+_MAX_EXPONENT = math.log(sys.float_info.max)
+_MAX_STREAMS, _MIN_STREAM_TOKENS = 16, 1024
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log likelihood per token, end of line included, over the full vocabulary.
+
+    Attributes:
+        forward: of the next word.
+        backward: of the word before.
+        tokens: that were predicted, in each direction.
+    """
+
+    forward: float
+    backward: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """The mean of the two directions."""
+        return (self.forward + self.backward) / 2
+
+
+def valid_streams(corpus: Corpus, vocabulary: Vocabulary) -> Streams:
+    """A text to measure on, the whole of it: in up to 16 long streams."""
+    streams = max(1, min(_MAX_STREAMS, corpus.n_tokens // _MIN_STREAM_TOKENS))
+    return Streams(corpus, vocabulary, streams, _STEPS, whole=True)
+
+
+def perplexity(objective: Objective, streams: Streams) -> Perplexity:
+    """Measures; see `mean_losses`."""
+    forward, backward, tokens = mean_losses(objective, streams)
+    return Perplexity(of_nats(forward), of_nats(backward), tokens)
+
+
+def of_nats(mean_loss: float) -> float:
+    """Perplexity, of a mean loss per token; infinite where a model is so wrong that it has no number."""
+    return math.exp(mean_loss) if mean_loss < _MAX_EXPONENT else math.inf
+
+
+@torch.no_grad()
+def mean_losses(objective: Objective, streams: Streams) -> tuple[float, float, int]:
+    """The mean loss per token of each direction, in nats, and the number of tokens.
+
+    The state is carried from window to window; there is no dropout, and nothing in reduced precision.
+    """
+    cast(nn.Module, objective).eval()
+    states = objective.zero_state(streams.n_streams)
+    sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for pair in streams.windows():
+        window_sums, window_counts, states = objective(pair, states, None)
+        sums += window_sums.double().cpu()
+        counts += window_counts
+    forward, backward = (sums / counts).tolist()
+    return forward, backward, int(counts[0])
