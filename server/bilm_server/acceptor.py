@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import grpc
 
-from bilm_server.listening import Address, BindError
+from bilm_server.errors import BindError
+from bilm_server.listening import Address
 
 _log = logging.getLogger("bilm_server.acceptor")
 
@@ -31,7 +32,9 @@ class Acceptor:
         add_services: Callable[[grpc.aio.Server], None],
         address: Address,
         grace_s: float,
+        *,
         starting: asyncio.Lock,
+        line: str = "listening on",
     ) -> None:
         """Keep what servers are made of; call `start` to listen.
 
@@ -41,9 +44,10 @@ class Acceptor:
             address: to listen on; released by `stop`.
             grace_s: for the calls in flight of a server that was replaced.
             starting: one for all acceptors of an event loop: a new server's loop is found among all that run.
+            line: what the log has before the address.
         """
         self._new_server, self._add_services = new_server, add_services
-        self._address, self._grace_s, self._starting = address, grace_s, starting
+        self._address, self._grace_s, self._starting, self._line = address, grace_s, starting, line
         self._servers: list[grpc.aio.Server] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
@@ -52,15 +56,16 @@ class Acceptor:
         self.target = ""
         """The target for clients, once it has started."""
 
-    async def start(self) -> None:
-        """Listen.
+    async def start(self) -> str:
+        """Listen, and return the line that the log has about it.
 
         Raises:
             BindError: if the address can't be listened on.
         """
         await self._start()
+        return f"{self._line} {self.target}"
 
-    async def stop(self, grace_s: float) -> None:
+    async def stop(self, grace_s: float = 0) -> None:
         """Refuse new calls, give those in flight some time, and end; idempotent."""
         self._stopping = True
         for task in self._tasks:

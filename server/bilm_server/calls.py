@@ -6,8 +6,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import grpc
 from bilm_api.constants import MAX_REQUEST_ID_CHARACTERS, NO_LOG_KEY, REQUEST_ID_KEY
+
+from bilm_server.errors import Code
 
 UNKNOWN_METHOD = "unknown"
 """What a call is named whose method doesn't exist; the name that it gave is the caller's text."""
@@ -37,6 +38,7 @@ class CallRecord:
         peer: as grpc names it.
         metadata: the caller's; never logged.
         request_id: the caller's name of the call, "" without one.
+        model: name of the model that the call is for, once that is known; "" for one that isn't served.
         caller: who it is, once that is known; an address where nothing better is.
         is_test: whether its caller marked it so and may; False until it is known who calls.
         code: at its end.
@@ -54,9 +56,10 @@ class CallRecord:
     peer: str
     metadata: Metadata = ()
     request_id: str = ""
+    model: str = ""
     caller: str = ""
     is_test: bool = False
-    code: grpc.StatusCode | None = None
+    code: Code | None = None
     reason: str = ""
     sentences: int = 0
     failed_sentences: int = 0

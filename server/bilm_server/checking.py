@@ -15,12 +15,14 @@ from bilm_model.weights.loading import ModelHeader, inspect
 from bilm_system.control_groups import memory_limit_bytes
 from bilm_system.files import message, reason
 
+from bilm_server.addresses import socket_path
 from bilm_server.auth import Authenticator
-from bilm_server.config import ConfigurationError, ServerConfig
+from bilm_server.config import ServerConfig
 from bilm_server.descriptors import connection_limit
+from bilm_server.errors import ConfigurationError
 from bilm_server.listening import credentials
 from bilm_server.served_model import configured_tokenizer, engine_options, fitting_name
-from bilm_server.unix_sockets import check_kinds, socket_path
+from bilm_server.unix_sockets import check_kinds
 
 _MIB = 2**20
 _PROCESS_BYTES = 400 * _MIB  # Python, torch and compiled kernels

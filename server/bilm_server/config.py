@@ -1,38 +1,46 @@
-"""The server's configuration: the same choices by flag, by environment (`BILM_…`) and by a TOML file, in that order."""
+"""The server's configuration: all settings, checked."""
 
-import argparse
-import os
-import tomllib
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from bilm_api.constants import MAX_RESPONSE_BYTES
-from bilm_system.files import read_text, reason
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from bilm_server.callers import CallerSettings
-from bilm_server.logs import parse_levels
-from bilm_server.scheduler import Room
-from bilm_server.unix_sockets import socket_path
+from bilm_server.addresses import socket_path, split_address
+from bilm_server.limits import for_long_sentences
+from bilm_server.log_levels import parse_levels
 
 MODEL_NAME = "([A-Za-z0-9._-]{1,64})"
 """What a model can be called, as a regular expression: the name stands in metrics, health and the access log."""
 
 
-class ConfigurationError(Exception):
-    """Bad values; the message has one a line."""
+class Right(StrEnum):
+    """Rights, as they stand in the configuration. Never renamed."""
+
+    NO_LOG = "no-log"
+    """Keep calls out of the access log, by the metadata x-bilm-no-log."""
+
+
+def _check_name(name: str) -> str:
+    if not name or name != name.strip() or not name.isprintable():
+        raise ValueError("expected a name as the token file or the certificate gives it")
+    return name
+
+
+class CallerSettings(BaseModel):
+    """One of `[[callers]]`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, AfterValidator(_check_name)] = Field(description="as the token file or the certificate has it")
+    rights: frozenset[Right] = Field(frozenset(), description="what it may do beside calling")
 
 
 class ServerConfig(BaseSettings):
-    """Everything that can be chosen. Frozen, parsed once, passed down."""
+    """All settings. Frozen, parsed once, passed down."""
 
     model_config = SettingsConfigDict(
         env_prefix="BILM_",
@@ -45,7 +53,7 @@ class ServerConfig(BaseSettings):
         cli_hide_none_type=True,
     )
 
-    config: Path | None = Field(None, description="TOML file with any of these choices, named as the flags with _")
+    config: Path | None = Field(None, description="TOML file with any of these settings, named as the flags with _")
     check_config: bool = Field(
         False, description="check the configuration and all that it names, show what memory it takes, and end"
     )
@@ -217,11 +225,9 @@ class ServerConfig(BaseSettings):
     @field_validator("max_tokens_per_sentence")
     @classmethod
     def _check_sentence_tokens(cls, value: int, info: ValidationInfo) -> int:
-        room = Room(1, info.data.get("max_tokens_in_flight", 2 * value + 2)).for_long_sentences
-        if value + 2 > room.steps:
-            raise ValueError(
-                f"must not be more than {room.steps - 2}, what max_tokens_in_flight leaves to one sentence"
-            )
+        most = for_long_sentences(info.data.get("max_tokens_in_flight", 2 * value + 2)) - 2  # two boundaries
+        if value > most:
+            raise ValueError(f"must not be more than {most}, what max_tokens_in_flight leaves to one sentence")
         return value
 
     @field_validator("max_stream_tokens")
@@ -237,75 +243,8 @@ class ServerConfig(BaseSettings):
         return value
 
 
-def split_address(listen: str, expected: str = "HOST:PORT") -> tuple[str, int]:
-    """Host and port of HOST:PORT; IPv6 in brackets, which the host comes without.
-
-    Raises:
-        ValueError: if it is anything else.
-    """
-    host, _, port = listen.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not (_is_host(host) and port.isdecimal() and int(port) <= 65535):
-        raise ValueError(f"expected {expected}")
-    return host, int(port)
-
-
-def _is_host(host: str) -> bool:
-    """Return whether this can be looked up; what can't is a UnicodeError there, or a ValueError."""
-    try:
-        return bool(host.encode("idna")) and host.isprintable()
-    except UnicodeError:
-        return False
-
-
 def _at_least(value: int, smaller: str, info: ValidationInfo) -> int:
     least = info.data.get(smaller, value)
     if value < least:
         raise ValueError(f"must not be less than {smaller}, {least}")
     return value
-
-
-def load_config(argv: list[str]) -> ServerConfig:
-    """Reads flags, environment and TOML file.
-
-    Raises:
-        ConfigurationError: listing every bad value.
-        SystemExit: for --help, or a flag that doesn't exist.
-    """
-    toml = _toml(argv)
-
-    class _Sources(ServerConfig):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            *_unused: Any,
-            **_also_unused: Any,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return (env_settings, InitSettingsSource(settings_cls, toml))
-
-    try:
-        return _Sources(_cli_parse_args=argv)
-    except ValidationError as error:
-        lines = [f"{_name(item['loc'])}{item['msg']} (found {item['input']!r})" for item in error.errors()]
-        raise ConfigurationError("\n".join(line.replace("Value error, ", "") for line in lines)) from error
-    except (SettingsError, ValueError) as error:
-        raise ConfigurationError(f"environment: {error}") from error
-
-
-def _toml(argv: list[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=os.environ.get("BILM_CONFIG"))
-    name = parser.parse_known_args(argv)[0].config
-    if name is None:
-        return {}
-    try:
-        return tomllib.loads(read_text(Path(name)))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"config: {name}: {reason(error)}") from error
-
-
-def _name(place: tuple[int | str, ...]) -> str:
-    return ".".join(map(str, place)) + ": " if place else ""

@@ -11,7 +11,7 @@ from typing import Final
 
 import grpc
 
-from bilm_server.config import ConfigurationError
+from bilm_server.errors import ConfigurationError
 
 HEALTH_CONNECTIONS: Final = 64
 """Connections that the health listener has for itself."""

@@ -1,38 +1,54 @@
-"""Every way to refuse, in one table: a stable reason, its status, and whether a retry can help."""
+"""Every way to refuse or to fail: reasons with their status codes in one table, and what ends the process.
 
-from functools import lru_cache
+Knows no protocol: a door makes its own status of a code, as `protocols.grpc.status` does for gRPC.
+"""
+
+from enum import StrEnum
 from typing import Final
 
-import grpc
-from bilm_api.constants import (
-    ERROR_DOMAIN,
-    ERROR_INFO_REQUEST_ID,
-    NEVER_RETRY,
-    PUSHBACK_KEY,
-    STATUS_DETAILS_KEY,
-    Reason,
-)
-from google.protobuf import any_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from bilm_api.constants import NEVER_RETRY, Reason
+
+
+class Code(StrEnum):
+    """Canonical status codes, by their names in `google.rpc.Code`."""
+
+    OK = "OK"
+    CANCELLED = "CANCELLED"
+    UNKNOWN = "UNKNOWN"
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    NOT_FOUND = "NOT_FOUND"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    ABORTED = "ABORTED"
+    OUT_OF_RANGE = "OUT_OF_RANGE"
+    UNIMPLEMENTED = "UNIMPLEMENTED"
+    INTERNAL = "INTERNAL"
+    UNAVAILABLE = "UNAVAILABLE"
+    DATA_LOSS = "DATA_LOSS"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+
 
 _CODES: Final = {
-    Reason.METHOD_NOT_FOUND: grpc.StatusCode.UNIMPLEMENTED,
-    Reason.MODEL_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
-    Reason.MODEL_VERSION_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
-    Reason.RESPONSE_TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Reason.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Reason.CALLER_LIMIT: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
-    Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
-    Reason.STREAM_STALLED: grpc.StatusCode.UNAVAILABLE,
-    Reason.SHUTTING_DOWN: grpc.StatusCode.UNAVAILABLE,
-    Reason.MODEL_FAILING: grpc.StatusCode.UNAVAILABLE,
-    Reason.INTERNAL: grpc.StatusCode.INTERNAL,
+    Reason.METHOD_NOT_FOUND: Code.UNIMPLEMENTED,
+    Reason.MODEL_NOT_FOUND: Code.NOT_FOUND,
+    Reason.MODEL_VERSION_MISMATCH: Code.FAILED_PRECONDITION,
+    Reason.RESPONSE_TOO_LARGE: Code.RESOURCE_EXHAUSTED,
+    Reason.OVERLOADED: Code.RESOURCE_EXHAUSTED,
+    Reason.CALLER_LIMIT: Code.RESOURCE_EXHAUSTED,
+    Reason.UNAUTHENTICATED: Code.UNAUTHENTICATED,
+    Reason.DEADLINE_EXCEEDED: Code.DEADLINE_EXCEEDED,
+    Reason.STREAM_STALLED: Code.UNAVAILABLE,
+    Reason.SHUTTING_DOWN: Code.UNAVAILABLE,
+    Reason.MODEL_FAILING: Code.UNAVAILABLE,
+    Reason.INTERNAL: Code.INTERNAL,
 }
 
 
 class RefusalError(Exception):
-    """A request or a sentence that is refused; the message is meant for the caller and never quotes their text.
+    """A request or a sentence is refused. The message is meant for the caller and never quotes the caller's text.
 
     Attributes:
         reason: why.
@@ -45,40 +61,27 @@ class RefusalError(Exception):
         self.retry_after_ms = retry_after_ms
 
     @property
-    def code(self) -> grpc.StatusCode:
-        """The gRPC status; INVALID_ARGUMENT for everything that the table doesn't name."""
-        return _CODES.get(self.reason, grpc.StatusCode.INVALID_ARGUMENT)
-
-    def status(self, request_id: str = "") -> status_pb2.Status:
-        """Return a `google.rpc.Status` with the reason, and the caller's name of the call, among the details."""
-        info = any_pb2.Any()
-        metadata = {ERROR_INFO_REQUEST_ID: request_id} if request_id else {}
-        info.Pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=ERROR_DOMAIN, metadata=metadata))
-        return status_pb2.Status(code=code_pb2.Code.Value(self.code.name), message=str(self), details=[info])
-
-    def trailing_metadata(self, request_id: str = "") -> tuple[tuple[str, str | bytes], ...]:
-        """Return what goes with the status of a whole call.
-
-        Every RESOURCE_EXHAUSTED carries a pushback, because clients list that code as retryable.
-        """
-        # Under overload the same refusal is sent again and again; one with a request's own name is never the same
-        status = self.status(request_id).SerializeToString() if request_id else _status_bytes(self.reason, str(self))
-        details: tuple[str, str | bytes] = (STATUS_DETAILS_KEY, status)
-        if self.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return (details,)
-        return (details, (PUSHBACK_KEY, str(self.retry_after_ms)))
-
-
-@lru_cache(maxsize=64)
-def _status_bytes(reason: Reason, message: str) -> bytes:
-    data: bytes = RefusalError(reason, message).status().SerializeToString()
-    return data
+    def code(self) -> Code:
+        """The status code; INVALID_ARGUMENT for every reason that the table doesn't name."""
+        return _CODES.get(self.reason, Code.INVALID_ARGUMENT)
 
 
 class CallerGoneError(Exception):
-    """A result could not be sent, because the call is over for its caller; there is nobody to tell."""
+    """A result can't be sent, because the call is over for its client."""
+
+
+class ConfigurationError(Exception):
+    """The configuration, or something that it names, can't be used; the message has one error a line."""
+
+
+class BindError(Exception):
+    """An address can't be listened on."""
+
+
+class EngineLostError(Exception):
+    """The engine won't recover in this process; the message says what is wrong with it."""
 
 
 def internal_error() -> RefusalError:
-    """What callers hear of an error that is ours: nothing of the inside."""
+    """Return the refusal for an error of the server's own; it shows nothing of the inside."""
     return RefusalError(Reason.INTERNAL, "internal error; the server's log has the details")

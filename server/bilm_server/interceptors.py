@@ -5,23 +5,21 @@ reflection where it is on.
 """
 
 import asyncio
-import inspect
 import logging
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from bilm_api.constants import Reason
-from google.protobuf.message import DecodeError
 
-from bilm_server.calls import UNKNOWN_METHOD, CallObserver, CallRecord, caller_request_id, entered
-from bilm_server.errors import CallerGoneError, RefusalError, internal_error
+from bilm_server.calls import UNKNOWN_METHOD, CallRecord, caller_request_id
+from bilm_server.embedding.call_gate import CallGate
+from bilm_server.errors import CallerGoneError, Code, RefusalError, internal_error
+from bilm_server.protocols.grpc.handlers import Behavior, from_bytes, method_handler, passing_bytes
+from bilm_server.protocols.grpc.status import STATUS_CODES, trailing_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
 
@@ -29,14 +27,7 @@ _log = logging.getLogger("bilm_server.errors")
 
 _STATUS_TIMEOUT_S = 1.0
 
-Parse = Callable[[bytes], Any]
-Behavior = Callable[..., Any]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]]
-Gate = Callable[[CallRecord, "Context"], AbstractContextManager[None]]
-"""Finds out who calls, and holds what that caller may have of the server for as long as the call lasts.
-
-Raises a RefusalError to whom it doesn't let in.
-"""
 
 
 class OpenCalls:
@@ -90,7 +81,7 @@ class OpenInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or service not in self._open_services:
             return None
-        return _method_handler(_quiet(method, _from_bytes(handler), self._calls), handler)
+        return method_handler(_quiet(method, from_bytes(handler), self._calls), handler)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -99,8 +90,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(
         self,
         service: str,
-        gate: Gate,
-        observers: Sequence[CallObserver],
+        gate: CallGate,
         open_services: Collection[str] = (),
         open_calls: OpenCalls | None = None,
     ) -> None:
@@ -109,11 +99,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         Args:
             service: full name of the one whose methods are named without it; any other method has its full name.
             gate: comes before a byte of the request is looked at.
-            observers: see every guarded call, in this order; each must neither raise nor take long.
-            open_services: full names of those that pass neither gate nor observers.
+            open_services: full names of those that don't pass the gate.
             open_calls: where the calls of those that run are found; None: nowhere.
         """
-        self._service, self._gate, self._observers = service, gate, tuple(observers)
+        self._service, self._gate = service, gate
         self._open_services = frozenset(open_services)
         self._open = OpenInterceptor(open_services, open_calls)
 
@@ -128,68 +117,60 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(self._guarded(UNKNOWN_METHOD, _unknown))
         name = method if service == self._service else f"{service}/{method}"
-        serializer = _passing_bytes(handler.response_serializer)
-        return _method_handler(self._guarded(name, _from_bytes(handler)), handler, serializer)
+        serializer = passing_bytes(handler.response_serializer)
+        return method_handler(self._guarded(name, from_bytes(handler)), handler, serializer)
 
     def _guarded(self, method: str, behavior: Behavior) -> Behavior:
-        """Run a method so that every way to fail ends in a status, and every end is seen."""
+        """Run a method so that every way to fail ends in a status, and every end is observed."""
 
         async def guarded(requests: AsyncIterator[bytes], context: "Context") -> Any:
             metadata = tuple(context.invocation_metadata() or ())
             call = CallRecord(method, context.peer(), metadata, caller_request_id(metadata))
-            # Not when the method returns: grpc keeps an answer for as long as its caller reads none of it
-            context.add_done_callback(lambda _: call.held.close())  # type: ignore[arg-type] # the stub has no protocol
-            with self._observed(call), entered(call):
-                try:
-                    call.held.enter_context(self._gate(call, context))
-                    response = await behavior(requests, context)
-                    set_code: grpc.StatusCode | None = context.code()
-                    call.code = set_code or grpc.StatusCode.OK
-                    return response
-                except Exception as error:
-                    await _end(call, context, error)
-                except asyncio.CancelledError:
-                    call.code = _code_of_cancelled(context)
-                    raise
+            held = ExitStack()
+            # Not when the method returns: grpc keeps a response for as long as its client reads none of it
+            context.add_done_callback(lambda _: held.close())  # type: ignore[arg-type] # the stub has no protocol
+            try:
+                with self._gate.call(call, context.auth_context(), held):
+                    return await _run(call, behavior(requests, context), context)
+            except RefusalError as refusal:
+                await _send_status(context, refusal, call.request_id)
 
         return guarded
 
-    @contextmanager
-    def _observed(self, call: CallRecord) -> "Iterator[None]":
-        begun_s = time.monotonic()
-        for observer in self._observers:
-            observer.begin(call)
-        try:
-            yield
-        finally:
-            call.duration_s = time.monotonic() - begun_s
-            for observer in self._observers:
-                observer.end(call)
 
+async def _run(call: CallRecord, response: Awaitable[Any], context: "Context") -> Any:
+    """Await a guarded method's response; what the method raises becomes a RefusalError, or has its code in the record.
 
-async def _end(call: CallRecord, context: "Context", error: Exception) -> None:
-    """End a call whose method has raised."""
-    match error:
-        case grpc.aio.AbortError():  # of a method that has sent its status itself
-            call.code = context.code()
-            raise error
-        case grpc.aio.BaseError():  # grpc continues with this call no more: the server has stopped
-            _log.warning("%s was ended by grpc: %s", call.method, type(error).__name__)
-            call.code = grpc.StatusCode.UNAVAILABLE
-            raise asyncio.CancelledError from None
-        case CallerGoneError():
-            call.code = _code_of_cancelled(context)
-        case RefusalError():
-            await _refuse(call, context, error)
-        case NotImplementedError():  # what generated code raises for a method that its service lacks
-            await _refuse(call, context, _unknown_method())
-        case _:
-            _log.error("%s failed", call.method, exc_info=error)
-            await _refuse(call, context, internal_error())
+    A method that nobody waits for any more, because the call is over, ends with CancelledError: grpc logs all else.
+    """
+    try:
+        found = await response
+        call.code = _code_of(context)
+    except grpc.aio.AbortError:  # of a method that has sent its status itself
+        call.code = _code_of(context)
+        raise
+    except grpc.aio.BaseError as error:  # grpc has ended this call: the server has stopped
+        _log.warning("%s was ended by grpc: %s", call.method, type(error).__name__)
+        call.code = Code.UNAVAILABLE
+        raise asyncio.CancelledError from None
+    except CallerGoneError:
+        call.code = _code_of_cancelled(context)
+        return None
+    except asyncio.CancelledError:
+        call.code = _code_of_cancelled(context)
+        raise
+    except RefusalError:
+        raise
+    except NotImplementedError:  # what generated code raises for a method that its service lacks
+        raise _unknown_method() from None
+    except Exception as error:
+        _log.error("%s failed", call.method, exc_info=error)
+        raise internal_error() from error
+    return found
 
 
 def _quiet(method: str, behavior: Behavior, calls: OpenCalls) -> Behavior:
-    """Run a method that anybody may call: no failure is an error in the log, as each could be a caller's doing."""
+    """Run a method that anybody may call: no failure is an error in the log, as a client could bring each about."""
 
     async def quiet(requests: AsyncIterator[bytes], context: "Context") -> Any:
         try:
@@ -211,66 +192,12 @@ def _quiet(method: str, behavior: Behavior, calls: OpenCalls) -> Behavior:
     return quiet
 
 
-# ---- methods ----
-
-
 def _service_and_method(details: grpc.HandlerCallDetails) -> tuple[str, str]:
     service, _, method = details.method.removeprefix("/").rpartition("/")
     return service, method
 
 
-def _method_handler(
-    behavior: Behavior, handler: "Handler", serializer: Callable[[Any], bytes] | None = None
-) -> "Handler":
-    """Return a handler that gives `behavior` an iterator of bytes, and responds as `handler` does.
-
-    Without a deserialiser grpc hands over bytes. Left to it, a frame that doesn't parse would be answered with UNKNOWN
-    and protobuf's own text before any of our code sees the call.
-    """
-    kind = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
-    return kind(behavior, None, serializer or handler.response_serializer)
-
-
-def _from_bytes(handler: "Handler") -> Behavior:
-    """Return the method of a handler of any kind, fed from a stream of bytes, writing what it yields."""
-    parse = _parser(handler.request_deserializer)
-    methods: tuple[Behavior | None, ...] = (
-        handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream
-    )  # fmt: skip
-    method = _written(next(filter(None, methods)))
-    if handler.request_streaming:
-        return lambda requests, context: method(_parsed(requests, parse), context)
-    return _from_stream(method, parse)
-
-
-def _from_stream(behavior: Behavior, parse: Parse) -> Behavior:
-    """A unary method, fed from a stream of one message.
-
-    grpc.aio leaves a unary call that ends before its message is whole without any status, for ever.
-    """
-
-    async def fed(requests: AsyncIterator[bytes], context: "Context") -> Any:
-        data = await anext(requests, None)
-        if data is None:
-            raise RefusalError(Reason.MALFORMED_REQUEST, "the call ended before a whole message came")
-        return await behavior(parse(data), context)
-
-    return fed
-
-
-def _written(behavior: Behavior) -> Behavior:
-    """Return a method that writes its responses, also of one that yields them."""
-
-    async def written(request: Any, context: "Context") -> Any:
-        responses = behavior(request, context)
-        if inspect.isawaitable(responses):
-            return await responses
-        async with aclosing(responses):
-            async for response in responses:
-                await context.write(response)
-        return None
-
-    return written
+# ---- ends ----
 
 
 async def _unknown(requests: AsyncIterator[bytes], context: "Context") -> None:
@@ -281,50 +208,23 @@ def _unknown_method() -> RefusalError:
     return RefusalError(Reason.METHOD_NOT_FOUND, "this server has no such method")
 
 
-# ---- ends ----
+def _code_of(context: "Context") -> Code:
+    """Return the code that a method has set; OK if it has set none."""
+    found: grpc.StatusCode | None = context.code()
+    return Code.OK if found is None else Code[found.name]
 
 
-def _code_of_cancelled(context: "Context") -> grpc.StatusCode:
-    """What the caller saw: grpc cancels a method at its deadline, too."""
+def _code_of_cancelled(context: "Context") -> Code:
+    """Return what the client saw: grpc cancels a method at its deadline, too."""
     remaining_s = context.time_remaining()
     late = remaining_s is not None and remaining_s <= 0
-    return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-
-
-async def _refuse(call: CallRecord, context: "Context", refusal: RefusalError) -> None:
-    call.code, call.reason = refusal.code, refusal.reason.value
-    await _send_status(context, refusal, call.request_id)
+    return Code.DEADLINE_EXCEEDED if late else Code.CANCELLED
 
 
 async def _send_status(context: "Context", refusal: RefusalError, request_id: str) -> None:
-    """End a call, but don't wait for a caller who reads nothing: grpc has the status, and sends it if they do."""
+    """End a call without waiting for a client that reads nothing: grpc sends it the status if it does read."""
     try:
         async with asyncio.timeout(_STATUS_TIMEOUT_S):
-            await context.abort(refusal.code, str(refusal), refusal.trailing_metadata(request_id))
-    except (TimeoutError, grpc.aio.InternalError):  # … or the caller has left meanwhile
+            await context.abort(STATUS_CODES[refusal.code], str(refusal), trailing_metadata(refusal, request_id))
+    except (TimeoutError, grpc.aio.InternalError):  # … or the client has left meanwhile
         raise asyncio.CancelledError from None  # the way to end a method of which grpc doesn't complain in the log
-
-
-# ---- messages ----
-
-
-def _parser(deserializer: Parse | None) -> Parse:
-    def parse(data: bytes) -> Any:
-        try:
-            return deserializer(data) if deserializer else data
-        except DecodeError:
-            raise RefusalError(Reason.MALFORMED_REQUEST, "the message doesn't parse (strings must be UTF-8)") from None
-
-    return parse
-
-
-async def _parsed(requests: AsyncIterator[bytes], parse: Parse) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield parse(request)
-
-
-def _passing_bytes(serializer: Callable[[Any], bytes] | None) -> Callable[[Any], bytes] | None:
-    """Large responses are serialised off the event loop before they get here."""
-    if serializer is None:
-        return None
-    return lambda response: response if isinstance(response, bytes) else serializer(response)

@@ -1,12 +1,16 @@
 """The addresses that the server listens on, and gRPC's options for them."""
 
+from collections.abc import Callable
+
 import grpc
 from bilm_api.constants import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
 
+from bilm_server.addresses import socket_path
 from bilm_server.config import ServerConfig
 from bilm_server.descriptors import connection_options
+from bilm_server.errors import BindError
 from bilm_server.tls import server_credentials
-from bilm_server.unix_sockets import UnixSocket, socket_path
+from bilm_server.unix_sockets import UnixSocket
 
 _MIB = 2**20
 _MAX_HEADER_BYTES = 16 * 1024
@@ -26,17 +30,21 @@ _OPTIONS = (
 )
 
 
-class BindError(Exception):
-    """An address can't be listened on."""
+Tls = Callable[[], grpc.ServerCredentials | None]
+"""Returns the credentials of an address when it is first bound; None: no TLS."""
+
+
+def no_tls() -> None:
+    """Return no credentials."""
 
 
 def channel_options(config: ServerConfig, max_connections: int) -> tuple[tuple[str, int], ...]:
-    """GRPC's options of the server that answers calls."""
+    """Return gRPC's options for the server that answers calls."""
     return (*_OPTIONS, *connection_options(max_connections, config.max_connection_age_s))
 
 
 def credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
-    """For TLS, if that is configured.
+    """Return credentials for TLS, if that is configured.
 
     Raises:
         ConfigurationError: if a file isn't what it should be.
@@ -49,13 +57,13 @@ def credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
 class TcpAddress:
     """HOST:PORT to listen on; a free port that was found is kept."""
 
-    def __init__(self, name: str, listen: str, tls: grpc.ServerCredentials | None = None) -> None:
+    def __init__(self, name: str, listen: str, tls: Tls = no_tls) -> None:
         """Keep what `bind` needs.
 
         Args:
             name: of the setting, for errors.
             listen: HOST:PORT; port 0: any free one.
-            tls: None: none.
+            tls: returns its credentials.
         """
         self._name, self._listen, self._tls = name, listen, tls
 
@@ -67,8 +75,9 @@ class TcpAddress:
 
         Raises:
             BindError: if the address can't be listened on.
+            ConfigurationError: if the files of TLS can't be used.
         """
-        add, tls = server.add_insecure_port, self._tls
+        add, tls = server.add_insecure_port, self._tls()
         try:
             port = add(self._listen) if tls is None else server.add_secure_port(self._listen, tls)
         except RuntimeError as error:
@@ -83,13 +92,13 @@ class TcpAddress:
 class UnixAddress:
     """unix:PATH to listen on; one server at a time owns the path, until `release`."""
 
-    def __init__(self, name: str, listen: str, tls: grpc.ServerCredentials | None = None) -> None:
+    def __init__(self, name: str, listen: str, tls: Tls = no_tls) -> None:
         """Keep what `bind` needs.
 
         Args:
             name: of the setting, for errors.
             listen: unix:PATH or unix:///PATH.
-            tls: None: none.
+            tls: returns its credentials.
         """
         self._name, self._listen, self._tls = name, listen, tls
         self._socket = UnixSocket(socket_path(listen))
@@ -102,10 +111,11 @@ class UnixAddress:
 
         Raises:
             BindError: if another server listens here, or the path can't be used.
+            ConfigurationError: if the files of TLS can't be used.
         """
         try:
             self._socket.claim()
-            self._socket.bind(server, self._tls)
+            self._socket.bind(server, self._tls())
         except OSError as error:
             place = f": {error.filename}" if error.filename else ""
             raise BindError(f"{self._name}: can't listen on {self._listen}{place}: {error.strerror}") from error
@@ -121,7 +131,7 @@ class UnixAddress:
 Address = TcpAddress | UnixAddress
 
 
-def address(name: str, listen: str, tls: grpc.ServerCredentials | None = None) -> Address:
+def address(name: str, listen: str, tls: Tls = no_tls) -> Address:
     """Return what listens on HOST:PORT, unix:PATH or unix:///PATH."""
     kind = UnixAddress if listen.startswith("unix:") else TcpAddress
     return kind(name, listen, tls)

@@ -17,9 +17,11 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from bilm_server.calls import CallRecord
+from bilm_server.errors import Code
+from bilm_server.log_levels import PARTS
 
 _access_log = logging.getLogger("bilm_server.access")
 _test_log = logging.getLogger("bilm_server.test")
@@ -31,46 +33,6 @@ _PLAIN_VALUE = re.compile(r"[\w.:/@%\[\]-]+")
 
 _MAX_QUEUED_BYTES = 4 * 2**20
 _FLUSH_TIMEOUT_S = 2.0
-
-OFF: Final = logging.CRITICAL + 1
-_LEVELS: Final = {
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-    "off": OFF,
-}
-PARTS: Final[Mapping[str, tuple[str, ...]]] = {
-    **{
-        part: (f"bilm_server.{part}",)
-        for part in (
-            "acceptor", "access", "alerts", "auth", "descriptors", "errors", "health", "inference", "lifecycle", "main",
-            "metrics", "ready_port", "test", "tls", "watchdog",
-        )
-    },
-    "model": ("bilm_model",),
-    "tracing": ("opentelemetry",),
-}  # fmt: skip
-"""What can be switched by itself: parts, and the loggers of each."""
-
-
-def parse_levels(text: str) -> dict[str, int]:
-    """Reads levels of single parts, as in "access=off,health=debug".
-
-    Raises:
-        ValueError: naming every bad item, and what is known.
-    """
-    levels, bad = {}, []
-    for item in filter(None, map(str.strip, text.split(","))):
-        part, _, level = (word.strip() for word in item.partition("="))
-        if part in PARTS and level in _LEVELS:
-            levels[part] = _LEVELS[level]
-        else:
-            bad.append(item)
-    if bad:
-        known = f"{', '.join(sorted(PARTS))}; levels: {', '.join(_LEVELS)}"
-        raise ValueError(f"can't read {', '.join(map(repr, bad))}: expected PART=LEVEL, parts: {known}")
-    return levels
 
 
 class LineWriter:
@@ -367,7 +329,7 @@ class AccessLog:
 def _fields(call: CallRecord, trace_id: str) -> dict[str, str | int | float]:
     fields: dict[str, str | int | float] = {
         "method": call.method,
-        "code": "UNKNOWN" if call.code is None else call.code.name,
+        "code": call.code or Code.UNKNOWN,
         "reason": call.reason,
         "duration_ms": round(1000 * call.duration_s, 3),
         "queue_ms": round(1000 * call.queue_s, 3),

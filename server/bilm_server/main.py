@@ -14,14 +14,16 @@ from bilm_system.files import reason
 from bilm_system.terminal import run_command
 
 from bilm_server.alerts import AlertHandler
+from bilm_server.app import build_server
 from bilm_server.checking import check
-from bilm_server.config import ConfigurationError, ServerConfig, load_config
+from bilm_server.config import ServerConfig
+from bilm_server.config_sources import load_config
+from bilm_server.errors import BindError, ConfigurationError, EngineLostError
 from bilm_server.lifecycle import Server
-from bilm_server.listening import BindError
-from bilm_server.logs import Logs, configure_logs, parse_levels
-from bilm_server.monitoring import Losses
+from bilm_server.log_levels import parse_levels
+from bilm_server.logs import Logs, configure_logs
+from bilm_server.metrics import DropCounts
 from bilm_server.served_model import load_served_model
-from bilm_server.watchdog import EngineLostError
 
 _log = logging.getLogger("bilm_server.main")
 
@@ -73,7 +75,7 @@ def _serve(config: ServerConfig, logs: Logs) -> int:
     # Until the event loop takes over: process 1 of a container gets only those signals that it handles
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        asyncio.run(_run(config, Losses(lambda: logs.dropped, lambda: alerts.dropped if alerts else 0)))
+        asyncio.run(_run(config, DropCounts(lambda: logs.dropped, lambda: alerts.dropped if alerts else 0)))
     except (BindError, ConfigurationError, ModelError) as error:
         logs.flush()
         print(f"bilm-serve: {error}", file=sys.stderr)
@@ -102,7 +104,7 @@ def _start_alerts(config: ServerConfig) -> AlertHandler | None:
     return alerts
 
 
-async def _run(config: ServerConfig, losses: Losses) -> None:
+async def _run(config: ServerConfig, drops: DropCounts) -> None:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     model = load_served_model(config)
     _log.info(
@@ -114,7 +116,7 @@ async def _run(config: ServerConfig, losses: Losses) -> None:
             "bfloat16 products aren't native here: they are computed in float32 from rounded factors, which takes the "
             "memory of float32 and may be slower than --precision float32"
         )
-    server = Server(config, model, losses)
+    server = build_server(config, model, drops)
     _stop_on_signals(server)
     try:
         await server.start()

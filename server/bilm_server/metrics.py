@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-import grpc
 from bilm_system.control_groups import memory_limit_bytes
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
@@ -16,6 +15,7 @@ from prometheus_client.registry import Collector
 import bilm_server
 from bilm_server.admission import Cost
 from bilm_server.calls import CallRecord
+from bilm_server.errors import Code
 from bilm_server.resources import Gpu
 
 METHODS = ("Embed", "EmbedStream", "GetModel")
@@ -38,9 +38,26 @@ class Taken:
     limit: Cost
 
 
+@dataclass(frozen=True)
+class DropCounts:
+    """What the process has lost of log lines and alerts, since its start.
+
+    Attributes:
+        log_lines: that were not written.
+        alerts: that were not sent.
+    """
+
+    log_lines: Callable[[], int]
+    alerts: Callable[[], int]
+
+
+NO_DROPS = DropCounts(lambda: 0, lambda: 0)
+"""Of a process that has no log of its own."""
+
+
 @dataclass(frozen=True, eq=False)
 class ServerView:
-    """What the metrics are told of the running server. Each function is called at each scrape, from another thread.
+    """What is read of the running server. Each function is called at each scrape, from another thread.
 
     Attributes:
         model: labels of `bilm_model_info`: name, version, precision, backend, tokenizer.
@@ -54,8 +71,7 @@ class ServerView:
         cache: hits and misses of token vectors since the start.
         ticks: of the engine since the start.
         admitted: by room: "unary" and "stream".
-        log_lines_dropped: since the start.
-        alerts_dropped: since the start.
+        drops: log lines and alerts lost.
         no_log_calls: kept out of the access log since the start, by caller; "": without authentication.
         spans_failed: since the start.
         gpu: that computes; None: a CPU does.
@@ -64,7 +80,7 @@ class ServerView:
     model: Mapping[str, str]
     kernel_paths: Callable[[], Mapping[str, str]]
     max_rows: int
-    max_connections: int
+    max_connections: Callable[[], int]
     serving: Callable[[], bool]
     stalled_s: Callable[[], float]
     rows: Callable[[], int]
@@ -72,21 +88,20 @@ class ServerView:
     cache: Callable[[], tuple[int, int]]
     ticks: Callable[[], int]
     admitted: Callable[[], Mapping[str, Taken]]
-    log_lines_dropped: Callable[[], int]
-    alerts_dropped: Callable[[], int]
+    drops: DropCounts
     no_log_calls: Callable[[], Mapping[str, int]]
     spans_failed: Callable[[], int]
     gpu: Gpu | None = None
 
 
 class Metrics:
-    """All metrics of a server, in a registry of their own; sees every call (`CallObserver`).
+    """Counts calls and rounds in a registry of its own; sees every call (`CallObserver`).
 
     Calls marked as tests count like any others: load is load.
     """
 
-    def __init__(self, view: ServerView) -> None:
-        """Names the metrics; those of `view` are read at each scrape."""
+    def __init__(self) -> None:
+        """Name the metrics."""
         self.registry = CollectorRegistry()
         self._in_flight = self._gauge("requests_in_flight", "Calls begun and not ended.", "method")
         self._requests = self._counter("requests", "Calls ended.", "method", "code")
@@ -99,7 +114,6 @@ class Metrics:
         self._rounds = self._counter("rounds", "Rounds of the engine.", "result")
         self._rows = Histogram("bilm_round_rows", "Sentences in a round.", buckets=_ROWS, registry=self.registry)
         self._show_zeros()
-        self.registry.register(_ViewCollector(view))
         ProcessCollector(registry=self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -134,9 +148,8 @@ class Metrics:
 
     def end(self, call: CallRecord) -> None:
         """Counts a call out, and what it did."""
-        code = grpc.StatusCode.UNKNOWN if call.code is None else call.code
         self._in_flight.labels(call.method).dec()
-        self._requests.labels(call.method, code.name).inc()
+        self._requests.labels(call.method, call.code or Code.UNKNOWN).inc()
         self._durations.labels(call.method).observe(call.duration_s)
         if call.reason:
             self._refusals.labels(call.method, call.reason).inc()
@@ -158,13 +171,14 @@ class Metrics:
             self._rows.observe(rows)
 
 
-class _ViewCollector(Collector):
-    """What is read at each scrape."""
+class ServerCollector(Collector):
+    """Metrics that are read from the running server at each scrape."""
 
     def __init__(self, view: ServerView) -> None:
         self._view = view
 
     def collect(self) -> Iterator[Metric]:
+        """Yield each metric; part of prometheus_client's interface."""
         view = self._view
         yield InfoMetricFamily("bilm_model", "The model served.", dict(view.model))
         yield InfoMetricFamily("bilm_build", "Versions.", _build_info())
@@ -174,14 +188,14 @@ class _ViewCollector(Collector):
         yield _one("bilm_slots", "Sentences that can be computed at a time.", view.max_rows)
         yield _one("bilm_slots_in_use", "Sentences being computed.", view.rows())
         yield _one("bilm_waiting_sentences", "Sentences that wait for the engine.", view.waiting_sentences())
-        yield _one("bilm_connections_limit", "Connections at a time; 0: no limit.", view.max_connections)
+        yield _one("bilm_connections_limit", "Connections at a time; 0: no limit.", view.max_connections())
         yield _one("bilm_memory_limit_bytes", "Of the control group or the machine.", memory_limit_bytes())
         yield _count("bilm_engine_ticks", "Steps of all rounds.", view.ticks())
         hits, misses = view.cache()
         yield _count("bilm_token_cache_hits", "Tokens whose vector was there already.", hits)
         yield _count("bilm_token_cache_misses", "Tokens whose vector was computed.", misses)
-        yield _count("bilm_log_lines_dropped", "Log lines lost.", view.log_lines_dropped())
-        yield _count("bilm_alerts_dropped", "Errors that no alert could be sent about.", view.alerts_dropped())
+        yield _count("bilm_log_lines_dropped", "Log lines lost.", view.drops.log_lines())
+        yield _count("bilm_alerts_dropped", "Errors that no alert could be sent about.", view.drops.alerts())
         yield _count("bilm_trace_spans_failed", "Spans that the collector didn't take.", view.spans_failed())
         yield _no_log_calls(view.no_log_calls())
         yield from _admission(view.admitted())

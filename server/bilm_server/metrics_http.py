@@ -11,7 +11,8 @@ from contextlib import suppress
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from bilm_server.config import split_address
+from bilm_server.addresses import split_address
+from bilm_server.errors import BindError
 
 _log = logging.getLogger("bilm_server.metrics")
 
@@ -39,7 +40,7 @@ class MetricsExporter:
         start_timeout_s: float = _START_TIMEOUT_S,
         new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
     ) -> None:
-        """Keep what is to be offered; call `start` to listen.
+        """Keep what is to be offered; call `start`, or `open`, to listen.
 
         Args:
             registry: what to offer.
@@ -49,17 +50,34 @@ class MetricsExporter:
             new_loop: makes the thread's event loop.
         """
         self._start_timeout_s, self._new_loop = start_timeout_s, new_loop
-        self._registry, self._listen = registry, split_address(listen)
+        self._registry, self._setting, self._listen = registry, listen, split_address(listen)
         self._exchange_timeout_s = exchange_timeout_s
-        self._n_connections = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop_asked = asyncio.Event()
         self._thread: threading.Thread | None = None
         self.address = ""
         """HOST:PORT, once it has started."""
+        self.n_connections = 0
+        """Connections open now."""
 
-    def start(self) -> None:
-        """Listen.
+    async def start(self) -> str:
+        """Listen, and return the line that the log has about it.
+
+        Raises:
+            BindError: if that isn't possible.
+        """
+        try:
+            await asyncio.to_thread(self.open)
+        except OSError as error:
+            raise BindError(f"metrics_listen: can't listen on {self._setting}") from error
+        return f"metrics on http://{self.address}/metrics"
+
+    async def stop(self) -> None:
+        """End it, connections included; idempotent."""
+        await asyncio.to_thread(self.close)
+
+    def open(self) -> None:
+        """Listen; blocks until the thread does.
 
         Raises:
             OSError: if the address can't be listened on, or the thread doesn't begin to in time.
@@ -78,8 +96,8 @@ class MetricsExporter:
             self._stop_asked.set()  # for when it does begin
             raise TimeoutError(f"its thread did not begin within {self._start_timeout_s:g} s") from None
 
-    def stop(self) -> None:
-        """End it, connections included; idempotent."""
+    def close(self) -> None:
+        """End it, connections included; blocks until the thread has ended; idempotent."""
         if self._thread is not None and self._loop is not None:
             with suppress(RuntimeError):  # the loop is closed: the thread has ended, or is about to
                 self._loop.call_soon_threadsafe(self._stop_asked.set)
@@ -104,15 +122,15 @@ class MetricsExporter:
         server.close()  # and asyncio.run cancels what is still going on
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._n_connections += 1
+        self.n_connections += 1
         try:
-            if self._n_connections <= _MAX_CONNECTIONS:
+            if self.n_connections <= _MAX_CONNECTIONS:
                 async with asyncio.timeout(self._exchange_timeout_s):
                     await self._exchange(reader, writer)
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             _log.debug("a scrape failed: %s", type(error).__name__)
         finally:
-            self._n_connections -= 1
+            self.n_connections -= 1
             writer.transport.abort()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

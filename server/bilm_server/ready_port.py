@@ -8,6 +8,9 @@ import asyncio
 import logging
 from typing import Final, Protocol
 
+from bilm_server.addresses import split_address
+from bilm_server.errors import BindError
+
 _log = logging.getLogger("bilm_server.ready_port")
 
 GREETING: Final = b"READY\n"
@@ -28,22 +31,23 @@ class Readiness(Protocol):
         """An event that is set at the next change."""
 
 
-class ReadyPort:
+class ReadinessPort:
     """Follows readiness in a task of its own: listening while the server is ready, always on the same port.
 
     Health never waits for the port. One that can't be opened again is an error in the log, once, and is tried again
     until it opens.
     """
 
-    def __init__(self, host: str, port: int, retry_s: float = _RETRY_S) -> None:
+    def __init__(self, listen: str, readiness: Readiness, retry_s: float = _RETRY_S) -> None:
         """Keep the address; call `start` to bind it.
 
         Args:
-            host: to listen on.
-            port: 0: any free one, the same each time.
+            listen: HOST:PORT; port 0: any free one, the same each time.
+            readiness: is followed.
             retry_s: seconds between attempts to open a port that was taken by another process.
         """
-        self._host, self._port, self._retry_s = host, port, retry_s
+        self._listen, self._readiness, self._retry_s = listen, readiness, retry_s
+        self._host, self._port = split_address(listen)
         self._bound: asyncio.Server | None = None
         self._following: asyncio.Task[None] | None = None
 
@@ -52,14 +56,18 @@ class ReadyPort:
         """Where it listens, once it has started."""
         return self._port
 
-    async def start(self, readiness: Readiness) -> None:
-        """Bind the address without listening on it, and follow `readiness` from now on.
+    async def start(self) -> str:
+        """Bind the address without listening on it, and follow readiness from now on; there is nothing to log.
 
         Raises:
-            OSError: if the address can't be bound.
+            BindError: if the address can't be bound.
         """
-        await self._bind()
-        self._following = asyncio.create_task(self._follow(readiness))
+        try:
+            await self._bind()
+        except OSError as error:
+            raise BindError(f"ready_listen: can't listen on {self._listen}") from error
+        self._following = asyncio.create_task(self._follow())
+        return ""
 
     async def stop(self) -> None:
         """Close the port and follow no more; idempotent."""
@@ -68,10 +76,10 @@ class ReadyPort:
             await asyncio.gather(self._following, return_exceptions=True)
         self._close()
 
-    async def _follow(self, readiness: Readiness) -> None:
+    async def _follow(self) -> None:
         while True:
-            changed = readiness.changed
-            if readiness.serving:
+            changed = self._readiness.changed
+            if self._readiness.serving:
                 await self._open(changed)
             else:
                 self._close()

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from bilm_system.files import open_ordinary
 
-from bilm_server.config import ConfigurationError
+from bilm_server.errors import ConfigurationError
 
 T = TypeVar("T")
 

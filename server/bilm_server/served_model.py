@@ -16,7 +16,8 @@ from bilm_model.tokenization.tokenizers import new_tokenizer
 from bilm_model.tokenization.types import Tokenizer
 from bilm_model.weights.loading import load
 
-from bilm_server.config import ConfigurationError, ServerConfig
+from bilm_server.config import ServerConfig
+from bilm_server.errors import ConfigurationError
 
 _log = logging.getLogger("bilm_server.main")
 

@@ -19,6 +19,7 @@ from bilm_server.conversions import INLINE_BYTES
 from bilm_server.errors import RefusalError
 from bilm_server.jobs import Call, Job, Outcome
 from bilm_server.parts import Parts
+from bilm_server.protocols.grpc.status import status_of
 from bilm_server.requests import PreparedSentence, Wanted, check_model, parse_options, prepare_sentence, priced_tokens
 from bilm_server.served_model import ServedModel
 from bilm_server.stream import StreamSession
@@ -225,7 +226,7 @@ def _response(
     results, done = [], []
     for sentence, outcome in zip(prepared, outcomes, strict=True):
         if isinstance(outcome, RefusalError):
-            results.append(embed_pb2.EmbedResult(error=outcome.status()))
+            results.append(embed_pb2.EmbedResult(error=status_of(outcome)))
         elif isinstance(sentence, PreparedSentence):
             done.append((sentence, outcome))
             embedding = responses.embedding(sentence, outcome, wanted, model)

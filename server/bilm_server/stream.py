@@ -10,9 +10,10 @@ from bilm_api.v1 import embed_pb2
 from bilm_server import responses
 from bilm_server.admission import Cost
 from bilm_server.calls import current_call
-from bilm_server.errors import CallerGoneError, RefusalError
+from bilm_server.errors import CallerGoneError, Code, RefusalError
 from bilm_server.jobs import Call, Job, Outcome
 from bilm_server.parts import Parts
+from bilm_server.protocols.grpc.status import status_of
 from bilm_server.requests import PreparedSentence, State, Wanted, check_model, parse_options, prepare_sentence
 
 Write = Callable[[embed_pb2.EmbedStreamResponse], Awaitable[None]]
@@ -154,11 +155,11 @@ class StreamSession:
 
     async def _fail(self, item_id: int, error: RefusalError) -> None:
         """Answers an item with an error, unless the error isn't the item's: then the whole stream had better move."""
-        if error.code is grpc.StatusCode.UNAVAILABLE:
+        if error.code is Code.UNAVAILABLE:
             raise error
         current_call().sentence_failed()
         self._ids.remove(item_id)
-        await self._send(embed_pb2.EmbedStreamResponse(id=item_id, error=error.status()))
+        await self._send(embed_pb2.EmbedStreamResponse(id=item_id, error=status_of(error)))
 
     async def _send(self, message: embed_pb2.EmbedStreamResponse) -> None:
         async with self._writing:

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from typing import Any, Final
 from urllib.parse import unquote
 
-import grpc
 from bilm_system.proxies import WITHOUT_PROXY, is_local_url
 
 import bilm_server
 from bilm_server.calls import UNKNOWN_METHOD, CallRecord
-from bilm_server.config import ConfigurationError
+from bilm_server.errors import Code, ConfigurationError
 
 try:
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -36,12 +35,12 @@ _STOP_TIMEOUT_S = 5.0
 # By OpenTelemetry's conventions; all others are the caller's errors, which leave a server's span as it is
 _SERVER_ERRORS: Final = frozenset(
     {
-        grpc.StatusCode.UNKNOWN,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.UNIMPLEMENTED,
-        grpc.StatusCode.INTERNAL,
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.DATA_LOSS,
+        Code.UNKNOWN,
+        Code.DEADLINE_EXCEEDED,
+        Code.UNIMPLEMENTED,
+        Code.INTERNAL,
+        Code.UNAVAILABLE,
+        Code.DATA_LOSS,
     }
 )
 
@@ -171,7 +170,7 @@ def _client(peer: str) -> Attributes:
 
 
 def _outcome(call: CallRecord) -> Attributes:
-    code = (grpc.StatusCode.UNKNOWN if call.code is None else call.code).name
+    code = call.code or Code.UNKNOWN
     attributes: Attributes = {
         "rpc.response.status_code": code,
         "bilm.sentences": call.sentences,

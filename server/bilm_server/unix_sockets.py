@@ -8,48 +8,19 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
 import socket
 import stat
 from pathlib import Path
-from typing import Final
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import grpc
 from bilm_system.files import lock
 
+from bilm_server.addresses import private_path
+
 _log = logging.getLogger("bilm_server.acceptor")
 
-MAX_PATH_BYTES: Final = 107
-"""Of a Unix socket's path on Linux, without the 0 at its end."""
-
-_PRIVATE_NAME_BYTES = 8
 _PROBE_TIMEOUT_S = 1.0
-
-
-def socket_path(target: str) -> Path:
-    """Return the path of unix:PATH or unix:///PATH, which is percent-encoded as in gRPC's targets.
-
-    Raises:
-        ValueError: if it is anything else, or too long.
-    """
-    text = target.removeprefix("unix:")
-    if text.startswith("//"):
-        text = text.removeprefix("//")
-        if not text.startswith("/"):
-            raise ValueError("expected unix:PATH or unix:///ABSOLUTE_PATH")
-    if "?" in text or "#" in text:
-        raise ValueError("expected %3F and %23 in place of ? and # in a Unix socket's path")
-    text = unquote(text, errors="surrogateescape")
-    if not text or text.endswith("/") or "\0" in text:
-        raise ValueError("a Unix socket needs a path, as in unix:/run/bilm.sock")
-    n_bytes = max(len(os.fsencode(text)), len(os.fsencode(_private_path(text))))
-    if n_bytes > MAX_PATH_BYTES:
-        raise ValueError(
-            f"a Unix socket's path may have {MAX_PATH_BYTES} bytes, its name counting as {_PRIVATE_NAME_BYTES} at "
-            f"least, found {n_bytes}"
-        )
-    return Path(text)
 
 
 def check_kinds(path: Path) -> None:
@@ -102,7 +73,7 @@ class UnixSocket:
             OSError: if it can't be bound.
             RuntimeError: likewise, by gRPC.
         """
-        private = _private_path(str(self._path))
+        private = private_path(str(self._path))
         address = f"unix:{quote(private)}"
         if tls is None:
             server.add_insecure_port(address)
@@ -128,13 +99,6 @@ class UnixSocket:
 
 def _lock_path(path: Path) -> Path:
     return path.with_name(path.name + ".lock")
-
-
-def _private_path(path: str) -> str:
-    """Return a path in the same folder that no other process uses."""
-    folder, _, _ = path.rpartition("/")
-    name = "." + secrets.token_hex(_PRIVATE_NAME_BYTES)[: _PRIVATE_NAME_BYTES - 1]
-    return f"{folder}/{name}" if "/" in path else name
 
 
 def _locked(path: Path) -> int:

@@ -5,13 +5,11 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from bilm_server.errors import EngineLostError
+
 _log = logging.getLogger("bilm_server.watchdog")
 
 _INTERVAL_S = 0.25
-
-
-class EngineLostError(Exception):
-    """The engine won't recover in this process; the message says what is wrong with it."""
 
 
 class Watched(Protocol):

@@ -8,7 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
-import bilm_server.lifecycle
+import bilm_server.app
 from bilm_model.engine.engine import Engine
 from bilm_server.compute import ModelCompute
 from bilm_server.jobs import Computed, Job
@@ -63,5 +63,5 @@ class FaultyCompute(ModelCompute):
 
 
 if __name__ == "__main__":
-    vars(bilm_server.lifecycle)["ModelCompute"] = FaultyCompute
+    vars(bilm_server.app)["ModelCompute"] = FaultyCompute
     sys.exit(main())

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from bilm_server.config import ServerConfig, load_config
+from bilm_server.config import ServerConfig
+from bilm_server.config_sources import load_config
 from grpc_health.v1 import health_pb2
 
 from tests.fault.balancer_support import HAPROXY_CONFIG, ROOT, program

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from bilm_server.admission import Cost
 from bilm_server.calls import CallRecord
-from bilm_server.metrics import Metrics, ServerView, Taken
+from bilm_server.errors import Code
+from bilm_server.metrics import NO_DROPS, Metrics, ServerCollector, ServerView, Taken
 from bilm_server.metrics_http import MetricsExporter
 from bilm_server.resources import Gpu
 
@@ -48,7 +48,7 @@ def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
         model={"name": "tiny", "version": "abc", "precision": "float32", "backend": "cpu", "tokenizer": "moses-en"},
         kernel_paths=lambda: {"products": "prepacked", "elementwise": "fused"},
         max_rows=128,
-        max_connections=900,
+        max_connections=lambda: 900,
         serving=serving,
         stalled_s=lambda: 0.0,
         rows=lambda: 3,
@@ -56,19 +56,20 @@ def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
         cache=lambda: (70, 30),
         ticks=lambda: 11,
         admitted=lambda: {"unary": room, "stream": room},
-        log_lines_dropped=lambda: 0,
-        alerts_dropped=lambda: 0,
+        drops=NO_DROPS,
         no_log_calls=lambda: {"team-a": 1},
         spans_failed=lambda: 0,
         gpu=Gpu(FakeNvml(), None),
     )
-    return Metrics(view)
+    metrics = Metrics()
+    metrics.registry.register(ServerCollector(view))
+    return metrics
 
 
-def serve_a_call(metrics: Metrics, code: grpc.StatusCode, reason: str = "") -> None:
+def serve_a_call(metrics: Metrics, code: Code, reason: str = "") -> None:
     call = CallRecord("Embed", "ipv4:127.0.0.1:4711", code=code, reason=reason, duration_s=0.1)
     metrics.begin(call)
-    if code is grpc.StatusCode.OK:
+    if code is Code.OK:
         call.computed(tokens=7, queue_s=0.01, inference_s=0.05)
     metrics.end(call)
     metrics.round(3)
@@ -78,7 +79,7 @@ def serve_a_call(metrics: Metrics, code: grpc.StatusCode, reason: str = "") -> N
 def exported() -> dict[str, set[str]]:
     """Labels by the name of every sample."""
     metrics = new_metrics()
-    serve_a_call(metrics, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+    serve_a_call(metrics, Code.RESOURCE_EXHAUSTED, "OVERLOADED")
     found: dict[str, set[str]] = {}
     for family in metrics.registry.collect():
         for sample in family.samples:
@@ -127,7 +128,7 @@ def test_the_page_lists_every_metric_with_its_labels() -> None:
             listed[name] = (kind, ", ".join(sorted(re.findall(r"`(\w+)`", labels))))
     expected = {}
     metrics = new_metrics()
-    serve_a_call(metrics, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+    serve_a_call(metrics, Code.RESOURCE_EXHAUSTED, "OVERLOADED")
     for family in metrics.registry.collect():
         suffix, kind = {"counter": ("_total", "counter"), "info": ("_info", "gauge")}.get(
             family.type, ("", family.type)
@@ -241,14 +242,14 @@ class Replica:
         self.serving = True
         self.metrics = new_metrics(lambda: self.serving)
         self.exporter = MetricsExporter(self.metrics.registry, "127.0.0.1:0")
-        self.exporter.start()
+        self.exporter.open()
 
 
 @pytest.fixture(scope="module")
 def replica() -> Iterator[Replica]:
     replica = Replica()
     yield replica
-    replica.exporter.stop()
+    replica.exporter.close()
 
 
 @pytest.fixture(scope="module")
@@ -266,14 +267,14 @@ def test_prometheus_counts_what_the_server_counts(prometheus: Prometheus, replic
     before = prometheus.value('bilm_requests_total{method="Embed",code="OK"}')
     assert before is not None
     for _ in range(10):
-        serve_a_call(replica.metrics, grpc.StatusCode.OK)
+        serve_a_call(replica.metrics, Code.OK)
     prometheus.wait(
         lambda: prometheus.value('bilm_requests_total{method="Embed",code="OK"}') == before + 10, "ten calls more"
     )
 
 
 def test_prometheus_evaluates_every_panel(prometheus: Prometheus, replica: Replica) -> None:
-    for code, reason in ((grpc.StatusCode.OK, ""), (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")):
+    for code, reason in ((Code.OK, ""), (Code.RESOURCE_EXHAUSTED, "OVERLOADED")):
         serve_a_call(replica.metrics, code, reason)
     wanted = {
         expression.replace("$__rate_interval", "1m").replace("$instance", ".*")

@@ -17,8 +17,8 @@ from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
 from bilm_client import Client, RetryPolicy
 from bilm_client.errors import OverloadedError, service_error
+from bilm_server.addresses import split_address
 from bilm_server.admission import Admission, Cost
-from bilm_server.config import split_address
 from bilm_server.logs import is_no_callers_doing
 
 from tests.fault.fault_support import ServerProcess, descriptors, resident_bytes, wait_until
@@ -51,7 +51,7 @@ def server() -> Iterator[RunningServer]:
 
 
 def used_tokens(server: RunningServer) -> int:
-    return server.server._parts.stream_admission.used.tokens
+    return server.server.parts.stream_admission.used.tokens
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def test_an_answer_that_nobody_reads_counts_until_its_caller_leaves() -> None:
     request = pb.EmbedRequest(options=bare_options(PLAIN), sentences=[sentence(ITEM_TOKENS)] * 4)
     deaf_call = opening() + settings((INITIAL_WINDOW, 0)) + call(1, EMBED_PATH.encode(), request.SerializeToString())
     with running("--model", "random:tiny", *LIMITS, "--max-waiting-mib=16") as server, ExitStack() as stack:
-        admission = server.server._parts.admission
+        admission = server.server.parts.admission
         client = stack.enter_context(Client(server.target, retry=RetryPolicy(max_attempts=1)))
         client.embed([["w"] * ITEM_TOKENS] * 4)
         wait_until(lambda: admission.used == Cost(0, 0), "what was read counts no more")

@@ -9,8 +9,9 @@ from typing import Any
 import grpc
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_model.kernels.product_paths import ProductPath
-from bilm_server.config import ServerConfig, load_config
-from bilm_server.lifecycle import Server
+from bilm_server.app import build_server
+from bilm_server.config import ServerConfig
+from bilm_server.config_sources import load_config
 from bilm_server.served_model import load_served_model
 from grpc_health.v1 import health_pb2_grpc
 
@@ -24,7 +25,7 @@ class RunningServer:
     """A server on an event loop of its own, as a deployment has it."""
 
     def __init__(self, config: ServerConfig, bfloat16: ProductPath | None = None) -> None:
-        self.server = Server(config, load_served_model(config, bfloat16))
+        self.server = build_server(config, load_served_model(config, bfloat16))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._channels: list[grpc.Channel] = []

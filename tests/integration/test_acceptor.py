@@ -16,8 +16,9 @@ import pytest
 from bilm_api.v1 import embed_pb2
 from bilm_server.acceptor import Acceptor
 from bilm_server.compute import ModelCompute
+from bilm_server.errors import BindError
 from bilm_server.jobs import Computed, Job
-from bilm_server.listening import BindError, TcpAddress
+from bilm_server.listening import TcpAddress
 from grpc_health.v1 import health_pb2
 
 from tests.integration.integration_support import PLAIN, TINY, RunningServer, health_stub, running, tokens
@@ -166,7 +167,7 @@ class StoppingAddress(TcpAddress):
 
 async def test_a_stop_while_another_server_takes_the_place_of_one_leaves_nothing_listening() -> None:
     address = StoppingAddress()
-    acceptor = address.acceptor = Acceptor(grpc.aio.server, lambda _: None, address, 0, asyncio.Lock())
+    acceptor = address.acceptor = Acceptor(grpc.aio.server, lambda _: None, address, 0, starting=asyncio.Lock())
     await acceptor.start()
     with call_with_a_bad_path(acceptor.target):
         await asyncio.wait_for(address.stopped.wait(), 20)
@@ -178,7 +179,8 @@ async def test_one_acceptor_does_not_watch_the_loop_of_another() -> None:
     """Both start at once, so that the loops of both are new to each."""
     starting = asyncio.Lock()
     acceptors = [
-        Acceptor(grpc.aio.server, lambda _: None, TcpAddress("listen", "127.0.0.1:0"), 0, starting) for _ in range(2)
+        Acceptor(grpc.aio.server, lambda _: None, TcpAddress("listen", "127.0.0.1:0"), 0, starting=starting)
+        for _ in range(2)
     ]
     await asyncio.gather(*(acceptor.start() for acceptor in acceptors))
     first, second = (acceptor.target for acceptor in acceptors)

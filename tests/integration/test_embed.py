@@ -210,8 +210,8 @@ def test_a_server_says_what_it_computes_by(
     assert model.precision == precision
     stands_in = precision == "bfloat16" and path.rounded
     assert ("in float32 of factors rounded to bfloat16" in model.backend) == stands_in
-    (address,) = (record.args[0] for record in caplog.records if "metrics on" in record.msg and record.args)  # type: ignore[index]
-    with urllib.request.urlopen(f"http://{address}/metrics") as page:
+    (line,) = (line for record in caplog.records if (line := record.getMessage()).startswith("metrics on "))
+    with urllib.request.urlopen(line.removeprefix("metrics on ")) as page:
         text = page.read().decode()
     products = path.value if precision == "bfloat16" else cpu_path(torch.float32).value
     assert f'bilm_kernel_path{{model="random-tiny",part="products",path="{products}"}} 1.0' in text

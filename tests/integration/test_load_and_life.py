@@ -18,11 +18,11 @@ import grpc
 import pytest
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_server.compute import ModelCompute
-from bilm_server.config import load_config
+from bilm_server.config_sources import load_config
+from bilm_server.errors import EngineLostError
 from bilm_server.health import LIVENESS
 from bilm_server.jobs import Computed, Job
 from bilm_server.ready_port import GREETING
-from bilm_server.watchdog import EngineLostError
 from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -86,7 +86,7 @@ def test_callers_are_batched_together_and_an_idle_server_does_not_wait(
     calls = [stub.Embed.future(one("first"))]
     assert gate.entered.wait(60)  # at once, alone
     calls += [stub.Embed.future(one(f"w{i}")) for i in range(10)]
-    wait_until(lambda: server.server._parts.admission.used.tokens == 11)
+    wait_until(lambda: server.server.parts.admission.used.tokens == 11)
     gate.open.set()
     for call in calls:
         call.result(60)
@@ -98,7 +98,7 @@ def test_callers_are_batched_together_and_an_idle_server_does_not_wait(
 def test_work_that_nobody_waits_for_is_not_done(gate: Gate, start: Callable[..., RunningServer], how: str) -> None:
     server = start()
     stub = server.stub()
-    used = server.server._parts.admission
+    used = server.server.parts.admission
     first = stub.Embed.future(one("first"))
     assert gate.entered.wait(60)
     doomed = stub.Embed.future(one("doomed"), timeout=0.2 if how == "deadline" else None)
@@ -120,10 +120,10 @@ def test_a_sentence_in_flight_is_left_when_its_caller_has_gone(gate: Gate, start
     doomed = stub.Embed.future(one("doomed"))
     assert gate.entered.wait(60)
     doomed.cancel()
-    wait_until(lambda: server.server._parts.admission.used.tokens == 0)
+    wait_until(lambda: server.server.parts.admission.used.tokens == 0)
     gate.open.set()
     assert stub.Embed(one("next")).results[0].HasField("embedding")
-    assert server.server._parts.model.engine.n_in_flight == 0
+    assert server.server.parts.model.engine.n_in_flight == 0
 
 
 def test_overload_is_refused_at_once_with_a_time_to_come_back(gate: Gate, start: Callable[..., RunningServer]) -> None:
@@ -469,13 +469,13 @@ def test_log_lines_can_be_json_and_never_hold_text() -> None:
 
 
 async def test_stop_may_be_called_twice_and_before_start() -> None:
-    from bilm_server.lifecycle import Server
+    from bilm_server.app import build_server
     from bilm_server.served_model import load_served_model
 
     config = load_config(["--model", "random:tiny", "--listen", "127.0.0.1:0"])
-    never_started = Server(config, load_served_model(config))
+    never_started = build_server(config, load_served_model(config))
     await never_started.stop()
-    server = Server(config, load_served_model(config))
+    server = build_server(config, load_served_model(config))
     await server.start()
     waiting = asyncio.create_task(server.serve())
     server.ask_to_stop()

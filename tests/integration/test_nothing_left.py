@@ -27,7 +27,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def check_nothing_is_left(server: RunningServer) -> None:
     """Waiting, in flight and reserved: all 0, in the thread, the engine and the rooms."""
-    parts = server.server._parts
+    parts = server.server.parts
     thread, engine = parts.inference, parts.model.engine
     rooms = (parts.admission, parts.stream_admission)
     wait_until(lambda: all(room.used == Cost(0, 0) for room in rooms))
@@ -38,7 +38,7 @@ def check_nothing_is_left(server: RunningServer) -> None:
 def test_sixty_late_calls_of_six_sentences(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the clock of the model's thread their deadlines have passed: they are refused in the queue, not by gRPC."""
     with monkeypatch.context() as patch:
-        patch.setattr(server.server._parts.inference, "_clock", lambda: time.monotonic() + 3600)
+        patch.setattr(server.server.parts.inference, "_clock", lambda: time.monotonic() + 3600)
         stub = server.stub()
         calls: list[Any] = [stub.Embed.future(SIX, timeout=30) for _ in range(60)]
         for call in calls:
@@ -122,6 +122,6 @@ def test_an_engine_that_fails_now_and_then(
         for call in calls:
             if not call.cancelled():
                 call.exception()
-    wait_until(lambda: server.server._parts.inference.healthy)
+    wait_until(lambda: server.server.parts.inference.healthy)
     assert len(server.stub().Embed(SIX).results) == 6
     check_nothing_is_left(server)

@@ -45,7 +45,7 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @contextmanager
 def taken(server: RunningServer, n_tokens: int) -> Iterator[None]:
     """So many tokens of other calls wait."""
-    admission = server.server._parts.admission
+    admission = server.server.parts.admission
 
     async def take() -> None:
         admission.take(Cost(n_tokens, 0), 1)

@@ -17,9 +17,10 @@ from bilm_client import AsyncClient, Client, RetryPolicy
 from bilm_client.batch.main import main as bilm_embed
 from bilm_client.cli.health_check import main as bilm_health
 from bilm_client.errors import AuthenticationError, OverloadedError, UnavailableError
+from bilm_server.app import build_server
 from bilm_server.auth import Authenticator, Caller
-from bilm_server.config import ConfigurationError, load_config
-from bilm_server.lifecycle import Server
+from bilm_server.config_sources import load_config
+from bilm_server.errors import ConfigurationError
 from bilm_server.served_model import load_served_model
 from grpc_health.v1 import health_pb2
 
@@ -186,7 +187,7 @@ async def test_files_that_cannot_be_served_with_stop_the_start(authority: Author
         (("--token-file", short), f"{short}: line 1: the token has fewer than 16 characters"),
     ):
         config = load_config(["--model", TINY, "--listen", "127.0.0.1:0", *map(str, flags)])
-        server = Server(config, load_served_model(config))
+        server = build_server(config, load_served_model(config))
         with pytest.raises(ConfigurationError, match=message):
             await server.start()
         await server.stop()

@@ -2,6 +2,7 @@ import pytest
 from bilm_api.constants import Reason
 from bilm_server.admission import Admission, Cost
 from bilm_server.errors import RefusalError
+from bilm_server.protocols.grpc.status import trailing_metadata
 
 
 def test_room_comes_back() -> None:
@@ -11,7 +12,7 @@ def test_room_comes_back() -> None:
         with pytest.raises(RefusalError) as refusal:
             admission.take(cost, 250)
         assert refusal.value.reason == Reason.OVERLOADED
-        assert ("grpc-retry-pushback-ms", "250") in refusal.value.trailing_metadata()
+        assert ("grpc-retry-pushback-ms", "250") in trailing_metadata(refusal.value)
     admission.take(Cost(4, 90), 250)
     assert admission.used == Cost(10, 100)
     admission.release(Cost(10, 0))  # computed …

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from bilm_api.constants import Reason
 from bilm_server.auth import Authenticator, Caller
-from bilm_server.config import ConfigurationError
-from bilm_server.errors import RefusalError
+from bilm_server.errors import ConfigurationError, RefusalError
 
 OLD, NEW, OTHER = "old-0123456789abcdef", "new-0123456789abcdef", "other-0123456789abcdef"
 PEER = "ipv4:192.0.2.7:51000"

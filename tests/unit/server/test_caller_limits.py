@@ -7,6 +7,7 @@ import pytest
 from bilm_api.constants import Reason
 from bilm_server.caller_limits import CallerLimits
 from bilm_server.errors import RefusalError
+from bilm_server.protocols.grpc.status import trailing_metadata
 
 
 class Clock:
@@ -57,7 +58,7 @@ def refused(function: Callable[[], object]) -> int:
     with pytest.raises(RefusalError) as error:
         function()
     assert error.value.reason is Reason.CALLER_LIMIT
-    assert ("grpc-retry-pushback-ms", str(error.value.retry_after_ms)) in error.value.trailing_metadata()
+    assert ("grpc-retry-pushback-ms", str(error.value.retry_after_ms)) in trailing_metadata(error.value)
     return error.value.retry_after_ms
 
 

@@ -1,19 +1,21 @@
 import logging
 from pathlib import Path
 
-import grpc
 import pytest
-from bilm_server.callers import CallerRights, CallerSettings, NoLogCalls, Right
+from bilm_server.callers import CallerRights
 from bilm_server.calls import CallRecord
-from bilm_server.config import ConfigurationError, load_config
+from bilm_server.config import CallerSettings, Right
+from bilm_server.config_sources import load_config
+from bilm_server.errors import Code, ConfigurationError
 from bilm_server.main import main
+from bilm_server.observability.no_log_calls import NoLogCalls
 
 CALLERS = [CallerSettings(name="team-a", rights=frozenset({Right.NO_LOG})), CallerSettings(name="team-b")]
 
 
 def end(calls: NoLogCalls, caller: str, times: int = 1, is_test: bool = True) -> None:
     for _ in range(times):
-        call = CallRecord("Embed", "ipv4:127.0.0.1:1", caller=caller, is_test=is_test, code=grpc.StatusCode.OK)
+        call = CallRecord("Embed", "ipv4:127.0.0.1:1", caller=caller, is_test=is_test, code=Code.OK)
         calls.begin(call)
         calls.end(call)
 

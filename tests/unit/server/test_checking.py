@@ -11,7 +11,7 @@ from bilm_model.config import SIZES
 from bilm_model.engine.engine import EngineOptions
 from bilm_model.weights.loading import inspect
 from bilm_server.checking import MemorySum, memory_sum
-from bilm_server.config import load_config
+from bilm_server.config_sources import load_config
 from bilm_server.main import main
 from bilm_server.served_model import load_served_model
 

@@ -6,7 +6,8 @@ from typing import Any
 import grpc
 import pytest
 from bilm_server import descriptors
-from bilm_server.config import ConfigurationError, load_config
+from bilm_server.app import build_server
+from bilm_server.config_sources import load_config
 from bilm_server.descriptors import (
     HEALTH_CONNECTIONS,
     MOST_BY_DEFAULT,
@@ -17,9 +18,9 @@ from bilm_server.descriptors import (
     health_server,
     open_descriptors,
 )
+from bilm_server.errors import ConfigurationError
 from bilm_server.health import HealthReporter
 from bilm_server.interceptors import OpenInterceptor
-from bilm_server.lifecycle import Server
 from bilm_server.served_model import load_served_model
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -141,7 +142,7 @@ async def test_health_alone() -> None:
 @pytest.mark.parametrize("limit", [256], indirect=True)
 async def test_a_server_does_not_start_with_more_than_fit(limit: int) -> None:
     config = load_config(["--model", "random:tiny", "--listen", "127.0.0.1:0", "--max-connections", "200"])
-    server = Server(config, load_served_model(config))
+    server = build_server(config, load_served_model(config))
     with pytest.raises(ConfigurationError, match="200 connections don't fit"):
         await server.start()
     await server.stop()

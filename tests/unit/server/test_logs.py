@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
-from bilm_server import logs
+from bilm_server import log_levels, logs
 from bilm_server.calls import CallRecord
-from bilm_server.logs import OFF, PARTS, AccessLog, LineWriter, Logs, configure_logs, parse_levels
+from bilm_server.errors import Code
+from bilm_server.log_levels import OFF, PARTS, parse_levels
+from bilm_server.logs import AccessLog, LineWriter, Logs, configure_logs
 
 SERVER = Path(logs.__file__).parent
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -43,7 +44,7 @@ def configure(capfd: pytest.CaptureFixture[str]) -> Iterator[Configure]:
 
 
 def a_call(**changes: Any) -> CallRecord:
-    call = CallRecord("Embed", "ipv4:127.0.0.1:4711", caller="batch", code=grpc.StatusCode.OK, duration_s=0.0123)
+    call = CallRecord("Embed", "ipv4:127.0.0.1:4711", caller="batch", code=Code.OK, duration_s=0.0123)
     call.sentences, call.tokens, call.queue_s, call.inference_s = 2, 9, 0.001, 0.01
     for name, value in changes.items():
         setattr(call, name, value)
@@ -80,7 +81,7 @@ def test_a_call_leaves_one_json_object(configure: Configure, capfd: pytest.Captu
 
 def test_text_lines_have_the_same_fields(configure: Configure, capfd: pytest.CaptureFixture[str]) -> None:
     found = configure("info", "text")
-    AccessLog().end(a_call(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED"))
+    AccessLog().end(a_call(code=Code.RESOURCE_EXHAUSTED, reason="OVERLOADED"))
     (line,) = written(found, capfd)
     assert "INFO bilm_server.access logs.py:" in line
     assert line.endswith(
@@ -118,8 +119,12 @@ def test_an_exception_in_a_json_line_names_the_place_of_the_raise(
         logging.getLogger("bilm_server.errors").exception("it failed")
     (line,) = map(json.loads, written(found, capfd))
     exception = line["exception"]
-    assert (line["file"], exception["type"], exception["file"]) == ("test_logs.py", "ValueError", "bilm_server/logs.py")
-    source = Path(logs.__file__).read_text().splitlines()
+    assert (line["file"], exception["type"], exception["file"]) == (
+        "test_logs.py",
+        "ValueError",
+        "bilm_server/log_levels.py",
+    )
+    source = Path(log_levels.__file__).read_text().splitlines()
     assert "raise ValueError" in source[exception["line"] - 1]
     assert exception["traceback"].startswith("Traceback")
 

@@ -6,8 +6,9 @@ import socket
 from collections.abc import AsyncIterator
 
 import pytest
+from bilm_server.errors import BindError
 from bilm_server.health import HealthReporter
-from bilm_server.ready_port import GREETING, ReadyPort
+from bilm_server.ready_port import GREETING, ReadinessPort
 
 
 @pytest.fixture
@@ -16,9 +17,9 @@ def health() -> HealthReporter:
 
 
 @pytest.fixture
-async def ready(health: HealthReporter) -> AsyncIterator[ReadyPort]:
-    port = ReadyPort("127.0.0.1", 0, retry_s=0.001)
-    await port.start(health)
+async def ready(health: HealthReporter) -> AsyncIterator[ReadinessPort]:
+    port = ReadinessPort("127.0.0.1:0", health, retry_s=0.001)
+    await port.start()
     yield port
     await port.stop()
 
@@ -44,7 +45,7 @@ async def until_open(port: int, wanted: bool) -> None:
             pass
 
 
-async def test_open_only_while_ready_and_always_on_the_same_port(ready: ReadyPort, health: HealthReporter) -> None:
+async def test_open_only_while_ready_and_always_on_the_same_port(ready: ReadinessPort, health: HealthReporter) -> None:
     port = ready.port
     assert not await is_open(port)
     for _ in range(3):
@@ -55,7 +56,7 @@ async def test_open_only_while_ready_and_always_on_the_same_port(ready: ReadyPor
         assert ready.port == port
 
 
-async def test_it_follows_the_last_of_reports_that_come_at_once(ready: ReadyPort, health: HealthReporter) -> None:
+async def test_it_follows_the_last_of_reports_that_come_at_once(ready: ReadinessPort, health: HealthReporter) -> None:
     for works in (True, False, True, True, False, True):
         health.set(works)
     await until_open(ready.port, True)
@@ -64,7 +65,7 @@ async def test_it_follows_the_last_of_reports_that_come_at_once(ready: ReadyPort
     await until_open(ready.port, False)
 
 
-async def test_draining_closes_it_for_good(ready: ReadyPort, health: HealthReporter) -> None:
+async def test_draining_closes_it_for_good(ready: ReadinessPort, health: HealthReporter) -> None:
     health.set(True)
     await until_open(ready.port, True)
     health.drain()
@@ -76,7 +77,7 @@ async def test_draining_closes_it_for_good(ready: ReadyPort, health: HealthRepor
 
 
 async def test_a_port_that_cannot_be_opened_again_changes_no_health_and_is_tried_again(
-    ready: ReadyPort, health: HealthReporter, caplog: pytest.LogCaptureFixture
+    ready: ReadinessPort, health: HealthReporter, caplog: pytest.LogCaptureFixture
 ) -> None:
     health.set(True)
     await until_open(ready.port, True)
@@ -100,15 +101,15 @@ async def test_a_port_that_cannot_be_opened_again_changes_no_health_and_is_tried
 
 
 async def test_it_stops_while_it_tries_to_open(health: HealthReporter) -> None:
-    ready = ReadyPort("127.0.0.1", 0)
-    await ready.start(health)
+    ready = ReadinessPort("127.0.0.1:0", health)
+    await ready.start()
     health.set(True)
     await ready.stop()
     await ready.stop()
     assert not await is_open(ready.port)
 
 
-async def test_those_who_only_connect_cost_nothing_that_lasts(ready: ReadyPort, health: HealthReporter) -> None:
+async def test_those_who_only_connect_cost_nothing_that_lasts(ready: ReadinessPort, health: HealthReporter) -> None:
     health.set(True)
     await until_open(ready.port, True)
     silent = [socket.create_connection(("127.0.0.1", ready.port)) for _ in range(50)]
@@ -120,5 +121,8 @@ async def test_those_who_only_connect_cost_nothing_that_lasts(ready: ReadyPort, 
 
 
 async def test_a_taken_port_is_an_error_at_the_start(health: HealthReporter) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="address already in use"):
-        await ReadyPort("127.0.0.1", taken.getsockname()[1]).start(health)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(BindError, match="ready_listen: can't listen on 127.0.0.1:"),
+    ):
+        await ReadinessPort(f"127.0.0.1:{taken.getsockname()[1]}", health).start()

@@ -2,7 +2,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bilm_server.config import ConfigurationError, ServerConfig, load_config
+from bilm_server.config import ServerConfig
+from bilm_server.config_sources import load_config
+from bilm_server.errors import ConfigurationError
 from bilm_server.main import main
 from bilm_server.served_model import load_served_model
 

@@ -4,6 +4,7 @@ import random
 import pytest
 from bilm_server.admission import Cost
 from bilm_server.errors import RefusalError
+from bilm_server.protocols.grpc.status import trailing_metadata
 from bilm_server.stream_room import Share, StreamRoom
 
 
@@ -110,7 +111,7 @@ async def test_an_item_that_gives_up_as_it_is_let_in_gives_its_room_back() -> No
 async def test_what_never_fits_is_refused_for_good() -> None:
     with pytest.raises(RefusalError) as refusal:
         await StreamRoom(10, 100).share().acquire(Cost(1, 101))
-    assert ("grpc-retry-pushback-ms", "-1") in refusal.value.trailing_metadata()
+    assert ("grpc-retry-pushback-ms", "-1") in trailing_metadata(refusal.value)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from bilm_server.config import ConfigurationError
+from bilm_server.errors import ConfigurationError
 from bilm_server.tls import server_credentials
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from bilm_server.calls import UNKNOWN_METHOD, CallRecord
+from bilm_server.errors import Code
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="needs the extra `trace`")
 
@@ -73,7 +74,7 @@ def traced(collector: Collector) -> Iterator[Tracing]:
 
 def a_call(method: str = "Embed", traceparent: str = "", **fields: Any) -> CallRecord:
     metadata = (("traceparent", traceparent),) if traceparent else ()
-    call = CallRecord(method, "ipv4:127.0.0.1:4711", metadata, code=grpc.StatusCode.OK)
+    call = CallRecord(method, "ipv4:127.0.0.1:4711", metadata, code=Code.OK)
     for name, value in fields.items():
         setattr(call, name, value)
     return call
@@ -154,7 +155,7 @@ def test_a_stream_and_a_refused_call_have_no_parts(collector: Collector, traced:
     stream = a_call("EmbedStream", duration_s=1.0)
     stream.computed(1, 0.1, 0.1)
     run(traced, stream)
-    run(traced, a_call(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED"))
+    run(traced, a_call(code=Code.RESOURCE_EXHAUSTED, reason="OVERLOADED"))
     traced.stop()
     assert set(collector.spans) == {f"{SERVICE}/EmbedStream", f"{SERVICE}/Embed"}
     refused = collector.spans[f"{SERVICE}/Embed"]
@@ -163,8 +164,8 @@ def test_a_stream_and_a_refused_call_have_no_parts(collector: Collector, traced:
     assert attributes(refused)["bilm.reason"] == "OVERLOADED"
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE])
-def test_the_servers_errors_are_errors(collector: Collector, traced: Tracing, code: grpc.StatusCode) -> None:
+@pytest.mark.parametrize("code", [Code.INTERNAL, Code.UNAVAILABLE])
+def test_the_servers_errors_are_errors(collector: Collector, traced: Tracing, code: Code) -> None:
     run(traced, a_call(code=code))
     traced.stop()
     span = collector.spans[f"{SERVICE}/Embed"]
@@ -281,7 +282,7 @@ def test_without_the_extra_the_error_says_what_to_install() -> None:
     program = """
 import sys
 sys.modules["opentelemetry.sdk"] = None
-from bilm_server.config import ConfigurationError
+from bilm_server.errors import ConfigurationError
 try:
     import bilm_server.tracing
 except ConfigurationError as error:

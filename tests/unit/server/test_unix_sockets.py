@@ -11,7 +11,8 @@ from typing import Any
 
 import grpc
 import pytest
-from bilm_server.unix_sockets import MAX_PATH_BYTES, UnixSocket, socket_path
+from bilm_server.addresses import MAX_PATH_BYTES, socket_path
+from bilm_server.unix_sockets import UnixSocket
 
 
 @pytest.fixture

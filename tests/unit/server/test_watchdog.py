@@ -3,7 +3,8 @@ import logging
 
 import pytest
 from bilm_server import watchdog
-from bilm_server.watchdog import EngineLostError, Watchdog
+from bilm_server.errors import EngineLostError
+from bilm_server.watchdog import Watchdog
 
 
 class Engine:

@@ -1,0 +1,227 @@
+"""The composition root: builds each part of a server once, and hands each what it needs."""
+
+import asyncio
+import logging
+import socket
+from functools import cache, cached_property
+from typing import TYPE_CHECKING
+
+import grpc
+import torch
+from bilm_api.v1 import embed_pb2, embed_pb2_grpc
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+
+from bilm_server.acceptor import Acceptor
+from bilm_server.admission import Admission
+from bilm_server.auth import Authenticator
+from bilm_server.caller_limits import CallerLimits
+from bilm_server.callers import CallerRights
+from bilm_server.calls import CallObserver
+from bilm_server.compute import ModelCompute
+from bilm_server.config import ServerConfig
+from bilm_server.conversions import Conversions
+from bilm_server.descriptors import connection_limit, health_server
+from bilm_server.embedding.call_gate import CallGate
+from bilm_server.health import HealthReporter
+from bilm_server.inference import InferenceThread
+from bilm_server.interceptors import CallInterceptor, OpenCalls, OpenInterceptor
+from bilm_server.lifecycle import DrainTimes, Listener, Server
+from bilm_server.listening import address, channel_options, credentials
+from bilm_server.logs import AccessLog
+from bilm_server.metrics import NO_DROPS, DropCounts, Metrics, ServerCollector, ServerView, Taken
+from bilm_server.metrics_http import MetricsExporter
+from bilm_server.observability.no_log_calls import NoLogCalls
+from bilm_server.parts import Parts
+from bilm_server.ready_port import ReadinessPort
+from bilm_server.resources import Gpu, find_gpu
+from bilm_server.served_model import ServedModel
+from bilm_server.service import EmbedService
+from bilm_server.stream_room import StreamRoom
+from bilm_server.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from bilm_server.tracing import Tracing
+
+SERVICE_NAME = embed_pb2.DESCRIPTOR.services_by_name["EmbedService"].full_name
+HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+_log = logging.getLogger(__name__)
+
+_MIB = 2**20
+
+
+def build_server(config: ServerConfig, model: ServedModel, drops: DropCounts = NO_DROPS) -> Server:
+    """Return a server that has not started.
+
+    Nothing is listened on, and no file is read, before `Server.start`.
+
+    Args:
+        config: all settings.
+        model: what to serve.
+        drops: log lines and alerts lost by the process, for the metrics.
+
+    Raises:
+        ConfigurationError: if traces are configured and what they need isn't installed.
+    """
+    return _App(config, model, drops).server
+
+
+class _App:
+    """Each part of one server, built when the first other part needs it."""
+
+    def __init__(self, config: ServerConfig, model: ServedModel, drops: DropCounts) -> None:
+        self._config, self._model, self._drops = config, model, drops
+        self._max_connections = cache(lambda: connection_limit(config.max_connections))
+        self._starting = asyncio.Lock()
+        self._open_calls = OpenCalls()
+        self._metrics = Metrics()
+        self._health = HealthReporter(SERVICE_NAME)
+        self._rights = CallerRights(config.callers, config.authenticates)
+        self._no_log_calls = NoLogCalls(self._rights)
+        self._authenticator = Authenticator(config.token_file)
+
+    @cached_property
+    def server(self) -> Server:
+        config = self._config
+        self._metrics.registry.register(ServerCollector(self._view))
+        return Server(
+            self._parts,
+            self._health,
+            self._watchdog,
+            self._acceptor,
+            self._listeners(),
+            open_calls=self._open_calls,
+            drain_times=DrainTimes(config.drain_delay_s, config.grace_s),
+            prepare=(self._authenticator.load, self._warn_of_nameless_callers, self._max_connections),
+            close=(self._parts.conversions.stop, *(() if self._tracing is None else (self._tracing.stop,))),
+        )
+
+    @cached_property
+    def _parts(self) -> Parts:
+        config, metrics = self._config, self._metrics
+        return Parts(
+            config=config,
+            model=self._model,
+            inference=InferenceThread(
+                ModelCompute(self._model.engine), lambda done: metrics.round(done.rows, done.failed)
+            ),
+            conversions=Conversions(),
+            admission=Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB),
+            stream_admission=StreamRoom(config.max_stream_tokens, config.max_stream_mib * _MIB),
+            caller_limits=CallerLimits(
+                config.caller_tokens_per_s, config.caller_max_calls, config.max_tokens_per_request
+            ),
+        )
+
+    @cached_property
+    def _watchdog(self) -> Watchdog:
+        config = self._config
+        return Watchdog(self._parts.inference, config.hang_s, config.give_up_s, self._health.set)
+
+    # ---- who observes ----
+
+    @cached_property
+    def _gate(self) -> CallGate:
+        return CallGate(self._authenticator, self._rights, self._parts.caller_limits, self._observers())
+
+    def _observers(self) -> tuple[CallObserver, ...]:
+        """Return the observers in the order in which they see a call: its log line needs the span, which ends last."""
+        if self._tracing is None:
+            return (AccessLog(), self._no_log_calls, self._metrics)
+        return (AccessLog(self._tracing.trace_id), self._no_log_calls, self._metrics, self._tracing)
+
+    @cached_property
+    def _tracing(self) -> "Tracing | None":
+        config = self._config
+        if not config.trace_endpoint:
+            return None
+        from bilm_server.tracing import start_tracing  # noqa: PLC0415 - OpenTelemetry is an extra
+
+        instance = f"{socket.gethostname()}:{config.listen.rpartition(':')[2]}"
+        return start_tracing(config.trace_endpoint, config.trace_sample_ratio, SERVICE_NAME, instance)
+
+    @property
+    def _view(self) -> ServerView:
+        parts, tracing = self._parts, self._tracing
+        engine, inference = self._model.engine, parts.inference
+        return ServerView(
+            model=_labels(self._model),
+            kernel_paths=lambda: engine.paths,
+            max_rows=engine.max_rows,
+            max_connections=self._max_connections,
+            serving=lambda: self._health.serving,
+            stalled_s=lambda: self._watchdog.stalled_s,
+            rows=lambda: inference.in_flight,
+            waiting_sentences=lambda: inference.waiting,
+            cache=lambda: (engine.stats.cache.hits, engine.stats.cache.misses),
+            ticks=lambda: engine.stats.ticks,
+            admitted=lambda: {"unary": _taken(parts.admission), "stream": _taken(parts.stream_admission)},
+            drops=self._drops,
+            no_log_calls=lambda: self._no_log_calls.counts,
+            spans_failed=lambda: 0 if tracing is None else tracing.failed,
+            gpu=_gpu(engine.device),
+        )
+
+    # ---- what listens ----
+
+    @cached_property
+    def _acceptor(self) -> Acceptor:
+        config = self._config
+        listen = address("listen", config.listen, cache(lambda: credentials(config)))
+        return Acceptor(self._new_grpc_server, self._add_services, listen, config.grace_s, starting=self._starting)
+
+    def _new_grpc_server(self) -> grpc.aio.Server:
+        open_services = {HEALTH_NAME, reflection.SERVICE_NAME} if self._config.reflection else {HEALTH_NAME}
+        interceptor = CallInterceptor(SERVICE_NAME, self._gate, open_services, self._open_calls)
+        options = channel_options(self._config, self._max_connections())
+        return grpc.aio.server(interceptors=[interceptor], options=options)
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
+        embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedService(self._parts), server)
+        self._health.add_to(server)
+        if self._config.reflection:
+            servicer = reflection.aio.ReflectionServicer((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME))
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+
+    def _listeners(self) -> tuple[Listener, ...]:
+        """Return what listens beside the acceptor of calls, as far as it is configured."""
+        config, found = self._config, list[Listener]()
+        if config.health_listen:
+            found.append(
+                Acceptor(
+                    lambda: health_server(OpenInterceptor({HEALTH_NAME})),
+                    self._health.add_to,
+                    address("health_listen", config.health_listen),
+                    config.grace_s,
+                    starting=self._starting,
+                    line="health alone on",
+                )
+            )
+        if config.ready_listen:
+            found.append(ReadinessPort(config.ready_listen, self._health))
+        if config.metrics_listen:
+            found.append(MetricsExporter(self._metrics.registry, config.metrics_listen))
+        return tuple(found)
+
+    def _warn_of_nameless_callers(self) -> None:
+        if self._config.callers and not self._config.authenticates:
+            _log.warning("callers: without token_file or tls_client_ca nobody has a name, and everybody every right")
+
+
+def _labels(model: ServedModel) -> dict[str, str]:
+    return {
+        "name": model.name,
+        "version": model.version,
+        "precision": model.precision,
+        "backend": model.engine.backend,
+        "tokenizer": model.tokenizer.name,
+    }
+
+
+def _taken(admission: Admission | StreamRoom) -> Taken:
+    return Taken(admission.used, admission.capacity)
+
+
+def _gpu(device: torch.device) -> Gpu | None:
+    return find_gpu(str(torch.cuda.get_device_properties(device).uuid)) if device.type == "cuda" else None
