@@ -19,7 +19,7 @@ from bilm_client._core.keywords import (
     keywords_of,
     parse_keywords,
 )
-from bilm_client._core.session import StreamSession, check_iterable, stream_by_job, stream_input
+from bilm_client._core.session import ResumableSession, check_iterable, stream_by_job, stream_input
 from bilm_client._core.settings import Deadline, ResultTimeout, Settings
 from bilm_client._transport.base import AsyncTransport
 from bilm_client._transport.grpc_async import GrpcAsyncTransport
@@ -129,7 +129,7 @@ class AsyncTransportClient:
         if not isinstance(sentences, Iterable | AsyncIterable):
             raise TypeError(f"sentences must be an iterable of sentences, got {type(sentences).__name__}")
         arguments = parse_keywords(StreamArguments, "embed_stream", keywords)
-        session = StreamSession(arguments, self._settings, uniform=self._uniform)
+        session = ResumableSession(arguments, self._settings, uniform=self._uniform)
         inputs = _parsed(sentences, arguments.return_states)
         return self._stream(session, inputs, self._settings.result_timeout(arguments.timeout_s))
 
@@ -179,7 +179,7 @@ class AsyncTransportClient:
                 job.settle(index, at_index(outcome, index))
 
     def _stream(
-        self, session: StreamSession, inputs: Iterator[Input] | AsyncIterator[Input], timeout: ResultTimeout
+        self, session: ResumableSession, inputs: Iterator[Input] | AsyncIterator[Input], timeout: ResultTimeout
     ) -> AsyncGenerator[Outcome, None]:
         return AsyncStream(
             session,

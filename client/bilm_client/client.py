@@ -18,7 +18,7 @@ from bilm_client._core.keywords import (
     keywords_of,
     parse_keywords,
 )
-from bilm_client._core.session import StreamSession, check_iterable, stream_by_job, stream_input
+from bilm_client._core.session import ResumableSession, check_iterable, stream_by_job, stream_input
 from bilm_client._core.settings import Deadline, ResultTimeout, Settings
 from bilm_client._transport.base import PendingEmbed, SyncTransport
 from bilm_client._transport.grpc_sync import GrpcSyncTransport
@@ -182,7 +182,7 @@ class TransportClient:
         self._transport.check_open()
         check_iterable(sentences)
         arguments = parse_keywords(StreamArguments, "embed_stream", keywords)
-        session = StreamSession(arguments, self._settings, uniform=self._uniform)
+        session = ResumableSession(arguments, self._settings, uniform=self._uniform)
         # iter() first: a wrong type is raised here, not by the first result.
         sentences = iter(sentences)
         states = arguments.return_states
@@ -248,7 +248,7 @@ class TransportClient:
             job.settle(index, at_index(outcome, index))
 
     def _stream(
-        self, session: StreamSession, inputs: Iterator[Input], timeout: ResultTimeout
+        self, session: ResumableSession, inputs: Iterator[Input], timeout: ResultTimeout
     ) -> Generator[Outcome, None, None]:
         return SyncStream(
             session,

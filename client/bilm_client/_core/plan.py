@@ -15,7 +15,7 @@ _TOKEN_OVERHEAD_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class RequestCost:
     """What one sentence, or a whole request, takes of each limit."""
 
     sentences: int
@@ -23,15 +23,15 @@ class Cost:
     request_bytes: int
     response_bytes: int
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
+    def __add__(self, other: "RequestCost") -> "RequestCost":
+        return RequestCost(
             self.sentences + other.sentences,
             self.tokens + other.tokens,
             self.request_bytes + other.request_bytes,
             self.response_bytes + other.response_bytes,
         )
 
-    def fits(self, limit: "Cost") -> bool:
+    def fits(self, limit: "RequestCost") -> bool:
         """Whether no limit is exceeded."""
         return (
             self.sentences <= limit.sentences
@@ -56,10 +56,10 @@ class Plan:
     unsendable: tuple[int, ...]
 
 
-def request_limit(info: ModelInfo) -> Cost:
+def request_limit(info: ModelInfo) -> RequestCost:
     """What one Embed may take at most."""
     limits = info.limits
-    return Cost(
+    return RequestCost(
         limits.max_sentences_per_request,
         limits.max_tokens_per_request,
         limits.max_request_bytes - _MESSAGE_OVERHEAD_BYTES,
@@ -67,7 +67,7 @@ def request_limit(info: ModelInfo) -> Cost:
     )
 
 
-def cost_of(source: Input, options: Options, info: ModelInfo) -> Cost:
+def cost_of(source: Input, options: Options, info: ModelInfo) -> RequestCost:
     """What one sentence takes; for text, from the estimate of its tokens."""
     tokens = source.token_estimate
     rows = 1 if options.pooled else tokens
@@ -75,7 +75,7 @@ def cost_of(source: Input, options: Options, info: ModelInfo) -> Cost:
     text_bytes = source.text_bytes + tokens * _TOKEN_OVERHEAD_BYTES
     state_bytes = info.state_bytes if source.return_state else 0
     response_bytes = tensor_bytes + text_bytes + state_bytes + _RESULT_OVERHEAD_BYTES
-    return Cost(1, tokens, source.request_bytes, response_bytes)
+    return RequestCost(1, tokens, source.request_bytes, response_bytes)
 
 
 def plan(inputs: Sequence[Input], options: Options, info: ModelInfo) -> Plan:
@@ -88,14 +88,14 @@ def plan(inputs: Sequence[Input], options: Options, info: ModelInfo) -> Plan:
     return Plan(tuple(_pack(costs, apart | set(oversized), limit)), oversized, unsendable)
 
 
-def _pack(costs: Sequence[Cost], apart: set[int], limit: Cost) -> Iterator[range]:
-    first, total = 0, Cost(0, 0, 0, 0)
+def _pack(costs: Sequence[RequestCost], apart: set[int], limit: RequestCost) -> Iterator[range]:
+    first, total = 0, RequestCost(0, 0, 0, 0)
     for index, cost in enumerate(costs):
         if index not in apart and (total + cost).fits(limit):
             total += cost
             continue
         if total.sentences:
             yield range(first, index)
-        first, total = (index + 1, Cost(0, 0, 0, 0)) if index in apart else (index, cost)
+        first, total = (index + 1, RequestCost(0, 0, 0, 0)) if index in apart else (index, cost)
     if total.sentences:
         yield range(first, len(costs))

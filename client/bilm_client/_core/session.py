@@ -41,7 +41,7 @@ class _Item:
     failed: bool = False
 
 
-class StreamSession:
+class ResumableSession:
     """Sentences on their way through one or, after a break, several streams.
 
     With `carry_state`, sentences stay in hand after their results have left, until a later state makes them
@@ -213,11 +213,11 @@ class StreamSession:
         return embedding if wanted else replace(embedding, state=None)
 
 
-def stream_by_job(settings: Settings, job: EmbedJob, uniform: Callable[[], float]) -> StreamSession:
+def stream_by_job(settings: Settings, job: EmbedJob, uniform: Callable[[], float]) -> ResumableSession:
     """Return the session for those sentences of a job that an Embed can't bring."""
     options = {each.name: getattr(job.options, each.name) for each in fields(Options)}
     options["on_error"] = "return"  # the job settles, by the sentence's number in the call
-    return StreamSession(StreamArguments(**options), settings, uniform=uniform, version=job.version)
+    return ResumableSession(StreamArguments(**options), settings, uniform=uniform, version=job.version)
 
 
 def stream_input(sentence: Sentence, index: int, return_state: bool) -> Input:

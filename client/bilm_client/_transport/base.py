@@ -20,7 +20,7 @@ class Interruption:
 
 Delivery = pb.EmbedStreamResponse | BilmError | Interruption
 Deliver = Callable[[Delivery], None]
-OpenStream = Callable[[list[pb.EmbedStreamRequest], Deliver, Deadline], "StreamConnection"]
+StreamOpener = Callable[[list[pb.EmbedStreamRequest], Deliver, Deadline], "StreamConnection"]
 
 
 class StreamConnection(Protocol):

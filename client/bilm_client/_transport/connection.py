@@ -32,7 +32,7 @@ Connect = Callable[[Iterator[pb.EmbedStreamRequest]], Call]
 Translate = Callable[[grpc.RpcError], BilmError]
 
 
-class Connection:
+class GrpcConnection:
     """One stream; a `StreamConnection`.
 
     Finalisers close connections too, in any thread and at any moment: `close` waits for nothing.

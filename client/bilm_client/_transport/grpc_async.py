@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bilm_client._core.settings import Deadline, Settings
 from bilm_client._transport.base import Deliver
 from bilm_client._transport.channels import async_channel, sync_channel
-from bilm_client._transport.connection import Connection
+from bilm_client._transport.connection import GrpcConnection
 from bilm_client._transport.grpc_common import call_arguments, failed_health_status, health_status
 from bilm_client.errors import BilmError, ClientClosedError, ForkedError, ServiceError, service_error
 from bilm_client.results import HealthStatus
@@ -64,7 +64,7 @@ class GrpcAsyncTransport:
         except ServiceError as error:
             return failed_health_status(error)
 
-    def open_stream(self, opening: list[pb.EmbedStreamRequest], deliver: Deliver, deadline: Deadline) -> Connection:
+    def open_stream(self, opening: list[pb.EmbedStreamRequest], deliver: Deliver, deadline: Deadline) -> GrpcConnection:
         """Start an EmbedStream call."""
 
         def connect(requests: Iterator[pb.EmbedStreamRequest]) -> Any:
@@ -73,7 +73,7 @@ class GrpcAsyncTransport:
             except ValueError as error:
                 raise self._translated(error) from error
 
-        return Connection(connect, self._translated, opening, deliver)
+        return GrpcConnection(connect, self._translated, opening, deliver)
 
     async def wait(self, timeout_s: float) -> None:
         """Sleep."""

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2
 from bilm_client._core.settings import Deadline, Settings
 from bilm_client._transport.base import Deliver
 from bilm_client._transport.channels import sync_channel
-from bilm_client._transport.connection import Connection
+from bilm_client._transport.connection import GrpcConnection
 from bilm_client._transport.forks import CALL_GATE
 from bilm_client._transport.grpc_common import call_arguments, failed_health_status, health_status
 from bilm_client._transport.link import Link
@@ -61,7 +61,7 @@ class GrpcSyncTransport:
         except ServiceError as error:
             return failed_health_status(error)
 
-    def open_stream(self, opening: list[pb.EmbedStreamRequest], deliver: Deliver, deadline: Deadline) -> Connection:
+    def open_stream(self, opening: list[pb.EmbedStreamRequest], deliver: Deliver, deadline: Deadline) -> GrpcConnection:
         """Start an EmbedStream call."""
 
         def connect(requests: Iterator[pb.EmbedStreamRequest]) -> Any:
@@ -70,7 +70,7 @@ class GrpcSyncTransport:
             except ValueError as error:
                 raise self._translated(error) from error
 
-        return Connection(connect, self._translated, opening, deliver)
+        return GrpcConnection(connect, self._translated, opening, deliver)
 
     def wait(self, timeout_s: float) -> None:
         """Wait so long, or until the client is closed."""

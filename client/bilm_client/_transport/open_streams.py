@@ -16,7 +16,7 @@ from bilm_client.errors import ClientClosedError, ForkedError
 _EXIT_TIMEOUT_S = 2.0
 
 
-class OpenStream(Protocol):
+class EndableStream(Protocol):
     """A call with its threads."""
 
     def close(self) -> None:
@@ -33,16 +33,16 @@ class OpenStreams:
     """The streams that have not ended; without a lock, since finalisers come here, too."""
 
     def __init__(self) -> None:
-        self._streams: dict[int, OpenStream] = {}  # by id: each operation on a dict is atomic
+        self._streams: dict[int, EndableStream] = {}  # by id: each operation on a dict is atomic
         self._ended = False
         self._forked = threading.Event()  # unset while the process is being forked
         self._forked.set()
 
-    def add(self, stream: OpenStream) -> None:
+    def add(self, stream: EndableStream) -> None:
         """Remember a stream until it is discarded."""
         self._streams[id(stream)] = stream
 
-    def discard(self, stream: OpenStream) -> None:
+    def discard(self, stream: EndableStream) -> None:
         """Forget a stream whose call and threads have ended."""
         self._streams.pop(id(stream), None)
 
@@ -95,7 +95,7 @@ class OpenStreams:
         self._forked.set()
 
 
-def _join(streams: list[OpenStream], timeout_s: float) -> None:
+def _join(streams: list[EndableStream], timeout_s: float) -> None:
     until_s = time.monotonic() + timeout_s
     for stream in streams:
         stream.join(max(0.0, until_s - time.monotonic()))

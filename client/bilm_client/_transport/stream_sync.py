@@ -7,9 +7,9 @@ from bilm_api.v1 import embed_pb2 as pb
 
 from bilm_client._core.inputs import Input
 from bilm_client._core.job import Outcome
-from bilm_client._core.session import StreamSession
+from bilm_client._core.session import ResumableSession
 from bilm_client._core.settings import ResultTimeout
-from bilm_client._transport.base import Delivery, Interruption, OpenStream, StreamConnection
+from bilm_client._transport.base import Delivery, Interruption, StreamConnection, StreamOpener
 from bilm_client._transport.open_streams import StreamOwner
 from bilm_client.errors import BilmError, ServiceError
 
@@ -28,10 +28,10 @@ class SyncStream:
 
     def __init__(
         self,
-        session: StreamSession,
+        session: ResumableSession,
         inputs: Iterator[Input],
         *,
-        open_stream: OpenStream,
+        open_stream: StreamOpener,
         wait: Callable[[float], object],
         timeout: ResultTimeout,
         failed: Callable[[ServiceError], None] = lambda _error: None,

@@ -1,4 +1,4 @@
-"""Going on trying while the server is away, as it is for a while when it is restarted."""
+"""Retries of a run while the server is unavailable, as during a restart."""
 
 import asyncio
 import random
@@ -10,37 +10,41 @@ from tqdm import tqdm
 from bilm_client.errors import BilmError, DeadlineError, OverloadedError, UnavailableError
 
 PASSING = (UnavailableError, OverloadedError, DeadlineError)
-"""What a restart or a busy hour of the server's looks like, once the client's own retries are used up."""
+"""Errors of a server that restarts or is overloaded, once the client's own retries are used up."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 
 
-class Patience:
-    """How long a run goes on without anything having worked; shared by its workers."""
+class Backoff:
+    """Growing pauses between attempts, up to a time without a success; shared by a run's workers.
+
+    Args:
+        limit_s: Time without a success after which the run gives up.
+    """
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._since_s: float | None = None
         self._pause_s = _FIRST_PAUSE_S
 
-    def renew(self) -> None:
-        """Something has worked."""
+    def reset(self) -> None:
+        """Note a success."""
         if self._since_s is not None:
-            tell("the server answers again")
+            print_line("the server answers again")
         self._since_s = None
         self._pause_s = _FIRST_PAUSE_S
 
     async def wait(self, error: BilmError) -> None:
-        """Pauses, longer each time.
+        """Pause, longer each time.
 
         Raises:
-            BilmError: the given one, when nothing has worked for too long.
+            BilmError: `error`, once there has been no success for too long.
         """
         now_s = time.monotonic()
         if self._since_s is None:
             self._since_s = now_s
             if self._limit_s > 0:
-                tell(f"{error}; trying again for up to {self._limit_s:g} s")
+                print_line(f"{error}; trying again for up to {self._limit_s:g} s")
         if now_s - self._since_s >= self._limit_s:
             raise error
         pause_s = self._pause_s * random.uniform(0.5, 1.0)  # noqa: S311 - spreads callers, hides nothing
@@ -48,6 +52,6 @@ class Patience:
         await asyncio.sleep(pause_s)
 
 
-def tell(message: str) -> None:
+def print_line(message: str) -> None:
     """Print a line on standard error, above the progress bar."""
     tqdm.write(f"bilm-embed: {message}", file=sys.stderr)

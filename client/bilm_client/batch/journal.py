@@ -25,20 +25,20 @@ _MAX_DESCRIPTION_BYTES = 2**20
 
 
 class JournalBusyError(UsageError):
-    """Another run is at it."""
+    """Another run is writing it."""
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
+class JournalRecord:
     """The outcome of one line.
 
     Attributes:
-        index: of the line.
-        n_tokens: embedded.
-        vectors: or None if the line failed.
-        reason: if it failed, the server's reason.
-        message: if it failed, what was wrong.
-        state: after the line, where the run carries states and has been given one.
+        index: Number of the line, from 0.
+        n_tokens: Tokens that were embedded.
+        vectors: None if the line failed.
+        reason: The server's reason, if the line failed.
+        message: What was wrong, if the line failed.
+        state: The state after the line, where the run carries states and the server returned one.
     """
 
     index: int
@@ -54,8 +54,8 @@ class Journal:
     """An open journal; made by `create` or `reopen`.
 
     Attributes:
-        path: of the file.
-        identity: what makes the run what it is: input hash, options, model.
+        path: The file.
+        identity: Input hash, options and model of the run.
         locked: False where the file system has no locks, so that nothing keeps a second run out.
     """
 
@@ -112,7 +112,7 @@ class Journal:
         journal._file.truncate()  # records() stopped at the end of the last whole one
         return journal
 
-    def append(self, record: Record) -> None:
+    def append(self, record: JournalRecord) -> None:
         """Add a record.
 
         Raises:
@@ -134,8 +134,8 @@ class Journal:
         with naming(self.path):
             self._file.flush()
 
-    def records(self) -> Iterator[Record]:
-        """All records, from the start."""
+    def records(self) -> Iterator[JournalRecord]:
+        """Yield all records, from the start."""
         self.flush()
         self._file.seek(0)
         _read(self._file)
@@ -144,7 +144,7 @@ class Journal:
             vectors = None
             if "shape" in description:
                 vectors = np.frombuffer(data, description["dtype"]).reshape(description["shape"])
-            yield Record(
+            yield JournalRecord(
                 index=description["index"],
                 n_tokens=description["n_tokens"],
                 vectors=vectors,
@@ -154,7 +154,7 @@ class Journal:
             )
 
     def rewind_to_state(self) -> None:
-        """Drops what came after the last state: from there, a run that carries states can go on."""
+        """Drop what came after the last state, from which a run that carries states continues."""
         self._file.seek(0)
         _read(self._file)
         end = self._file.tell()
@@ -175,7 +175,7 @@ class Journal:
 
 
 def _read(file: BinaryIO) -> tuple[dict[str, Any], bytes, bytes] | None:
-    """The next record; None, and the place before it, if it isn't whole."""
+    """Return the next record; None, and leave the position before it, if it isn't whole."""
     start = file.tell()
     size = os.fstat(file.fileno()).st_size
     header = file.read(_HEADER.size)

@@ -13,7 +13,7 @@ _MISSING = "bilm-embed: needs the extra `files`: pip install 'bilm-serve[files]'
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Embeds a file.
+    """Embed a file.
 
     Returns:
         0 when the output is whole, 1 if the run stopped before (it can be resumed) or standard output can't be written,

@@ -1,4 +1,4 @@
-"""A run: lines that are still to do go to the server, what comes back to the journal, at the end all to the output."""
+"""A run: remaining lines go to the server, results to the journal, at the end all of it to the output."""
 
 import asyncio
 import contextlib
@@ -14,8 +14,9 @@ from bilm_system.files import naming
 from tqdm import tqdm
 
 from bilm_client.aio import AsyncClient
-from bilm_client.batch.backoff import PASSING, Patience, tell
-from bilm_client.batch.journal import Journal, Record
+from bilm_client.batch.backoff import PASSING, Backoff, print_line
+from bilm_client.batch.identity import check_same_run, run_identity
+from bilm_client.batch.journal import Journal, JournalRecord
 from bilm_client.batch.outputs.base import new_output, read_run
 from bilm_client.batch.reader import InputText, Line
 from bilm_client.batch.settings import RunSettings
@@ -51,30 +52,24 @@ class Summary:
 
 
 async def embed_file(settings: RunSettings, text: InputText) -> Summary | None:
-    """Embeds a file; None if the output was there already, made by the same run.
+    """Embed a file; return None if the output was there already, made by the same run.
 
     Raises:
-        UsageError: if what is there doesn't go together with what was asked for.
-        BadLineError: at the first bad line, where no list of errors was asked for.
-        BilmError: if the server refuses, or can't be reached for longer than the patience.
+        UsageError: What is there doesn't go together with the settings.
+        BadLineError: The first bad line, where no list of errors was asked for.
+        BilmError: The server refuses, or can't be reached for longer than `patience_s`.
     """
     _check_not_there(settings)
     credentials, token = settings.credentials()
     async with _client(settings, credentials, token) as client:
         info = await _model_info(client, settings.patience_s)
-        identity = {
-            **text.identity(),
-            "options": settings.recorded(),
-            "model": info.name,
-            "model_version": info.version,
-            "precision": info.precision,
-        }
+        identity = run_identity(settings, text, info)
         if settings.resume and settings.output.exists() and not _journal_path(settings).exists():
-            _check_same_run(settings.output, read_run(settings.output), identity)
+            check_same_run(settings.output, read_run(settings.output), identity)
             return None
     # From here on, a server with another model must refuse rather than mix its vectors in
     async with _client(settings, credentials, token, info.version) as client:
-        with _Run(settings, text, identity) as run:
+        with _BatchRun(settings, text, identity) as run:
             await (run.embed_in_order(client) if settings.carry_state else run.embed_in_batches(client))
             return run.finish()
 
@@ -93,12 +88,12 @@ def _client(
 
 
 async def _model_info(client: AsyncClient, patience_s: float) -> ModelInfo:
-    patience = Patience(patience_s)
+    backoff = Backoff(patience_s)
     while True:
         try:
             return await client.model_info()
         except PASSING as error:
-            await patience.wait(error)
+            await backoff.wait(error)
 
 
 def _journal_path(settings: RunSettings) -> Path:
@@ -114,33 +109,12 @@ def _check_not_there(settings: RunSettings) -> None:
         raise UsageError(f"{journal}: an interrupted run is there (--resume goes on, --overwrite starts anew)")
 
 
-def _check_same_run(path: Path, found: dict[str, Any] | None, identity: dict[str, Any]) -> None:
-    if found == identity:
-        return
-    old, new = _flat(found or {}), _flat(identity)
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    values = ", ".join(f"{key}: then {_value(old, key)}, now {_value(new, key)}" for key in differing)
-    raise UsageError(
-        f"{path}: made with another {', '.join(differing)}; can't be resumed ({values}); --overwrite starts anew"
-    )
-
-
-def _value(identity: dict[str, Any], key: str) -> str:
-    """Return what a run had there, for an error message; an older version may not have recorded it."""
-    return str(identity[key]) if key in identity else "not recorded"
-
-
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = identity.get("options", {})
-    return {key: value for key, value in identity.items() if key != "options"} | options
-
-
-class _Run:
-    """The journal and the list of errors of a run, while it is going on."""
+class _BatchRun:
+    """The journal and the list of errors of a run under way."""
 
     def __init__(self, settings: RunSettings, text: InputText, identity: dict[str, Any]) -> None:
         self._settings, self._text, self._identity = settings, text, identity
-        self._patience = Patience(settings.patience_s)
+        self._backoff = Backoff(settings.patience_s)
         self._done: set[int] = set()
         self._n_failed = self._n_tokens = 0
         self._state: bytes | None = None
@@ -150,7 +124,7 @@ class _Run:
         with contextlib.ExitStack() as stack:
             self._journal = stack.enter_context(contextlib.closing(self._open_journal()))
             if not self._journal.locked:
-                tell(f"{self._journal.path}: no locks on this file system: nothing keeps a second run out")
+                print_line(f"{self._journal.path}: no locks on this file system: nothing keeps a second run out")
             self._errors = stack.enter_context(_open_errors(self._settings.errors))
             self._replay()
             self._n_resumed, self._n_tokens_before = len(self._done), self._n_tokens
@@ -163,7 +137,7 @@ class _Run:
         self._stack.close()
 
     async def embed_in_batches(self, client: AsyncClient) -> None:
-        """Several requests at a time, answered in any order."""
+        """Send several requests at a time, whose responses come in any order."""
         batches = self._batches()  # shared: each worker takes the next one
 
         async def work() -> None:
@@ -178,19 +152,19 @@ class _Run:
             raise group.exceptions[0] from None
 
     async def embed_in_order(self, client: AsyncClient) -> None:
-        """One line after another, each going on from the state of the one before."""
+        """Send one line after another, each starting from the state of the one before."""
         while True:
             try:
                 await self._stream_remaining(client)
             except PASSING as error:
-                await self._patience.wait(error)
+                await self._backoff.wait(error)
                 self._journal.rewind_to_state()
                 self._replay()
             else:
                 return
 
     def finish(self) -> Summary:
-        """Makes the output of the journal, which then goes away."""
+        """Make the output from the journal, which is removed then."""
         self._journal.flush()
         embedded: set[int] = set()
         sentences = {line.index: line.text for line in self._text.lines()} if self._needs_sentences else {}
@@ -225,14 +199,14 @@ class _Run:
             return Journal.create(path, self._identity)
         with contextlib.ExitStack() as stack:
             journal = stack.enter_context(contextlib.closing(Journal.reopen(path)))
-            _check_same_run(path, journal.identity, self._identity)
+            check_same_run(path, journal.identity, self._identity)
             if self._settings.carry_state:
                 journal.rewind_to_state()
             stack.pop_all()
         return journal
 
     def _replay(self) -> None:
-        """Takes the journal for what has been done, and writes the list of errors anew from it."""
+        """Read from the journal what has been done, and write the list of errors anew from it."""
         self._done.clear()
         self._n_failed = self._n_tokens = 0
         self._state = None
@@ -242,7 +216,7 @@ class _Run:
         for record in self._journal.records():
             self._account(record)
 
-    def _account(self, record: Record) -> None:
+    def _account(self, record: JournalRecord) -> None:
         self._done.add(record.index)
         self._n_tokens += record.n_tokens
         self._state = record.state or self._state
@@ -287,16 +261,16 @@ class _Run:
                     on_error="return",
                 )
             except PASSING as error:
-                await self._patience.wait(error)
+                await self._backoff.wait(error)
             else:
-                self._patience.renew()
+                self._backoff.reset()
                 for line, result in zip(good, results, strict=True):
                     self._keep(line, result)
                 break
         self._journal.flush()
 
     async def _stream_remaining(self, client: AsyncClient) -> None:
-        lines: list[Line] = []  # sent and not answered
+        lines: list[Line] = []  # sent, without a result
         last: list[Line] = []  # the bad line at which the run stops
 
         def sentences() -> Iterator[str | list[str]]:
@@ -307,7 +281,7 @@ class _Run:
                 elif self._errors is not None:
                     self._fail(line, _BAD_LINE, line.error)
                 else:
-                    last.append(line)  # told when what was read before it has been answered and is kept
+                    last.append(line)  # reported when the results of all lines before it are kept
                     return
 
         results = client.embed_stream(
@@ -323,7 +297,7 @@ class _Run:
         )
         async with contextlib.aclosing(results):
             async for result in results:
-                self._patience.renew()
+                self._backoff.reset()
                 self._keep(lines.pop(0), result)
                 self._journal.flush()
         for line in last:
@@ -336,21 +310,21 @@ class _Run:
         if isinstance(result, SentenceError):
             self._fail(line, result.reason or result.code.name, result.message)
             return
-        self._record(Record(line.index, len(result.tokens), result.vectors, state=result.state or b""), line)
+        self._record(JournalRecord(line.index, len(result.tokens), result.vectors, state=result.state or b""), line)
 
     def _fail(self, line: Line, reason: str, message: str) -> None:
-        record = Record(line.index, 0, None, reason=reason, message=message)
+        record = JournalRecord(line.index, 0, None, reason=reason, message=message)
         if self._errors is None:
             raise _bad_line(record)
         self._record(record, line)
 
-    def _record(self, record: Record, line: Line) -> None:
+    def _record(self, record: JournalRecord, line: Line) -> None:
         self._journal.append(record)
         self._account(record)
         self._bar.update(line.n_tokens)
 
 
-def _bad_line(record: Record) -> BadLineError:
+def _bad_line(record: JournalRecord) -> BadLineError:
     hint = "--errors FILE lists bad lines and goes on"
     return BadLineError(f"line {record.index + 1}: {record.reason}: {record.message} ({hint})")
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from bilm_system.files import check_readable, reason, text_start
 
-from bilm_client.batch.outputs.base import RUN_KEY
+from bilm_client.batch.outputs.layout import RUN_KEY
 from bilm_client.batch.settings import RunSettings
 from bilm_client.cli.settings_sources import UsageError
 
@@ -47,7 +47,7 @@ class Line:
 
 @dataclass(frozen=True)
 class InputText:
-    """An input that has been looked through.
+    """A scanned input.
 
     Attributes:
         path: of the text; standard input has been copied to a file.
@@ -64,7 +64,7 @@ class InputText:
     n_tokens: int
 
     def lines(self) -> Iterator[Line]:
-        """The sentences in order; blank lines are left out."""
+        """Yield the sentences in order, without blank lines."""
         with self.path.open("rb") as file:
             file.seek(self.start)
             yield from _lines(file)
@@ -80,10 +80,10 @@ class InputText:
 
 @contextlib.contextmanager
 def open_input(settings: RunSettings) -> Iterator[InputText]:
-    """Looks through the input.
+    """Scan the input.
 
     Raises:
-        UsageError: if it can't be read, has no sentence, or has lines that the settings don't allow; all are listed.
+        UsageError: It can't be read, has no sentence, or has lines that the settings don't allow; all are listed.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -96,7 +96,7 @@ def open_input(settings: RunSettings) -> Iterator[InputText]:
 
 @contextlib.contextmanager
 def _seekable(name: str) -> Iterator[Path]:
-    """A file that can be read more than once: standard input and pipes are copied."""
+    """Yield a file that can be read more than once: standard input and pipes are copied."""
     path = Path(name)
     if name == "-":
         if sys.stdin is None:
@@ -149,7 +149,7 @@ def _scan(path: Path, settings: RunSettings) -> InputText:
 
 
 def _is_key(name: bytes) -> bool:
-    """Whether both kinds of output can have a dataset of this name."""
+    """Return whether both kinds of output can have a dataset of this name."""
     return not (b"/" in name or b"\0" in name or name in _TAKEN_KEYS or len(name) > _MAX_KEY_BYTES)
 
 
@@ -175,6 +175,6 @@ def _sha256(path: Path) -> str:
 
 
 def _numbers(indices: list[int]) -> str:
-    """Line numbers for people, from 1."""
+    """Return line numbers for people, from 1."""
     shown = ", ".join(str(index + 1) for index in indices[:_SHOWN])
     return shown if len(indices) <= _SHOWN else f"{shown} and {len(indices) - _SHOWN} more"

@@ -1,4 +1,4 @@
-"""What can be chosen for a run: by flag, by environment (`BILM_EMBED_…`) or by a TOML file, in that order."""
+"""The settings of a run: by flag, by environment (`BILM_EMBED_…`) or by a TOML file, in that order."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from bilm_system.files import check_writable, same_file
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
-from bilm_client.cli.settings_sources import credentials_from_files, load_choices
+from bilm_client.cli.settings_sources import credentials_from_files, load_command_settings
 
 
 class RunSettings(BaseSettings):
@@ -86,10 +86,10 @@ class RunSettings(BaseSettings):
         return value
 
     def credentials(self) -> tuple[grpc.ChannelCredentials | None, str | None]:
-        """Credentials (None: plaintext) and token (None: none) from their files.
+        """Return credentials (None: plaintext) and token (None: none) from their files.
 
         Raises:
-            UsageError: a file can't be used.
+            UsageError: A file can't be used.
         """
         return credentials_from_files(
             tls=self.tls,
@@ -100,16 +100,16 @@ class RunSettings(BaseSettings):
         )
 
     def recorded(self) -> dict[str, Any]:
-        """The choices that decide what a result looks like; a run can only be resumed with the same ones."""
+        """Return the settings that decide what a result looks like; a run can only be resumed with the same ones."""
         names = ("raw", "layers", "pool", "dtype", "carry_state", "use_sentence_keys", "forget_sentences", "skip_blank")
         return {name: getattr(self, name) for name in names}
 
 
 def load_settings(argv: list[str]) -> RunSettings:
-    """Reads flags, environment and TOML file.
+    """Read flags, environment and TOML file.
 
     Raises:
-        UsageError: listing every bad value.
-        SystemExit: for --help, or a flag that doesn't exist.
+        UsageError: A value is bad; the message lists all of them.
+        SystemExit: There is --help, or a flag that doesn't exist.
     """
-    return load_choices(RunSettings, argv)
+    return load_command_settings(RunSettings, argv)

@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict
 
 from bilm_client.bench.conditions import Condition
 from bilm_client.bench.schedule import Step, parse_duration_s, parse_ramp
-from bilm_client.cli.settings_sources import credentials_from_files, load_choices
+from bilm_client.cli.settings_sources import credentials_from_files, load_command_settings
 
 NO_LOG = (NO_LOG_KEY, "1")
 """Metadata by which a server keeps a call out of its access log."""
@@ -213,4 +213,4 @@ def load_settings(argv: list[str]) -> BenchSettings:
         UsageError: listing every bad value.
         SystemExit: for --help, or a flag that doesn't exist.
     """
-    return load_choices(BenchSettings, argv)
+    return load_command_settings(BenchSettings, argv)

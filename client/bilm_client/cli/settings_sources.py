@@ -1,4 +1,4 @@
-"""A command's choices: the same by flag, by environment and by a TOML file, in that order."""
+"""A command's settings: the same by flag, by environment and by a TOML file, in that order."""
 
 import argparse
 import os
@@ -17,23 +17,23 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 class UsageError(Exception):
-    """Bad choices; the message has one a line."""
+    """Bad settings; the message has one a line."""
 
 
-def load_choices(cls: type[S], argv: list[str]) -> S:
-    """Reads flags, environment and TOML file.
+def load_command_settings(cls: type[S], argv: list[str]) -> S:
+    """Read flags, environment and TOML file.
 
     Args:
-        cls: the choices; the environment variable of the file is its `env_prefix` with CONFIG behind it.
-        argv: the flags.
+        cls: The settings; the environment variable of the file is its `env_prefix` with CONFIG behind it.
+        argv: The flags.
 
     Raises:
-        UsageError: listing every bad value.
-        SystemExit: for --help, or a flag that doesn't exist.
+        UsageError: A value is bad; the message lists all of them.
+        SystemExit: There is --help, or a flag that doesn't exist.
     """
     toml = _toml(argv, f"{cls.model_config['env_prefix']}CONFIG")
 
-    class _Sources(cls):  # type: ignore[misc, valid-type]
+    class _CommandSources(cls):  # type: ignore[misc, valid-type]
         __doc__ = cls.__doc__
 
         @classmethod
@@ -48,21 +48,21 @@ def load_choices(cls: type[S], argv: list[str]) -> S:
             return (env_settings, InitSettingsSource(settings_cls, toml))
 
     try:
-        chosen: S = _Sources(_cli_parse_args=argv)
+        settings: S = _CommandSources(_cli_parse_args=argv)
     except ValidationError as error:
         raise UsageError("\n".join(map(_line, error.errors()))) from error
     except (SettingsError, ValueError) as error:
         raise UsageError(f"environment: {error}") from error
-    return chosen
+    return settings
 
 
 def credentials_from_files(
     *, tls: bool, ca_file: Path | None, cert_file: Path | None, key_file: Path | None, token_file: Path | None
 ) -> tuple[grpc.ChannelCredentials | None, str | None]:
-    """Credentials (None: plaintext) and token (None: none) from the files that were chosen.
+    """Return credentials (None: plaintext) and token (None: none) from the files that were named.
 
     Raises:
-        UsageError: a file can't be used.
+        UsageError: A file can't be used.
     """
     try:
         channel = channel_credentials(tls=tls, ca_file=ca_file, cert_file=cert_file, key_file=key_file)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bilm_client.batch.journal import Journal, JournalBusyError, Record
+from bilm_client.batch.journal import Journal, JournalBusyError, JournalRecord
 from bilm_client.cli.settings_sources import UsageError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,11 +13,15 @@ from hypothesis import strategies as st
 RUN = {"input_sha256": "00", "options": {"layers": "all"}, "model": "m", "model_version": "1"}
 
 
-def record(index: int, state: bytes = b"") -> Record:
-    return Record(index, 2, np.arange(12, dtype=np.float32).reshape(3, 2, 2) + index, state=state)
+def record(index: int, state: bytes = b"") -> JournalRecord:
+    return JournalRecord(index, 2, np.arange(12, dtype=np.float32).reshape(3, 2, 2) + index, state=state)
 
 
-RECORDS = [record(0, b"state 0"), Record(1, 0, None, reason="TOO_BAD", message="a bad line"), record(2, b"state 2")]
+RECORDS = [
+    record(0, b"state 0"),
+    JournalRecord(1, 0, None, reason="TOO_BAD", message="a bad line"),
+    record(2, b"state 2"),
+]
 
 
 def as_tuples(journal: Journal) -> list[tuple[object, ...]]:
@@ -27,7 +31,7 @@ def as_tuples(journal: Journal) -> list[tuple[object, ...]]:
     ]
 
 
-def fill(path: Path, records: list[Record]) -> list[int]:
+def fill(path: Path, records: list[JournalRecord]) -> list[int]:
     """The size of the file after its beginning and after each record."""
     journal = Journal.create(path, RUN)
     sizes = [path.stat().st_size]

@@ -146,8 +146,8 @@ except KeyboardInterrupt:
 LOCKED_CALL = """
 import threading, time
 import grpc
-from bilm_client._transport.connection import Connection
-from bilm_client._core.session import StreamSession, stream_input
+from bilm_client._transport.connection import GrpcConnection
+from bilm_client._core.session import ResumableSession, stream_input
 from bilm_client._core.settings import ResultTimeout, Settings
 from bilm_client._transport.stream_sync import SyncStream
 from bilm_client._core.keywords import StreamArguments
@@ -183,10 +183,10 @@ def translate(_):
 ''', own)
 
 def open_stream(opening, deliver, deadline):
-    return Connection(own["Call"], own["translate"], opening, deliver)
+    return GrpcConnection(own["Call"], own["translate"], opening, deliver)
 
 arguments = StreamArguments(return_state_every=1, window=1, window_tokens=1)
-session = StreamSession(arguments, Settings(target="unused:1"), uniform=float)
+session = ResumableSession(arguments, Settings(target="unused:1"), uniform=float)
 inputs = iter([stream_input("a", 0, False), stream_input("b", 1, False)])
 source = SyncStream(session, inputs, open_stream=open_stream, wait=time.sleep, timeout=ResultTimeout(None))
 stream = source.run()

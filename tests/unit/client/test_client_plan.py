@@ -5,7 +5,7 @@ from dataclasses import replace
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_client._core.inputs import parse_sentences
 from bilm_client._core.options import Options
-from bilm_client._core.plan import Cost, cost_of, plan, request_limit
+from bilm_client._core.plan import RequestCost, cost_of, plan, request_limit
 from bilm_client.results import ModelInfo
 from bilm_client.testing.service import FakeService
 from hypothesis import given
@@ -39,7 +39,7 @@ def test_every_sentence_travels_once_and_within_the_limits(
     assert sorted([*travelled, *planned.oversized, *planned.unsendable]) == list(range(len(inputs)))
     assert travelled == sorted(travelled)
     for part in planned.parts:
-        total = sum((cost_of(inputs[index], options, TIGHT) for index in part), Cost(0, 0, 0, 0))
+        total = sum((cost_of(inputs[index], options, TIGHT) for index in part), RequestCost(0, 0, 0, 0))
         assert total.fits(request_limit(TIGHT))
 
 
@@ -50,7 +50,7 @@ def test_costs_are_not_below_the_messages(sentences: list[list[str]], return_sta
     for source in inputs:
         source.write(request.sentences.add())
     response = SERVICE.embed(request)
-    total = sum((cost_of(source, ALL, INFO) for source in inputs), Cost(0, 0, 4096, 4096))
+    total = sum((cost_of(source, ALL, INFO) for source in inputs), RequestCost(0, 0, 4096, 4096))
     assert request.ByteSize() <= total.request_bytes
     assert response.ByteSize() <= total.response_bytes
     assert response.usage.tokens == total.tokens
