@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
-from bilm_model.engine.engine import Engine
+from bilm_model.engine.cellular import CellularBatch
 from torch import Tensor
 
 from benchmarks.published_order import PublishedOrder
@@ -146,7 +146,7 @@ class BaselineAtItsBest:
             print(f"  baseline {self._size}, {layout}: {self.tried[layout]:,.0f} tokens/s", flush=True)
 
 
-def check_against(engine: Engine, team: Baseline, sentences: Sentences) -> float:
+def check_against(engine: CellularBatch, team: Baseline, sentences: Sentences) -> float:
     """The baseline must compute what the engine computes, or its time means nothing; the largest difference."""
     part = sentences[:_CHECKED_SENTENCES]
     embedded = engine.run(as_engine_sentences(part))

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from bilm_client.testing.server import ServerProcess
 from bilm_model.bilm import Bilm
+from bilm_model.engine.cellular import CellularBatch, EngineOptions
 from bilm_model.engine.device import default_threads, resolve_device
-from bilm_model.engine.engine import Engine, EngineOptions
 from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights.loading import load as load_model
 from bilm_system.terminal import run_command
@@ -115,8 +115,8 @@ def _sizes(bilm: Bilm) -> dict[str, float]:
     }
 
 
-def _engine(bilm: Bilm, sentences: Sentences, options: EngineOptions) -> Engine:
-    engine = Engine(bilm, bilm.zero_state(0).h.device, options)
+def _engine(bilm: Bilm, sentences: Sentences, options: EngineOptions) -> CellularBatch:
+    engine = CellularBatch(bilm, bilm.zero_state(0).h.device, options)
     engine.warm_up()
     show_all_words(engine, sentences)
     return engine
@@ -126,7 +126,7 @@ def _tokens_per_s(load: SteadyLoad, effort: Effort) -> float:
     return load.measure(effort.window_s).tokens_per_s
 
 
-def _median_ms(engine: Engine, sentences: Sentences) -> float:
+def _median_ms(engine: CellularBatch, sentences: Sentences) -> float:
     return 1e3 * percentile([run_seconds(engine, sentence) for sentence in sentences], 50)
 
 

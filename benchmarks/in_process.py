@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from bilm_model.config import SIZES
-from bilm_model.engine.engine import Engine, EngineOptions, Sentence
+from bilm_model.engine.cellular import CellularBatch, EngineOptions, PlainSentence
 from bilm_model.weights.loading import load as load_model
 
 from benchmarks.baseline import Baseline, BaselineAtItsBest, check_against
@@ -101,7 +101,7 @@ def throughput(report: Report, size: str, sentences: Sentences, effort: Effort, 
         _report_roofline(report, size, precision, steps_per_s[precision, "warm"], found[f"roof {precision}"])
 
 
-def alone(report: Report, engines: dict[str, Engine], sentences: Sentences, effort: Effort, cores: int) -> None:
+def alone(report: Report, engines: dict[str, CellularBatch], sentences: Sentences, effort: Effort, cores: int) -> None:
     """One sentence alone against the baseline: one process with all cores, a batch of one."""
     sentence = sentence_of(ALONE_TOKENS, sentences)
     with Baseline("original", 1, cores) as team:
@@ -147,7 +147,7 @@ def in_flight(report: Report, sentences: Sentences, effort: Effort) -> None:
 
 def default_model_singles(report: Report, sentences: Sentences, effort: Effort) -> None:
     """The model that ships, as it ships, one sentence at a time."""
-    engine = Engine(load_model("").bilm, torch.device("cpu"))
+    engine = CellularBatch(load_model("").bilm, torch.device("cpu"))
     engine.warm_up()
     singles = sentences[: effort.singles]
     p50, p99 = [], []
@@ -161,10 +161,10 @@ def default_model_singles(report: Report, sentences: Sentences, effort: Effort) 
     report.add(Figure("default/p99", f"{what}: p99", Spread.of(p99), "ms"))
 
 
-def run_seconds(engine: Engine, sentence: Sequence[str]) -> float:
+def run_seconds(engine: CellularBatch, sentence: Sequence[str]) -> float:
     """One sentence from tokens to layers."""
     begun_s = time.perf_counter()
-    engine.run([Sentence(tuple(sentence))])
+    engine.run([PlainSentence(tuple(sentence))])
     return time.perf_counter() - begun_s
 
 
@@ -176,7 +176,7 @@ def _variants() -> list[tuple[str, str]]:
     return [(precision, cache) for precision in PRECISIONS for cache in CACHES]
 
 
-def _engine(size: str, precision: str, cache: str, sentences: Sentences) -> Engine:
+def _engine(size: str, precision: str, cache: str, sentences: Sentences) -> CellularBatch:
     config, n_words = SIZES[size], len(distinct_words(sentences))
     options = EngineOptions(
         precision="bfloat16" if precision == "bfloat16" else "float32",

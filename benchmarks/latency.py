@@ -16,7 +16,7 @@ from bilm_client.errors import BilmError
 from bilm_client.testing.server import ServerProcess
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
-from bilm_model.engine.engine import EmbeddedSentence, Engine, EngineOptions, Sentence
+from bilm_model.engine.cellular import CellularBatch, EmbeddedSentence, EngineOptions, PlainSentence
 from bilm_model.weights import single_file
 from bilm_model.weights.loading import load as load_model
 
@@ -53,7 +53,7 @@ Sentences = Sequence[Sequence[str]]
 def added_latency(report: Report, source: str, sentences: Sentences, effort: Effort) -> None:
     """One sentence at a time, in process and through the server, in turns: the same sentences."""
     name = source.rpartition(":")[2] or "default"
-    engine = Engine(load_model(source).bilm, torch.device("cpu"))
+    engine = CellularBatch(load_model(source).bilm, torch.device("cpu"))
     engine.warm_up()
     make_bytes = finish("mean", "float32")
 
@@ -248,9 +248,9 @@ def _one(values: Sequence[float], percent: float) -> Spread:
     return Spread.of([percentile(values, percent)])
 
 
-def _timed_ms(engine: Engine, tokens: Sequence[str], make_bytes: Callable[[EmbeddedSentence], bytes]) -> float:
+def _timed_ms(engine: CellularBatch, tokens: Sequence[str], make_bytes: Callable[[EmbeddedSentence], bytes]) -> float:
     begun_s = time.perf_counter()
-    for embedded in engine.run([Sentence(tuple(tokens))]):
+    for embedded in engine.run([PlainSentence(tuple(tokens))]):
         make_bytes(embedded)
     return 1e3 * (time.perf_counter() - begun_s)
 

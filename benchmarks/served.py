@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from bilm_client.testing.server import RunningServer, ServerProcess
-from bilm_model.engine.engine import EmbeddedSentence, EngineOptions
+from bilm_model.engine.cellular import EmbeddedSentence, EngineOptions
 from bilm_model.scalar_mix import Pooling, Selection
 
 from benchmarks.in_process import Effort

@@ -8,7 +8,7 @@ from itertools import cycle
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES, BilmConfig
-from bilm_model.engine.engine import EmbeddedSentence, Engine, EngineOptions, Sentence
+from bilm_model.engine.cellular import CellularBatch, EmbeddedSentence, EngineOptions, PlainSentence
 
 from benchmarks.sentences import distinct_words
 
@@ -68,11 +68,11 @@ class SteadyLoad:
     """
 
     def __init__(
-        self, engine: Engine, sentences: Sequence[Sequence[str]], in_flight: int, finish: Finish = _keep
+        self, engine: CellularBatch, sentences: Sequence[Sequence[str]], in_flight: int, finish: Finish = _keep
     ) -> None:
         self._engine, self._finish, self._in_flight_at_most = engine, finish, in_flight
         self._next = cycle(as_engine_sentences(sentences))
-        self._waiting: Sentence = next(self._next)
+        self._waiting: PlainSentence = next(self._next)
         self._in_flight = 0
         n_tokens = sum(map(len, sentences))
         self._tokens_per_step = n_tokens / (n_tokens + _BOUNDARIES * len(sentences))
@@ -100,19 +100,19 @@ class SteadyLoad:
         return self._engine.free_rows > 0 and self._engine.free_tokens >= len(self._waiting.tokens) + _BOUNDARIES
 
 
-def as_engine_sentences(sentences: Sequence[Sequence[str]]) -> list[Sentence]:
+def as_engine_sentences(sentences: Sequence[Sequence[str]]) -> list[PlainSentence]:
     """As the engine takes them."""
-    return [Sentence(tuple(tokens)) for tokens in sentences]
+    return [PlainSentence(tuple(tokens)) for tokens in sentences]
 
 
-def new_engine(size: str, options: EngineOptions) -> Engine:
+def new_engine(size: str, options: EngineOptions) -> CellularBatch:
     """An engine on random weights, the same for each size."""
-    engine = Engine(random_bilm(SIZES[size]), torch.device("cpu"), options)  # the engine takes the network over
+    engine = CellularBatch(random_bilm(SIZES[size]), torch.device("cpu"), options)  # the engine takes the network over
     engine.warm_up()
     return engine
 
 
-def show_all_words(engine: Engine, sentences: Sequence[Sequence[str]]) -> None:
+def show_all_words(engine: CellularBatch, sentences: Sequence[Sequence[str]]) -> None:
     """Lets an engine's caches see every word."""
     words = distinct_words(sentences)
     parts = [words[first : first + _WARM_UP_WORDS] for first in range(0, len(words), _WARM_UP_WORDS)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
-from bilm_model.engine.engine import Engine, EngineOptions, Sentence
+from bilm_model.engine.cellular import CellularBatch, EngineOptions, PlainSentence
 from bilm_model.scalar_mix import Selection
 from numpy.typing import NDArray
 from torch import Tensor
@@ -68,9 +68,9 @@ def _inference(order: str, size: str) -> Any:
 
 
 def _engine(size: str) -> Embed:
-    engine = Engine(random_bilm(SIZES[size]), torch.device("cpu"), EngineOptions())
+    engine = CellularBatch(random_bilm(SIZES[size]), torch.device("cpu"), EngineOptions())
     engine.warm_up()
-    return lambda batch: [done.layers for done in engine.run([Sentence(tuple(tokens)) for tokens in batch])]
+    return lambda batch: [done.layers for done in engine.run([PlainSentence(tuple(tokens)) for tokens in batch])]
 
 
 def _arguments() -> argparse.Namespace:

@@ -147,8 +147,8 @@ class _App:
         engine, inference = self._model.engine, parts.inference
         return ServerView(
             model=_labels(self._model),
-            kernel_paths=lambda: engine.paths,
-            max_rows=engine.max_rows,
+            kernel_paths=lambda: engine.description.paths,
+            max_rows=engine.capacity.rows,
             max_connections=self._max_connections,
             serving=lambda: self._health.serving,
             stalled_s=lambda: self._watchdog.stalled_s,
@@ -160,7 +160,7 @@ class _App:
             drops=self._drops,
             no_log_calls=lambda: self._no_log_calls.counts,
             spans_failed=lambda: 0 if tracing is None else tracing.failed,
-            gpu=_gpu(engine.device),
+            gpu=_gpu(torch.device(engine.description.device)),
         )
 
     # ---- what listens ----
@@ -214,7 +214,7 @@ def _labels(model: ServedModel) -> dict[str, str]:
         "name": model.name,
         "version": model.version,
         "precision": model.precision,
-        "backend": model.engine.backend,
+        "backend": model.engine.description.backend,
         "tokenizer": model.tokenizer.name,
     }
 

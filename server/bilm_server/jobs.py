@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from bilm_model.engine.types import Capacity, OutputSpec, State
 from numpy.typing import NDArray
 
-from bilm_server.requests import PreparedSentence, State, Wanted
-from bilm_server.scheduler import Room
+from bilm_server.requests import PreparedSentence, Wanted
 
 
 @dataclass(eq=False)
@@ -56,6 +56,21 @@ class Job:
     want_state: bool
     call: Call
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Those of the sentence (`EngineSentence`)."""
+        return self.sentence.tokens
+
+    @property
+    def output(self) -> OutputSpec:
+        """What to return (`EngineSentence`)."""
+        return self.wanted.output
+
+    @property
+    def return_state(self) -> bool:
+        """Whether the state after it is needed (`EngineSentence`)."""
+        return self.want_state
+
 
 @dataclass(frozen=True, eq=False)
 class Computed:
@@ -69,7 +84,7 @@ class Compute(Protocol):
     """The model, as this thread drives it."""
 
     @property
-    def room(self) -> Room:
+    def room(self) -> Capacity:
         """What may be in flight."""
 
     @property

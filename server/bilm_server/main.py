@@ -109,9 +109,9 @@ async def _run(config: ServerConfig, drops: DropCounts) -> None:
     model = load_served_model(config)
     _log.info(
         "model %s, version %s, %s, %s, tokenizer %s",
-        model.name, model.version, model.precision, model.engine.backend, model.tokenizer.name,
+        model.name, model.version, model.precision, model.engine.description.backend, model.tokenizer.name,
     )  # fmt: skip
-    if model.engine.paths["products"].startswith("rounded"):
+    if model.engine.description.paths["products"].startswith("rounded"):
         _log.warning(
             "bfloat16 products aren't native here: they are computed in float32 from rounded factors, which takes the "
             "memory of float32 and may be slower than --precision float32"

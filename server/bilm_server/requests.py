@@ -5,19 +5,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2
 from bilm_model.characters import is_truncated
+from bilm_model.engine.types import DataType, OutputSpec, State
 from bilm_model.errors import AlignmentError, StateError
 from bilm_model.scalar_mix import Pooling, ScalarMix, Selection
-from numpy.typing import NDArray
 
 from bilm_server.errors import RefusalError
 from bilm_server.served_model import ServedModel
-
-DataType = Literal["float32", "float16", "bfloat16"]
-State = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 # What isn't set means what the client's defaults mean, so that a first call by hand needs no options.
 _PLAIN_LAYERS: Mapping[int, Literal["all", "top", "average"]] = {
@@ -59,6 +55,11 @@ class Wanted:
     omit_tokens: bool
 
     @property
+    def output(self) -> OutputSpec:
+        """What an engine returns."""
+        return OutputSpec(self.selection, self.data_type)
+
+    @property
     def pooled(self) -> bool:
         """Whether there is one vector a sentence."""
         return self.selection.pooling != "none"
@@ -98,7 +99,7 @@ class PreparedSentence:
         """An upper bound of the answer's size on the wire."""
         n_rows = 1 if wanted.pooled else len(self.tokens)
         text = 0 if wanted.omit_tokens else sum(4 * len(token) for token in self.tokens)
-        state = model.states.n_bytes if self.return_state else 0
+        state = model.state_bytes if self.return_state else 0
         overhead = _SENTENCE_OVERHEAD_BYTES + _TOKEN_OVERHEAD_BYTES * len(self.tokens)
         return n_rows * wanted.row_bytes(model) + text + state + overhead
 
@@ -250,7 +251,10 @@ def _check_tokens(tokens: tuple[str, ...], wanted: Wanted, max_tokens: int) -> N
 def _decode_state(state: bytes, model: ServedModel) -> State | None:
     if not state:
         return None
+    codec = model.engine.state_codec
+    if codec is None:
+        raise RefusalError(Reason.STATE_INVALID, "this model has no states")
     try:
-        return model.states.decode(state)
+        return codec.decode(state)
     except StateError as error:
         raise RefusalError(Reason.STATE_INVALID, str(error)) from error

@@ -2,30 +2,22 @@
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from bilm_api.v1 import embed_pb2
+from bilm_model.engine.types import DataType, State
 from google.protobuf.duration_pb2 import Duration
-from torch import Tensor
 
 from bilm_server.jobs import Outcome
-from bilm_server.requests import DataType, PreparedSentence, Wanted
+from bilm_server.requests import PreparedSentence, Wanted
 from bilm_server.served_model import ServedModel
 
 STREAM_MESSAGE_BYTES = 2**20
 """Size of the vectors in one message of a stream; serialising one must not hold the event loop."""
 
-_WIRE_TYPES: dict[DataType, tuple[torch.dtype, embed_pb2.DataType]] = {
-    "float32": (torch.float32, embed_pb2.DATA_TYPE_FLOAT32),
-    "float16": (torch.float16, embed_pb2.DATA_TYPE_FLOAT16),
-    "bfloat16": (torch.bfloat16, embed_pb2.DATA_TYPE_BFLOAT16),
+_WIRE_TYPES: dict[DataType, embed_pb2.DataType] = {
+    "float32": embed_pb2.DATA_TYPE_FLOAT32,
+    "float16": embed_pb2.DATA_TYPE_FLOAT16,
+    "bfloat16": embed_pb2.DATA_TYPE_BFLOAT16,
 }
-
-
-def wire_tensor(vectors: Tensor, data_type: DataType) -> Tensor:
-    """Numbers in the format of the wire, on their device; bfloat16, which numpy lacks, as the integers of its bits."""
-    # Copied even where nothing changes: a part of several sentences' results would keep all of them in memory
-    converted = vectors.to(_WIRE_TYPES[data_type][0], copy=True, memory_format=torch.contiguous_format)
-    return converted.view(torch.int16) if data_type == "bfloat16" else converted
 
 
 def embedding(sentence: PreparedSentence, outcome: Outcome, wanted: Wanted, model: ServedModel) -> embed_pb2.Embedding:
@@ -67,11 +59,14 @@ def _embedding_rows(
         token_starts=sentence.starts[rows],
         token_ends=sentence.ends[rows],
         truncated=sentence.truncated,
-        tensor=embed_pb2.Tensor(
-            data=vectors.tobytes(), shape=vectors.shape, data_type=_WIRE_TYPES[wanted.data_type][1]
-        ),
-        state=b"" if state is None else model.states.encode(*state),
+        tensor=embed_pb2.Tensor(data=vectors.tobytes(), shape=vectors.shape, data_type=_WIRE_TYPES[wanted.data_type]),
+        state=b"" if state is None else _encoded(state, model),
     )
+
+
+def _encoded(state: State, model: ServedModel) -> bytes:
+    codec = model.engine.state_codec
+    return b"" if codec is None else codec.encode(state)
 
 
 def _duration(seconds: float) -> Duration:

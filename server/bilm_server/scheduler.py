@@ -5,41 +5,14 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from bilm_model.engine.types import Capacity
+
+from bilm_server.limits import for_long_sentences
+
 T = TypeVar("T")
 
 LONG_STEPS = 128
 """Sentences of more steps (tokens and boundaries) are long: they leave some room to the others."""
-
-_RESERVED_SHARE = 8
-"""One part in so many of rows and of tokens is closed to long sentences."""
-
-
-@dataclass(frozen=True)
-class Room:
-    """What sentences in flight take up, or may.
-
-    Attributes:
-        rows: sentences.
-        steps: tokens and boundaries, all of a sentence's from its joining to its end.
-    """
-
-    rows: int
-    steps: int
-
-    def __add__(self, other: "Room") -> "Room":
-        return Room(self.rows + other.rows, self.steps + other.steps)
-
-    def __sub__(self, other: "Room") -> "Room":
-        return Room(self.rows - other.rows, self.steps - other.steps)
-
-    def holds(self, other: "Room") -> bool:
-        """Whether the other fits into this."""
-        return other.rows <= self.rows and other.steps <= self.steps
-
-    @property
-    def for_long_sentences(self) -> "Room":
-        """The part of this room that long sentences may fill."""
-        return Room(self.rows - self.rows // _RESERVED_SHARE, self.steps - self.steps // _RESERVED_SHARE)
 
 
 @dataclass(frozen=True)
@@ -58,7 +31,7 @@ class Decision(Generic[T]):
 @dataclass(frozen=True)
 class _Entry(Generic[T]):
     item: T
-    need: Room
+    need: Capacity
     deadline_s: float
 
 
@@ -73,9 +46,9 @@ class _Queue(Generic[T]):
 class _Lane(Generic[T]):
     """Callers take turns, an entry a turn."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Capacity) -> None:
         self.room = room
-        self.used = Room(0, 0)
+        self.used = Capacity(0, 0)
         self.n_waiting = 0
         self._queues: OrderedDict[Hashable, _Queue[T]] = OrderedDict()
 
@@ -139,11 +112,11 @@ class Scheduler(Generic[T]):
     for room that short ones take doesn't.
     """
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Capacity) -> None:
         """Sets the room of the engine."""
         self._room = room
         self._short: _Lane[T] = _Lane(room)
-        self._long: _Lane[T] = _Lane(room.for_long_sentences)
+        self._long: _Lane[T] = _Lane(Capacity(for_long_sentences(room.rows), for_long_sentences(room.steps)))
         self._turns = 0
 
     def __bool__(self) -> bool:
@@ -155,7 +128,7 @@ class Scheduler(Generic[T]):
         return self._short.n_waiting + self._long.n_waiting
 
     @property
-    def used(self) -> Room:
+    def used(self) -> Capacity:
         """What is taken."""
         return self._short.used + self._long.used
 
@@ -204,8 +177,8 @@ class Scheduler(Generic[T]):
             head = lane.head()
             if head.deadline_s <= now_s:
                 return lane
-            if (lane.room - lane.used).holds(head.need):
-                return lane if (self._room - self.used).holds(head.need) else None
+            if (lane.room - lane.used).fits(head.need):
+                return lane if (self._room - self.used).fits(head.need) else None
         return None
 
     def _lanes(self) -> Iterator[_Lane[T]]:
@@ -215,5 +188,5 @@ class Scheduler(Generic[T]):
         return self._long if n_steps > LONG_STEPS else self._short
 
 
-def _need(n_steps: int) -> Room:
-    return Room(1 if n_steps else 0, n_steps)
+def _need(n_steps: int) -> Capacity:
+    return Capacity(1 if n_steps else 0, n_steps)

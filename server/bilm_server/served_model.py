@@ -4,12 +4,15 @@ import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from bilm_model.config import BilmConfig
+from bilm_model.engine.cellular import CellularBatch, EngineOptions
 from bilm_model.engine.device import default_threads, resolve_device
-from bilm_model.engine.engine import Engine, EngineOptions
-from bilm_model.engine.state import StateCodec
+from bilm_model.engine.engine import RecurrentEngine
+from bilm_model.engine.state import LstmStateCodec
+from bilm_model.engine.types import Engine
 from bilm_model.errors import LanguageError
 from bilm_model.kernels.product_paths import Precision, ProductPath, resolve_precision
 from bilm_model.tokenization.tokenizers import new_tokenizer
@@ -34,7 +37,6 @@ class ServedModel:
         precision: of its products, "float32" or "bfloat16".
         engine: runs it.
         tokenizer: for raw text.
-        states: writes and reads its states.
     """
 
     name: str
@@ -42,9 +44,14 @@ class ServedModel:
     config: BilmConfig
     parameter_count: int
     precision: str
-    engine: Engine
+    engine: Engine[Any]
     tokenizer: Tokenizer
-    states: StateCodec
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a state; 0 for a model without states."""
+        codec = self.engine.state_codec
+        return 0 if codec is None else codec.n_bytes
 
 
 def load_served_model(config: ServerConfig, bfloat16: ProductPath | None = None) -> ServedModel:
@@ -72,15 +79,15 @@ def _load(config: ServerConfig, bfloat16: ProductPath | None) -> ServedModel:
     precision = resolve_precision(config.precision, device, bfloat16)
     loaded = load(config.model, config.options)
     bilm = loaded.bilm
+    batch = CellularBatch(bilm, device, engine_options(config, precision, bfloat16))
     return ServedModel(
         name=config.served_model_name or fitting_name(loaded.name),
         version=loaded.version,
         config=bilm.config,
         parameter_count=bilm.parameter_count,
         precision=precision,
-        engine=Engine(bilm, device, engine_options(config, precision, bfloat16)),
+        engine=RecurrentEngine(batch, LstmStateCodec(bilm.config, loaded.version)),
         tokenizer=configured_tokenizer(config),
-        states=StateCodec(bilm.config, loaded.version),
     )
 
 

@@ -87,10 +87,10 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
             cell_size=model.config.cell_dim,
             parameter_count=model.parameter_count,
             precision=model.precision,
-            backend=model.engine.backend,
+            backend=model.engine.description.backend,
             tokenizer=model.tokenizer.name,
             max_token_bytes=MAX_TOKEN_BYTES,
-            state_bytes=model.states.n_bytes,
+            state_bytes=model.state_bytes,
             limits=embed_pb2.Limits(
                 max_sentences_per_request=config.max_sentences_per_request,
                 max_tokens_per_request=config.max_tokens_per_request,

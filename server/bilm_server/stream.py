@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import grpc
 from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2
+from bilm_model.engine.types import State
 
 from bilm_server import responses
 from bilm_server.admission import Cost
@@ -14,7 +15,7 @@ from bilm_server.errors import CallerGoneError, Code, RefusalError
 from bilm_server.jobs import Call, Job, Outcome
 from bilm_server.parts import Parts
 from bilm_server.protocols.grpc.status import status_of
-from bilm_server.requests import PreparedSentence, State, Wanted, check_model, parse_options, prepare_sentence
+from bilm_server.requests import PreparedSentence, Wanted, check_model, parse_options, prepare_sentence
 
 Write = Callable[[embed_pb2.EmbedStreamResponse], Awaitable[None]]
 

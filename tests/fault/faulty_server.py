@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import bilm_server.app
-from bilm_model.engine.engine import Engine
+from bilm_model.engine.types import Engine
 from bilm_server.compute import ModelCompute
 from bilm_server.jobs import Computed, Job
 from bilm_server.main import main
@@ -25,7 +25,7 @@ HANG = "<hang>"
 class FaultyCompute(ModelCompute):
     """Computes, unless it is to fail."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine[Job]) -> None:
         super().__init__(engine)
         self._broken = Path(os.environ["BILM_TEST_BROKEN"])
         self._first: dict[Job, str] = {}

@@ -123,7 +123,7 @@ def test_a_sentence_in_flight_is_left_when_its_caller_has_gone(gate: Gate, start
     wait_until(lambda: server.server.parts.admission.used.tokens == 0)
     gate.open.set()
     assert stub.Embed(one("next")).results[0].HasField("embedding")
-    assert server.server.parts.model.engine.n_in_flight == 0
+    assert server.server.parts.model.engine.in_flight == 0
 
 
 def test_overload_is_refused_at_once_with_a_time_to_come_back(gate: Gate, start: Callable[..., RunningServer]) -> None:
@@ -168,16 +168,24 @@ def test_a_failure_is_internal_and_says_nothing_of_the_inside(
 
 def test_a_poisoned_sentence_is_its_callers_alone(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sentences of three calls and a stream are in flight together, and one of them makes every round fail."""
-    advance = ModelCompute.advance
+    advance, join, in_flight = ModelCompute.advance, ModelCompute.join, set[Job]()
     words = [["a"] * 40, ["b", "b"], ["poison"] * 30, ["c"]]
     known = [server.stub().Embed(one(*sentence)) for sentence in words]
 
+    def noted(compute: ModelCompute, job: Job) -> None:
+        in_flight.add(job)
+        join(compute, job)
+
     def poisoned(compute: ModelCompute) -> list[tuple[Job, Computed]]:
-        if any(job.sentence.tokens[0] == "poison" for job in compute._tickets):
+        if any(job.sentence.tokens[0] == "poison" for job in in_flight):
+            in_flight.clear()
             raise MemoryError("out of memory, simulated")
-        return advance(compute)
+        ended = advance(compute)
+        in_flight.difference_update(job for job, _ in ended)
+        return ended
 
     with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(ModelCompute, "join", noted)
         patch.setattr(ModelCompute, "advance", poisoned)
         stub = server.stub()
         together = embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*sentence) for sentence in words[1:]])

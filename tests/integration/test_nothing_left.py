@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from bilm_api.v1 import embed_pb2
+from bilm_model.engine.types import Capacity
 from bilm_server.admission import Cost
 from bilm_server.compute import ModelCompute
 from bilm_server.jobs import Computed, Job
@@ -32,7 +33,7 @@ def check_nothing_is_left(server: RunningServer) -> None:
     rooms = (parts.admission, parts.stream_admission)
     wait_until(lambda: all(room.used == Cost(0, 0) for room in rooms))
     wait_until(lambda: not (thread.waiting or thread.in_flight or thread.has_work or thread._pending))
-    assert (engine.n_in_flight, engine.free_rows, engine.free_tokens) == (0, engine.max_rows, engine.max_tokens)
+    assert (engine.in_flight, engine.used) == (0, Capacity(0, 0))
 
 
 def test_sixty_late_calls_of_six_sentences(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:

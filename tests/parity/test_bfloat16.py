@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bilm_model.engine.engine import Engine, EngineOptions, Sentence
+from bilm_model.engine.cellular import CellularBatch, EngineOptions, PlainSentence
 from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights.loading import load
 
@@ -12,22 +12,22 @@ LEAST_COSINE = 0.9995
 N_SENTENCES = 1000
 
 
-def sentences(corpora: Path) -> list[Sentence]:
+def sentences(corpora: Path) -> list[PlainSentence]:
     """The first of WikiText-2's test part, cut after each full stop."""
-    found: list[Sentence] = []
+    found: list[PlainSentence] = []
     tokens: list[str] = []
     for token in (corpora / "wikitext-2" / "test.txt").read_text(encoding="utf-8").split():
         tokens.append(token)
         if token == ".":
-            found.append(Sentence(tuple(tokens)))
+            found.append(PlainSentence(tuple(tokens)))
             tokens = []
             if len(found) == N_SENTENCES:
                 break
     return found
 
 
-def engine_of(source: str, precision: Precision) -> Engine:
-    return Engine(load(source).bilm, torch.device("cpu"), EngineOptions(precision))
+def engine_of(source: str, precision: Precision) -> CellularBatch:
+    return CellularBatch(load(source).bilm, torch.device("cpu"), EngineOptions(precision))
 
 
 @pytest.mark.parametrize(

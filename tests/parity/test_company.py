@@ -8,7 +8,7 @@ import pytest
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES, BilmConfig
-from bilm_model.engine.engine import EmbeddedSentence, Engine, EngineOptions, Sentence, Ticket
+from bilm_model.engine.cellular import CellularBatch, EmbeddedSentence, EngineOptions, PlainSentence, Ticket, steps_of
 from bilm_model.kernels.product_paths import Precision, ProductPath
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,9 +23,11 @@ CONFIGS = {
 SENTENCE = st.lists(st.text(min_size=1, max_size=60), max_size=12)
 
 
-def engine_of(config: BilmConfig, precision: Precision, products: ProductPath | None = None, **room: int) -> Engine:
+def engine_of(
+    config: BilmConfig, precision: Precision, products: ProductPath | None = None, **room: int
+) -> CellularBatch:
     options = replace(EngineOptions(precision, products=products), **room)  # type: ignore[arg-type]
-    engine = Engine(random_bilm(config), torch.device("cpu"), options)
+    engine = CellularBatch(random_bilm(config), torch.device("cpu"), options)
     if "prepacked" not in engine.backend:
         pytest.skip(f"without prepacked products only 1e-5 is promised: {engine.backend}")
     return engine
@@ -36,16 +38,18 @@ def same_bits(found: EmbeddedSentence, expected: EmbeddedSentence) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def random_sentences(engine: Engine, chance: random.Random) -> list[Sentence]:
+def random_sentences(engine: CellularBatch, chance: random.Random) -> list[PlainSentence]:
     """Of all lengths, from a small vocabulary, some with a state to go on from."""
     words = [f"{'w' * chance.randrange(9)}{i}" for i in range(70)]
     texts = [chance.choices(words, k=chance.choice((0, 1, 5, 24, 70))) for _ in range(40)]
-    states = [engine.run([Sentence(["state", str(i)])])[0] for i in range(3)]
+    states = [engine.run([PlainSentence(["state", str(i)])])[0] for i in range(3)]
     carried = [None, *((state.h.numpy(), state.c.numpy()) for state in states)]
-    return [Sentence(text, chance.choice(carried)) for text in texts]
+    return [PlainSentence(text, chance.choice(carried)) for text in texts]
 
 
-def run_at_random(engine: Engine, sentences: list[Sentence], chance: random.Random) -> list[EmbeddedSentence]:
+def run_at_random(
+    engine: CellularBatch, sentences: list[PlainSentence], chance: random.Random
+) -> list[EmbeddedSentence]:
     """Lets sentences join in any order at any time, with others beside them that leave before they are done."""
     results: dict[Ticket, EmbeddedSentence] = {}
     order: dict[int, Ticket] = {}
@@ -53,11 +57,11 @@ def run_at_random(engine: Engine, sentences: list[Sentence], chance: random.Rand
     passing: list[Ticket] = []
     while waiting or engine.n_in_flight:
         for _ in range(chance.randrange(6)):
-            if waiting and engine.free_rows and engine.free_tokens >= sentences[waiting[-1]].n_steps:
+            if waiting and engine.free_rows and engine.free_tokens >= steps_of(len(sentences[waiting[-1]].tokens)):
                 i = waiting.pop()
                 order[i] = engine.join(sentences[i])
         if engine.free_rows and engine.free_tokens >= 42 and waiting and chance.random() < 0.3:
-            passing.append(engine.join(Sentence([f"p{i}" for i in range(40)])))
+            passing.append(engine.join(PlainSentence([f"p{i}" for i in range(40)])))
         engine._backend.block_rows = chance.choice((1, 7, 10_000))  # chunks of one tick, of some, of many
         for ticket, embedded in engine.advance():
             results[ticket] = embedded
@@ -103,15 +107,15 @@ def test_random_schedules(name: str, precision: Precision, products: ProductPath
 @given(st.lists(SENTENCE, min_size=1, max_size=8))
 def test_any_text(sentences: list[list[str]]) -> None:
     engine = engine_of(SIZES["tiny"], "float32")
-    together = engine.run([Sentence(tokens) for tokens in sentences])
+    together = engine.run([PlainSentence(tokens) for tokens in sentences])
     for tokens, found in zip(sentences, together, strict=True):
         assert found.layers.shape == (3, len(tokens) + 2 if tokens else 0, 16)
-        assert same_bits(found, engine.run([Sentence(tokens)])[0])
+        assert same_bits(found, engine.run([PlainSentence(tokens)])[0])
 
 
 def test_threads_change_nothing() -> None:
     config = replace(SIZES["tiny"], cell_dim=1024, projection_dim=64)  # wide enough to be shared out
-    sentences = [Sentence([f"word{i}"] * (i + 1)) for i in range(40)]
+    sentences = [PlainSentence([f"word{i}"] * (i + 1)) for i in range(40)]
     before = torch.get_num_threads()
     found = []
     try:

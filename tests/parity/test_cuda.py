@@ -13,12 +13,12 @@ import torch
 from bilm_model.bilm import Bilm, BilmState, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import BilmConfig, Residual
+from bilm_model.engine import cellular as engine_module
 from bilm_model.engine import cuda
-from bilm_model.engine import engine as engine_module
+from bilm_model.engine.cellular import CellularBatch, EmbeddedSentence, EngineOptions, PlainSentence
 from bilm_model.engine.cuda import CudaBackend, n_slices, row_bucket
 from bilm_model.engine.cuda_inputs import distinct
 from bilm_model.engine.cuda_steps import Schedule, Steps, TorchSteps, fastest_steps
-from bilm_model.engine.engine import EmbeddedSentence, Engine, EngineOptions, Sentence
 from bilm_model.engine.plan import Round, Row
 from bilm_model.engine.transfer import HostCopy, to_device
 from bilm_model.errors import ConfigError
@@ -58,7 +58,7 @@ def engine_of(
     steps: Steps | None = None,
     bilm: Bilm | None = None,
     prepare: bool = True,
-) -> Engine:
+) -> CellularBatch:
     """An engine on this back end, whatever the device."""
     options = options or EngineOptions()
     options = replace(options, input_cache_mib=options.input_cache_mib or 0)  # as on a GPU
@@ -68,19 +68,19 @@ def engine_of(
             return CudaBackend(bilm, memory, max_rows, 32, input_cache_bytes=input_cache_bytes, steps=steps)
 
         patch.setattr(engine_module, "_new_backend", new_backend)
-        engine = Engine(bilm or bilm_of(config), device, options)
+        engine = CellularBatch(bilm or bilm_of(config), device, options)
     if prepare:
         backend_of(engine).prepare()
     return engine
 
 
-def backend_of(engine: Engine) -> CudaBackend:
+def backend_of(engine: CellularBatch) -> CudaBackend:
     backend = engine._backend
     assert isinstance(backend, CudaBackend)
     return backend
 
 
-def random_sentences(n: int, config: BilmConfig, max_tokens: int = 40, seed: int = 3) -> list[Sentence]:
+def random_sentences(n: int, config: BilmConfig, max_tokens: int = 40, seed: int = 3) -> list[PlainSentence]:
     """Of all lengths, every third with a state to go on from."""
     shuffler, numbers = random.Random(seed), np.random.default_rng(seed)
     words = [f"{'w' * shuffler.randrange(9)}{i}" for i in range(50)] + ["<S>", "대한민국", "x" * 60]
@@ -92,12 +92,12 @@ def random_sentences(n: int, config: BilmConfig, max_tokens: int = 40, seed: int
         return h.astype(np.float32), c.astype(np.float32)
 
     return [
-        Sentence(shuffler.choices(words, k=shuffler.randrange(max_tokens + 1)), None if i % 3 else state())
+        PlainSentence(shuffler.choices(words, k=shuffler.randrange(max_tokens + 1)), None if i % 3 else state())
         for i in range(n)
     ]
 
 
-def reference(bilm: Bilm, sentence: Sentence) -> EmbeddedSentence:
+def reference(bilm: Bilm, sentence: PlainSentence) -> EmbeddedSentence:
     """By the plain network in float64."""
     parts = None if sentence.state is None else [torch.from_numpy(part).double()[:, :, None] for part in sentence.state]
     state = None if parts is None else BilmState(*parts)
@@ -112,7 +112,7 @@ def error(found: EmbeddedSentence, expected: EmbeddedSentence) -> float:
     return max(float((a.cpu() - b.cpu()).abs().max()) if a.numel() else 0.0 for a, b in pairs)
 
 
-def worst_error(engine: Engine, config: BilmConfig, sentences: Sequence[Sentence]) -> float:
+def worst_error(engine: CellularBatch, config: BilmConfig, sentences: Sequence[PlainSentence]) -> float:
     bilm = bilm_of(config).double()
     found = engine.run(sentences)
     return max(error(each, reference(bilm, sentence)) for each, sentence in zip(found, sentences, strict=True))
@@ -152,7 +152,7 @@ def test_agrees_with_the_other_back_end() -> None:
     sentences = random_sentences(40, config)
     found, expected = (
         engine.run(sentences)
-        for engine in (engine_of(config, options=EngineOptions(max_rows=9)), Engine(bilm_of(config), CPU))
+        for engine in (engine_of(config, options=EngineOptions(max_rows=9)), CellularBatch(bilm_of(config), CPU))
     )
     assert max(error(a, b) for a, b in zip(found, expected, strict=True)) < TOLERANCE
 
@@ -163,7 +163,7 @@ def test_bfloat16_products_stay_close(kind: str) -> None:
     options = EngineOptions("bfloat16", max_rows=4)
     sentences = random_sentences(8, SLICED, max_tokens=8)
     found = engine_of(SLICED, options=options, steps=steps).run(sentences)
-    assert worst_cosine(found, Engine(bilm_of(SLICED), CPU).run(sentences)) > 0.999
+    assert worst_cosine(found, CellularBatch(bilm_of(SLICED), CPU).run(sentences)) > 0.999
     assert all(part.dtype == torch.float32 for each in found for part in (each.layers, each.h, each.c))
 
 
@@ -173,7 +173,7 @@ def test_those_who_are_not_in_flight_are_left_alone() -> None:
     memory = backend_of(engine).memory
     memory.c.fill_(7.0)
     memory.h.fill_(7.0)
-    tickets = [engine.join(Sentence(["a"] * n)) for n in (1, 1, 3, 4, 5)]
+    tickets = [engine.join(PlainSentence(["a"] * n)) for n in (1, 1, 3, 4, 5)]
     while engine.n_in_flight:
         engine.advance()
     free = sorted(set(range(8)) - {ticket.slot for ticket in tickets})
@@ -282,7 +282,7 @@ def test_gpu_agrees_with_the_reference(config: BilmConfig, kind: str) -> None:
 def test_gpu_golden_vectors(golden: Path) -> None:
     vectors, bilm = Golden(golden), load(str(golden)).bilm
     engine = engine_of(bilm.config, GPU, bilm=bilm)
-    found = engine.run([Sentence(tokens) for tokens in vectors.sentences])
+    found = engine.run([PlainSentence(tokens) for tokens in vectors.sentences])
     for each, expected in zip(found, vectors.stateless, strict=True):
         assert np.abs(each.layers[:, 1:-1].cpu().numpy() - expected).max(initial=0.0) < TOLERANCE
 

@@ -9,7 +9,7 @@ import torch
 from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import BilmConfig, to_options
-from bilm_model.engine.engine import Engine, EngineOptions, Sentence
+from bilm_model.engine.cellular import CellularBatch, EngineOptions, PlainSentence
 from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights import hdf5
 
@@ -33,7 +33,7 @@ CONFIGS = {
 SENTENCES = [["The", "cat"], ["대한민국", "x" * 60, "🙂", "<S>", "\x00"], ["a"] * 23]
 
 
-def _model(config: BilmConfig, folder: Path, precision: Precision = "float32") -> tuple[Engine, Bilm, Oracle]:
+def _model(config: BilmConfig, folder: Path, precision: Precision = "float32") -> tuple[CellularBatch, Bilm, Oracle]:
     """Random weights and biases, through the published file, which the oracle reads with eyes of its own."""
     generator = torch.Generator().manual_seed(7)
     tensors = {
@@ -42,7 +42,9 @@ def _model(config: BilmConfig, folder: Path, precision: Precision = "float32") -
     }
     path = folder / "weights.hdf5"
     hdf5.write(path, config, tensors)
-    engine = Engine(Bilm.from_tensors(config, hdf5.read(path, config)), torch.device("cpu"), EngineOptions(precision))
+    engine = CellularBatch(
+        Bilm.from_tensors(config, hdf5.read(path, config)), torch.device("cpu"), EngineOptions(precision)
+    )
     reference = Bilm.from_tensors(config, hdf5.read(path, config)).double()
     return engine, reference, Oracle(path, to_options(config))
 
@@ -51,7 +53,7 @@ def _model(config: BilmConfig, folder: Path, precision: Precision = "float32") -
 def test_agrees_with_the_oracle(config: BilmConfig, tmp_path: Path) -> None:
     engine, reference, oracle = _model(config, tmp_path)
     expected = [oracle(tokens) for tokens in SENTENCES]
-    for embedded, numbers in zip(engine.run([Sentence(tokens) for tokens in SENTENCES]), expected, strict=True):
+    for embedded, numbers in zip(engine.run([PlainSentence(tokens) for tokens in SENTENCES]), expected, strict=True):
         assert np.abs(embedded.layers[:, 1:-1].numpy() - numbers).max() < 1e-5
     # In float64 nothing but the formulae can differ
     for tokens, numbers in zip(SENTENCES, expected, strict=True):
@@ -62,7 +64,7 @@ def test_agrees_with_the_oracle(config: BilmConfig, tmp_path: Path) -> None:
 
 def test_bfloat16_products_stay_close(tmp_path: Path) -> None:
     engine, _, oracle = _model(BASE, tmp_path, "bfloat16")
-    for tokens, embedded in zip(SENTENCES, engine.run([Sentence(tokens) for tokens in SENTENCES]), strict=True):
+    for tokens, embedded in zip(SENTENCES, engine.run([PlainSentence(tokens) for tokens in SENTENCES]), strict=True):
         found, expected = embedded.layers[:, 1:-1].double().numpy(), oracle(tokens)
         norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)
         assert ((found * expected).sum(axis=-1) / norms).min() > 0.999

@@ -16,9 +16,13 @@ _MAGIC = b"bLS1"
 _FLOAT = np.dtype("<f4")
 
 
+LstmState = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""h (L, 2, P) and c (L, 2, C)."""
+
+
 @dataclass(frozen=True)
-class StateCodec:
-    """Writes and reads the states of one model.
+class LstmStateCodec:
+    """Encode and decode the states of one model (`StateCodec`).
 
     Attributes:
         config: the model's structure.
@@ -33,23 +37,24 @@ class StateCodec:
         """Length of a state."""
         return len(self._header) + _FLOAT.itemsize * (self._h_size + self._c_size)
 
-    def encode(self, h: NDArray[np.float32], c: NDArray[np.float32]) -> bytes:
-        """H (L, 2, P) and c (L, 2, C) as bytes."""
+    def encode(self, state: LstmState) -> bytes:
+        """Return a state as bytes."""
+        h, c = state
         return self._header + h.astype(_FLOAT).tobytes() + c.astype(_FLOAT).tobytes()
 
-    def decode(self, state: bytes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The h (L, 2, P) and c (L, 2, C) of a state.
+    def decode(self, data: bytes) -> LstmState:
+        """Return the state that was encoded.
 
         Raises:
-            StateError: if this model can't have written it.
+            StateError: If this model can't have written it.
         """
-        if not state.startswith(_MAGIC):
+        if not data.startswith(_MAGIC):
             raise StateError("the state wasn't written by this service")
-        if not state.startswith(self._header):
+        if not data.startswith(self._header):
             raise StateError(f"the state belongs to another model version than {self.version}")
-        if len(state) != self.n_bytes:
-            raise StateError(f"the state has {len(state)} bytes, expected {self.n_bytes}")
-        numbers = np.frombuffer(state, _FLOAT, offset=len(self._header))
+        if len(data) != self.n_bytes:
+            raise StateError(f"the state has {len(data)} bytes, expected {self.n_bytes}")
+        numbers = np.frombuffer(data, _FLOAT, offset=len(self._header))
         h, c = numbers[: self._h_size], numbers[self._h_size :]
         config = self.config
         # What isn't projected isn't clipped either; σ(o)·tanh(c) stays below 1

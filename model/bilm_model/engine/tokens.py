@@ -1,28 +1,15 @@
 """Which token's vector is where: a table with room for the tokens in flight and a bounded cache. Pure: no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from bilm_model.characters import read_bytes
 from bilm_model.engine.plan import Indices
+from bilm_model.engine.types import CacheStats
 
 # Of a full cache, this share is given up together: finding the oldest takes a look at all.
 _EVICTED_SHARE = 16
-
-
-@dataclass
-class CacheStats:
-    """How often a vector was there already.
-
-    Attributes:
-        hits: tokens that were in the table when their sentence entered, or earlier in the same sentence.
-        misses: tokens that were not, and are computed.
-    """
-
-    hits: int = 0
-    misses: int = 0
 
 
 class TokenTable:

@@ -7,20 +7,20 @@ import pytest
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
+from bilm_model.engine.cellular import CellularBatch, EmbeddedSentence, EngineOptions, PlainSentence, Ticket
 from bilm_model.engine.device import resolve_device
-from bilm_model.engine.engine import EmbeddedSentence, Engine, EngineOptions, Sentence, Ticket
 from bilm_model.errors import CharacterError, ConfigError, ModelError
 
 
-def engine_of(**options: int) -> Engine:
-    return Engine(random_bilm(SIZES["tiny"]), torch.device("cpu"), EngineOptions(**options))  # type: ignore[arg-type]
+def engine_of(**options: int) -> CellularBatch:
+    return CellularBatch(random_bilm(SIZES["tiny"]), torch.device("cpu"), EngineOptions(**options))  # type: ignore[arg-type]
 
 
-def words(n: int) -> Sentence:
-    return Sentence([f"w{i % 50}" for i in range(n)])
+def words(n: int) -> PlainSentence:
+    return PlainSentence([f"w{i % 50}" for i in range(n)])
 
 
-def rounds_until(engine: Engine, ticket: Ticket) -> int:
+def rounds_until(engine: CellularBatch, ticket: Ticket) -> int:
     n_rounds = 1
     while ticket not in dict(engine.advance()):
         n_rounds += 1
@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="21 tokens and boundaries don't fit"):
         engine.join(words(19))
     with pytest.raises(CharacterError):
-        engine.join(Sentence(["a", ""]))
+        engine.join(PlainSentence(["a", ""]))
     engine.join(words(18))
     with pytest.raises(ValueError, match="0 rows"):
         engine.join(words(1))
@@ -73,12 +73,12 @@ def test_a_sentence_without_tokens_takes_no_room_and_keeps_its_state() -> None:
     engine = engine_of(max_rows=1, max_tokens=8)
     (before,) = engine.run([words(3)])
     engine.join(words(6))
-    ticket = engine.join(Sentence([], (before.h.numpy(), before.c.numpy())))
+    ticket = engine.join(PlainSentence([], (before.h.numpy(), before.c.numpy())))
     found: dict[Ticket, EmbeddedSentence] = dict(engine.advance())
     assert found[ticket].layers.shape == (3, 0, 16)
     assert torch.equal(found[ticket].h, before.h)
     assert torch.equal(found[ticket].c, before.c)
-    gone = engine.join(Sentence([]))
+    gone = engine.join(PlainSentence([]))
     engine.leave(gone)
     assert engine.n_in_flight == 0
 
@@ -92,7 +92,7 @@ def test_the_warm_up_drops_what_is_in_flight_and_finds_numbers_that_are_none() -
     bilm = random_bilm(SIZES["tiny"])
     bilm.encoder.char_cnn.biases[0].data[3] = float("nan")
     with pytest.raises(ModelError, match="not finite"):
-        Engine(bilm, torch.device("cpu")).warm_up()
+        CellularBatch(bilm, torch.device("cpu")).warm_up()
 
 
 def test_words_seen_before_are_not_encoded_again() -> None:
@@ -110,7 +110,7 @@ def test_words_seen_before_are_not_encoded_again() -> None:
 
 def test_an_input_cache_that_is_too_small_is_an_error() -> None:
     with pytest.raises(ConfigError, match="input_cache_mib: expected 0 or at least"):
-        Engine(random_bilm(SIZES["small"]), torch.device("cpu"), EngineOptions(input_cache_mib=1))
+        CellularBatch(random_bilm(SIZES["small"]), torch.device("cpu"), EngineOptions(input_cache_mib=1))
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "mps", ""])
@@ -122,13 +122,13 @@ def test_a_device_that_nobody_knows_is_named(name: str) -> None:
 Free = tuple[int, int, int, int]
 
 
-def free(engine: Engine) -> Free:
+def free(engine: CellularBatch) -> Free:
     """Slots, places, sentences in flight, and how many new tokens a sentence could bring."""
     table = engine._table
     return engine.free_rows, engine.free_tokens, engine.n_in_flight, len(table._free) + table.n_cached
 
 
-def state_of(engine: Engine) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def state_of(engine: CellularBatch) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     (embedded,) = engine.run([words(2)])
     return embedded.h.numpy(), embedded.c.numpy()
 
@@ -164,14 +164,14 @@ def test_a_sentence_that_cannot_join_leaves_nothing_behind(bad: str, cache: int)
     engine.join(words(3))  # in flight meanwhile: 15 of 20 are free
     sentences = {
         "too many steps": words(14),
-        "too many steps, all different": Sentence([f"new {i}" for i in range(100_000 if cache else 40)]),
-        "an empty token": Sentence(["known", "new", ""]),
-        "half of a surrogate pair": Sentence(["new", "\ud800"]),
-        "tokens that can't be read": Sentence(Unfit()),
-        "h of another shape": Sentence(["new"], (h[:, :, 1:], c)),
-        "c of another shape": Sentence(["new"], (h, c[:1])),
-        "h of another shape and no tokens": Sentence([], (h[:1], c)),
-        "a scalar as c": Sentence(["new"], (h, np.zeros((), np.float32))),
+        "too many steps, all different": PlainSentence([f"new {i}" for i in range(100_000 if cache else 40)]),
+        "an empty token": PlainSentence(["known", "new", ""]),
+        "half of a surrogate pair": PlainSentence(["new", "\ud800"]),
+        "tokens that can't be read": PlainSentence(Unfit()),
+        "h of another shape": PlainSentence(["new"], (h[:, :, 1:], c)),
+        "c of another shape": PlainSentence(["new"], (h, c[:1])),
+        "h of another shape and no tokens": PlainSentence([], (h[:1], c)),
+        "a scalar as c": PlainSentence(["new"], (h, np.zeros((), np.float32))),
     }
     before = free(engine)
     expected = (CharacterError, MemoryError) if "token" in bad or "surrogate" in bad else ValueError
@@ -191,7 +191,7 @@ def test_every_row_taken_is_a_refusal_that_leaves_nothing_behind() -> None:
     before = free(engine)
     for number in range(600):  # of new tokens, each of which would take an entry
         with pytest.raises(ValueError, match="0 rows"):
-            engine.join(Sentence([f"{number} {i}" for i in range(20)]))
+            engine.join(PlainSentence([f"{number} {i}" for i in range(20)]))
     assert free(engine) == before
 
 
@@ -218,7 +218,7 @@ def test_after_a_round_that_failed_each_sentence_can_be_dropped_and_later_ones_a
     expected = other.run([words(9)])[0].layers
     engine.run([words(2)])
     before = free(engine)
-    tickets = [engine.join(words(9)), engine.join(words(5)), engine.join(Sentence([]))]
+    tickets = [engine.join(words(9)), engine.join(words(5)), engine.join(PlainSentence([]))]
     backend = engine._backend
     setattr(engine, "_backend", FailingBackend(backend, where))  # noqa: B010 - of another type
     with pytest.raises(RuntimeError, match="simulated"):
@@ -254,7 +254,7 @@ class FailingBackend:
 def test_a_sentence_leaves_once() -> None:
     engine = engine_of(max_rows=2, max_tokens=20)
     before = free(engine)
-    gone, empty, stays = engine.join(words(5)), engine.join(Sentence([])), engine.join(words(6))
+    gone, empty, stays = engine.join(words(5)), engine.join(PlainSentence([])), engine.join(words(6))
     for ticket in (gone, empty):
         engine.leave(ticket)
         with pytest.raises(ValueError, match="not in flight"):
@@ -269,7 +269,7 @@ def test_what_a_reset_dropped_cannot_leave_any_more_and_takes_no_room() -> None:
     engine = engine_of(max_rows=2, max_tokens=60)
     engine.warm_up()
     before = free(engine)
-    tickets = [engine.join(words(50)), engine.join(Sentence([]))]
+    tickets = [engine.join(words(50)), engine.join(PlainSentence([]))]
     engine.advance()
     engine.warm_up()
     for ticket in tickets:
@@ -278,8 +278,8 @@ def test_what_a_reset_dropped_cannot_leave_any_more_and_takes_no_room() -> None:
     assert free(engine) == before
 
 
-@pytest.mark.parametrize("bad", [Sentence(["a", ""]), words(19)])
-def test_a_run_that_fails_leaves_nothing_in_flight(bad: Sentence) -> None:
+@pytest.mark.parametrize("bad", [PlainSentence(["a", ""]), words(19)])
+def test_a_run_that_fails_leaves_nothing_in_flight(bad: PlainSentence) -> None:
     engine = engine_of(max_rows=2, max_tokens=20)
     with pytest.raises((CharacterError, ValueError)):
         engine.run([words(3), words(4), bad])
@@ -287,7 +287,7 @@ def test_a_run_that_fails_leaves_nothing_in_flight(bad: Sentence) -> None:
     assert len(engine.run([words(18)])) == 1
 
 
-def counters(engine: Engine) -> tuple[int, int, int, int]:
+def counters(engine: CellularBatch) -> tuple[int, int, int, int]:
     stats = engine.stats
     return stats.ticks, stats.steps, stats.cache.hits, stats.cache.misses
 

@@ -10,7 +10,7 @@ from bilm_model.affine import Affine, convolve
 from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import SIZES
-from bilm_model.engine.engine import Engine, EngineOptions, Sentence
+from bilm_model.engine.cellular import CellularBatch, EngineOptions, PlainSentence
 from bilm_model.kernels.product_paths import ProductPath
 from bilm_model.weights import single_file
 from bilm_training.main import new_objective
@@ -30,7 +30,7 @@ TOKENS = ["a", "sentence", "of", "words"]
 
 def layers(products: ProductPath | None, precision: str = "bfloat16") -> Tensor:
     options = EngineOptions("bfloat16" if precision == "bfloat16" else "float32", products=products)
-    return Engine(random_bilm(SIZES["tiny"]), CPU, options).run([Sentence(TOKENS)])[0].layers
+    return CellularBatch(random_bilm(SIZES["tiny"]), CPU, options).run([PlainSentence(TOKENS)])[0].layers
 
 
 def test_a_product_that_such_a_machine_lacks_is_noticed() -> None:
@@ -49,7 +49,7 @@ def test_the_engine_computes_in_bfloat16(products: ProductPath) -> None:
 
 
 def test_the_engine_names_its_paths() -> None:
-    engine = Engine(random_bilm(SIZES["tiny"]), CPU, EngineOptions("bfloat16", products=ROUNDED[0]))
+    engine = CellularBatch(random_bilm(SIZES["tiny"]), CPU, EngineOptions("bfloat16", products=ROUNDED[0]))
     assert "prepacked oneDNN products in float32 of factors rounded to bfloat16" in engine.backend
     assert engine.paths["products"] == "rounded_prepacked"
     assert engine.paths["recurrence"] == "products"
@@ -79,10 +79,10 @@ def test_the_engine_works_without_the_kernel_for_few_rows(
 ) -> None:
     expected = layers(None, "float32")
     monkeypatch.setitem(sys.modules, "bilm_model.engine.recurrence", None)  # an import of it fails
-    engine = Engine(random_bilm(SIZES["tiny"]), CPU)
+    engine = CellularBatch(random_bilm(SIZES["tiny"]), CPU)
     assert engine.paths["recurrence"] == "products"
     assert "one kernel for few rows unavailable" in caplog.text
-    assert torch.equal(engine.run([Sentence(TOKENS)])[0].layers, expected)
+    assert torch.equal(engine.run([PlainSentence(TOKENS)])[0].layers, expected)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

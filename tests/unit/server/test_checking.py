@@ -8,12 +8,11 @@ import pytest
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
-from bilm_model.engine.engine import EngineOptions
+from bilm_model.engine.cellular import EngineOptions
 from bilm_model.weights.loading import inspect
 from bilm_server.checking import MemorySum, memory_sum
 from bilm_server.config_sources import load_config
 from bilm_server.main import main
-from bilm_server.served_model import load_served_model
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -85,12 +84,9 @@ def test_the_socket_of_a_server_that_runs_is_no_error(tmp_path: Path) -> None:
 
 
 def test_the_engines_memory_is_what_the_engine_allocates() -> None:
-    config = load_config(
-        ["--model", "random:tiny", "--max-tokens-in-flight", "1000", "--max-tokens-per-sentence", "500"]
-    )
-    memory = load_served_model(config).engine._backend.memory
-    allocated = sum(tensor.nbytes for tensor in (memory.vectors, memory.outputs, memory.h, memory.c))
     options = EngineOptions(max_tokens=1000)
+    memory = options.resolved(CPU).memory(SIZES["tiny"], CPU)
+    allocated = sum(tensor.nbytes for tensor in (memory.vectors, memory.outputs, memory.h, memory.c))
     assert options.memory_bytes(SIZES["tiny"], CPU) == allocated
 
 

@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 from bilm_api.constants import Reason
+from bilm_model.engine.types import Capacity
 from bilm_model.scalar_mix import Selection
 from bilm_server import inference
 from bilm_server.errors import RefusalError
 from bilm_server.inference import InferenceThread, Round
 from bilm_server.jobs import Call, Computed, Job, Outcome
 from bilm_server.requests import PreparedSentence, Wanted
-from bilm_server.scheduler import Room
 
 
 def job(name: str = "a", call: Call | None = None) -> Job:
@@ -28,7 +28,7 @@ class Model:
     """Each sentence ends in its third round; a round with a poisoned one fails, and so may anything else."""
 
     def __init__(self, poison: str = "poison") -> None:
-        self.room = Room(64, 10_000)
+        self.room = Capacity(64, 10_000)
         self.poison = poison
         self.broken = False
         self.ages: dict[Job, int] = {}
@@ -233,7 +233,7 @@ async def test_who_waits_for_a_hung_round_can_be_let_go() -> None:
 
 async def test_what_is_not_done_at_the_end_is_refused() -> None:
     model = Model()
-    model.room = Room(1, 10)
+    model.room = Capacity(1, 10)
     model.go_on.clear()
     thread = InferenceThread(model)
     await thread.start()

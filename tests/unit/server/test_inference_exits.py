@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 from bilm_api.constants import Reason
+from bilm_model.engine.types import Capacity
 from bilm_model.scalar_mix import Selection
 from bilm_server import inference
 from bilm_server.errors import RefusalError
 from bilm_server.inference import InferenceThread
 from bilm_server.jobs import Call, Computed, Job, Outcome
 from bilm_server.requests import PreparedSentence, Wanted
-from bilm_server.scheduler import Room
 
 WANTED = Wanted(Selection(), "float32", omit_tokens=False)
 NEVER = float("inf")
@@ -52,7 +52,7 @@ class Engine:
     can't leave. While `broken` isn't 0, each probe fails and counts it down.
     """
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Capacity) -> None:
         self.room = room
         self.steps = 0
         self.remaining: dict[Job, int] = {}
@@ -62,15 +62,15 @@ class Engine:
         self.computing = threading.Event()
 
     @property
-    def used(self) -> Room:
-        return Room(len(self.remaining), sum(job.sentence.n_steps for job in self.remaining))
+    def used(self) -> Capacity:
+        return Capacity(len(self.remaining), sum(job.sentence.n_steps for job in self.remaining))
 
     def join(self, job: Job) -> None:
         if "unfit" in job.sentence.tokens:
             raise MemoryError
         assert job not in self.remaining
         self.remaining[job] = len(job.sentence.tokens)
-        assert self.room.holds(self.used)
+        assert self.room.fits(self.used)
 
     def leave(self, job: Job) -> None:
         if "stuck" in job.sentence.tokens:
@@ -134,7 +134,7 @@ class Running:
 
     async def check_nothing_is_left(self) -> None:
         assert (self.thread.waiting, self.thread.in_flight) == (0, 0)
-        assert self.thread._scheduler.used == Room(0, 0)
+        assert self.thread._scheduler.used == Capacity(0, 0)
         assert not self.thread._pending
         assert self.ends == [1] * len(self.futures)
         for future in self.futures:
@@ -170,7 +170,7 @@ def reasons(futures: list["asyncio.Future[Outcome]"]) -> set[Reason | None]:
 
 
 async def test_sixty_late_calls_of_six_sentences_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(Room(4, 100))
+    engine = Engine(Capacity(4, 100))
     async with running(monkeypatch, engine, lambda: 100.0) as found:
         for _ in range(60):
             call = Call(deadline_s=99.0)
@@ -184,7 +184,7 @@ async def test_sixty_late_calls_of_six_sentences_leave_nothing(monkeypatch: pyte
 async def test_when_one_sentence_of_a_call_is_late_its_siblings_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first fits and is computed, another is late: nobody waits for the rest once the call has been refused."""
     now_s = [0.0]
-    engine = Engine(Room(1, 100))
+    engine = Engine(Capacity(1, 100))
     engine.go_on.clear()
     async with running(monkeypatch, engine, lambda: now_s[0]) as found:
         call = Call(deadline_s=1.0)
@@ -206,7 +206,7 @@ async def test_when_one_sentence_of_a_call_is_late_its_siblings_end_too(monkeypa
 async def test_abandoning_ends_the_futures_of_what_waits_and_of_what_is_computed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = Engine(Room(1, 100))
+    engine = Engine(Capacity(1, 100))
     engine.go_on.clear()
     async with running(monkeypatch, engine) as found:
         call = Call(NEVER)
@@ -223,7 +223,7 @@ async def test_abandoning_ends_the_futures_of_what_waits_and_of_what_is_computed
 
 
 async def test_a_cancelled_future_takes_its_sentence_out_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(Room(1, 100))
+    engine = Engine(Capacity(1, 100))
     engine.go_on.clear()
     async with running(monkeypatch, engine) as found:
         call = Call(NEVER)
@@ -241,7 +241,7 @@ async def test_a_cancelled_future_takes_its_sentence_out_wherever_it_is(monkeypa
 
 
 async def test_who_is_let_go_from_a_hung_round_leaves_nothing_when_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(Room(2, 100))
+    engine = Engine(Capacity(2, 100))
     engine.go_on.clear()
     async with running(monkeypatch, engine) as found:
         futures = [found.submit(Call(NEVER), "a", "b") for _ in range(6)]
@@ -256,7 +256,7 @@ async def test_who_is_let_go_from_a_hung_round_leaves_nothing_when_it_goes_on(mo
 
 @pytest.mark.parametrize("others", [0, 3])
 async def test_a_sentence_that_cannot_join_is_refused_alone(monkeypatch: pytest.MonkeyPatch, others: int) -> None:
-    async with running(monkeypatch, Engine(Room(8, 100))) as found:
+    async with running(monkeypatch, Engine(Capacity(8, 100))) as found:
         good = [found.submit(Call(NEVER), "a", "b") for _ in range(others)]
         unfit = found.submit(Call(NEVER), "unfit")
         await found.settle()
@@ -268,7 +268,7 @@ async def test_a_sentence_that_cannot_join_is_refused_alone(monkeypatch: pytest.
 async def test_when_no_sentence_can_join_the_model_is_probed_and_everybody_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = Engine(Room(8, 100))
+    engine = Engine(Capacity(8, 100))
     async with running(monkeypatch, engine) as found:
         engine.broken = 1
         futures = [found.submit(Call(NEVER), "unfit") for _ in range(3)]
@@ -278,7 +278,7 @@ async def test_when_no_sentence_can_join_the_model_is_probed_and_everybody_refus
 
 
 async def test_a_sentence_that_cannot_leave_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(Room(8, 100))
+    engine = Engine(Capacity(8, 100))
     engine.go_on.clear()
     async with running(monkeypatch, engine) as found:
         stuck = found.submit(Call(NEVER), "stuck", "b", "c")
@@ -292,7 +292,7 @@ async def test_a_sentence_that_cannot_leave_costs_the_others_nothing(monkeypatch
 
 
 async def test_a_culprit_whose_caller_has_gone_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(Room(8, 100))
+    engine = Engine(Capacity(8, 100))
     engine.go_on.clear()
     async with running(monkeypatch, engine) as found:
         poison, good = found.submit(Call(NEVER), "poison"), found.submit(Call(NEVER), "a")
@@ -305,7 +305,7 @@ async def test_a_culprit_whose_caller_has_gone_is_not_taken_for_another(monkeypa
 
 
 async def test_what_comes_during_a_warm_up_that_fails_is_refused() -> None:
-    engine = Engine(Room(1, 100))
+    engine = Engine(Capacity(1, 100))
     engine.broken = 1
     thread = InferenceThread(engine)
     futures = [thread.submit(job(Call(NEVER), "a")) for _ in range(3)]
@@ -318,7 +318,7 @@ async def test_what_comes_during_a_warm_up_that_fails_is_refused() -> None:
 
 
 async def test_what_comes_to_a_thread_that_is_never_started_ends_with_its_stop() -> None:
-    thread = InferenceThread(Engine(Room(1, 100)))
+    thread = InferenceThread(Engine(Capacity(1, 100)))
     future = thread.submit(job(Call(NEVER), "a"))
     await thread.stop()
     assert reasons([future]) == {Reason.SHUTTING_DOWN}
@@ -327,7 +327,7 @@ async def test_what_comes_to_a_thread_that_is_never_started_ends_with_its_stop()
 
 async def test_a_stop_while_the_engine_hangs_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "_STOP_TIMEOUT_S", 0.01)
-    engine = Engine(Room(1, 100))
+    engine = Engine(Capacity(1, 100))
     engine.go_on.clear()
     thread = InferenceThread(engine)
     await thread.start()
@@ -344,7 +344,7 @@ async def test_an_error_of_the_threads_own_loses_no_result_that_was_computed() -
     def bug(done: inference.Round) -> None:
         raise AssertionError("an error of our own")
 
-    thread = InferenceThread(Engine(Room(2, 100)), bug)
+    thread = InferenceThread(Engine(Capacity(2, 100)), bug)
     await thread.start()
     futures = [thread.submit(job(Call(NEVER), *tokens)) for tokens in (("a",), ("b", "c"), ("d",))]
     await asyncio.wait(futures, timeout=10)
@@ -358,7 +358,7 @@ async def test_a_thousand_mixed_rounds_leave_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seed: int
 ) -> None:
     chance, now_s = random.Random(seed), [0.0]
-    engine = Engine(Room(6, 80))
+    engine = Engine(Capacity(6, 80))
     words = ("a", "b", "a", "b", "a", "b", "c", "c", "d", "e", "unfit", "poison", "stuck")
     async with running(monkeypatch, engine, lambda: now_s[0]) as found:
         calls: list[Call] = []
@@ -392,7 +392,7 @@ async def test_a_thousand_mixed_rounds_leave_nothing(
 
 
 async def test_a_shutdown_in_the_middle_of_everything_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(Room(3, 80))
+    engine = Engine(Capacity(3, 80))
     engine.go_on.clear()
     async with running(monkeypatch, engine) as found:
         for tokens in (("a", "b"), ("poison",), ("c",), ("stuck", "x"), ("d",)):

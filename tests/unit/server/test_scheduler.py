@@ -1,6 +1,7 @@
 from collections import defaultdict
 
-from bilm_server.scheduler import LONG_STEPS, Decision, Room, Scheduler
+from bilm_model.engine.types import Capacity
+from bilm_server.scheduler import LONG_STEPS, Decision, Scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,7 +9,7 @@ NEVER = float("inf")
 Waiting = st.lists(st.tuples(st.integers(0, 3), st.one_of(st.integers(0, 40), st.integers(100, 300))), max_size=40)
 
 
-def scheduler_of(waiting: list[tuple[int, int]], room: Room) -> Scheduler[int]:
+def scheduler_of(waiting: list[tuple[int, int]], room: Capacity) -> Scheduler[int]:
     scheduler: Scheduler[int] = Scheduler(room)
     for item, (caller, n_steps) in enumerate(waiting):
         scheduler.add(item, caller, n_steps, NEVER)
@@ -19,7 +20,7 @@ def scheduler_of(waiting: list[tuple[int, int]], room: Room) -> Scheduler[int]:
 def test_everyone_joins_within_the_room_and_each_caller_in_order(
     waiting: list[tuple[int, int]], rows: int, steps: int, chance: object
 ) -> None:
-    scheduler = scheduler_of(waiting, Room(rows, steps))
+    scheduler = scheduler_of(waiting, Capacity(rows, steps))
     in_flight: list[int] = []
     joined: list[int] = []
     while scheduler or in_flight:
@@ -30,11 +31,11 @@ def test_everyone_joins_within_the_room_and_each_caller_in_order(
         lengths = [waiting[item][1] for item in in_flight]
         assert sum(lengths) <= steps
         assert sum(1 for n in lengths if n) <= rows
-        assert scheduler.used == Room(sum(1 for n in lengths if n), sum(lengths))
+        assert scheduler.used == Capacity(sum(1 for n in lengths if n), sum(lengths))
         gone = in_flight.pop(chance.randrange(len(in_flight)))  # type: ignore[attr-defined]
         scheduler.release(waiting[gone][1])
     assert sorted(joined) == list(range(len(waiting)))
-    assert scheduler.used == Room(0, 0)
+    assert scheduler.used == Capacity(0, 0)
     by_lane = defaultdict(list)
     for item in joined:
         by_lane[waiting[item][0], waiting[item][1] > LONG_STEPS].append(item)
@@ -43,7 +44,7 @@ def test_everyone_joins_within_the_room_and_each_caller_in_order(
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(2, 40)), max_size=40))
 def test_no_caller_gets_two_turns_while_another_waits_for_one(waiting: list[tuple[int, int]]) -> None:
-    scheduler = scheduler_of(waiting, Room(1, 100))  # one sentence at a time
+    scheduler = scheduler_of(waiting, Capacity(1, 100))  # one sentence at a time
     remaining: dict[int, int] = defaultdict(int)
     for caller, _ in waiting:
         remaining[caller] += 1
@@ -61,7 +62,7 @@ def test_no_caller_gets_two_turns_while_another_waits_for_one(waiting: list[tupl
 
 
 def test_long_sentences_leave_room_for_short_ones() -> None:
-    scheduler: Scheduler[str] = Scheduler(Room(16, 100_000))
+    scheduler: Scheduler[str] = Scheduler(Capacity(16, 100_000))
     for i in range(40):
         scheduler.add(f"long {i}", "documents", 2000, NEVER)
     assert len(scheduler.decide(0.0).items) == 14
@@ -70,7 +71,7 @@ def test_long_sentences_leave_room_for_short_ones() -> None:
 
 
 def test_short_sentences_do_not_starve_a_long_one() -> None:
-    scheduler: Scheduler[str] = Scheduler(Room(8, 1000))
+    scheduler: Scheduler[str] = Scheduler(Capacity(8, 1000))
     for i in range(8):
         scheduler.add(f"short {i}", "app", 100, NEVER)
     assert len(scheduler.decide(0.0).items) == 8
@@ -86,7 +87,7 @@ def test_short_sentences_do_not_starve_a_long_one() -> None:
 
 
 def test_who_waits_for_other_long_ones_lets_short_ones_pass() -> None:
-    scheduler: Scheduler[str] = Scheduler(Room(8, 1000))
+    scheduler: Scheduler[str] = Scheduler(Capacity(8, 1000))
     scheduler.add("long", 1, 600, NEVER)
     scheduler.add("longer", 2, 700, NEVER)
     scheduler.add("short", 3, 20, NEVER)
@@ -96,7 +97,7 @@ def test_who_waits_for_other_long_ones_lets_short_ones_pass() -> None:
 
 
 def test_a_caller_with_long_ones_has_its_turn_before_the_thousandth_of_another() -> None:
-    scheduler: Scheduler[str] = Scheduler(Room(1, 1000))
+    scheduler: Scheduler[str] = Scheduler(Capacity(1, 1000))
     for i in range(100):
         scheduler.add(f"short {i}", "bulk", 10, NEVER)
     scheduler.add("long", "documents", 200, NEVER)
@@ -108,7 +109,7 @@ def test_a_caller_with_long_ones_has_its_turn_before_the_thousandth_of_another()
 
 
 def test_what_is_late_is_handed_out_apart_and_takes_no_room() -> None:
-    scheduler: Scheduler[str] = Scheduler(Room(1, 10))
+    scheduler: Scheduler[str] = Scheduler(Capacity(1, 10))
     scheduler.add("late", 1, 9, 5.0)
     scheduler.add("good", 2, 9, 5.1)
     assert scheduler.decide(5.0) == Decision(("good",), ("late",))
@@ -118,7 +119,7 @@ def test_what_is_late_is_handed_out_apart_and_takes_no_room() -> None:
 
 
 def test_a_caller_that_left_leaves_nothing() -> None:
-    scheduler: Scheduler[str] = Scheduler(Room(9, 1000))
+    scheduler: Scheduler[str] = Scheduler(Capacity(9, 1000))
     for item, caller, n_steps in (("a", 1, 2), ("b", 2, 2), ("c", 1, 2), ("d", 1, 500)):
         scheduler.add(item, caller, n_steps, NEVER)
     assert len(scheduler) == 4
@@ -131,7 +132,7 @@ def test_a_caller_that_left_leaves_nothing() -> None:
 
 
 def test_draining_takes_everything() -> None:
-    scheduler: Scheduler[str] = Scheduler(Room(1, 1000))
+    scheduler: Scheduler[str] = Scheduler(Capacity(1, 1000))
     for item, n_steps in (("a", 2), ("b", 2), ("c", 500)):
         scheduler.add(item, 1, n_steps, NEVER)
     assert set(scheduler.drain()) == {"a", "b", "c"}
@@ -141,7 +142,7 @@ def test_draining_takes_everything() -> None:
 
 @given(Waiting, st.randoms(use_true_random=False))
 def test_single_sentences_can_be_taken_out_wherever_they_wait(waiting: list[tuple[int, int]], chance: object) -> None:
-    scheduler = scheduler_of(waiting, Room(3, 1000))
+    scheduler = scheduler_of(waiting, Capacity(3, 1000))
     left = set(range(len(waiting)))
     for item, (caller, _) in enumerate(waiting):
         if chance.random() < 0.5:  # type: ignore[attr-defined]
@@ -155,4 +156,4 @@ def test_single_sentences_can_be_taken_out_wherever_they_wait(waiting: list[tupl
             joined.add(item)
             scheduler.release(waiting[item][1])
     assert joined == left
-    assert scheduler.used == Room(0, 0)
+    assert scheduler.used == Capacity(0, 0)

@@ -8,8 +8,8 @@ from copy import deepcopy
 
 import numpy as np
 from bilm_model.bilm import Bilm
+from bilm_model.engine.cellular import CellularBatch, PlainSentence
 from bilm_model.engine.device import resolve_device
-from bilm_model.engine.engine import Engine, Sentence
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ class Embedder:
         """
         self._config = bilm.config
         copy = deepcopy(bilm).requires_grad_(False).eval()  # as an engine moves its biLM to its device
-        self._engine = Engine(copy.to("cpu"), resolve_device(device))
+        self._engine = CellularBatch(copy.to("cpu"), resolve_device(device))
         self._engine.warm_up()
 
     def each(self, sentences: Sequence[Sequence[str]], title: str) -> Iterator[Vectors]:
@@ -43,7 +43,7 @@ class Embedder:
         with tqdm(total=len(sentences), desc=title, unit="sentence") as bar:
             for start in range(0, len(sentences), _SENTENCES_AT_A_TIME):
                 part = sentences[start : start + _SENTENCES_AT_A_TIME]
-                for embedded in self._engine.run([Sentence(tokens) for tokens in part]):
+                for embedded in self._engine.run([PlainSentence(tokens) for tokens in part]):
                     vectors: Vectors = embedded.layers[:, 1:-1].cpu().numpy()
                     yield vectors
                 bar.update(len(part))
