@@ -82,11 +82,11 @@ bench: $(VENV)/.dev
 
 # load sweeps, and what else one could run: about an hour
 bench-full: $(VENV)/.dev $(TRITON_VENV)/.installed
-	$(BIN)/python -m benchmarks.full --triton-python $(TRITON_VENV)/bin/python
+	$(BIN)/python -m benchmarks.experiments.full --triton-python $(TRITON_VENV)/bin/python
 
 # training, against the published order of work: about three minutes
 bench-training: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.experiments.training
 
 bench-page: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.page

@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bilm_bench.reporting.experiment import Report
 from bilm_system.terminal import run_command
 
-from benchmarks.in_process import Effort, default_model_singles, in_flight, throughput
-from benchmarks.latency import Crowd, added_latency, client_import, short_among_long, start_to_serving
+from benchmarks.experiments.in_process import Effort, default_model_singles, in_flight, throughput
+from benchmarks.experiments.latency import Crowd, added_latency, client_import, short_among_long, start_to_serving
+from benchmarks.experiments.served import CASES, Case, served_throughput
+from benchmarks.load.sentences import read_sentences
 from benchmarks.page import write_page
-from benchmarks.report import RESULTS, Report
-from benchmarks.sentences import read_sentences
-from benchmarks.served import CASES, Case, served_throughput
+from benchmarks.paths import RESULTS
 
 # Enough for every batch of the baseline, few enough that all their words fit the caches.
 SENTENCES = 512

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bilm_bench.reporting.numbers import short
 from bilm_system.files import write_text
 from bilm_system.terminal import run_command
-
-from benchmarks.numbers import short
 
 _RESULTS = Path(__file__).parent / "results"
 _BENCHMARKS = ("bench", "full")

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib as mpl
+from bilm_bench.reporting.numbers import short
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from benchmarks.numbers import short
 
 Results = dict[str, Any]
 Plot = Callable[[Results], str | None]

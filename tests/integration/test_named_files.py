@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from bilm_bench.main import main as bilm_bench
 from bilm_client.batch.main import main as bilm_embed
-from bilm_client.bench.main import main as bilm_bench
 from bilm_client.cli.health_check import main as bilm_health
 from bilm_model.errors import ModelError
 from bilm_model.weights.convert import main as bilm_convert

@@ -87,7 +87,7 @@ def full(wheel: Path) -> Iterator[Environment]:
 def test_the_wheel_has_the_data_files_too(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    packages = ("bilm_system", "bilm_api", "bilm_model", "bilm_training", "bilm_server", "bilm_client")
+    packages = ("bilm_system", "bilm_api", "bilm_model", "bilm_training", "bilm_server", "bilm_client", "bilm_bench")
     assert {f"{package}/py.typed" for package in packages} <= names
     assert "bilm_api/v1/embed.proto" in names
     assert "bilm_api/v1/embed_pb2.pyi" in names

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bilm_client.bench import main as bench_main
-from bilm_client.bench.main import DONE
+from bilm_bench import main as bench_main
+from bilm_bench.main import DONE
 from bilm_client.testing.server import ServerProcess
 
 from tests.integration.integration_support import TINY, RunningServer, running

@@ -7,15 +7,15 @@ from random import Random
 
 import numpy as np
 import pytest
+from bilm_bench.conditions import Condition, flat
+from bilm_bench.resources import Resources, of_process
+from bilm_bench.statistics.counters import Tally
+from bilm_bench.statistics.histogram import Histogram
+from bilm_bench.statistics.metrics import figures_of_nothing, resource_figures, slope_per_hour, tally_figures
+from bilm_bench.workload.calls import Answer, Kind, Request, make_requests
+from bilm_bench.workload.schedule import arrivals_s, in_rounds, parse_duration_s, parse_ramp
+from bilm_bench.workload.texts import read_sentences
 from bilm_client._core.options import Options
-from bilm_client.bench.calls import Answer, Kind, Request, make_requests
-from bilm_client.bench.conditions import Condition, flat
-from bilm_client.bench.figures import figures_of_nothing, resource_figures, slope_per_hour, tally_figures
-from bilm_client.bench.histogram import Histogram
-from bilm_client.bench.resources import Resources, of_process
-from bilm_client.bench.schedule import arrivals_s, in_rounds, parse_duration_s, parse_ramp
-from bilm_client.bench.tally import Tally
-from bilm_client.bench.texts import read_sentences
 from bilm_client.cli.settings_sources import UsageError
 
 TIMEOUT_S = 10.0

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 import pytest
-from bilm_client.bench import calls, run
-from bilm_client.bench.calls import Answer
-from bilm_client.bench.main import DONE, INTERRUPTED, STOPPED, UNUSABLE, VIOLATED, main
+from bilm_bench import run
+from bilm_bench.main import DONE, INTERRUPTED, STOPPED, UNUSABLE, VIOLATED, main
+from bilm_bench.workload import calls
+from bilm_bench.workload.calls import Answer
 from grpc_health.v1 import health_pb2
 
 from tests.support.processes import started
@@ -383,7 +384,7 @@ def test_no_server(bench: Bench, free_port: int, capsys: pytest.CaptureFixture[s
 
 def test_without_the_extra_it_says_what_to_install(bench: Bench) -> None:
     hide = "import sys; sys.modules['pydantic_settings'] = None; "
-    start = f"from bilm_client.bench.main import main; sys.exit(main({bench.flags('nowhere')!r}))"
+    start = f"from bilm_bench.main import main; sys.exit(main({bench.flags('nowhere')!r}))"
     process = subprocess.run([sys.executable, "-c", hide + start], capture_output=True, text=True, check=False)
     assert process.returncode == UNUSABLE
     assert "pip install 'bilm-serve[bench]'" in process.stderr
@@ -393,7 +394,7 @@ def test_ctrl_c_ends_the_load_and_reports(scripted: Scripted, bench: Bench) -> N
     """In a process of its own, interrupted while a call of the load is under way."""
     hold = scripted.hold_next()
     flags = bench.flags(scripted.target, "--soak", "1h", "--html", str(bench.html))
-    command = [sys.executable, "-W", "error", "-m", "bilm_client.bench", *flags]
+    command = [sys.executable, "-W", "error", "-m", "bilm_bench", *flags]
     with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert hold.arrived.wait(60)
         process.send_signal(signal.SIGINT)

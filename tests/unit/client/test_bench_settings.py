@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from bilm_client.bench.main import UNUSABLE, main
-from bilm_client.bench.schedule import Step
-from bilm_client.bench.settings import BenchSettings, load_settings
+from bilm_bench.main import UNUSABLE, main
+from bilm_bench.settings import BenchSettings, load_settings
+from bilm_bench.workload.schedule import Step
 from bilm_client.cli.settings_sources import UsageError
 
 PAGE = Path(__file__).parents[3] / "docs" / "load.md"

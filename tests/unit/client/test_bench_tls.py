@@ -9,7 +9,7 @@ import grpc
 import pytest
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
-from bilm_client.bench.main import DONE, STOPPED, UNUSABLE, main
+from bilm_bench.main import DONE, STOPPED, UNUSABLE, main
 from bilm_client.testing.service import FakeService
 from grpc_health.v1 import health, health_pb2_grpc
 

@@ -7,8 +7,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from bilm_bench.resources import Resources, of_page
 from bilm_client import AsyncClient, Client, RetryPolicy, ServiceError
-from bilm_client.bench.resources import Resources, of_page
 from bilm_client.cli import health_check
 from bilm_system.proxies import is_local_target, is_local_url
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server

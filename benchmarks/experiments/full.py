@@ -1,0 +1,185 @@
+"""`make bench-full`: bilm-serve against the same weights behind NVIDIA Triton, under open load of mixed lengths.
+
+Needs a Python with pytriton (see `make bench-full`). Triton is run with the published order of work and with this
+engine inside, each at the best of several settings. Calls come as they come (Poisson) and a latency counts from the
+moment for which the call was meant, so that a slow server can't slow its load down.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bilm_bench.reporting.experiment import Figure, Report
+from bilm_bench.statistics.rounds import Spread, interleave, ratio
+from bilm_client.testing.server import ServerProcess
+from bilm_system.terminal import run_command
+
+from benchmarks.load.load import LoadGenerator
+from benchmarks.load.sentences import read_sentences
+from benchmarks.page import write_page
+from benchmarks.paths import RESULTS
+from benchmarks.triton.servers import TritonServer, TritonSetting, best_setting, settings_to_try
+
+OURS = "bilm-serve"
+PEERS = {"Triton, published order": "published", "Triton, this engine": "engine"}
+TARGETS = {"Triton, published order": 10.0, "Triton, this engine": 1.5}
+P99_LIMIT_MS = 500.0
+MAX_DIFFERENCE = 1e-4
+
+_CALLERS = 192  # so many sentences fill every row and every batch
+_LOADS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # of what closed callers got through
+_BACKLOG_S = 2.0  # of calls under way; with more, the server has lost
+_LEAST_BACKLOG = 64
+_STEPS = 4  # of a search
+_WIDER = 1.2  # bounds that turn out not to be
+_MOST_STEPS = 10
+
+Generators = Mapping[str, LoadGenerator]
+
+
+def main() -> None:
+    """Runs everything."""
+    arguments = _arguments()
+    size, n_sentences = arguments.size, 64 if arguments.size == "tiny" else 1024
+    sentences, cores = read_sentences(n_sentences), torch.get_num_threads()
+    lengths = sorted(map(len, sentences))
+    settings = {"size": size, "sentences": n_sentences, "longest": lengths[-1], "median": lengths[n_sentences // 2]}
+    settings |= {"step_s": arguments.step_s, "rounds": arguments.rounds, "threads": cores, "p99_limit_ms": P99_LIMIT_MS}
+    report = Report("full", settings)
+
+    def start_triton(setting: TritonSetting) -> TritonServer:
+        return TritonServer(setting, size, n_sentences, arguments.triton_python)
+
+    with ExitStack() as stack:
+        generators: dict[str, LoadGenerator] = {}
+        for name, order in PEERS.items():
+            tries = settings_to_try(order, cores)
+            best, tried = best_setting(tries, start_triton, _CALLERS, arguments.step_s / 3)
+            report.detail(f"{name}, settings", {"sentences_per_s": tried, "best": str(best)})
+            generators[name] = stack.enter_context(start_triton(best))
+        server = stack.enter_context(ServerProcess(f"random:{size}", ("--log-level", "warning")))
+        generators[OURS] = stack.enter_context(LoadGenerator(server.target, n_sentences))
+        report.detail("largest_difference", _check(generators))
+        compare(report, generators, arguments.step_s, arguments.rounds)
+    report.write(arguments.out)
+    report.summary()
+    write_page(arguments.out.parent)
+
+
+def compare(report: Report, generators: Generators, step_s: float, rounds: int) -> None:
+    """Capacity, load by load, and what each sustains."""
+    capacity = {name: _capacity(generator, step_s) for name, generator in generators.items()}
+    sweep = _sweep(generators, capacity, step_s)
+    report.detail("capacity_sentences_per_s", capacity)
+    report.detail("sweep", sweep)
+    bounds = {name: _bounds(steps) for name, steps in sweep.items()}
+    searched: dict[str, list[dict[str, Any]]] = {name: [] for name in generators}
+    searches = {
+        name: partial(_sustained, generators[name], bounds[name], step_s, searched[name]) for name in generators
+    }
+    found = interleave(searches, rounds)
+    report.detail("sustained_per_s", found)
+    report.detail("generator_cores_at_the_search", {name: _generator_cores(steps) for name, steps in searched.items()})
+    for name, rates in found.items():
+        what = f"{report.settings['size']} float32, mean-pooled: sentences/s at p99 ≤ {P99_LIMIT_MS:g} ms, {name}"
+        report.add(Figure(f"sustained/{name}", what, Spread.of(rates), "/s"))
+    for name, target in TARGETS.items():
+        advantage = ratio(found[OURS], found[name])
+        report.add(Figure(f"sustained/{name}/ratio", f"  {OURS} against {name}", advantage, "×", target))
+
+
+def _check(generators: Generators) -> float:
+    """All contestants must give the same vectors; the largest difference to ours."""
+    largest = 0.0
+    for index in range(3):
+        vectors = {name: generator.ask("show", index=index)["vectors"] for name, generator in generators.items()}
+        for name, found in vectors.items():
+            difference = max(abs(a - b) for a, b in zip(found, vectors[OURS], strict=True))
+            assert difference <= MAX_DIFFERENCE, f"{name} differs by {difference}"
+            largest = max(largest, difference)
+    return largest
+
+
+def _capacity(generator: LoadGenerator, step_s: float) -> float:
+    answer = generator.closed(_CALLERS, 1, step_s / 3, step_s / 2)
+    return float(answer["sentences"] / answer["seconds"])
+
+
+def _sweep(generators: Generators, capacity: dict[str, float], step_s: float) -> dict[str, list[dict[str, Any]]]:
+    """Higher and higher load, the contestants in turn, each until it has lost."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in generators}
+    for number, share in enumerate(_LOADS):
+        for name, generator in generators.items():
+            if not found[name] or _held(found[name][-1]):
+                found[name].append(_step(generator, share * capacity[name], step_s, number))
+                print(f"  {name}: {_in_words(found[name][-1])}", flush=True)
+    return found
+
+
+def _step(generator: LoadGenerator, rate: float, step_s: float, seed: int) -> dict[str, Any]:
+    return generator.open(rate, step_s, seed, math.ceil(_BACKLOG_S * rate) + _LEAST_BACKLOG)
+
+
+def _held(step: dict[str, Any]) -> bool:
+    return bool(step["p99_ms"] <= P99_LIMIT_MS and not step["gave_up"])
+
+
+def _bounds(steps: list[dict[str, Any]]) -> tuple[float, float]:
+    """Loads between which a contestant's limit lies, with room for the machine's moods."""
+    held = [step["offered_per_s"] for step in steps if _held(step)]
+    lost = [step["offered_per_s"] for step in steps if not _held(step)]
+    low = max(held, default=min(lost, default=1.0) / 4)
+    return 0.85 * low, 1.1 * min(lost, default=1.5 * low)
+
+
+def _sustained(
+    generator: LoadGenerator, bounds: tuple[float, float], step_s: float, searched: list[dict[str, Any]]
+) -> float:
+    """The highest load that held, halving the (relative) distance step by step."""
+    low, high = bounds
+    held: list[float] = []
+    lost: list[float] = []
+    while len(held) + len(lost) < (_STEPS if held and lost else _MOST_STEPS):
+        rate = math.sqrt(low * high)
+        step = _step(generator, rate, step_s, 100 + len(searched))
+        searched.append(step)
+        if _held(step):
+            held.append(rate)
+            low, high = rate, high if lost else _WIDER * high
+        else:
+            lost.append(rate)
+            low, high = low if held else low / _WIDER, rate
+    print(f"  held {max(held, default=0.0):,.1f} sentences/s", flush=True)
+    return max(held, default=low)
+
+
+def _generator_cores(steps: list[dict[str, Any]]) -> float:
+    return max((step["generator_cores"] for step in steps), default=0.0)
+
+
+def _in_words(step: dict[str, Any]) -> str:
+    return (
+        f"{step['offered_per_s']:,.1f} offered, {step['completed_per_s']:,.1f} completed sentences/s, "
+        f"p50 {step['p50_ms']:,.0f} ms, p99 {step['p99_ms']:,.0f} ms, {step['failed']} failed, "
+        f"generator {step['generator_cores']:.2f} cores"
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--triton-python", required=True, help="a Python that has pytriton, torch and bilm-serve")
+    parser.add_argument("--size", default="small", help="of the model (%(default)s)")
+    parser.add_argument("--step-s", type=float, default=15.0, help="of each load (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of the search for the highest load (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "full.json", help="(%(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("benchmarks.experiments.full", main))

@@ -1,0 +1,186 @@
+"""The load generator: a process of its own that calls a server as it is told, one JSON line for each wish and answer.
+
+Its processor time is reported with every answer: on a small machine it takes from what the server has.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from bilm_bench.statistics.rounds import percentile
+
+from benchmarks.load.callers import Caller, CallFailedError
+from benchmarks.load.sentences import read_sentences
+
+_LAST_ANSWERS_S = 5.0
+_FAILED_MS = 1e6  # a call that gave nothing took as good as for ever
+
+Reply = dict[str, Any]
+
+
+class Generator:
+    """Calls with the sentences in turn."""
+
+    def __init__(self, caller: Caller, sentences: list[list[str]]) -> None:
+        self._caller, self._sentences = caller, sentences
+        self._requests: dict[tuple[int, int], Any] = {}
+        self._next = 0
+
+    async def show(self, index: int) -> Reply:
+        """The vectors of one sentence."""
+        return {"vectors": (await self._caller.call(self._request(index, 1)[0])).tolist()}
+
+    async def singles(self, first: int, count: int) -> Reply:
+        """One sentence after another: the latency of each."""
+        latencies_ms = []
+        for index in range(first, first + count):
+            request, _ = self._request(index, 1)
+            begun_s = time.perf_counter()
+            await self._caller.call(request)
+            latencies_ms.append(1e3 * (time.perf_counter() - begun_s))
+        return {"latencies_ms": latencies_ms}
+
+    async def closed(self, callers: int, per_call: int, warm_s: float, seconds: float) -> Reply:
+        """So many callers, each of whom calls again as soon as the answer is there.
+
+        What ends in the window counts. The first calls are of all sizes, so that the callers don't go on in step.
+        """
+        begin_s = time.perf_counter() + warm_s
+        end_s = begin_s + seconds
+        done = {"calls": 0, "sentences": 0, "tokens": 0, "calls_in_all": 0}
+
+        async def caller(number: int) -> None:
+            size = -(-per_call * (number + 1) // callers)
+            while time.perf_counter() < end_s:
+                request, tokens = self._request(self._take(size), size)
+                await self._caller.call(request)
+                done["calls_in_all"] += 1
+                if begin_s <= time.perf_counter() < end_s:
+                    for name, count in (("calls", 1), ("sentences", size), ("tokens", tokens)):
+                        done[name] += count
+                size = per_call
+
+        cpu_s, begun_s = time.process_time(), time.perf_counter()
+        await asyncio.gather(*(caller(number) for number in range(callers)))
+        cores = (time.process_time() - cpu_s) / (time.perf_counter() - begun_s)
+        return {**done, "seconds": seconds, "generator_cores": cores}
+
+    async def open(self, rate: float, seconds: float, seed: int, max_in_flight: int) -> Reply:
+        """Calls that come when they come (Poisson), however slow the answers are.
+
+        A latency counts from the moment for which the call was meant. With too many calls under way it is given up.
+        """
+        draw = random.Random(seed)
+        latencies_ms: list[float] = []
+        late_ms: list[float] = []
+        errors: dict[str, int] = {}
+        in_flight: set[asyncio.Task[None]] = set()
+
+        async def one(request: Any, meant_s: float) -> None:
+            late_ms.append(1e3 * (time.perf_counter() - meant_s))
+            try:
+                await self._caller.call(request)
+                latencies_ms.append(1e3 * (time.perf_counter() - meant_s))
+            except CallFailedError as error:
+                latencies_ms.append(_FAILED_MS)
+                errors[str(error)[:120]] = errors.get(str(error)[:120], 0) + 1
+
+        cpu_s, begun_s = time.process_time(), time.perf_counter()
+        meant_s, sent = begun_s, 0
+        while (meant_s := meant_s + draw.expovariate(rate)) < begun_s + seconds and len(in_flight) < max_in_flight:
+            if (ahead_s := meant_s - time.perf_counter()) > 0:
+                await asyncio.sleep(ahead_s)
+            request, _ = self._request(draw.randrange(len(self._sentences)), 1)
+            task = asyncio.create_task(one(request, meant_s))
+            in_flight.add(task)
+            task.add_done_callback(in_flight.discard)
+            sent += 1
+        gave_up = len(in_flight) >= max_in_flight
+        if in_flight:
+            await asyncio.wait(in_flight, timeout=_LAST_ANSWERS_S)
+        took_s = time.perf_counter() - begun_s
+        answered = sum(latency < _FAILED_MS for latency in latencies_ms)
+        await _cancel(in_flight)
+        latencies_ms += [_FAILED_MS] * (sent - len(latencies_ms))
+        found = {f"p{percent}_ms": percentile(latencies_ms or [_FAILED_MS], percent) for percent in (50, 95, 99)}
+        return {
+            **found,
+            "offered_per_s": rate,
+            "completed_per_s": answered / took_s,
+            "sent": sent,
+            "failed": sent - answered,
+            "gave_up": gave_up,
+            "errors": errors,
+            "late_p99_ms": percentile(late_ms or [0.0], 99),
+            "generator_cores": (time.process_time() - cpu_s) / took_s,
+        }
+
+    def _take(self, size: int) -> int:
+        index, self._next = self._next, (self._next + size) % len(self._sentences)
+        return index
+
+    def _request(self, index: int, size: int) -> tuple[Any, int]:
+        """The request for so many sentences from there on, and its tokens."""
+        index %= len(self._sentences)
+        if (index, size) not in self._requests:
+            part = [self._sentences[(index + offset) % len(self._sentences)] for offset in range(size)]
+            self._requests[index, size] = self._caller.prepare(part), sum(map(len, part))
+        found: tuple[Any, int] = self._requests[index, size]
+        return found
+
+
+async def _cancel(tasks: set[asyncio.Task[None]]) -> None:
+    for task in list(tasks):
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _caller(arguments: argparse.Namespace) -> Caller:
+    if arguments.protocol == "triton":
+        from benchmarks.load.triton_caller import TritonCaller  # noqa: PLC0415
+
+        return TritonCaller(arguments.target)
+    from benchmarks.load.bilm_caller import BilmCaller  # noqa: PLC0415
+
+    return BilmCaller(arguments.target, arguments.layers, arguments.pool, arguments.dtype)
+
+
+async def _serve(arguments: argparse.Namespace) -> None:
+    caller = _caller(arguments)
+    generator = Generator(caller, read_sentences(arguments.sentences))
+    wishes: dict[str, Callable[..., Awaitable[Reply]]] = {
+        "show": generator.show,
+        "singles": generator.singles,
+        "closed": generator.closed,
+        "open": generator.open,
+    }
+    loop = asyncio.get_running_loop()
+    while line := await loop.run_in_executor(None, sys.stdin.readline):
+        wish = json.loads(line)
+        try:
+            reply = await wishes[wish.pop("do")](**wish)
+        except CallFailedError as error:
+            reply = {"error": str(error)}
+        print(json.dumps(reply), flush=True)
+    await caller.close()
+
+
+def main() -> None:
+    """Runs until the standard input ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--protocol", choices=("bilm", "triton"), required=True)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--sentences", type=int, required=True, help="of WikiText-2's test part, the first")
+    parser.add_argument("--layers", default="all")
+    parser.add_argument("--pool", default="mean")
+    parser.add_argument("--dtype", default="float32")
+    asyncio.run(_serve(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The sentences that are sent: those of a text, so that their lengths and words are real ones."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bilm_client._core.inputs import Sentence
+from bilm_client.cli.settings_sources import UsageError
+from bilm_system.files import check_readable, reason, text_start
+
+_ENDS = (".", "?", "!")
+_HEADING = "="
+
+
+def read_sentences(path: Path, *, running: bool, raw: bool, at_most: int) -> list[Sentence]:
+    """The first sentences of a UTF-8 text, as text if `raw`, otherwise as what stands between white space.
+
+    Args:
+        path: of the text.
+        running: whether its lines are paragraphs, to be cut into sentences, and headings (= … =), to be left out;
+            otherwise each line is a sentence. Blank lines are left out.
+        raw: whether the server is to tokenise.
+        at_most: sentences to read.
+
+    Raises:
+        UsageError: if the text can't be read or has no sentence.
+    """
+    try:
+        check_readable(path)
+        with path.open("rb") as file:
+            file.seek(text_start(file.read(4)))
+            # A line ends as bilm-embed has it: with LF, and any other line break is white space
+            lines = (line.decode("utf-8").strip() for line in file)
+            words = (line.split() for line in lines if line and not (running and line.startswith(_HEADING)))
+            cut = (sentence for line in words for sentence in (_cut(line, raw) if running else [line]))
+            sentences: list[Sentence] = [" ".join(words) if raw else words for words in islice(cut, at_most)]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"text: {path}: {reason(error)}") from error
+    if not sentences:
+        raise UsageError(f"text: {path}: has no sentence")
+    return sentences
+
+
+def n_words(sentence: Sentence) -> int:
+    """Tokens of a sentence; of text a guess, the words."""
+    return len(sentence.split()) if isinstance(sentence, str) else len(sentence)
+
+
+def describe(sentences: list[Sentence]) -> dict[str, Any]:
+    """What a report says of the text."""
+    lengths = [n_words(sentence) for sentence in sentences]
+    return {
+        "sentences": len(sentences),
+        "tokens": sum(lengths),
+        "median_tokens": median(lengths),
+        "longest_tokens": max(lengths),
+    }
+
+
+def _cut(words: list[str], raw: bool) -> Iterator[list[str]]:
+    """Sentences of a paragraph: in tokenised text the end is a token of its own, in raw text the end of a word."""
+    sentence: list[str] = []
+    for word in words:
+        sentence.append(word)
+        if word.endswith(_ENDS) if raw else word in _ENDS:
+            yield sentence
+            sentence = []
+    if sentence:
+        yield sentence
