@@ -21,7 +21,9 @@ from bilm_model.config import BilmConfig
 from bilm_model.engine.device import default_threads, resolve_device
 from bilm_model.kernels.product_paths import ProductPath
 from bilm_system.terminal import run_command
-from bilm_training.data.corpus import Corpus, Streams, Vocabulary, WindowPair
+from bilm_training.data.corpus import Corpus
+from bilm_training.data.streams import Streams, WindowPair
+from bilm_training.data.vocabulary import Vocabulary
 from bilm_training.learner import Learner
 from bilm_training.objectives.language_model import BilmObjective
 from bilm_training.recipe import Recipe, read_recipe

@@ -4,42 +4,21 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from bilm_model.bilm import Bilm, BilmState
-from bilm_model.errors import ModelError
 from bilm_model.kernels.product_paths import ProductPath, training_path
 from torch import Tensor, nn
 
-from bilm_training.data.corpus import WindowPair
+from bilm_training.data.streams import WindowPair
+from bilm_training.errors import DivergedError
 from bilm_training.network.mixed_precision import bfloat16_products
+from bilm_training.objectives.objective import Objective, States
 from bilm_training.recipe import Optimisation
-
-States = tuple[BilmState, ...]
-
-
-class DivergedError(ModelError):
-    """A loss or a gradient that is no number any more."""
-
-
-class Objective(Protocol):
-    """What is minimised: an `nn.Module` with a biLM in it."""
-
-    bilm: Bilm
-
-    def zero_state(self, n_streams: int) -> States:
-        """What streams begin with."""
-
-    def figure(self, mean_loss: float) -> float:
-        """What people read, of a mean loss: perplexity, for one."""
-
-    def __call__(self, pair: WindowPair, states: States, bfloat16: ProductPath | None) -> tuple[Tensor, Tensor, States]:
-        """One window -> the loss of each direction, (2,), summed over tokens; their numbers, (2,); the states."""
 
 
 @dataclass(frozen=True, eq=False)
-class Learnt:
+class TrainStepResult:
     """What a step gave.
 
     Attributes:
@@ -91,7 +70,7 @@ class Learner:
         self._optimiser = _optimiser(self.module, optimisation)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, _schedule(optimisation, total_steps))
 
-    def learn(self, pair: WindowPair, states: States) -> Learnt:
+    def learn(self, pair: WindowPair, states: States) -> TrainStepResult:
         """Makes a step.
 
         Raises:
@@ -112,7 +91,7 @@ class Learner:
         self._schedule.step()
         # The row of 'no token here' must stay what the published format takes it for
         self._objective.bilm.encoder.char_cnn.embedding.data[0] = 0.0
-        return Learnt(losses, counts, states, norm, rate)
+        return TrainStepResult(losses, counts, states, norm, rate)
 
     def _precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.products is None else bfloat16_products(self._device.type, self.products)

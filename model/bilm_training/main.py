@@ -19,18 +19,21 @@ from bilm_model.weights.loading import load
 from bilm_system.files import message, write_text
 from bilm_system.terminal import run_command
 
-from bilm_training.data.corpus import Corpus, Vocabulary
+from bilm_training.data.corpus import Corpus
+from bilm_training.data.streams import valid_streams
+from bilm_training.data.vocabulary import Vocabulary
 from bilm_training.evaluation.knowledge.neighbours import AMBIGUOUS_WORDS, neighbours, read_sentences
 from bilm_training.evaluation.knowledge.probes import probe
 from bilm_training.evaluation.knowledge.report import Knowledge, Neighbourhood, read_knowledge
-from bilm_training.evaluation.perplexity import Perplexity, perplexity, valid_streams
-from bilm_training.learner import Objective
+from bilm_training.evaluation.perplexity import Perplexity, perplexity
 from bilm_training.objectives.distillation import new_distillation
 from bilm_training.objectives.language_model import BilmObjective
+from bilm_training.objectives.objective import Objective
 from bilm_training.recipe import PRESETS, Recipe, read_recipe
+from bilm_training.runs.checkpoints import load_best, read_vocabulary
 from bilm_training.runs.compare import compare
 from bilm_training.runs.run_folder import RunFolder
-from bilm_training.trainer import Trainer, load_best, read_vocabulary
+from bilm_training.trainer import Trainer
 
 _STOPPED = 130
 

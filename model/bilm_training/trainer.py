@@ -2,32 +2,31 @@
 
 import hashlib
 import math
-import pickle
-import struct
 import time
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from bilm_model.bilm import BilmState
 from bilm_model.characters import END_TOKEN
 from bilm_model.kernels.product_paths import ProductPath, resolve_precision
 from bilm_model.weights import single_file
-from bilm_system.files import reason, replaced, write_text
-from torch import nn
+from bilm_system.files import replaced, write_text
 from tqdm import tqdm
 
-from bilm_training.data.corpus import UNKNOWN, Corpus, Streams, Vocabulary, WindowPair
-from bilm_training.evaluation.perplexity import mean_losses, valid_streams
-from bilm_training.learner import Learner, Objective
+from bilm_training.data.corpus import Corpus
+from bilm_training.data.streams import Streams, WindowPair, valid_streams
+from bilm_training.data.vocabulary import UNKNOWN, Vocabulary
+from bilm_training.errors import RunError
+from bilm_training.evaluation.perplexity import mean_losses
+from bilm_training.learner import Learner
+from bilm_training.objectives.objective import Objective
 from bilm_training.recipe import Recipe, read_recipe, to_toml
-from bilm_training.runs.run_folder import EpochRecord, RunError, RunFolder, RunLog, StepRecord
-
-_DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError)
+from bilm_training.runs.checkpoints import load_parameters, read_checkpoint, read_vocabulary, write_checkpoint
+from bilm_training.runs.records import EpochRecord, StepRecord
+from bilm_training.runs.run_folder import RunFolder
+from bilm_training.runs.run_log import RunLog
 
 NewObjective = Callable[[Recipe, Vocabulary, torch.device], Objective]
 
@@ -124,7 +123,7 @@ class Trainer:
         vocabulary = read_vocabulary(folder)
         # Without a step there is nothing to lose: the disk was full, for one
         begun = folder.checkpoint.exists() or folder.steps.exists()
-        checkpoint = _read_checkpoint(folder.checkpoint) if begun else None
+        checkpoint = read_checkpoint(folder.checkpoint) if begun else None
         corpus = Corpus.open(recipe.data.train)
         trainer = cls._of(
             recipe, folder, corpus, vocabulary, new_objective=new_objective, device=device, bfloat16=bfloat16
@@ -218,8 +217,8 @@ class Trainer:
             epoch=epoch,
             step=self._step,
             train_loss=self._epoch_loss / self._epoch_tokens,
-            valid_forward=self._objective.figure(found[0]),
-            valid_backward=self._objective.figure(found[1]),
+            valid_forward=self._objective.metric(found[0]),
+            valid_backward=self._objective.metric(found[1]),
             tokens_per_s=self._train.length * self._train.n_streams / self._epoch_seconds,
             seconds=self._elapsed(),
         )
@@ -242,7 +241,7 @@ class Trainer:
 
     def _save_best(self) -> None:
         bilm = self._objective.bilm
-        _write_checkpoint(self.folder.best, self._learner.module.state_dict())
+        write_checkpoint(self.folder.best, self._learner.module.state_dict())
         with replaced(self.folder.model) as draft:
             single_file.write(draft, bilm.config, {name: tensor.cpu() for name, tensor in bilm.state_dict().items()})
 
@@ -264,7 +263,7 @@ class Trainer:
             "digests": self._digests(),
             "precision": self.recipe.optimisation.precision,
         }
-        _write_checkpoint(self.folder.checkpoint, content)
+        write_checkpoint(self.folder.checkpoint, content)
 
     def _restore(self, content: dict[str, Any]) -> None:
         for path, digest in self._digests().items():
@@ -278,7 +277,7 @@ class Trainer:
             )
         self._step, self._seconds, self._best = content["step"], content["seconds"], content["best"]
         self._epoch_loss, self._epoch_tokens, self._epoch_seconds = content["epoch"]
-        _load_parameters(self._learner.module, content["objective"], self.folder.checkpoint)
+        load_parameters(self._learner.module, content["objective"], self.folder.checkpoint)
         self._learner.load_state_dict(content)
         self._states = tuple(BilmState(h.to(self._device), c.to(self._device)) for h, c in content["states"])
         torch.set_rng_state(content["random"])
@@ -295,54 +294,3 @@ def _resolved(recipe: Recipe, device: torch.device, bfloat16: ProductPath | None
     """The recipe with the precision that "auto" stands for on a device."""
     precision = resolve_precision(recipe.optimisation.precision, device, bfloat16)
     return recipe.model_copy(update={"optimisation": recipe.optimisation.model_copy(update={"precision": precision})})
-
-
-def read_vocabulary(folder: RunFolder) -> Vocabulary:
-    """The words of a run's softmax.
-
-    Raises:
-        RunError: if they can't be read.
-    """
-    try:
-        return Vocabulary.from_text(folder.vocabulary.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{folder.vocabulary}: {reason(error)}") from error
-
-
-def load_best(folder: RunFolder, objective: Objective) -> None:
-    """Gives an objective the parameters with the best figure on the validation text.
-
-    Raises:
-        RunError: if they can't be read, or are another objective's.
-    """
-    _load_parameters(cast(nn.Module, objective), _read_checkpoint(folder.best), folder.best)
-
-
-def _load_parameters(module: nn.Module, content: dict[str, Any], path: Path) -> None:
-    try:
-        module.load_state_dict(content)
-    except RuntimeError as error:
-        raise RunError(f"{path}: doesn't fit the run's configuration and vocabulary: {error}") from error
-
-
-def _write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    # Given a path, torch writes by itself, and doesn't say why it can't
-    with replaced(path) as draft, draft.open("wb") as file:
-        torch.save(content, file)
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads what torch.save wrote; torch itself doesn't look at the checksums in the file."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-            # These have no checksum, and by one of their bits torch takes a tensor for a folder, and anything for it
-            attributes = [entry.filename for entry in file.infolist() if entry.external_attr]
-        if damaged is not None or attributes:
-            raise RunError(f"{path}: damaged ({damaged or attributes[0]})")
-        content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except FileNotFoundError as error:
-        raise RunError(f"{path}: missing") from error
-    except (*_DAMAGED, OSError, EOFError, RuntimeError, ValueError) as error:
-        raise RunError(f"{path}: damaged: {reason(error)}") from error
-    return content

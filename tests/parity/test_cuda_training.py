@@ -8,8 +8,10 @@ import pytest
 import torch
 from bilm_model.bilm import Bilm, initialize
 from bilm_model.config import BilmConfig
-from bilm_training.data.corpus import Corpus, Streams, Vocabulary
-from bilm_training.learner import Learner, Learnt
+from bilm_training.data.corpus import Corpus
+from bilm_training.data.streams import Streams
+from bilm_training.data.vocabulary import Vocabulary
+from bilm_training.learner import Learner, TrainStepResult
 from bilm_training.objectives.language_model import BilmObjective
 from bilm_training.recipe import Optimisation, Softmax
 
@@ -19,7 +21,7 @@ CONFIG = BilmConfig(char_dim=8, filters=((1, 16), (2, 32), (3, 48)), projection_
 N_STEPS = 5
 
 
-def _learn(streams: Streams, device: str, precision: Literal["float32", "bfloat16"]) -> list[Learnt]:
+def _learn(streams: Streams, device: str, precision: Literal["float32", "bfloat16"]) -> list[TrainStepResult]:
     bilm = initialize(Bilm(CONFIG), torch.Generator().manual_seed(1))
     torch.manual_seed(1)
     softmax = Softmax(cutoffs=(10, 30))

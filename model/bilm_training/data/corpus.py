@@ -1,4 +1,4 @@
-"""Plain text becomes streams of words for truncated backpropagation, without being read into memory.
+"""A text file as tokens, without being read into memory.
 
 A line is a sentence or a paragraph: "<S>", its words, "</S>". Words are what white space leaves, nothing more is done
 to them: no case folding, no Unicode normalisation, apostrophes and punctuation as the text has them. A line without
@@ -9,87 +9,23 @@ import hashlib
 import mmap
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from bilm_model.characters import BEGIN_TOKEN, END_TOKEN, CharacterIds, token_ids
-from bilm_model.errors import ModelError
+from bilm_model.characters import BEGIN_TOKEN, END_TOKEN
 from bilm_system.files import open_ordinary, reason, text_start
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from bilm_training.data.typos import with_typos
-
-BOUNDARY = 0
-"""The class that ends a sentence: after its last word reading forward, after its first reading backward."""
-UNKNOWN = "<unk>"
+from bilm_training.data.vocabulary import UNKNOWN
+from bilm_training.errors import CorpusError
 
 # A block is what is split into words at a time: small enough that several for each stream can stay in memory
 _BLOCK_BYTES = 4096
 _CACHED_BLOCKS = 1024
-_CACHED_WORDS = 100_000
-
-
-class CorpusError(ModelError):
-    """Text that can't be trained on or evaluated."""
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The words that the softmax knows, most frequent first; class 0 is the sentence boundary.
-
-    A word outside it is read by its characters all the same; as a target it counts as "<unk>".
-
-    Attributes:
-        words: by class.
-        classes: the class of each word.
-    """
-
-    words: tuple[str, ...]
-    classes: dict[str, int] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        classes = {word: index for index, word in enumerate(self.words)}
-        classes[BEGIN_TOKEN] = BOUNDARY
-        object.__setattr__(self, "classes", classes)
-
-    @classmethod
-    def of(cls, counts: Counter[str], max_words: int | None = None) -> "Vocabulary":
-        """The most frequent words, equally frequent ones in alphabetical order.
-
-        With fewer words than the text has, or where rare ones were lost in counting, "<unk>" stands for the others.
-        """
-        boundaries = (BEGIN_TOKEN, END_TOKEN)  # a text may have them as words: they are read as what they mean
-        words = sorted(counts.keys() - boundaries, key=lambda word: (-counts[word], word))
-        if max_words is not None and len(words) > max_words:
-            words = [*[word for word in words if word != UNKNOWN][: max_words - 1], UNKNOWN]
-        return cls((END_TOKEN, *words))
-
-    @classmethod
-    def from_text(cls, text: str) -> "Vocabulary":
-        """Reads what `to_text` wrote."""
-        return cls(tuple(text.splitlines()))
-
-    def to_text(self) -> str:
-        """A word a line, by class."""
-        return "".join(f"{word}\n" for word in self.words)
-
-    def target(self, word: str) -> int:
-        """The class of a word.
-
-        Raises:
-            CorpusError: if the word is unknown to a vocabulary without "<unk>".
-        """
-        known = self.classes.get(word, self.classes.get(UNKNOWN))
-        if known is None:
-            raise CorpusError(
-                f"the word {word!r} is not in the vocabulary, which has no {UNKNOWN}: a run with data.max_words below "
-                f"{len(self.words) - 1} has it for rare and new words"
-            )
-        return known
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,154 +147,3 @@ def _count(counts: Counter[str], words: list[str], max_counted: int) -> None:
         for word in [word for word, count in counts.items() if count <= bound and word != UNKNOWN]:
             counts[UNKNOWN] += counts.pop(word)
         bound += 1
-
-
-# ---- streams ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Window:
-    """Consecutive steps of several streams, in one direction.
-
-    Attributes:
-        tokens: (steps, streams) row of each token in `WindowPair.types`.
-        targets: (steps, streams) class of the token that follows.
-        counted: (steps, streams) whether the target counts; that one sentence follows another is nothing to predict.
-    """
-
-    tokens: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    counted: NDArray[np.bool_]
-
-
-@dataclass(frozen=True, eq=False)
-class WindowPair:
-    """The windows of both directions at the same step.
-
-    Attributes:
-        types: (types, 50) character ids of the different tokens in them.
-        forward: of the text.
-        backward: of the text read from its end.
-        position: number of the window's first step in its streams, for messages.
-    """
-
-    types: CharacterIds
-    forward: Window
-    backward: Window
-    position: int
-
-    @property
-    def directions(self) -> tuple[Window, Window]:
-        """Forward, backward."""
-        return self.forward, self.backward
-
-
-@dataclass(frozen=True, eq=False)
-class Streams:
-    """A text as contiguous streams of equal length, read together.
-
-    Attributes:
-        corpus: the text.
-        vocabulary: that targets are looked up in.
-        n_streams: of each direction.
-        n_steps: steps of a window.
-        whole: every token is predicted once, to the last one: the last stream begins a little earlier, and what it
-            shares with the one before doesn't count. Otherwise up to `n_streams` tokens at the end are left over.
-        typos: share of the words that are read with a typo, drawn anew in each epoch; what is to be predicted stays.
-        seed: of the typos.
-    """
-
-    corpus: Corpus
-    vocabulary: Vocabulary
-    n_streams: int
-    n_steps: int
-    whole: bool = False
-    typos: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise CorpusError(
-                f"{self.corpus.path}: {self.corpus.n_tokens} tokens are too few for {self.n_streams} streams"
-            )
-
-    @property
-    def length(self) -> int:
-        """Steps of a stream."""
-        n_steps = self.corpus.n_tokens - 1
-        return -(-n_steps // self.n_streams) if self.whole else n_steps // self.n_streams
-
-    @property
-    def n_windows(self) -> int:
-        """Windows until the streams end; the last one may be shorter."""
-        return -(-self.length // self.n_steps)
-
-    def check(self) -> None:
-        """Makes sure that every word has a class, before hours of training.
-
-        Raises:
-            CorpusError: as `windows`.
-        """
-        if UNKNOWN not in self.vocabulary.classes:
-            for _ in self.windows():
-                pass
-
-    def windows(self, first: int = 0, epoch: int = 1) -> Iterator[WindowPair]:
-        """The windows in order, each going on where the one before it ended.
-
-        Args:
-            first: number of the first one, from 0.
-            epoch: that the typos are those of.
-
-        Raises:
-            CorpusError: if a word is unknown to a vocabulary without "<unk>".
-        """
-        for number in range(first, self.n_windows):
-            yield self._window(number * self.n_steps, epoch)
-
-    def _window(self, start: int, epoch: int) -> WindowPair:
-        end = min(start + self.n_steps, self.length) + 1  # the last step's target is one further
-        last = self.corpus.n_tokens
-        starts = [min(first, last - 1 - self.length) for first in self._shares]
-        before = [share - (first + start) for share, first in zip(self._shares, starts, strict=True)]
-        forward = [self.corpus.tokens(first + start, first + end) for first in starts]
-        backward = [self.corpus.tokens(last - first - end, last - first - start)[::-1] for first in starts]
-        read = [self._read(rows, (self.seed, epoch, start, d)) for d, rows in enumerate((forward, backward))]
-        types = {token: n for n, token in enumerate(dict.fromkeys(t for rows in read for row in rows for t in row))}
-        tokens = [np.array([[types[token] for token in row] for row in rows], np.int64).T for rows in read]
-        windows = (
-            Window(tokens[0], *self._targets(forward, BEGIN_TOKEN, before)),
-            Window(tokens[1], *self._targets(backward, END_TOKEN, before)),
-        )
-        return WindowPair(_type_ids(types), *windows, start)
-
-    def _read(self, rows: Sequence[list[str]], seed: Sequence[int]) -> Sequence[Sequence[str]]:
-        """What is read of each stream: all but the last token, which is only predicted."""
-        read = [row[:-1] for row in rows]
-        return with_typos(read, self.typos, seed) if self.typos else read
-
-    @property
-    def _shares(self) -> range:
-        """The first step of the text that counts in each stream."""
-        return range(0, self.n_streams * self.length, self.length)
-
-    def _targets(
-        self, rows: Sequence[list[str]], begin: str, before: Sequence[int]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Each row's classes, and which count: what begins a sentence doesn't, nor what lies before a row's share."""
-        try:
-            targets = [[self.vocabulary.target(token) for token in row[1:]] for row in rows]
-        except CorpusError as error:
-            raise CorpusError(f"{self.corpus.path}: {error}") from error
-        counted = [
-            [token != begin and step >= first for step, token in enumerate(row[1:])]
-            for row, first in zip(rows, before, strict=True)
-        ]
-        return np.array(targets, np.int64).T, np.array(counted, np.bool_).T
-
-
-def _type_ids(types: Iterable[str]) -> CharacterIds:
-    return np.stack([_cached_ids(token) for token in types])
-
-
-_cached_ids = lru_cache(_CACHED_WORDS)(token_ids)

@@ -1,19 +1,13 @@
 """Perplexity on held-out text."""
 
-import math
-import sys
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import nn
 
-from bilm_training.data.corpus import Corpus, Streams, Vocabulary
-from bilm_training.learner import Objective
-
-_STEPS = 64
-_MAX_EXPONENT = math.log(sys.float_info.max)
-_MAX_STREAMS, _MIN_STREAM_TOKENS = 16, 1024
+from bilm_training.data.streams import Streams
+from bilm_training.objectives.objective import Objective, of_nats
 
 
 @dataclass(frozen=True)
@@ -36,21 +30,10 @@ class Perplexity:
         return (self.forward + self.backward) / 2
 
 
-def valid_streams(corpus: Corpus, vocabulary: Vocabulary) -> Streams:
-    """A text to measure on, the whole of it: in up to 16 long streams."""
-    streams = max(1, min(_MAX_STREAMS, corpus.n_tokens // _MIN_STREAM_TOKENS))
-    return Streams(corpus, vocabulary, streams, _STEPS, whole=True)
-
-
 def perplexity(objective: Objective, streams: Streams) -> Perplexity:
     """Measures; see `mean_losses`."""
     forward, backward, tokens = mean_losses(objective, streams)
     return Perplexity(of_nats(forward), of_nats(backward), tokens)
-
-
-def of_nats(mean_loss: float) -> float:
-    """Perplexity, of a mean loss per token; infinite where a model is so wrong that it has no number."""
-    return math.exp(mean_loss) if mean_loss < _MAX_EXPONENT else math.inf
 
 
 @torch.no_grad()

@@ -16,8 +16,9 @@ from bilm_model.kernels.product_paths import ProductPath
 from bilm_model.weights.loading import LoadedModel, load
 from torch import Tensor, nn
 
-from bilm_training.data.corpus import Corpus, Streams, Vocabulary, WindowPair
-from bilm_training.evaluation.perplexity import valid_streams
+from bilm_training.data.corpus import Corpus
+from bilm_training.data.streams import Streams, WindowPair, valid_streams
+from bilm_training.data.vocabulary import Vocabulary
 from bilm_training.objectives.language_model import window_layers
 from bilm_training.recipe import Distillation, Recipe
 
@@ -66,7 +67,7 @@ class DistillationObjective(nn.Module):
         """The student's and the teacher's before any text."""
         return self.bilm.zero_state(n_streams), self.teacher.bilm.zero_state(n_streams)
 
-    def figure(self, mean_loss: float) -> float:
+    def metric(self, mean_loss: float) -> float:
         """The loss itself: the share that isn't explained."""
         return mean_loss
 

@@ -11,23 +11,19 @@ import torch
 import torch.nn.functional as F
 from bilm_model.bilm import Bilm, BilmState
 from bilm_model.characters import END_WORD, MAX_CHARACTERS, CharacterIds, check_ids
-from bilm_model.errors import ModelError
 from bilm_model.kernels.product_paths import ProductPath
 from bilm_model.kernels.products import padded_rows
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bilm_training.data.corpus import Window, WindowPair
-from bilm_training.evaluation.perplexity import of_nats
+from bilm_training.data.streams import TextWindow, WindowPair
+from bilm_training.errors import TargetError
 from bilm_training.network.unrolled import unrolled
+from bilm_training.objectives.objective import of_nats
 from bilm_training.recipe import Softmax
 
 # Tokens are convolved in groups by length: most are far shorter than the 50 places that a token has
 _GROUP_BOUNDS = (6, 10, 16)
-
-
-class TargetError(ModelError):
-    """A target that the softmax has no class for."""
 
 
 class BilmObjective(nn.Module):
@@ -47,7 +43,7 @@ class BilmObjective(nn.Module):
         """The state before any text."""
         return (self.bilm.zero_state(n_streams),)
 
-    def figure(self, mean_loss: float) -> float:
+    def metric(self, mean_loss: float) -> float:
         """Perplexity, of nats a token."""
         return of_nats(mean_loss)
 
@@ -80,7 +76,7 @@ class BilmObjective(nn.Module):
         """See `window_layers`."""
         return window_layers(self.bilm, pair, state, self.dropout, bfloat16)
 
-    def _loss(self, output: Tensor, window: Window) -> Tensor:
+    def _loss(self, output: Tensor, window: TextWindow) -> Tensor:
         # All rows, and the others' loss left out afterwards: as many in each window, see `_Cluster`
         targets = torch.from_numpy(window.targets.ravel()).to(output.device)
         counted = torch.from_numpy(window.counted.ravel()).to(output.device)

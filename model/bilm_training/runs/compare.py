@@ -1,78 +1,21 @@
 """Runs side by side: `bilm-train compare`."""
 
-import hashlib
-import json
 import math
-import statistics
-import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Literal
 
-from bilm_model.bilm import Bilm
-from bilm_model.config import BilmConfig, from_options
-from bilm_model.errors import ConfigError
-from bilm_system.files import read_text, reason, write_bytes, write_text
-from safetensors import SafetensorError, safe_open
+from bilm_system.files import write_bytes, write_text
 
-from bilm_training.evaluation.knowledge.report import Knowledge, read_knowledge
+from bilm_training.errors import RunError
 from bilm_training.evaluation.knowledge.scores import TreebankReport, best
-from bilm_training.runs.run_folder import EpochRecord, RunError, RunFolder
+from bilm_training.runs.finished_run import FinishedRun, read_runs
 
 PAGE = "compare.md"
 _NOTHING = "–"
 
 Table = list[list[str]]  # the first row is the head
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is known of a run.
-
-    Attributes:
-        name: of the folder, with as many of its parents as set it apart from the others.
-        folder: the run's.
-        student: whether it learnt a teacher's vectors; its figures on the validation text are no perplexities then,
-            see `EpochRecord`.
-        config: None before there is a model.
-        epochs: those finished.
-        n_steps: done.
-        seconds: until the last line of the logs.
-        tokens_per_s: median over the steps; NaN without any.
-        vocabulary: hash of the words; None if they aren't there.
-        knowledge: None before `bilm-train eval`.
-    """
-
-    name: str
-    folder: RunFolder
-    student: bool
-    config: BilmConfig | None
-    epochs: tuple[EpochRecord, ...]
-    n_steps: int
-    seconds: float
-    tokens_per_s: float
-    vocabulary: str | None
-    knowledge: Knowledge | None
-
-    @property
-    def best(self) -> EpochRecord | None:
-        """The epoch with the lowest figure on the validation text."""
-        finite = [epoch for epoch in self.epochs if math.isfinite(epoch.valid_mean)]
-        return min(finite, key=lambda epoch: epoch.valid_mean, default=None)
-
-    @property
-    def n_parameters(self) -> int | None:
-        """As `Bilm.parameter_count`, without a model; None before there is one."""
-        if self.config is None:
-            return None
-        return sum(math.prod(shape) for shape in Bilm.parameter_shapes(self.config).values()) - self.config.char_dim
-
-    @property
-    def treebanks(self) -> tuple[TreebankReport, ...]:
-        """Empty before `bilm-train eval` has probed."""
-        return self.knowledge.treebanks if self.knowledge else ()
 
 
 def compare(runs: Sequence[Path], out: Path | None = None) -> str:
@@ -92,79 +35,10 @@ def compare(runs: Sequence[Path], out: Path | None = None) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------
-
-
-def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Reads each folder once, in their order.
-
-    Raises:
-        RunError: naming every folder that is no run, or what is damaged in one.
-    """
-    folders: dict[Path, RunFolder] = {}
-    errors: dict[str, None] = {}
-    for path in paths:
-        try:
-            folder = RunFolder.of_run(path)
-            folders.setdefault(path.resolve(), folder)
-        except RunError as error:
-            errors[str(error)] = None
-    if errors:
-        raise RunError("\n".join(errors))
-    return [_read(name, folder) for name, folder in zip(_names(list(folders)), folders.values(), strict=True)]
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as no other path ends in."""
-    names = []
-    for path in paths:
-        n = 1
-        while any(other != path and other.parts[-n:] == path.parts[-n:] for other in paths):
-            n += 1
-        names.append("/".join(path.parts[-n:]))
-    return names
-
-
-def _read(name: str, folder: RunFolder) -> Run:
-    epochs = tuple(folder.read_epochs())
-    speeds, n_steps, seconds = [], 0, max((epoch.seconds for epoch in epochs), default=0.0)
-    for step in folder.read_steps():
-        speeds.append(step.tokens_per_s)
-        n_steps, seconds = step.step, max(seconds, step.seconds)
-    return Run(
-        name=name,
-        folder=folder,
-        student=_is_student(folder.config),
-        config=_read_config(folder.model) if folder.model.exists() else None,
-        epochs=epochs,
-        n_steps=n_steps,
-        seconds=seconds,
-        tokens_per_s=statistics.median(speeds) if speeds else math.nan,
-        vocabulary=hashlib.sha256(folder.vocabulary.read_bytes()).hexdigest() if folder.vocabulary.exists() else None,
-        knowledge=read_knowledge(folder.eval) if folder.eval.exists() else None,
-    )
-
-
-def _is_student(path: Path) -> bool:
-    try:
-        return "distillation" in tomllib.loads(read_text(path))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: {reason(error)}") from error
-
-
-def _read_config(path: Path) -> BilmConfig:
-    """Of the file's head alone: reading the weights would take long."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return from_options(json.loads((file.metadata() or {})["options"]))
-    except (OSError, SafetensorError, KeyError, ValueError, ConfigError) as error:
-        raise RunError(f"{path}: not a model file of this program: {error}") from error
-
-
 # ---- tables -------------------------------------------------------------------------------------------------------
 
 
-def _tables(runs: Sequence[Run]) -> list[Table]:
+def _tables(runs: Sequence[FinishedRun]) -> list[Table]:
     learners, students = _by_kind(runs)
     tables = [_learners_table(learners)] if learners else []
     if students:
@@ -174,12 +48,12 @@ def _tables(runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
-def _by_kind(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+def _by_kind(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[FinishedRun]]:
     """Those that learnt words, and those that learnt a teacher's vectors."""
     return [run for run in runs if not run.student], [run for run in runs if run.student]
 
 
-def _learners_table(runs: Sequence[Run]) -> Table:
+def _learners_table(runs: Sequence[FinishedRun]) -> Table:
     texts = list(dict.fromkeys(text for run in runs for text in _tested(run))) or [("test", 0)]
     names = [name for name, _ in texts]
     # Texts of one name may be different ones
@@ -192,7 +66,7 @@ def _learners_table(runs: Sequence[Run]) -> Table:
     return [head, *rows]
 
 
-def _students_table(runs: Sequence[Run]) -> Table:
+def _students_table(runs: Sequence[FinishedRun]) -> Table:
     head = [*_RUN_HEAD, "unexplained fwd %", "unexplained bwd %", "unexplained mean %"]
     return [head, *([*_run_cells(run), *_valid_cells(run, 100)] for run in runs)]
 
@@ -200,7 +74,7 @@ def _students_table(runs: Sequence[Run]) -> Table:
 _RUN_HEAD = ["run", "size", "residual", "steps", "epochs", "best", "minutes", "tokens/s"]
 
 
-def _run_cells(run: Run) -> list[str]:
+def _run_cells(run: FinishedRun) -> list[str]:
     return [
         run.name,
         f"{run.n_parameters / 1e6:.1f} M" if run.n_parameters else _NOTHING,
@@ -213,19 +87,19 @@ def _run_cells(run: Run) -> list[str]:
     ]
 
 
-def _valid_cells(run: Run, factor: int = 1) -> list[str]:
+def _valid_cells(run: FinishedRun, factor: int = 1) -> list[str]:
     top = run.best
     figures = (top.valid_forward, top.valid_backward, top.valid_mean) if top else (math.nan,) * 3
     return [_number(factor * figure, 1) for figure in figures]
 
 
-def _tested(run: Run) -> dict[tuple[str, int], float]:
+def _tested(run: FinishedRun) -> dict[tuple[str, int], float]:
     """The mean perplexity on each text, by its name and number of tokens."""
     found = run.knowledge.perplexity if run.knowledge else {}
     return {(name, measured.tokens): measured.mean for name, measured in found.items()}
 
 
-def _probes_table(runs: Sequence[Run]) -> Table:
+def _probes_table(runs: Sequence[FinishedRun]) -> Table:
     head = ["run", "treebank", "best layer", "POS %", "with typos %", "typo loss", "random %", "word identity %"]
     rows = [_probe_row(run.name, probe) for run in runs for probe in run.treebanks]
     blank = [[run.name] + [_NOTHING] * (len(head) - 1) for run in runs if not run.treebanks]
@@ -243,7 +117,7 @@ def _number(value: float, digits: int) -> str:
     return f"{value:,.{digits}f}" if math.isfinite(value) else _NOTHING
 
 
-def _notes(runs: Sequence[Run]) -> list[str]:
+def _notes(runs: Sequence[FinishedRun]) -> list[str]:
     learners, students = _by_kind(runs)
     notes = ["best: the epoch with the lowest figure on the validation text"]
     if learners:
@@ -286,7 +160,7 @@ def _markdown(table: Table) -> str:
 # ---- the folder ---------------------------------------------------------------------------------------------------
 
 
-def _write(runs: Sequence[Run], tables: Sequence[Table], notes: Sequence[str], out: Path) -> Path:
+def _write(runs: Sequence[FinishedRun], tables: Sequence[Table], notes: Sequence[str], out: Path) -> Path:
     try:
         from bilm_training.runs import compare_plots  # noqa: PLC0415 -- only this needs matplotlib
     except ModuleNotFoundError as error:

@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -14,10 +14,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from bilm_training.evaluation.knowledge.scores import ProbeScore, TreebankReport
-from bilm_training.runs.run_folder import EpochRecord
-
-if TYPE_CHECKING:
-    from bilm_training.runs.compare import Run
+from bilm_training.runs.finished_run import FinishedRun
+from bilm_training.runs.records import EpochRecord
 
 Curve = list[EpochRecord]
 Legend = list[tuple[Line2D | Patch, str]]
@@ -40,17 +38,17 @@ _STYLE: Any = {  # matplotlib's type for it is a list of all names
 }
 
 
-def perplexity(runs: Sequence["Run"]) -> bytes | None:
+def perplexity(runs: Sequence[FinishedRun]) -> bytes | None:
     """Validation perplexity, mean of both directions, against steps and against minutes; without students."""
     return _learning({n: run for n, run in enumerate(runs) if not run.student}, "validation perplexity", 1)
 
 
-def unexplained(runs: Sequence["Run"]) -> bytes | None:
+def unexplained(runs: Sequence[FinishedRun]) -> bytes | None:
     """The share of a teacher's variance that its student doesn't explain, against steps and against minutes."""
     return _learning({n: run for n, run in enumerate(runs) if run.student}, "unexplained, %", 100)
 
 
-def _learning(runs: Mapping[int, "Run"], label: str, factor: int) -> bytes | None:
+def _learning(runs: Mapping[int, FinishedRun], label: str, factor: int) -> bytes | None:
     """The validation text's figure over the epochs, times a factor; runs by the number that their colour has."""
     curves = {
         n: [epoch for epoch in run.epochs if math.isfinite(epoch.valid_mean)] for n, run in runs.items() if run.best
@@ -72,7 +70,7 @@ def _learning(runs: Mapping[int, "Run"], label: str, factor: int) -> bytes | Non
         return _png(figure)
 
 
-def cost(runs: Sequence["Run"]) -> bytes | None:
+def cost(runs: Sequence[FinishedRun]) -> bytes | None:
     """Parameters, and tokens learnt a second."""
     sizes = [(run.n_parameters or math.nan) / 1e6 for run in runs]
     speeds = [run.tokens_per_s for run in runs]
@@ -88,7 +86,7 @@ def cost(runs: Sequence["Run"]) -> bytes | None:
         return _png(figure)
 
 
-def probes(runs: Sequence["Run"]) -> bytes | None:
+def probes(runs: Sequence[FinishedRun]) -> bytes | None:
     """Accuracy of each layer, a panel a treebank; what typos take away is pale."""
     treebanks = list(dict.fromkeys(probe.name for run in runs for probe in run.treebanks))
     if not treebanks:

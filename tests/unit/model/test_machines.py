@@ -13,10 +13,11 @@ from bilm_model.config import SIZES
 from bilm_model.engine.cellular import CellularBatch, EngineOptions, PlainSentence
 from bilm_model.kernels.product_paths import ProductPath
 from bilm_model.weights import single_file
+from bilm_training.errors import RunError
 from bilm_training.main import new_objective
 from bilm_training.network.mixed_precision import bfloat16_products
 from bilm_training.recipe import PRESETS, Recipe, read_recipe
-from bilm_training.runs.run_folder import RunError, RunFolder
+from bilm_training.runs.run_folder import RunFolder
 from bilm_training.trainer import Trainer
 from torch import Tensor
 

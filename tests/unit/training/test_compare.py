@@ -12,12 +12,15 @@ from bilm_model.config import SIZES
 from bilm_model.errors import ModelError
 from bilm_model.weights import single_file
 from bilm_system.files import write_text
+from bilm_training.errors import RunError
 from bilm_training.evaluation.knowledge.report import Knowledge
 from bilm_training.evaluation.knowledge.scores import ProbeScore, TreebankReport
 from bilm_training.evaluation.perplexity import Perplexity
 from bilm_training.runs import compare_plots
-from bilm_training.runs.compare import compare, read_runs
-from bilm_training.runs.run_folder import EpochRecord, RunError, RunFolder, StepRecord
+from bilm_training.runs.compare import compare
+from bilm_training.runs.finished_run import read_runs
+from bilm_training.runs.records import EpochRecord, StepRecord
+from bilm_training.runs.run_folder import RunFolder
 
 # forward, backward: the second is the best
 PERPLEXITIES = ((100.0, 120.0), (50.0, 60.0), (70.0, 60.0))

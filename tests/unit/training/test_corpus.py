@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bilm_model.characters import character_ids
-from bilm_training.data.corpus import BOUNDARY, Corpus, CorpusError, Streams, Vocabulary, WindowPair
+from bilm_training.data.corpus import Corpus
+from bilm_training.data.streams import Streams, WindowPair
+from bilm_training.data.vocabulary import BOUNDARY, Vocabulary
+from bilm_training.errors import CorpusError
 
 from tests.unit.training.training_support import (
     TEXT,
@@ -161,7 +164,9 @@ def test_a_file_is_not_read_into_memory(tmp_path: Path) -> None:
 import resource
 from collections import Counter
 from pathlib import Path
-from bilm_training.data.corpus import Corpus, Streams, Vocabulary
+from bilm_training.data.corpus import Corpus
+from bilm_training.data.streams import Streams
+from bilm_training.data.vocabulary import Vocabulary
 
 lines = Path("/proc/self/status").read_text().splitlines()
 used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))

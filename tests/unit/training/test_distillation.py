@@ -13,11 +13,14 @@ from bilm_model.errors import ConfigError, WeightsError
 from bilm_model.packing import Packing
 from bilm_model.weights import single_file
 from bilm_model.weights.loading import load
-from bilm_training.data.corpus import Corpus, Streams, Vocabulary
-from bilm_training.evaluation.perplexity import mean_losses, valid_streams
+from bilm_training.data.corpus import Corpus
+from bilm_training.data.streams import Streams, valid_streams
+from bilm_training.data.vocabulary import Vocabulary
+from bilm_training.evaluation.perplexity import mean_losses
 from bilm_training.objectives.distillation import DistillationObjective, layer_variances, new_distillation
 from bilm_training.recipe import Data, Distillation, Optimisation, Recipe, read_recipe, to_toml
-from bilm_training.runs.run_folder import RunFolder, StepRecord
+from bilm_training.runs.records import StepRecord
+from bilm_training.runs.run_folder import RunFolder
 from bilm_training.trainer import Trainer
 from torch import Tensor
 
@@ -136,7 +139,7 @@ def test_a_student_that_says_the_mean_explains_nothing(recipe: Recipe, text: Pat
     forward, backward, n_tokens = mean_losses(objective, streams)
     assert (forward, backward) == pytest.approx((1.0, 1.0), rel=1e-5)
     assert n_tokens == streams.length
-    assert objective.figure(0.25) == 0.25
+    assert objective.metric(0.25) == 0.25
 
 
 def test_the_teacher_itself_leaves_nothing_unexplained(recipe: Recipe, text: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
-from bilm_training.data.corpus import CorpusError
+from bilm_training.errors import CorpusError
 from bilm_training.evaluation.knowledge.neighbours import neighbours, read_sentences
 
 # As caches hold so many MiB, and are searched, the cells of the tiniest model would make them slow

@@ -9,14 +9,14 @@ from bilm_model.bilm import random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import SIZES
 from bilm_model.errors import ModelError
-from bilm_training.data.corpus import CorpusError
+from bilm_training.errors import CorpusError
 from bilm_training.evaluation.knowledge import linear
 from bilm_training.evaluation.knowledge.linear import LinearProbe
 from bilm_training.evaluation.knowledge.neighbours import Neighbour, Query, WordNeighbours
 from bilm_training.evaluation.knowledge.probes import probe
 from bilm_training.evaluation.knowledge.report import Knowledge, Neighbourhood
 from bilm_training.evaluation.knowledge.scores import ProbeScore, TreebankReport
-from bilm_training.evaluation.knowledge.vectors import Embedder
+from bilm_training.evaluation.knowledge.vectors import SentenceEmbedder
 
 # As caches hold so many MiB, and are searched, the cells of the tiniest model would make them slow
 BILM = random_bilm(replace(SIZES["tiny"], cell_dim=256, projection_dim=32), seed=3)
@@ -70,7 +70,7 @@ def test_a_probe_that_stops_early_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_vectors_are_the_reference_networks() -> None:
     sentences = [("one",), ("the", "cat", "sat"), ("고양이", ".")]
-    found = Embedder(BILM, "cpu").all(sentences, "test")
+    found = SentenceEmbedder(BILM, "cpu").all(sentences, "test")
     read = [with_boundaries(words) for words in sentences]
     ids = torch.from_numpy(np.concatenate([character_ids(words) for words in read])).long()
     layers, _ = BILM(ids, [len(words) for words in read])
@@ -80,7 +80,7 @@ def test_vectors_are_the_reference_networks() -> None:
 
 def test_a_biLM_in_training_is_left_as_it_is() -> None:  # noqa: N802
     bilm = random_bilm(SIZES["tiny"]).requires_grad_(True).train()
-    Embedder(bilm, "cpu").all([("a", "b")], "test")
+    SentenceEmbedder(bilm, "cpu").all([("a", "b")], "test")
     assert bilm.training
     assert all(parameter.requires_grad for parameter in bilm.parameters())
 

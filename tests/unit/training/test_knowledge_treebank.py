@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from bilm_training.data.corpus import CorpusError
+from bilm_training.errors import CorpusError
 from bilm_training.evaluation.knowledge.treebank import TaggedSentence, read_conllu, read_part, sample
 
 

@@ -10,9 +10,10 @@ import torch
 from bilm_model.bilm import Bilm, BilmState, initialize
 from bilm_model.characters import character_ids
 from bilm_model.config import BilmConfig, Residual
-from bilm_training.data.corpus import Window, WindowPair
+from bilm_training.data.streams import TextWindow, WindowPair
+from bilm_training.errors import TargetError
 from bilm_training.evaluation.perplexity import perplexity
-from bilm_training.objectives.language_model import BilmObjective, TargetError, check_targets, window_layers
+from bilm_training.objectives.language_model import BilmObjective, check_targets, window_layers
 from bilm_training.recipe import Softmax
 from torch import Tensor, nn
 
@@ -152,8 +153,8 @@ def test_the_loss_is_that_of_every_word_and_end_of_line(tmp_path: Path, softmax:
 
 def test_what_has_no_number_is_an_infinite_perplexity() -> None:
     objective = new_objective(TINY, 5, SOFTMAX)
-    assert objective.figure(math.log(7)) == pytest.approx(7)
-    assert objective.figure(1e5) == math.inf
+    assert objective.metric(math.log(7)) == pytest.approx(7)
+    assert objective.metric(1e5) == math.inf
 
 
 @pytest.mark.parametrize("softmax", [SOFTMAX, Softmax(kind="full")])
@@ -286,9 +287,9 @@ def pair_of(forward: Sequence[Sequence[str]], backward: Sequence[Sequence[str]])
     """Windows of these streams, each as it is read."""
     types = list(dict.fromkeys(token for stream in (*forward, *backward) for token in stream))
 
-    def window(streams: Sequence[Sequence[str]]) -> Window:
+    def window(streams: Sequence[Sequence[str]]) -> TextWindow:
         tokens = np.array([[types.index(token) for token in stream] for stream in streams], np.int64).T
-        return Window(tokens, np.zeros_like(tokens), np.ones_like(tokens, np.bool_))
+        return TextWindow(tokens, np.zeros_like(tokens), np.ones_like(tokens, np.bool_))
 
     return WindowPair(character_ids(types), window(forward), window(backward), 0)
 

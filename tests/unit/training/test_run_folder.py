@@ -10,13 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from bilm_system.files import replaced, write_bytes, write_text
-from bilm_training.runs.run_folder import (
-    EpochRecord,
-    RunError,
-    RunFolder,
-    RunLog,
-    StepRecord,
-)
+from bilm_training.errors import RunError
+from bilm_training.runs.records import EpochRecord, StepRecord
+from bilm_training.runs.run_folder import RunFolder
+from bilm_training.runs.run_log import RunLog
 from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 STEP = StepRecord(1, 1, 5.5, 5.0, 6.0, 1e-3, 0.5, 1000.0, 2.5)

@@ -17,8 +17,10 @@ from bilm_model.bilm import Bilm
 from bilm_model.weights.loading import load
 from bilm_training.main import main
 from bilm_training.recipe import read_recipe
-from bilm_training.runs.run_folder import EpochRecord, RunFolder, RunLog
-from bilm_training.trainer import read_vocabulary
+from bilm_training.runs.checkpoints import read_vocabulary
+from bilm_training.runs.records import EpochRecord
+from bilm_training.runs.run_folder import RunFolder
+from bilm_training.runs.run_log import RunLog
 
 from tests.support.processes import started
 from tests.unit.training.training_support import (
@@ -149,7 +151,7 @@ def test_windows_without_anything_to_predict_change_nothing(here: Path) -> None:
 HELD_AFTER = """
 import sys, threading
 from bilm_training.main import main
-from bilm_training.runs.run_folder import RunLog
+from bilm_training.runs.run_log import RunLog
 
 logged, n_steps = RunLog.step, int(sys.argv[1])
 

@@ -8,12 +8,14 @@ from typing import Any, cast
 import pytest
 import torch
 from bilm_model.bilm import Bilm
-from bilm_training.data.corpus import Vocabulary, WindowPair
-from bilm_training.learner import DivergedError, Learner
+from bilm_training.data.streams import WindowPair
+from bilm_training.data.vocabulary import Vocabulary
+from bilm_training.errors import DivergedError, RunError
+from bilm_training.learner import Learner
 from bilm_training.main import main, new_objective
 from bilm_training.recipe import read_recipe
-from bilm_training.runs.run_folder import RunError, RunFolder
-from bilm_training.trainer import load_best, read_vocabulary
+from bilm_training.runs.checkpoints import load_best, read_vocabulary
+from bilm_training.runs.run_folder import RunFolder
 from torch import Tensor, nn
 
 from tests.unit.training.training_support import (
@@ -246,7 +248,7 @@ class Steep(nn.Module):
     def zero_state(self, n_streams: int) -> tuple[()]:
         return ()
 
-    def figure(self, mean_loss: float) -> float:
+    def metric(self, mean_loss: float) -> float:
         return mean_loss
 
     def forward(self, pair: WindowPair, states: Any, bfloat16: Any) -> tuple[Tensor, Tensor, tuple[()]]:

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 from bilm_model.config import BilmConfig
-from bilm_training.data.corpus import Corpus, Streams, Vocabulary
+from bilm_training.data.corpus import Corpus
+from bilm_training.data.streams import Streams
+from bilm_training.data.vocabulary import Vocabulary
 from bilm_training.main import main
-from bilm_training.runs.run_folder import RunFolder, RunLog, StepRecord
+from bilm_training.runs.records import StepRecord
+from bilm_training.runs.run_folder import RunFolder
+from bilm_training.runs.run_log import RunLog
 from torch import Tensor
 
 TINY = BilmConfig(char_dim=3, filters=((1, 4), (2, 5), (3, 6)), projection_dim=6, cell_dim=9)

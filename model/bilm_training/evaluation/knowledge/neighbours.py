@@ -12,9 +12,9 @@ import numpy as np
 from bilm_model.bilm import Bilm
 from bilm_system.files import read_text, reason
 
-from bilm_training.data.corpus import CorpusError
+from bilm_training.errors import CorpusError
 from bilm_training.evaluation.knowledge.treebank import read_conllu
-from bilm_training.evaluation.knowledge.vectors import Embedder, Vectors
+from bilm_training.evaluation.knowledge.vectors import SentenceEmbedder, Vectors
 
 AMBIGUOUS_WORDS = ("bank", "left", "light", "match", "may", "play", "record", "right", "season", "spring")
 """Each has several senses in WikiText-2's test part or in EWT."""
@@ -148,7 +148,7 @@ class _Space:
         if only is not None:
             sentences = [words for words in sentences if not only.isdisjoint(words)]
         places, vectors = [], [np.zeros((0, bilm.config.width), dtype=np.float32)]
-        embedded = Embedder(bilm, device).each(sentences, "neighbours")
+        embedded = SentenceEmbedder(bilm, device).each(sentences, "neighbours")
         for row, (words, layers) in enumerate(zip(sentences, embedded, strict=True)):
             columns = [column for column, word in enumerate(words) if only is None or word in only]
             places += [(row, column) for column in columns]

@@ -8,12 +8,12 @@ import numpy as np
 from bilm_model.bilm import Bilm, random_bilm
 from tqdm import tqdm
 
-from bilm_training.data.corpus import CorpusError
 from bilm_training.data.typos import with_typos
+from bilm_training.errors import CorpusError
 from bilm_training.evaluation.knowledge.linear import LinearProbe, Probed, Tags
 from bilm_training.evaluation.knowledge.scores import ProbeScore, TreebankReport
 from bilm_training.evaluation.knowledge.treebank import TaggedSentence, read_part, sample
-from bilm_training.evaluation.knowledge.vectors import Embedder
+from bilm_training.evaluation.knowledge.vectors import SentenceEmbedder
 
 MAX_TRAIN_TOKENS = 100_000
 """All 204,577 of EWT's gave a probe of layer 1 of wikitext2-mini 0.3 points more (89.9 and 90.2 % of the dev part with
@@ -86,7 +86,7 @@ class _Task:
         return self._score(None, fitted, _flat(self.test), _flat(self.test_with_typos))
 
     def layers(self, bilm: Bilm, device: str, title: str) -> tuple[ProbeScore, ...]:
-        embedder, title = Embedder(bilm, device), f"{self.name}: {title}"
+        embedder, title = SentenceEmbedder(bilm, device), f"{self.name}: {title}"
         train, test, typos = (embedder.all(words, title) for words in (self.train, self.test, self.test_with_typos))
         scores = []
         for layer, vectors in enumerate(tqdm(train, desc=f"{title}, probes", unit="layer")):

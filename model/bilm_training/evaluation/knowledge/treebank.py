@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from bilm_system.files import read_text, reason
 
-from bilm_training.data.corpus import CorpusError
+from bilm_training.errors import CorpusError
 
 _COLUMNS = 10
 _ID, _FORM, _UPOS = 0, 1, 3

@@ -19,7 +19,7 @@ _SENTENCES_AT_A_TIME = 2048
 """Bounds the memory for results not copied yet."""
 
 
-class Embedder:
+class SentenceEmbedder:
     """Embeds sentences with a biLM, which is left as it is."""
 
     def __init__(self, bilm: Bilm, device: str = "auto") -> None:
