@@ -33,18 +33,23 @@ from bilm_training.recipe import PRESETS, Recipe, read_recipe
 from bilm_training.runs.checkpoints import load_best, read_vocabulary
 from bilm_training.runs.compare import compare
 from bilm_training.runs.run_folder import RunFolder
-from bilm_training.trainer import Trainer
+from bilm_training.trainer import RunWriters, Trainer
 
 _STOPPED = 130
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command. Return 0; 1 with the reason on standard error; 130 when stopped by a signal."""
-    return run_command("bilm-train", partial(_main, argv))
+def main(argv: list[str] | None = None, writers: RunWriters | None = None) -> int:
+    """Run a command. Return 0; 1 with the reason on standard error; 130 when stopped by a signal.
+
+    Args:
+        argv: the command line; None: the process's.
+        writers: what runs are written by; None: files in the run's folder.
+    """
+    return run_command("bilm-train", partial(_main, argv, writers or RunWriters()))
 
 
-def _main(argv: list[str] | None) -> int:
-    arguments = _parser().parse_args(argv)
+def _main(argv: list[str] | None, writers: RunWriters) -> int:
+    arguments = _parser().parse_args(argv, argparse.Namespace(writers=writers))
     try:
         if "threads" in arguments:
             torch.set_num_threads(arguments.threads or default_threads())
@@ -74,13 +79,14 @@ def _start(arguments: argparse.Namespace, overrides: list[str]) -> int:
     recipe = read_recipe(arguments.recipe, [*overrides, *arguments.set])
     folder = RunFolder(arguments.out)
     with folder.taken():
-        return _train(Trainer.start(recipe, folder, new_objective, device))
+        return _train(Trainer.start(recipe, folder, new_objective, device, writers=arguments.writers))
 
 
 def _resume(arguments: argparse.Namespace) -> int:
     folder = RunFolder.of_run(arguments.run_folder)
     with folder.taken():
-        return _train(Trainer.resume(folder, new_objective, resolve_device(arguments.device)))
+        device = resolve_device(arguments.device)
+        return _train(Trainer.resume(folder, new_objective, device, writers=arguments.writers))
 
 
 def _train(trainer: Trainer) -> int:

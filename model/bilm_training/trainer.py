@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +24,28 @@ from bilm_training.evaluation.perplexity import mean_losses
 from bilm_training.learner import Learner
 from bilm_training.objectives.objective import Objective
 from bilm_training.recipe import Recipe, read_recipe, to_toml
-from bilm_training.runs.checkpoints import load_parameters, read_checkpoint, read_vocabulary, write_checkpoint
+from bilm_training.runs.checkpoints import Save, load_parameters, read_checkpoint, read_vocabulary, write_checkpoint
 from bilm_training.runs.records import EpochRecord, StepRecord
 from bilm_training.runs.run_folder import RunFolder
 from bilm_training.runs.run_log import RunLog
 
 NewObjective = Callable[[Recipe, Vocabulary, torch.device], Objective]
+
+
+@dataclass(frozen=True)
+class RunWriters:
+    """What a run is written by.
+
+    Attributes:
+        new_log: makes the log of a folder, to continue after a step.
+        save: writes a checkpoint's content to an open file.
+    """
+
+    new_log: Callable[[RunFolder, int], RunLog] = RunLog
+    save: Save = torch.save
+
+
+_TO_FILES = RunWriters()
 
 
 class Trainer:
@@ -50,8 +67,9 @@ class Trainer:
         valid: Corpus,
         device: torch.device,
         bfloat16: ProductPath | None = None,
+        writers: RunWriters = _TO_FILES,
     ) -> None:
-        self.recipe, self.folder = recipe, folder
+        self.recipe, self.folder, self._writers = recipe, folder, writers
         self.stop = False
         self._objective, self._train, self._valid, self._device = objective, train, valid, device
         optimisation = recipe.optimisation
@@ -75,6 +93,8 @@ class Trainer:
         new_objective: NewObjective,
         device: torch.device,
         bfloat16: ProductPath | None = None,
+        *,
+        writers: RunWriters = _TO_FILES,
     ) -> "Trainer":
         """Begin a new run: write its recipe and vocabulary into a folder that is taken.
 
@@ -84,6 +104,7 @@ class Trainer:
             new_objective: makes the objective.
             device: where to train.
             bfloat16: how to compute bfloat16 products; None: the fastest way here.
+            writers: what the run is written by.
 
         Raises:
             RunError: if the folder holds a run already.
@@ -98,9 +119,8 @@ class Trainer:
         else:  # no word is predicted
             corpus, vocabulary = Corpus.open(recipe.data.train), Vocabulary((END_TOKEN, UNKNOWN))
         recipe = _resolved(recipe, device, bfloat16)
-        trainer = cls._of(
-            recipe, folder, corpus, vocabulary, new_objective=new_objective, device=device, bfloat16=bfloat16
-        )
+        how: dict[str, Any] = {"device": device, "bfloat16": bfloat16, "writers": writers}
+        trainer = cls._of(recipe, folder, corpus, vocabulary, new_objective=new_objective, **how)
         write_text(folder.vocabulary, vocabulary.to_text())
         write_text(folder.config, to_toml(recipe))
         return trainer
@@ -112,6 +132,8 @@ class Trainer:
         new_objective: NewObjective,
         device: torch.device,
         bfloat16: ProductPath | None = None,
+        *,
+        writers: RunWriters = _TO_FILES,
     ) -> "Trainer":
         """A run as its last checkpoint has it; from the beginning if it didn't come to the first one.
 
@@ -125,9 +147,8 @@ class Trainer:
         begun = folder.checkpoint.exists() or folder.steps.exists()
         checkpoint = read_checkpoint(folder.checkpoint) if begun else None
         corpus = Corpus.open(recipe.data.train)
-        trainer = cls._of(
-            recipe, folder, corpus, vocabulary, new_objective=new_objective, device=device, bfloat16=bfloat16
-        )
+        how: dict[str, Any] = {"device": device, "bfloat16": bfloat16, "writers": writers}
+        trainer = cls._of(recipe, folder, corpus, vocabulary, new_objective=new_objective, **how)
         if checkpoint is not None:
             trainer._restore(checkpoint)
         return trainer
@@ -143,13 +164,16 @@ class Trainer:
         new_objective: NewObjective,
         device: torch.device,
         bfloat16: ProductPath | None,
+        writers: RunWriters,
     ) -> "Trainer":
         batch, steps = recipe.optimisation.batch, recipe.optimisation.steps
         streams = Streams(corpus, vocabulary, batch, steps, typos=recipe.data.typos, seed=recipe.seed)
         valid = Corpus.open(recipe.data.valid)
         valid_streams(valid, vocabulary).check()
         objective = new_objective(recipe, vocabulary, device)
-        return cls(recipe, folder, objective, train=streams, valid=valid, device=device, bfloat16=bfloat16)
+        return cls(
+            recipe, folder, objective, train=streams, valid=valid, device=device, bfloat16=bfloat16, writers=writers
+        )
 
     def run(self) -> bool:
         """Trains to the end -> True, or until `stop` is set -> False.
@@ -161,7 +185,7 @@ class Trainer:
         self._started = time.monotonic() - self._seconds
         if self._step == 0:
             self._save_checkpoint()
-        with RunLog(self.folder, self._step) as log:
+        with self._writers.new_log(self.folder, self._step) as log:
             while self._step < self._train.n_windows * self.recipe.optimisation.epochs:
                 if not self._epoch(log):
                     return False
@@ -241,7 +265,7 @@ class Trainer:
 
     def _save_best(self) -> None:
         bilm = self._objective.bilm
-        write_checkpoint(self.folder.best, self._learner.module.state_dict())
+        write_checkpoint(self.folder.best, self._learner.module.state_dict(), self._writers.save)
         with replaced(self.folder.model) as draft:
             single_file.write(draft, bilm.config, {name: tensor.cpu() for name, tensor in bilm.state_dict().items()})
 
@@ -263,7 +287,7 @@ class Trainer:
             "digests": self._digests(),
             "precision": self.recipe.optimisation.precision,
         }
-        write_checkpoint(self.folder.checkpoint, content)
+        write_checkpoint(self.folder.checkpoint, content, self._writers.save)
 
     def _restore(self, content: dict[str, Any]) -> None:
         for path, digest in self._digests().items():

@@ -4,8 +4,9 @@ import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from bilm_system.files import reason, replaced
@@ -17,6 +18,9 @@ from bilm_training.objectives.objective import Objective
 from bilm_training.runs.run_folder import RunFolder
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError)
+
+Save = Callable[[dict[str, Any], BinaryIO], None]
+"""Writes a checkpoint's content to an open file."""
 
 
 def read_vocabulary(folder: RunFolder) -> Vocabulary:
@@ -52,11 +56,11 @@ def load_parameters(module: nn.Module, content: dict[str, Any], path: Path) -> N
         raise RunError(f"{path}: doesn't fit the run's configuration and vocabulary: {error}") from error
 
 
-def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+def write_checkpoint(path: Path, content: dict[str, Any], save: Save = torch.save) -> None:
     """Write a file that `read_checkpoint` reads, as a whole or not at all."""
     # Given a path, torch writes by itself, and doesn't say why it can't
     with replaced(path) as draft, draft.open("wb") as file:
-        torch.save(content, file)
+        save(content, file)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -3,11 +3,22 @@
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.unit.training.training_support import EPOCH_STEPS, after_step, train, write_recipe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks of these sizes take longest to wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +39,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_recipe(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        after_step(patch, EPOCH_STEPS + 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert train() == 130
+        stop = after_step(EPOCH_STEPS + 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(writers=stop) == 130
     return folder
 
 

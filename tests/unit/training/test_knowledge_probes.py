@@ -135,6 +135,7 @@ def test_there_must_be_tags_to_tell_apart(tmp_path: Path) -> None:
         probe(BILM, tmp_path, device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("treebank", ["UD_English-EWT", "UD_Korean-GSD"])
 def test_real_treebanks_can_be_probed(corpora: Path, tmp_path: Path, treebank: str) -> None:
     for part, n_sentences in ("train", 200), ("test", 100):

@@ -6,8 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,9 +19,8 @@ from bilm_model.weights.loading import load
 from bilm_training.main import main
 from bilm_training.recipe import read_recipe
 from bilm_training.runs.checkpoints import read_vocabulary
-from bilm_training.runs.records import EpochRecord
 from bilm_training.runs.run_folder import RunFolder
-from bilm_training.runs.run_log import RunLog
+from bilm_training.trainer import RunWriters
 
 from tests.support.processes import started
 from tests.unit.training.training_support import (
@@ -28,6 +28,7 @@ from tests.unit.training.training_support import (
     EPOCH_STEPS,
     RUN,
     TINY,
+    ActingLog,
     after_step,
     assert_same,
     checkpoint,
@@ -57,6 +58,7 @@ def assert_same_run(uninterrupted: Path) -> None:
 # ---- learning --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_five_sentences_are_learnt_and_served(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     numbers = ("one", "two", "three", "four", "five")
     # a name that TOML would take for a number
@@ -83,6 +85,23 @@ def test_five_sentences_are_learnt_and_served(here: Path, capsys: pytest.Capture
     measured = json.loads(RUN.eval.read_text())["perplexity"]["2024"]
     best_mean = min(record.valid_mean for record in RUN.read_epochs())
     assert (measured["forward"] + measured["backward"]) / 2 == pytest.approx(best_mean, rel=1e-6)
+
+
+def test_a_run_leaves_its_best_model_and_measures_it(
+    uninterrupted: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(uninterrupted / "run", "run")
+    bilm, best = load(str(RUN.model)).bilm, torch.load(RUN.best, weights_only=True)
+    assert bilm.config == TINY
+    assert (bilm.encoder.char_cnn.embedding[0] == 0).all()
+    for name, tensor in bilm.state_dict().items():
+        assert torch.equal(tensor, best[f"bilm.{name}"])
+    means = [epoch.valid_mean for epoch in RUN.read_epochs()]
+    assert min(means) < means[0]
+    assert main(["eval", "run", "--text", "valid", *COMMON]) == 0
+    measured = json.loads(RUN.eval.read_text())["perplexity"]["valid"]
+    assert (measured["forward"] + measured["backward"]) / 2 == pytest.approx(min(means), rel=1e-6)
+    assert "### Perplexity" in capsys.readouterr().out
 
 
 def test_a_run_says_what_it_does(uninterrupted: Path) -> None:
@@ -151,18 +170,17 @@ def test_windows_without_anything_to_predict_change_nothing(here: Path) -> None:
 HELD_AFTER = """
 import sys, threading
 from bilm_training.main import main
-from bilm_training.runs.run_log import RunLog
+from bilm_training.trainer import RunWriters
+from bilm_training.trainer import RunWriters
 
-logged, n_steps = RunLog.step, int(sys.argv[1])
+class HeldLog(RunLog):
+    def step(self, record):
+        super().step(record)
+        if record.step == int(sys.argv[1]):
+            print("held", flush=True)
+            threading.Event().wait()
 
-def log(self, record):
-    logged(self, record)
-    if record.step == n_steps:
-        print("held", flush=True)
-        threading.Event().wait()
-
-RunLog.step = log
-main(sys.argv[2:])
+main(sys.argv[2:], RunWriters(new_log=HeldLog))
 """
 
 
@@ -176,6 +194,7 @@ def killed_after(n_steps: int, *arguments: str) -> None:
     assert RUN.steps.read_bytes().count(b"\n") == n_steps
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(uninterrupted: Path, here: Path) -> None:
     """Killed in the first epoch and, having gone on, in the second."""
     killed_after(8, "run", "recipe.toml", "--out", "run")
@@ -188,53 +207,40 @@ class KilledError(BaseException):
     """Nothing that is ever caught."""
 
 
-def kill_before_the_epoch_is_logged(patch: pytest.MonkeyPatch) -> None:
-    def log(self: RunLog, record: EpochRecord) -> None:
-        raise KilledError
-
-    patch.setattr(RunLog, "epoch", log)
+def kill() -> None:
+    raise KilledError
 
 
-def kill_in_checkpoint(number: int) -> Callable[[pytest.MonkeyPatch], None]:
+def killed_in_checkpoint(number: int) -> RunWriters:
     """While it is being written: half of it is there."""
+    seen = 0
 
-    def kill(patch: pytest.MonkeyPatch) -> None:
-        save, seen = torch.save, 0
+    def half(content: dict[str, Any], file: BinaryIO) -> None:
+        nonlocal seen
+        torch.save(content, file)
+        seen += "step" in content
+        if seen == number:
+            file.truncate(file.tell() // 2)
+            shutil.copy(file.name, RUN.path / "left")
+            raise KilledError
 
-        def half(content: dict[str, Any], file: BinaryIO) -> None:
-            nonlocal seen
-            save(content, file)
-            seen += "step" in content
-            if seen == number:
-                file.truncate(file.tell() // 2)
-                shutil.copy(file.name, RUN.path / "left")
-                raise KilledError
-
-        patch.setattr(torch, "save", half)
-
-    return kill
+    return RunWriters(save=half)
 
 
 @pytest.mark.parametrize(
-    ("kill", "last_step"),
+    ("writers", "last_step"),
     [
-        pytest.param(kill_before_the_epoch_is_logged, 12, id="between best and epoch"),
-        pytest.param(kill_in_checkpoint(1), None, id="in the very first checkpoint"),
-        pytest.param(kill_in_checkpoint(3), 6, id="in a checkpoint"),
-        pytest.param(kill_in_checkpoint(4), 12, id="in the checkpoint between epochs"),
+        pytest.param(RunWriters(new_log=partial(ActingLog, before_epoch=kill)), 12, id="between best and epoch"),
+        pytest.param(killed_in_checkpoint(1), None, id="in the very first checkpoint"),
+        pytest.param(killed_in_checkpoint(3), 6, id="in a checkpoint"),
+        pytest.param(killed_in_checkpoint(4), 12, id="in the checkpoint between epochs"),
     ],
 )
 def test_a_kill_at_any_moment_is_gone_on_from(
-    uninterrupted: Path,
-    here: Path,
-    kill: Callable[[pytest.MonkeyPatch], None],
-    last_step: int | None,
-    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: Path, here: Path, writers: RunWriters, last_step: int | None
 ) -> None:
-    with monkeypatch.context() as patch:
-        kill(patch)
-        with pytest.raises(KilledError):
-            train()
+    with pytest.raises(KilledError):
+        train(writers=writers)
     assert (checkpoint(RUN)["step"] if RUN.checkpoint.exists() else None) == last_step
     left = here / "run" / "left"
     if left.exists():
@@ -255,13 +261,10 @@ def test_a_stopped_run_goes_on_where_it_was(  # noqa: PLR0917
     step: int,
     number: signal.Signals,
     code: int,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        after_step(patch, step, lambda: os.kill(os.getpid(), number))
-        assert train() == code
+    assert train(writers=after_step(step, lambda: os.kill(os.getpid(), number))) == code
     assert signal.getsignal(number) is before
     assert checkpoint(RUN)["step"] == step == len(records(RUN.steps))
     if code:
@@ -296,12 +299,11 @@ def test_a_full_disk_at_the_first_checkpoint(here: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("step", "full"), [(EPOCH_STEPS + 4, RUN.checkpoint), (EPOCH_STEPS - 1, RUN.best)])
-def test_a_full_disk_stops_a_run_that_then_goes_on(  # noqa: PLR0917
+def test_a_full_disk_stops_a_run_that_then_goes_on(
     uninterrupted: Path,
     here: Path,
     step: int,
     full: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kept: dict[Path, bytes] = {}
@@ -310,9 +312,8 @@ def test_a_full_disk_stops_a_run_that_then_goes_on(  # noqa: PLR0917
         kept.update({path: path.read_bytes() for path in (RUN.checkpoint, RUN.best, RUN.model) if path.exists()})
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
-    with monkeypatch.context() as patch, files_end_after(resource.RLIM_INFINITY):
-        after_step(patch, step, fill)
-        assert train() == 1
+    with files_end_after(resource.RLIM_INFINITY):
+        assert train(writers=after_step(step, fill)) == 1
     assert f"bilm-train: {full}: File too large\n" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in kept} == kept
     assert RUN.checkpoint in kept

@@ -3,19 +3,21 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from bilm_model.config import BilmConfig
 from bilm_training.data.corpus import Corpus
 from bilm_training.data.streams import Streams
 from bilm_training.data.vocabulary import Vocabulary
 from bilm_training.main import main
-from bilm_training.runs.records import StepRecord
+from bilm_training.runs.records import EpochRecord, StepRecord
 from bilm_training.runs.run_folder import RunFolder
 from bilm_training.runs.run_log import RunLog
+from bilm_training.trainer import RunWriters
 from torch import Tensor
 
 TINY = BilmConfig(char_dim=3, filters=((1, 4), (2, 5), (3, 6)), projection_dim=6, cell_dim=9)
@@ -99,25 +101,37 @@ RUN = RunFolder(Path("run"))
 COMMON = ("--device", "cpu", "--threads", "1")
 
 
-def train(*settings: str) -> int:
+def train(*settings: str, writers: RunWriters | None = None) -> int:
     """Begins a run; settings as for --set."""
-    return main(["run", "recipe.toml", "--out", "run", *COMMON, *(f"--set={setting}" for setting in settings)])
+    changes = (f"--set={setting}" for setting in settings)
+    return main(["run", "recipe.toml", "--out", "run", *COMMON, *changes], writers)
 
 
 def resume() -> int:
     return main(["resume", "run", *COMMON])
 
 
-def after_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
-    """Has something happen as soon as a step is in the log."""
-    logged = RunLog.step
+@dataclass(eq=False)
+class ActingLog(RunLog):
+    """A log that does something as soon as a step is in it, or before an epoch is."""
 
-    def log(self: RunLog, record: StepRecord) -> None:
-        logged(self, record)
-        if record.step == step:
-            action()
+    at: int = 0
+    after_step: Callable[[], object] = int
+    before_epoch: Callable[[], object] = int
 
-    patch.setattr(RunLog, "step", log)
+    def step(self, record: StepRecord) -> None:
+        super().step(record)
+        if record.step == self.at:
+            self.after_step()
+
+    def epoch(self, record: EpochRecord) -> None:
+        self.before_epoch()
+        super().epoch(record)
+
+
+def after_step(step: int, action: Callable[[], object]) -> RunWriters:
+    """What has something happen as soon as a step is in the log."""
+    return RunWriters(new_log=partial(ActingLog, at=step, after_step=action))
 
 
 def checkpoint(folder: RunFolder) -> dict[str, Any]:
