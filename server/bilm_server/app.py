@@ -29,9 +29,17 @@ from bilm_server.interceptors import CallInterceptor, OpenCalls, OpenInterceptor
 from bilm_server.lifecycle import DrainTimes, Listener, Server
 from bilm_server.listening import address, channel_options, credentials
 from bilm_server.logs import AccessLog
-from bilm_server.metrics import NO_DROPS, DropCounts, Metrics, ServerCollector, ServerView, Taken
+from bilm_server.metrics import Metrics
 from bilm_server.metrics_http import MetricsExporter
 from bilm_server.observability.no_log_calls import NoLogCalls
+from bilm_server.observability.server_metrics import (
+    NO_DROPS,
+    DropCounts,
+    EngineView,
+    ServerCollector,
+    ServerView,
+    Taken,
+)
 from bilm_server.parts import Parts
 from bilm_server.ready_port import ReadinessPort
 from bilm_server.resources import Gpu, find_gpu
@@ -75,7 +83,7 @@ class _App:
         self._max_connections = cache(lambda: connection_limit(config.max_connections))
         self._starting = asyncio.Lock()
         self._open_calls = OpenCalls()
-        self._metrics = Metrics()
+        self._metrics = Metrics([model.name])
         self._health = HealthReporter(SERVICE_NAME)
         self._rights = CallerRights(config.callers, config.authenticates)
         self._no_log_calls = NoLogCalls(self._rights)
@@ -104,7 +112,7 @@ class _App:
             config=config,
             model=self._model,
             inference=InferenceThread(
-                ModelCompute(self._model.engine), lambda done: metrics.round(done.rows, done.failed)
+                ModelCompute(self._model.engine), lambda done: metrics.round(self._model.name, done.rows, done.failed)
             ),
             conversions=Conversions(),
             admission=Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB),
@@ -144,23 +152,29 @@ class _App:
     @property
     def _view(self) -> ServerView:
         parts, tracing = self._parts, self._tracing
-        engine, inference = self._model.engine, parts.inference
         return ServerView(
-            model=_labels(self._model),
-            kernel_paths=lambda: engine.description.paths,
-            max_rows=engine.capacity.rows,
+            engines=[self._engine_view],
             max_connections=self._max_connections,
             serving=lambda: self._health.serving,
-            stalled_s=lambda: self._watchdog.stalled_s,
-            rows=lambda: inference.in_flight,
-            waiting_sentences=lambda: inference.waiting,
-            cache=lambda: (engine.stats.cache.hits, engine.stats.cache.misses),
-            ticks=lambda: engine.stats.ticks,
             admitted=lambda: {"unary": _taken(parts.admission), "stream": _taken(parts.stream_admission)},
             drops=self._drops,
             no_log_calls=lambda: self._no_log_calls.counts,
             spans_failed=lambda: 0 if tracing is None else tracing.failed,
-            gpu=_gpu(torch.device(engine.description.device)),
+            gpu=_gpu(torch.device(self._model.engine.description.device)),
+        )
+
+    @property
+    def _engine_view(self) -> EngineView:
+        engine, inference, watchdog = self._model.engine, self._parts.inference, self._watchdog
+        return EngineView(
+            model=_labels(self._model),
+            kernel_paths=lambda: engine.description.paths,
+            max_rows=engine.capacity.rows,
+            stalled_s=lambda: watchdog.stalled_s,
+            rows=lambda: inference.in_flight,
+            waiting_sentences=lambda: inference.waiting,
+            cache=lambda: (engine.stats.cache.hits, engine.stats.cache.misses),
+            ticks=lambda: engine.stats.ticks,
         )
 
     # ---- what listens ----

@@ -331,6 +331,7 @@ def _fields(call: CallRecord, trace_id: str) -> dict[str, str | int | float]:
         "method": call.method,
         "code": call.code or Code.UNKNOWN,
         "reason": call.reason,
+        "model": call.model,
         "duration_ms": round(1000 * call.duration_s, 3),
         "queue_ms": round(1000 * call.queue_s, 3),
         "inference_ms": round(1000 * call.inference_s, 3),

@@ -22,7 +22,7 @@ from bilm_server.errors import BindError, ConfigurationError, EngineLostError
 from bilm_server.lifecycle import Server
 from bilm_server.log_levels import parse_levels
 from bilm_server.logs import Logs, configure_logs
-from bilm_server.metrics import DropCounts
+from bilm_server.observability.server_metrics import DropCounts
 from bilm_server.served_model import load_served_model
 
 _log = logging.getLogger("bilm_server.main")

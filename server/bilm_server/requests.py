@@ -12,6 +12,7 @@ from bilm_model.engine.types import DataType, OutputSpec, State
 from bilm_model.errors import AlignmentError, StateError
 from bilm_model.scalar_mix import Pooling, ScalarMix, Selection
 
+from bilm_server.calls import current_call
 from bilm_server.errors import RefusalError
 from bilm_server.served_model import ServedModel
 
@@ -112,6 +113,7 @@ def check_model(name: str, expected_version: str, model: ServedModel) -> None:
     """
     if name not in ("", model.name):
         raise RefusalError(Reason.MODEL_NOT_FOUND, f"the model served here is {model.name}")
+    current_call().model = model.name
     if expected_version not in ("", model.version):
         raise RefusalError(Reason.MODEL_VERSION_MISMATCH, f"the version served here is {model.version}")
 

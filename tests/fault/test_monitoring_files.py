@@ -17,8 +17,9 @@ import pytest
 from bilm_server.admission import Cost
 from bilm_server.calls import CallRecord
 from bilm_server.errors import Code
-from bilm_server.metrics import NO_DROPS, Metrics, ServerCollector, ServerView, Taken
+from bilm_server.metrics import Metrics
 from bilm_server.metrics_http import MetricsExporter
+from bilm_server.observability.server_metrics import NO_DROPS, EngineView, ServerCollector, ServerView, Taken
 from bilm_server.resources import Gpu
 
 ROOT = Path(__file__).parents[2]
@@ -44,35 +45,38 @@ class FakeNvml:
 
 def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
     room = Taken(Cost(1, 1), Cost(10, 10))
-    view = ServerView(
+    engine = EngineView(
         model={"name": "tiny", "version": "abc", "precision": "float32", "backend": "cpu", "tokenizer": "moses-en"},
         kernel_paths=lambda: {"products": "prepacked", "elementwise": "fused"},
         max_rows=128,
-        max_connections=lambda: 900,
-        serving=serving,
         stalled_s=lambda: 0.0,
         rows=lambda: 3,
         waiting_sentences=lambda: 5,
         cache=lambda: (70, 30),
         ticks=lambda: 11,
+    )
+    view = ServerView(
+        engines=[engine],
+        max_connections=lambda: 900,
+        serving=serving,
         admitted=lambda: {"unary": room, "stream": room},
         drops=NO_DROPS,
         no_log_calls=lambda: {"team-a": 1},
         spans_failed=lambda: 0,
         gpu=Gpu(FakeNvml(), None),
     )
-    metrics = Metrics()
+    metrics = Metrics(["tiny"])
     metrics.registry.register(ServerCollector(view))
     return metrics
 
 
 def serve_a_call(metrics: Metrics, code: Code, reason: str = "") -> None:
-    call = CallRecord("Embed", "ipv4:127.0.0.1:4711", code=code, reason=reason, duration_s=0.1)
+    call = CallRecord("Embed", "ipv4:127.0.0.1:4711", model="tiny", code=code, reason=reason, duration_s=0.1)
     metrics.begin(call)
     if code is Code.OK:
         call.computed(tokens=7, queue_s=0.01, inference_s=0.05)
     metrics.end(call)
-    metrics.round(3)
+    metrics.round("tiny", 3)
 
 
 @pytest.fixture(scope="module")
@@ -264,12 +268,14 @@ def prometheus(replica: Replica, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def test_prometheus_counts_what_the_server_counts(prometheus: Prometheus, replica: Replica) -> None:
-    before = prometheus.value('bilm_requests_total{method="Embed",code="OK"}')
+    calls = 'bilm_requests_total{method="Embed",code="OK",model="tiny"}'
+    before = prometheus.value(calls)
     assert before is not None
     for _ in range(10):
         serve_a_call(replica.metrics, Code.OK)
     prometheus.wait(
-        lambda: prometheus.value('bilm_requests_total{method="Embed",code="OK"}') == before + 10, "ten calls more"
+        lambda: prometheus.value(calls) == before + 10,
+        "ten calls more",
     )
 
 

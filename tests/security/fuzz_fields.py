@@ -29,6 +29,7 @@ with _measuring():
     from bilm_api.v1 import embed_pb2
     from bilm_model.characters import bytes_ids, read_bytes
     from bilm_model.scalar_mix import Selection
+    from bilm_server.calls import CallRecord, entered
     from bilm_server.config_sources import load_config
     from bilm_server.errors import RefusalError
     from bilm_server.requests import SentenceLimits, Wanted, check_model, parse_options, prepare_sentence
@@ -86,7 +87,8 @@ class FieldCheck:
                 return self._prepare(request.item.sentence, _PLAIN)
             request = request.start
         assert isinstance(request, embed_pb2.EmbedRequest | embed_pb2.StreamStart | embed_pb2.GetModelRequest)
-        check_model(request.model, request.expected_model_version, self._model)
+        with entered(CallRecord("Any", "")):
+            check_model(request.model, request.expected_model_version, self._model)
         if isinstance(request, embed_pb2.GetModelRequest):
             return None
         wanted = parse_options(request.options, self._model)

@@ -44,7 +44,7 @@ def configure(capfd: pytest.CaptureFixture[str]) -> Iterator[Configure]:
 
 
 def a_call(**changes: Any) -> CallRecord:
-    call = CallRecord("Embed", "ipv4:127.0.0.1:4711", caller="batch", code=Code.OK, duration_s=0.0123)
+    call = CallRecord("Embed", "ipv4:127.0.0.1:4711", model="tiny", caller="batch", code=Code.OK, duration_s=0.0123)
     call.sentences, call.tokens, call.queue_s, call.inference_s = 2, 9, 0.001, 0.01
     for name, value in changes.items():
         setattr(call, name, value)
@@ -74,7 +74,7 @@ def test_a_call_leaves_one_json_object(configure: Configure, capfd: pytest.Captu
     assert line.pop("line") > 0
     assert line == {
         "level": "INFO", "logger": "bilm_server.access", "file": "logs.py", "message": "Embed OK", "method": "Embed",
-        "code": "OK", "duration_ms": 12.3, "queue_ms": 1.0, "inference_ms": 10.0, "sentences": 2,
+        "code": "OK", "model": "tiny", "duration_ms": 12.3, "queue_ms": 1.0, "inference_ms": 10.0, "sentences": 2,
         "failed_sentences": 0, "tokens": 9, "caller": "batch", "peer": "ipv4:127.0.0.1:4711", "trace_id": TRACE,
     }  # fmt: skip
 
@@ -85,7 +85,7 @@ def test_text_lines_have_the_same_fields(configure: Configure, capfd: pytest.Cap
     (line,) = written(found, capfd)
     assert "INFO bilm_server.access logs.py:" in line
     assert line.endswith(
-        "Embed RESOURCE_EXHAUSTED method=Embed code=RESOURCE_EXHAUSTED reason=OVERLOADED duration_ms=12.3 "
+        "Embed RESOURCE_EXHAUSTED method=Embed code=RESOURCE_EXHAUSTED reason=OVERLOADED model=tiny duration_ms=12.3 "
         "queue_ms=1.0 inference_ms=10.0 sentences=2 failed_sentences=0 tokens=9 caller=batch peer=ipv4:127.0.0.1:4711"
     )
 

@@ -1,3 +1,4 @@
+import itertools
 import logging
 import types
 from dataclasses import replace
@@ -8,22 +9,26 @@ import pytest
 from bilm_server.admission import Cost
 from bilm_server.calls import CallRecord
 from bilm_server.errors import Code
-from bilm_server.metrics import METHODS, DropCounts, Metrics, ServerCollector, ServerView, Taken
+from bilm_server.metrics import METHODS, NO_MODEL, Metrics
+from bilm_server.observability.server_metrics import DropCounts, EngineView, ServerCollector, ServerView, Taken
 from bilm_server.resources import Gpu, find_gpu
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-VIEW = ServerView(
+ENGINE = EngineView(
     model={"name": "tiny", "version": "abc", "precision": "float32", "backend": "cpu", "tokenizer": "moses-en"},
     kernel_paths=lambda: {"products": "prepacked", "elementwise": "fused"},
     max_rows=128,
-    max_connections=lambda: 900,
-    serving=lambda: True,
-    stalled_s=lambda: 0.0,
+    stalled_s=lambda: 0.5,
     rows=lambda: 3,
     waiting_sentences=lambda: 5,
     cache=lambda: (70, 30),
     ticks=lambda: 11,
+)
+VIEW = ServerView(
+    engines=[ENGINE],
+    max_connections=lambda: 900,
+    serving=lambda: False,
     admitted=lambda: {
         "unary": Taken(Cost(10, 1000), Cost(100, 10_000)), "stream": Taken(Cost(20, 2000), Cost(200, 20_000))
     },
@@ -31,6 +36,10 @@ VIEW = ServerView(
     no_log_calls=lambda: {"team-a": 6},
     spans_failed=lambda: 4,
 )  # fmt: skip
+
+
+def new_metrics() -> Metrics:
+    return Metrics(["tiny"])
 
 
 def viewed(view: ServerView = VIEW) -> CollectorRegistry:
@@ -57,75 +66,90 @@ def a_call(method: str, code: Code | None = Code.OK, **fields: Any) -> CallRecor
 
 
 def test_a_call_is_counted_with_what_it_did() -> None:
-    metrics = Metrics()
+    metrics = new_metrics()
     call = a_call("Embed", None)
     metrics.begin(call)
-    assert values(metrics.registry)["bilm_requests_in_flight{method=Embed}"] == 1
+    assert values(metrics.registry)["bilm_requests_in_flight{method=Embed,model=}"] == 1
+    call.model = "tiny"  # known a little later
+    found = values(metrics.registry)
+    assert found["bilm_requests_in_flight{method=Embed,model=tiny}"] == 1
+    assert found["bilm_requests_in_flight{method=Embed,model=}"] == 0
     call.code, call.duration_s = Code.OK, 0.2
     call.computed(tokens=7, queue_s=0.004, inference_s=0.03)
     call.sentence_failed()
     metrics.end(call)
     found = values(metrics.registry)
-    assert found["bilm_requests_in_flight{method=Embed}"] == 0
-    assert found["bilm_requests_total{code=OK,method=Embed}"] == 1
-    assert found["bilm_request_duration_seconds_sum{method=Embed}"] == pytest.approx(0.2)
-    assert found["bilm_queue_seconds_bucket{le=0.005,method=Embed}"] == 1
-    assert found["bilm_queue_seconds_bucket{le=0.0025,method=Embed}"] == 0
-    assert found["bilm_inference_seconds_sum{method=Embed}"] == pytest.approx(0.03)
-    assert found["bilm_sentences_total{result=ok}"] == found["bilm_sentences_total{result=failed}"] == 1
-    assert found["bilm_tokens_total"] == 7
+    assert found["bilm_requests_in_flight{method=Embed,model=tiny}"] == 0
+    assert found["bilm_requests_total{code=OK,method=Embed,model=tiny}"] == 1
+    assert found["bilm_request_duration_seconds_sum{method=Embed,model=tiny}"] == pytest.approx(0.2)
+    assert found["bilm_queue_seconds_bucket{le=0.005,method=Embed,model=tiny}"] == 1
+    assert found["bilm_queue_seconds_bucket{le=0.0025,method=Embed,model=tiny}"] == 0
+    assert found["bilm_inference_seconds_sum{method=Embed,model=tiny}"] == pytest.approx(0.03)
+    assert found["bilm_sentences_total{model=tiny,result=ok}"] == 1
+    assert found["bilm_sentences_total{model=tiny,result=failed}"] == 1
+    assert found["bilm_tokens_total{model=tiny}"] == 7
 
 
 def test_a_refusal_is_counted_by_its_reason_and_says_nothing_of_queue_and_engine() -> None:
-    metrics = Metrics()
-    call = a_call("Embed", Code.RESOURCE_EXHAUSTED, reason="OVERLOADED", is_test=True)
+    metrics = new_metrics()
+    call = a_call("Embed", Code.RESOURCE_EXHAUSTED, reason="OVERLOADED", is_test=True, model="tiny")
     metrics.begin(call)
     metrics.end(call)
     found = values(metrics.registry)
-    assert found["bilm_requests_total{code=RESOURCE_EXHAUSTED,method=Embed}"] == 1  # tests are load, too
-    assert found["bilm_refusals_total{method=Embed,reason=OVERLOADED}"] == 1
-    assert found["bilm_queue_seconds_count{method=Embed}"] == 0
+    # tests are load, too
+    assert found["bilm_requests_total{code=RESOURCE_EXHAUSTED,method=Embed,model=tiny}"] == 1
+    assert found["bilm_refusals_total{method=Embed,model=tiny,reason=OVERLOADED}"] == 1
+    assert found["bilm_queue_seconds_count{method=Embed,model=tiny}"] == 0
+
+
+def test_a_call_for_a_model_that_is_not_served_has_an_empty_label() -> None:
+    metrics = new_metrics()
+    metrics.begin(call := a_call("Embed", Code.NOT_FOUND, reason="MODEL_NOT_FOUND"))
+    metrics.end(call)
+    found = values(metrics.registry)
+    assert found["bilm_requests_total{code=NOT_FOUND,method=Embed,model=}"] == 1
+    assert found["bilm_refusals_total{method=Embed,model=,reason=MODEL_NOT_FOUND}"] == 1
 
 
 def test_a_call_without_a_code_is_counted() -> None:
-    metrics = Metrics()
+    metrics = new_metrics()
     metrics.begin(call := a_call("GetModel", None))
     metrics.end(call)
-    assert values(metrics.registry)["bilm_requests_total{code=UNKNOWN,method=GetModel}"] == 1
+    assert values(metrics.registry)["bilm_requests_total{code=UNKNOWN,method=GetModel,model=}"] == 1
 
 
 def test_rounds_have_their_rows() -> None:
-    metrics = Metrics()
+    metrics = new_metrics()
     for rows in (1, 2, 100):
-        metrics.round(rows)
-    metrics.round(50, failed=True)
+        metrics.round("tiny", rows)
+    metrics.round("tiny", 50, failed=True)
     found = values(metrics.registry)
-    assert found["bilm_rounds_total{result=ok}"] == found["bilm_round_rows_count"] == 3
-    assert found["bilm_rounds_total{result=failed}"] == 1
-    assert found["bilm_round_rows_sum"] == 103
-    assert found["bilm_round_rows_bucket{le=64.0}"] == 2
+    assert found["bilm_rounds_total{model=tiny,result=ok}"] == found["bilm_round_rows_count{model=tiny}"] == 3
+    assert found["bilm_rounds_total{model=tiny,result=failed}"] == 1
+    assert found["bilm_round_rows_sum{model=tiny}"] == 103
+    assert found["bilm_round_rows_bucket{le=64.0,model=tiny}"] == 2
 
 
 def test_what_can_be_alerted_on_is_there_from_the_start() -> None:
-    found = values(Metrics().registry)
-    for method in METHODS:
-        for code in ("OK", "INTERNAL"):
-            assert found[f"bilm_requests_total{{code={code},method={method}}}"] == 0
+    found = values(new_metrics().registry)
+    for method, model, code in itertools.product(METHODS, ("tiny", NO_MODEL), ("OK", "INTERNAL")):
+        assert found[f"bilm_requests_total{{code={code},method={method},model={model}}}"] == 0
 
 
 def test_the_view_is_read_at_each_scrape() -> None:
     rows = iter((3, 4))
-    registry = viewed(replace(VIEW, rows=lambda: next(rows), serving=lambda: False))
-    assert values(registry)["bilm_slots_in_use"] == 3
+    registry = viewed(replace(VIEW, engines=[replace(ENGINE, rows=lambda: next(rows))]))
+    assert values(registry)["bilm_slots_in_use{model=tiny}"] == 3
     found = values(registry)
-    assert found["bilm_slots_in_use"] == 4
-    assert found["bilm_slots"] == 128
-    assert found["bilm_waiting_sentences"] == 5
+    assert found["bilm_slots_in_use{model=tiny}"] == 4
+    assert found["bilm_slots{model=tiny}"] == 128
+    assert found["bilm_waiting_sentences{model=tiny}"] == 5
+    assert found["bilm_engine_stalled_seconds{model=tiny}"] == 0.5
+    assert found["bilm_token_cache_hits_total{model=tiny}"] == 70
+    assert found["bilm_token_cache_misses_total{model=tiny}"] == 30
+    assert found["bilm_engine_ticks_total{model=tiny}"] == 11
     assert found["bilm_health_serving"] == 0
     assert found["bilm_connections_limit"] == 900
-    assert found["bilm_token_cache_hits_total"] == 70
-    assert found["bilm_token_cache_misses_total"] == 30
-    assert found["bilm_engine_ticks_total"] == 11
     assert found["bilm_admitted_tokens{room=stream}"] == 20
     assert found["bilm_admitted_tokens_limit{room=unary}"] == 100
     assert found["bilm_admitted_answer_bytes{room=unary}"] == 1000
@@ -142,8 +166,14 @@ def test_the_view_is_read_at_each_scrape() -> None:
     assert f"grpcio={grpc.__version__}," in build
 
 
+def test_each_model_has_series_of_its_own() -> None:
+    other = replace(ENGINE, model={**ENGINE.model, "name": "large"}, rows=lambda: 9)
+    found = values(viewed(replace(VIEW, engines=[ENGINE, other])))
+    assert (found["bilm_slots_in_use{model=tiny}"], found["bilm_slots_in_use{model=large}"]) == (3, 9)
+
+
 def test_the_process_shows_its_descriptors_and_memory() -> None:
-    found = values(Metrics().registry)
+    found = values(new_metrics().registry)
     if "process_open_fds" not in found:
         pytest.skip("needs /proc")
     assert 0 < found["process_open_fds"] < found["process_max_fds"]
@@ -151,9 +181,9 @@ def test_the_process_shows_its_descriptors_and_memory() -> None:
 
 
 def test_registries_are_apart() -> None:
-    first, second = Metrics(), Metrics()
-    first.round(1)
-    assert values(second.registry)["bilm_rounds_total{result=ok}"] == 0
+    first, second = new_metrics(), new_metrics()
+    first.round("tiny", 1)
+    assert values(second.registry)["bilm_rounds_total{model=tiny,result=ok}"] == 0
 
 
 # ---- the machine ----
