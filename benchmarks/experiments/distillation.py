@@ -15,8 +15,8 @@ from bilm_bench.reporting.experiment import Figure, Report
 from bilm_bench.statistics.rounds import Contestant, Spread, interleave, percentile, ratio
 from bilm_client.testing.server import ServerProcess
 from bilm_model.bilm import Bilm
+from bilm_model.device import default_threads, resolve_device
 from bilm_model.engine.cellular import CellularBatch, EngineOptions
-from bilm_model.engine.device import default_threads, resolve_device
 from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights.loading import load as load_model
 from bilm_system.terminal import run_command

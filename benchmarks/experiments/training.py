@@ -18,7 +18,7 @@ from bilm_bench.reporting.experiment import Figure, Report
 from bilm_bench.statistics.rounds import Spread, interleave, ratio
 from bilm_model.bilm import Bilm, BilmState, initialize
 from bilm_model.config import BilmConfig
-from bilm_model.engine.device import default_threads, resolve_device
+from bilm_model.device import default_threads, resolve_device
 from bilm_model.kernels.product_paths import ProductPath
 from bilm_system.terminal import run_command
 from bilm_training.data.corpus import Corpus

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from bilm_model.bilm import Bilm, Direction, TokenEncoder
 from bilm_model.characters import MAX_CHARACTERS, NO_TOKEN, character_ids, with_boundaries
-from bilm_model.lstm import FORGET_BIAS, ClippedProjectedLstm
+from bilm_model.contexts.lstm import FORGET_BIAS, ClippedProjectedLstm
 from torch import Tensor
 
 Parameters = dict[str, Tensor]

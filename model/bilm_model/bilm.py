@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from bilm_model.affine import Affine
-from bilm_model.char_cnn import CharCnn
 from bilm_model.config import BilmConfig
-from bilm_model.highway import Highway
-from bilm_model.lstm import ClippedProjectedLstm
-from bilm_model.packing import Packing
+from bilm_model.contexts.lstm import ClippedProjectedLstm
+from bilm_model.contexts.packing import Packing
+from bilm_model.inputs.char_cnn import CharCnn
+from bilm_model.inputs.highway import Highway
 
 
 @dataclass(frozen=True, eq=False)

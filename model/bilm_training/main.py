@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from bilm_model.bilm import Bilm, initialize
-from bilm_model.engine.device import default_threads, resolve_device
+from bilm_model.device import default_threads, resolve_device
 from bilm_model.errors import ModelError
 from bilm_model.weights.convert import convert, is_single_file
 from bilm_model.weights.loading import load

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bilm_model.engine.device import resolve_device
+from bilm_model.device import resolve_device
 from bilm_model.errors import ModelError
 from bilm_model.weights.loading import ModelHeader, inspect
 from bilm_system.control_groups import memory_limit_bytes

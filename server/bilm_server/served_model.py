@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from bilm_model.config import BilmConfig
+from bilm_model.device import default_threads, resolve_device
 from bilm_model.engine.cellular import CellularBatch, EngineOptions
-from bilm_model.engine.device import default_threads, resolve_device
 from bilm_model.engine.engine import RecurrentEngine
 from bilm_model.engine.state import LstmStateCodec
 from bilm_model.engine.types import Engine

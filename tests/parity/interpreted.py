@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import cast
 from unittest import mock
 
-import bilm_model.engine.cuda_steps
+import bilm_model.engine.cuda.steps
 import pytest
-from bilm_model.engine.cuda_steps import Steps
+from bilm_model.engine.cuda.steps import Steps
 
 
 @functools.cache
@@ -19,8 +19,8 @@ def interpreted_steps() -> Steps:
     Triton's own functions stay compiled, for others to use; so the kernels do without those that are kernels, too.
     """
     pytest.importorskip("triton.language", reason="Triton is not installed")
-    path = Path(bilm_model.engine.cuda_steps.__file__).with_name("triton_kernels.py")
-    spec = importlib.util.spec_from_file_location("interpreted_triton_kernels", path)
+    path = Path(bilm_model.engine.cuda.steps.__file__).with_name("triton_steps.py")
+    spec = importlib.util.spec_from_file_location("interpreted_triton_steps", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

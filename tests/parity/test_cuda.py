@@ -14,12 +14,12 @@ from bilm_model.bilm import Bilm, BilmState, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import BilmConfig, Residual
 from bilm_model.engine import cellular as engine_module
-from bilm_model.engine import cuda
 from bilm_model.engine.cellular import CellularBatch, EmbeddedSentence, EngineOptions, PlainSentence
-from bilm_model.engine.cuda import CudaBackend, n_slices, row_bucket
-from bilm_model.engine.cuda_inputs import distinct
-from bilm_model.engine.cuda_steps import Schedule, Steps, TorchSteps, fastest_steps
-from bilm_model.engine.plan import Round, Row
+from bilm_model.engine.cuda import backend as cuda
+from bilm_model.engine.cuda.backend import CudaBackend, n_slices, row_bucket
+from bilm_model.engine.cuda.inputs import distinct
+from bilm_model.engine.cuda.steps import Schedule, Steps, TorchSteps, fastest_steps
+from bilm_model.engine.planner import Round, Row
 from bilm_model.engine.transfer import HostCopy, to_device
 from bilm_model.errors import ConfigError
 from bilm_model.kernels.product_paths import Precision

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilm_model.characters import CharacterIds
 from bilm_model.config import BilmConfig
-from bilm_model.engine.plan import Indices, Round
+from bilm_model.engine.planner import Indices, Round
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,10 +18,10 @@ from bilm_model.bilm import Bilm
 from bilm_model.characters import bytes_ids, check_ids, with_boundaries
 from bilm_model.config import BilmConfig
 from bilm_model.engine.backend import Backend, Memory
-from bilm_model.engine.cpu import CpuBackend
-from bilm_model.engine.plan import Indices, Round, Row, ticks_of_round
+from bilm_model.engine.cpu.backend import CpuBackend
+from bilm_model.engine.planner import Indices, Round, Row, ticks_of_round
 from bilm_model.engine.state import LstmState
-from bilm_model.engine.tokens import TokenTable
+from bilm_model.engine.token_table import TokenTable
 from bilm_model.engine.transfer import to_device
 from bilm_model.engine.types import EngineSentence, EngineStats, OutputSpec
 from bilm_model.errors import ModelError
@@ -453,7 +453,7 @@ def _new_backend(
 ) -> Backend:
     if memory.vectors.is_cuda:
         # Not at the top: it loads Triton, which a machine without a GPU needn't have
-        from bilm_model.engine.cuda import CudaBackend  # noqa: PLC0415
+        from bilm_model.engine.cuda.backend import CudaBackend  # noqa: PLC0415
 
         return CudaBackend(bilm, memory, max_rows, _MAX_TICKS, input_cache_bytes=input_cache_bytes)
     return CpuBackend(bilm, memory, max_rows, input_cache_bytes, products)

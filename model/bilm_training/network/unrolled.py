@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bilm_model.contexts.lstm import FORGET_BIAS, ClippedProjectedLstm
 from bilm_model.kernels.product_paths import ProductPath, training_path
-from bilm_model.lstm import FORGET_BIAS, ClippedProjectedLstm
 from torch import Tensor
 
 from bilm_training.network.cells import CellArithmetic, cell_arithmetic

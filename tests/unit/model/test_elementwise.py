@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from bilm_model.engine.fused import FusedElementwise
+from bilm_model.engine.cpu.fused_elementwise import FusedElementwise
 from bilm_model.kernels.elementwise import Elementwise, TorchElementwise, Windows
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
+from bilm_model.device import resolve_device
 from bilm_model.engine.cellular import CellularBatch, EmbeddedSentence, EngineOptions, PlainSentence, Ticket
-from bilm_model.engine.device import resolve_device
 from bilm_model.errors import CharacterError, ConfigError, ModelError
 
 

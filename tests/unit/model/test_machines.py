@@ -79,7 +79,7 @@ def test_the_engine_works_without_the_kernel_for_few_rows(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = layers(None, "float32")
-    monkeypatch.setitem(sys.modules, "bilm_model.engine.recurrence", None)  # an import of it fails
+    monkeypatch.setitem(sys.modules, "bilm_model.engine.cpu.recurrence", None)  # an import of it fails
     engine = CellularBatch(random_bilm(SIZES["tiny"]), CPU)
     assert engine.paths["recurrence"] == "products"
     assert "one kernel for few rows unavailable" in caplog.text

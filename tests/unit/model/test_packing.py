@@ -1,5 +1,5 @@
 import torch
-from bilm_model.packing import Packing
+from bilm_model.contexts.packing import Packing
 from hypothesis import given
 from hypothesis import strategies as st
 

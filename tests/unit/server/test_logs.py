@@ -147,7 +147,7 @@ def test_each_part_is_switched_by_itself(configure: Configure, capfd: pytest.Cap
     found = configure("warning", "text", parse_levels("health=debug, access=off,model=error"))
     logging.getLogger("bilm_server.health").debug("seen: health")
     AccessLog().end(a_call())
-    logging.getLogger("bilm_model.engine.cpu").warning("not seen: model")
+    logging.getLogger("bilm_model.engine.cpu.backend").warning("not seen: model")
     logging.getLogger("bilm_server.inference").info("not seen: level of all")
     logging.getLogger("bilm_server.inference").warning("seen: inference")
     assert [line.rpartition(" seen: ")[2] for line in written(found, capfd)] == ["health", "inference"]

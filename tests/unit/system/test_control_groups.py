@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from bilm_model.engine.device import default_threads
+from bilm_model.device import default_threads
 from bilm_system.control_groups import cpu_quota, memory_limit_bytes
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -9,8 +9,8 @@ import torch
 from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.characters import token_ids
 from bilm_model.config import BilmConfig
+from bilm_model.contexts.packing import Packing
 from bilm_model.errors import ConfigError, WeightsError
-from bilm_model.packing import Packing
 from bilm_model.weights import single_file
 from bilm_model.weights.loading import load
 from bilm_training.data.corpus import Corpus

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.kernels.product_paths import ProductPath, training_path
-from bilm_model.lstm import ClippedProjectedLstm
 from bilm_training.network.cells import CellArithmetic, TorchCell, cell_arithmetic
 from bilm_training.network.fused_cells import FusedCell
 from bilm_training.network.unrolled import unrolled

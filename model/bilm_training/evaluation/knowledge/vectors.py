@@ -8,8 +8,8 @@ from copy import deepcopy
 
 import numpy as np
 from bilm_model.bilm import Bilm
+from bilm_model.device import resolve_device
 from bilm_model.engine.cellular import CellularBatch, PlainSentence
-from bilm_model.engine.device import resolve_device
 from numpy.typing import NDArray
 from tqdm import tqdm
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from bilm_model.bilm import Bilm
 from bilm_model.characters import CharacterIds
 from bilm_model.engine.backend import Memory
-from bilm_model.engine.cuda_inputs import CachedInputs, FirstInputs, RoundInputs, multiply_inputs
-from bilm_model.engine.cuda_steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, fastest_steps
+from bilm_model.engine.cuda.inputs import CachedInputs, FirstInputs, RoundInputs, multiply_inputs
+from bilm_model.engine.cuda.steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, fastest_steps
 from bilm_model.engine.encoder import WindowEncoder
-from bilm_model.engine.plan import Indices, Round
+from bilm_model.engine.planner import Indices, Round
 from bilm_model.engine.transfer import to_device
 from bilm_model.kernels.elementwise import TorchElementwise
 from bilm_model.kernels.product_paths import ProductPath

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bilm_model.config import Residual
-from bilm_model.engine.plan import Indices, Round
+from bilm_model.engine.planner import Indices, Round
 from bilm_model.kernels.elementwise import TorchElementwise
 
 _log = logging.getLogger(__name__)
@@ -230,7 +230,7 @@ def fastest_steps(device: torch.device) -> Steps:
         return TorchSteps()
     try:
         # Not at the top: Triton, or the C compiler that it needs at run time, may be missing
-        from bilm_model.engine.triton_kernels import TritonSteps  # noqa: PLC0415
+        from bilm_model.engine.cuda.triton_steps import TritonSteps  # noqa: PLC0415
 
         steps = TritonSteps()
         check_steps(steps, device)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from bilm_model.engine.plan import Round, Row, ticks_of_round
+from bilm_model.engine.planner import Round, Row, ticks_of_round
 from hypothesis import given
 from hypothesis import strategies as st
 

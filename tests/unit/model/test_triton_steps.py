@@ -1,6 +1,6 @@
 """The kernels' numbers, by Triton's interpreter; whether they compile for a GPU, by its compiler, which needs none.
 
-Legend: see `cuda_steps`.
+Legend: see `steps`.
 
 The interpreter cuts float32 off where it makes bfloat16 of it; a GPU rounds. So bfloat16 may be off by one in the last
 of its 8 bits here.
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from bilm_model.config import Residual
-from bilm_model.engine.cuda_steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, TorchSteps, check_steps
-from bilm_model.engine.plan import Round
+from bilm_model.engine.cuda.steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, TorchSteps, check_steps
+from bilm_model.engine.planner import Round
 from bilm_model.kernels.elementwise import TorchElementwise
 from torch import Tensor
 
@@ -171,7 +171,7 @@ def test_the_check_at_the_start() -> None:
 def test_the_kernels_compile_for_a_gpu(dtype: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """For the H100's architecture, with accesses as wide as there are."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
-    from bilm_model.engine.triton_kernels import _gates, _outputs
+    from bilm_model.engine.cuda.triton_steps import _gates, _outputs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bilm_model.characters import read_bytes
-from bilm_model.engine.plan import Indices
+from bilm_model.engine.planner import Indices
 from bilm_model.engine.types import CacheStats
 
 # Of a full cache, this share is given up together: finding the oldest takes a look at all.

@@ -18,18 +18,18 @@ from torch import Tensor
 from bilm_model.bilm import Bilm
 from bilm_model.characters import CharacterIds
 from bilm_model.config import BilmConfig
+from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.encoder import WindowEncoder
-from bilm_model.engine.plan import Indices, Round
-from bilm_model.engine.tokens import InputPlaces
+from bilm_model.engine.planner import Indices, Round
+from bilm_model.engine.token_table import InputPlaces
 from bilm_model.errors import ConfigError
 from bilm_model.kernels.elementwise import CellWork, Elementwise, TorchElementwise
 from bilm_model.kernels.product_paths import ProductPath, cpu_path
 from bilm_model.kernels.products import Product, padded_rows
-from bilm_model.lstm import ClippedProjectedLstm
 
 if TYPE_CHECKING:
-    from bilm_model.engine.recurrence import Recurrence
+    from bilm_model.engine.cpu.recurrence import Recurrence
 
 _log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class CpuBackend:
             for d, (cell, x) in enumerate(zip(cells, xs, strict=True)):  # one after the other: see the module
                 yield self._run_cell(cell, self._work(layer, d, plan, entries[d], x))
             return
-        from bilm_model.engine.recurrence import run_together  # noqa: PLC0415 - there is Numba, or there were no such cells
+        from bilm_model.engine.cpu.recurrence import run_together  # noqa: PLC0415 - there is Numba, or there were no such cells
 
         works = [self._work(layer, d, plan, entries[d], x) for d, x in enumerate(xs)]
         with self._threads(2 * len(works[0].index), 4 * self._config.cell_dim):
@@ -280,7 +280,7 @@ def _elementwise(dtype: torch.dtype) -> Elementwise:
     """The fastest arithmetic that works here."""
     try:
         # Not at the top: Numba, or what it needs of the platform, may be missing
-        from bilm_model.engine.fused import FusedElementwise  # noqa: PLC0415
+        from bilm_model.engine.cpu.fused_elementwise import FusedElementwise  # noqa: PLC0415
 
         fused = FusedElementwise(dtype)
         _compare(fused, dtype)
@@ -294,7 +294,7 @@ def _recurrence(lstm: ClippedProjectedLstm, config: BilmConfig, elementwise: Ele
     if isinstance(elementwise, TorchElementwise):
         return None
     try:
-        from bilm_model.engine.recurrence import Recurrence  # noqa: PLC0415 - as above
+        from bilm_model.engine.cpu.recurrence import Recurrence  # noqa: PLC0415 - as above
 
         return Recurrence.of(lstm, config)
     except Exception as error:  # as above

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilm_model.engine.plan import Indices
-from bilm_model.engine.tokens import InputPlaces
+from bilm_model.engine.planner import Indices
+from bilm_model.engine.token_table import InputPlaces
 from bilm_model.errors import ConfigError
 
 Pair = tuple[Tensor, Tensor]

@@ -4,8 +4,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 from bilm_model.characters import MAX_TOKEN_BYTES
-from bilm_model.engine.plan import Indices
-from bilm_model.engine.tokens import InputPlaces, TokenTable
+from bilm_model.engine.planner import Indices
+from bilm_model.engine.token_table import InputPlaces, TokenTable
 from bilm_model.errors import CharacterError
 from hypothesis import given
 from hypothesis import strategies as st

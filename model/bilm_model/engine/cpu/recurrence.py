@@ -17,6 +17,7 @@ from numba import carray, cfunc, types
 from torch import Tensor
 
 from bilm_model.config import BilmConfig
+from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.kernels.elementwise import CellWork
 from bilm_model.kernels.numba_blocks import (
     CONTRACT,
@@ -32,7 +33,6 @@ from bilm_model.kernels.numba_blocks import (
     share,
 )
 from bilm_model.kernels.products import PackedProduct, padded_rows
-from bilm_model.lstm import ClippedProjectedLstm
 
 _MAX_STEP = 2**20
 """Multiply-adds of a tick up to which this is faster than products by themselves."""

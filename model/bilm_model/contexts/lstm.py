@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bilm_model.affine import Affine, sigmoid
 from bilm_model.config import BilmConfig
-from bilm_model.packing import Packing
+from bilm_model.contexts.packing import Packing
 
 FORGET_BIAS = 1.0
 """Added to the forget gate at run time; the files don't hold it."""

@@ -1,9 +1,9 @@
-"""The same as `cuda_steps.TorchSteps`, each step one Triton kernel.
+"""The same as `steps.TorchSteps`, each step one Triton kernel.
 
 All arithmetic is in float32, whatever the formats in memory. A kernel is compiled once for each format, not for each
 bucket: numbers that differ from bucket to bucket are ordinary arguments, and Triton is told not to make much of them.
 
-Legend: see `cuda_steps`. A program computes one row's block of cells or components.
+Legend: see `steps`. A program computes one row's block of cells or components.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bilm_model.config import Residual
-from bilm_model.engine.cuda_steps import N_COLUMNS, PLACES, Schedule
+from bilm_model.engine.cuda.steps import N_COLUMNS, PLACES, Schedule
 
 _BLOCK = 256
 """Cells of a program: for one warp, 16 bytes of bfloat16 a thread, the widest access there is."""
@@ -137,7 +137,7 @@ def _outputs(  # noqa: PLR0917
 
 
 class TritonSteps:
-    """See `cuda_steps.Steps`. All tensors are contiguous."""
+    """See `steps.Steps`. All tensors are contiguous."""
 
     name = f"Triton {triton.__version__} kernels"
     path = "triton"

@@ -1,0 +1,1 @@
+"""What runs over token vectors, each in its context."""

@@ -1,0 +1,1 @@
+"""The engine's CPU back end."""

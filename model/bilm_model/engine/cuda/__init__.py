@@ -1,0 +1,1 @@
+"""The engine's CUDA back end."""
