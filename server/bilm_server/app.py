@@ -28,9 +28,9 @@ from bilm_server.inference import InferenceThread
 from bilm_server.interceptors import CallInterceptor, OpenCalls, OpenInterceptor
 from bilm_server.lifecycle import DrainTimes, Listener, Server
 from bilm_server.listening import address, channel_options, credentials
-from bilm_server.logs import AccessLog
 from bilm_server.metrics import Metrics
 from bilm_server.metrics_http import MetricsExporter
+from bilm_server.observability.access_log import AccessLog
 from bilm_server.observability.no_log_calls import NoLogCalls
 from bilm_server.observability.server_metrics import (
     NO_DROPS,

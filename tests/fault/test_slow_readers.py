@@ -19,7 +19,7 @@ from bilm_client import Client, RetryPolicy
 from bilm_client.errors import OverloadedError, service_error
 from bilm_server.addresses import split_address
 from bilm_server.admission import Admission, Cost
-from bilm_server.logs import is_no_callers_doing
+from bilm_server.logs import is_no_client_error
 
 from tests.fault.fault_support import ServerProcess, descriptors, resident_bytes, wait_until
 from tests.fault.known_answers import PLAIN, bare_options, endless_items, sentence
@@ -86,7 +86,7 @@ def _no_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """A caller's behaviour is no error of the server's."""
     yield
     errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert [record.getMessage() for record in filter(is_no_callers_doing, errors)] == []
+    assert [record.getMessage() for record in filter(is_no_client_error, errors)] == []
 
 
 def test_others_are_served_while_callers_do_not_read(server: RunningServer) -> None:

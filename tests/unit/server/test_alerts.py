@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from bilm_server import alerts as alerts_module
-from bilm_server.alerts import Alert, AlertEvent, AlertGroups, AlertHandler
+from bilm_server.alerts import ATTEMPTS, AlertHandler
+from bilm_server.observability.alert_groups import Alert, AlertEvent, AlertGroups
 
 NEVER = float("inf")
 
@@ -135,10 +135,14 @@ def webhook() -> Iterator[Webhook]:
         yield webhook
 
 
+HURRIED = {"post_timeout_s": 0.2, "retry_pause_s": 0.01}
+
+
 @contextmanager
 def alerting(url: str, **kwargs: Any) -> Iterator[tuple[AlertHandler, logging.Logger]]:
     style = kwargs.pop("style", "json")
-    handler = AlertHandler(url, style, "replica-1:50051", AlertGroups(**kwargs))
+    times = {name: kwargs.pop(name) for name in HURRIED if name in kwargs}
+    handler = AlertHandler(url, style, "replica-1:50051", AlertGroups(**kwargs), **times)
     logger = logging.getLogger("bilm_server.errors")
     logging.getLogger().addHandler(handler)
     handler.start()
@@ -237,12 +241,6 @@ def test_what_is_under_way_at_the_end_is_sent(webhook: Webhook) -> None:
 # ---- a webhook that fails ----
 
 
-@pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alerts_module, "_RETRY_PAUSE_S", 0.01)
-    monkeypatch.setattr(alerts_module, "_POST_TIMEOUT_S", 0.2)
-
-
 def wait_until(condition: Callable[[], bool]) -> None:
     """For what a thread does without telling."""
     deadline = time.monotonic() + 60
@@ -255,14 +253,13 @@ def failures(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "bilm_server.alerts"]
 
 
-@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize(("status", "attempts"), [(500, 3), (429, 3), (404, 1), (302, 1)])
 def test_a_webhook_that_refuses_costs_the_alert_alone(
     webhook: Webhook, caplog: pytest.LogCaptureFixture, status: int, attempts: int
 ) -> None:
     caplog.set_level(logging.INFO)
     webhook.status = status
-    with alerting(webhook.url, interval_s=0) as (handler, logger):
+    with alerting(webhook.url, interval_s=0, **HURRIED) as (handler, logger):
         logger.error("told to nobody")
         wait_until(lambda: handler.dropped == 1)
         assert webhook.got.qsize() == attempts
@@ -278,7 +275,6 @@ def test_a_webhook_that_refuses_costs_the_alert_alone(
     assert "secret" not in caplog.text
 
 
-@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("kind", ["dead", "slow", "hangs up", "talks nonsense"])
 def test_a_webhook_that_is_broken_costs_the_alert_alone(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     before = set(threading.enumerate())
@@ -289,7 +285,7 @@ def test_a_webhook_that_is_broken_costs_the_alert_alone(kind: str, caplog: pytes
             listener.close()
         elif kind != "slow":  # which accepts connections, as the kernel does, and nothing else
             answering.start()
-        with alerting(url) as (handler, logger):
+        with alerting(url, **HURRIED) as (handler, logger):
             for number in range(1000):
                 logger.error("number %d", number)
             wait_until(lambda: handler.dropped > 0)
@@ -301,7 +297,7 @@ def test_a_webhook_that_is_broken_costs_the_alert_alone(kind: str, caplog: pytes
 
 
 def _answer(listener: socket.socket, kind: str) -> None:
-    for _ in range(alerts_module._ATTEMPTS):
+    for _ in range(ATTEMPTS):
         connection, _ = listener.accept()
         with connection:
             if kind == "talks nonsense":

@@ -261,14 +261,22 @@ REFLECTION_INPUTS = [
 ]
 
 
+class Posts(AlertHandler):
+    """Keeps what an alert would be sent about."""
+
+    def __init__(self) -> None:
+        super().__init__("http://127.0.0.1:9/", "json", "server")  # never started
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
 @pytest.fixture
-def alerts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What an alert would be sent about."""
-    found: list[str] = []
-    handler = AlertHandler("http://127.0.0.1:9/", "json", "server")  # never started
-    monkeypatch.setattr(handler, "emit", lambda record: found.append(record.getMessage()))
+def alerts() -> Iterator[list[str]]:
+    handler = Posts()
     logging.getLogger().addHandler(handler)
-    yield found
+    yield handler.found
     logging.getLogger().removeHandler(handler)
 
 

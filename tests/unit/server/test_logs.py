@@ -14,7 +14,9 @@ from bilm_server import log_levels, logs
 from bilm_server.calls import CallRecord
 from bilm_server.errors import Code
 from bilm_server.log_levels import OFF, PARTS, parse_levels
-from bilm_server.logs import AccessLog, LineWriter, Logs, configure_logs
+from bilm_server.logs import Logs, configure_logs
+from bilm_server.observability.access_log import AccessLog, caller_trace_id
+from bilm_server.observability.log_writer import LineWriter
 
 SERVER = Path(logs.__file__).parent
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -73,8 +75,9 @@ def test_a_call_leaves_one_json_object(configure: Configure, capfd: pytest.Captu
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line.pop("time"))
     assert line.pop("line") > 0
     assert line == {
-        "level": "INFO", "logger": "bilm_server.access", "file": "logs.py", "message": "Embed OK", "method": "Embed",
-        "code": "OK", "model": "tiny", "duration_ms": 12.3, "queue_ms": 1.0, "inference_ms": 10.0, "sentences": 2,
+        "level": "INFO", "logger": "bilm_server.access", "file": "access_log.py", "message": "Embed OK",
+        "method": "Embed", "code": "OK", "model": "tiny", "duration_ms": 12.3, "queue_ms": 1.0,
+        "inference_ms": 10.0, "sentences": 2,
         "failed_sentences": 0, "tokens": 9, "caller": "batch", "peer": "ipv4:127.0.0.1:4711", "trace_id": TRACE,
     }  # fmt: skip
 
@@ -83,7 +86,7 @@ def test_text_lines_have_the_same_fields(configure: Configure, capfd: pytest.Cap
     found = configure("info", "text")
     AccessLog().end(a_call(code=Code.RESOURCE_EXHAUSTED, reason="OVERLOADED"))
     (line,) = written(found, capfd)
-    assert "INFO bilm_server.access logs.py:" in line
+    assert "INFO bilm_server.access access_log.py:" in line
     assert line.endswith(
         "Embed RESOURCE_EXHAUSTED method=Embed code=RESOURCE_EXHAUSTED reason=OVERLOADED model=tiny duration_ms=12.3 "
         "queue_ms=1.0 inference_ms=10.0 sentences=2 failed_sentences=0 tokens=9 caller=batch peer=ipv4:127.0.0.1:4711"
@@ -104,9 +107,9 @@ def test_what_comes_from_outside_makes_no_lines(
 
 def test_the_trace_is_the_callers_where_nothing_else_is_known() -> None:
     parent = f"00-{TRACE}-b7ad6b7169203331-01"
-    assert logs.caller_trace_id(a_call(metadata=(("other", "x"), ("traceparent", parent)))) == TRACE
+    assert caller_trace_id(a_call(metadata=(("other", "x"), ("traceparent", parent)))) == TRACE
     for bad in ("", "garbage", parent + "\nforged", parent.upper()):
-        assert logs.caller_trace_id(a_call(metadata=(("traceparent", bad),))) == ""
+        assert caller_trace_id(a_call(metadata=(("traceparent", bad),))) == ""
 
 
 def test_an_exception_in_a_json_line_names_the_place_of_the_raise(
@@ -173,7 +176,7 @@ def test_unknown_parts_and_levels_are_listed_with_what_is_known(text: str) -> No
 
 def test_every_logger_of_the_server_is_a_part() -> None:
     named = set()
-    for path in SERVER.glob("*.py"):
+    for path in SERVER.rglob("*.py"):
         named |= set(re.findall(r'getLogger\("(bilm_server\.[a-z_]+)"\)', path.read_text()))
     known = {name for names in PARTS.values() for name in names if name.startswith("bilm_server.")}
     assert named == known

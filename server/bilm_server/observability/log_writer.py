@@ -1,0 +1,150 @@
+"""Log lines to a file descriptor, by a thread of its own.
+
+A full disk, a reader that has gone or one that is stuck costs lines, which are counted, but neither time nor the
+service.
+"""
+
+import logging
+import os
+import select
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from itertools import accumulate
+
+_MAX_QUEUED_BYTES = 4 * 2**20
+_FLUSH_TIMEOUT_S = 2.0
+
+
+class LineWriter:
+    """Writes lines to a file descriptor, in a thread of its own; what it can't hold or write is lost and counted."""
+
+    def __init__(self, descriptor: int | None, lost_line: Callable[[int], str]) -> None:
+        """Keep the file; call `start` to start the thread.
+
+        Args:
+            descriptor: of the file; None: everything is lost.
+            lost_line: returns the line that reports how many were lost, once lines can be written again.
+        """
+        self._descriptor, self._lost_line = descriptor, lost_line
+        self._changed = threading.Condition()
+        self._lines: deque[bytes] = deque()
+        self._queued_bytes = 0  # those being written included
+        self._dropped = self._reported = 0
+        self._closing = False
+        self._torn = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+
+    @property
+    def dropped(self) -> int:
+        """Lines lost so far."""
+        return self._dropped
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        """Queue a line; never waits for the file."""
+        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        with self._changed:
+            if self._closing or self._queued_bytes + len(data) > _MAX_QUEUED_BYTES:
+                self._dropped += 1
+                return
+            self._lines.append(data)
+            self._queued_bytes += len(data)
+            self._changed.notify_all()
+
+    def count_lost(self) -> None:
+        """Count a record that could not be formatted."""
+        with self._changed:
+            self._dropped += 1
+
+    def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
+        """Wait until everything is written or lost; return whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queued_bytes or not self._thread.is_alive(), timeout_s)
+
+    def close(self) -> None:
+        """Write what is queued, if that doesn't take long, and end the thread; idempotent."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(_FLUSH_TIMEOUT_S)
+
+    # ---- in the thread ----
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines or self._closing)
+                lines = list(self._lines)
+                self._lines.clear()
+                lost = self._dropped - self._reported
+            if not lines:
+                return
+            notice = [self._lost_line(lost).encode() + b"\n"] if lost else []
+            n_written = self._write_all([*notice, *lines]) - len(notice)
+            with self._changed:
+                if n_written >= 0:
+                    self._reported += lost
+                self._dropped += len(lines) - max(0, n_written)
+                self._queued_bytes -= sum(map(len, lines))
+                self._changed.notify_all()
+
+    def _write_all(self, lines: list[bytes]) -> int:
+        """Return how many lines were written whole."""
+        prefix = b"\n" if self._torn else b""
+        n_written = self._write_bytes(prefix + b"".join(lines)) - len(prefix)
+        ends = [0, *accumulate(map(len, lines))]
+        n_whole = bisect_right(ends, max(0, n_written)) - 1
+        self._torn = n_written < 0 or n_written > ends[n_whole]
+        return n_whole
+
+    def _write_bytes(self, data: bytes) -> int:
+        """Return how many bytes were written before an error."""
+        n_written = 0
+        try:
+            while n_written < len(data) and self._descriptor is not None:
+                try:
+                    n_written += os.write(self._descriptor, memoryview(data)[n_written:])
+                except BlockingIOError:  # another process that shares the descriptor made it so
+                    select.select([], [self._descriptor], [])
+        except OSError:
+            pass  # the caller counts what is missing
+        return n_written
+
+
+class LineHandler(logging.Handler):
+    """Hands formatted lines to a `LineWriter`."""
+
+    def __init__(self, descriptor: int | None, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self.writer = LineWriter(descriptor, lambda lost: formatter.format(_lost_record(lost)))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue the record's line; part of logging's interface."""
+        try:
+            line = self.format(record)
+        except Exception:  # arguments that don't fit the message: no reason to fail whoever logs it
+            self.writer.count_lost()
+            return
+        self.writer.write(line)
+
+    def flush(self) -> None:
+        """Wait a little until everything is written; part of logging's interface."""
+        self.writer.flush()
+
+    def close(self) -> None:
+        """End the thread; part of logging's interface."""
+        self.writer.close()
+        super().close()
+
+
+def _lost_record(lost: int) -> logging.LogRecord:
+    found = logging.LogRecord("bilm_server.logs", logging.WARNING, __file__, 0, "%d log lines were lost", (lost,), None)
+    found.lineno = _lost_record.__code__.co_firstlineno
+    return found
