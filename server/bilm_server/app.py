@@ -234,7 +234,8 @@ def _labels(model: ServedModel) -> dict[str, str]:
 
 
 def _taken(admission: Admission | StreamRoom) -> Taken:
-    return Taken(admission.used, admission.capacity)
+    used, limit = admission.used, admission.capacity
+    return Taken(used.tokens, limit.tokens, used.answer_bytes, limit.answer_bytes)
 
 
 def _gpu(device: torch.device) -> Gpu | None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bilm_server.admission import Cost
 from bilm_server.calls import CallRecord
 from bilm_server.errors import Code
 from bilm_server.metrics import Metrics
@@ -44,7 +43,7 @@ class FakeNvml:
 
 
 def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
-    room = Taken(Cost(1, 1), Cost(10, 10))
+    room = Taken(1, 10, 1, 10)
     engine = EngineView(
         model={"name": "tiny", "version": "abc", "precision": "float32", "backend": "cpu", "tokenizer": "moses-en"},
         kernel_paths=lambda: {"products": "prepacked", "elementwise": "fused"},

@@ -6,7 +6,6 @@ from typing import Any
 
 import grpc
 import pytest
-from bilm_server.admission import Cost
 from bilm_server.calls import CallRecord
 from bilm_server.errors import Code
 from bilm_server.metrics import METHODS, NO_MODEL, Metrics
@@ -30,7 +29,7 @@ VIEW = ServerView(
     max_connections=lambda: 900,
     serving=lambda: False,
     admitted=lambda: {
-        "unary": Taken(Cost(10, 1000), Cost(100, 10_000)), "stream": Taken(Cost(20, 2000), Cost(200, 20_000))
+        "unary": Taken(10, 100, 1000, 10_000), "stream": Taken(20, 200, 2000, 20_000)
     },
     drops=DropCounts(lambda: 1, lambda: 2),
     no_log_calls=lambda: {"team-a": 6},
