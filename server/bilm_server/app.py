@@ -12,26 +12,19 @@ from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from bilm_server.acceptor import Acceptor
 from bilm_server.admission import Admission
-from bilm_server.auth import Authenticator
 from bilm_server.caller_limits import CallerLimits
-from bilm_server.callers import CallerRights
-from bilm_server.calls import CallObserver
 from bilm_server.compute import ModelCompute
 from bilm_server.config import ServerConfig
 from bilm_server.conversions import Conversions
-from bilm_server.descriptors import connection_limit, health_server
 from bilm_server.embedding.call_gate import CallGate
-from bilm_server.health import HealthReporter
 from bilm_server.inference import InferenceThread
-from bilm_server.interceptors import CallInterceptor, OpenCalls, OpenInterceptor
 from bilm_server.lifecycle import DrainTimes, Listener, Server
-from bilm_server.listening import address, channel_options, credentials
-from bilm_server.metrics import Metrics
-from bilm_server.metrics_http import MetricsExporter
 from bilm_server.observability.access_log import AccessLog
+from bilm_server.observability.call_record import CallObserver
+from bilm_server.observability.metrics import Metrics
 from bilm_server.observability.no_log_calls import NoLogCalls
+from bilm_server.observability.resources import Gpu, find_gpu
 from bilm_server.observability.server_metrics import (
     NO_DROPS,
     DropCounts,
@@ -41,15 +34,22 @@ from bilm_server.observability.server_metrics import (
     Taken,
 )
 from bilm_server.parts import Parts
-from bilm_server.ready_port import ReadinessPort
-from bilm_server.resources import Gpu, find_gpu
+from bilm_server.protocols.grpc.acceptor import Acceptor
+from bilm_server.protocols.grpc.connections import connection_limit, health_server
+from bilm_server.protocols.grpc.health import HealthReporter
+from bilm_server.protocols.grpc.interceptors import CallInterceptor, OpenCalls, OpenInterceptor
+from bilm_server.protocols.grpc.listening import address, channel_options, credentials
+from bilm_server.protocols.ops.metrics_endpoint import MetricsExporter
+from bilm_server.protocols.ops.readiness_port import ReadinessPort
+from bilm_server.security.auth import Authenticator
+from bilm_server.security.callers import CallerRights
 from bilm_server.served_model import ServedModel
 from bilm_server.service import EmbedService
 from bilm_server.stream_room import StreamRoom
 from bilm_server.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from bilm_server.tracing import Tracing
+    from bilm_server.observability.tracing import Tracing
 
 SERVICE_NAME = embed_pb2.DESCRIPTOR.services_by_name["EmbedService"].full_name
 HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -144,7 +144,7 @@ class _App:
         config = self._config
         if not config.trace_endpoint:
             return None
-        from bilm_server.tracing import start_tracing  # noqa: PLC0415 - OpenTelemetry is an extra
+        from bilm_server.observability.tracing import start_tracing  # noqa: PLC0415 - OpenTelemetry is an extra
 
         instance = f"{socket.gethostname()}:{config.listen.rpartition(':')[2]}"
         return start_tracing(config.trace_endpoint, config.trace_sample_ratio, SERVICE_NAME, instance)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bilm_server.acceptor import Acceptor
 from bilm_server.errors import BindError
-from bilm_server.health import HealthReporter
-from bilm_server.interceptors import OpenCalls
 from bilm_server.parts import Parts
+from bilm_server.protocols.grpc.acceptor import Acceptor
+from bilm_server.protocols.grpc.health import HealthReporter
+from bilm_server.protocols.grpc.interceptors import OpenCalls
 from bilm_server.watchdog import Watchdog
 
 _log = logging.getLogger("bilm_server.lifecycle")

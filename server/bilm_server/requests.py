@@ -12,8 +12,8 @@ from bilm_model.engine.types import DataType, OutputSpec, State
 from bilm_model.errors import AlignmentError, StateError
 from bilm_model.scalar_mix import Pooling, ScalarMix, Selection
 
-from bilm_server.calls import current_call
 from bilm_server.errors import RefusalError
+from bilm_server.observability.call_record import current_call
 from bilm_server.served_model import ServedModel
 
 # What isn't set means what the client's defaults mean, so that a first call by hand needs no options.

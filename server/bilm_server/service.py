@@ -13,11 +13,11 @@ from bilm_model.characters import MAX_TOKEN_BYTES
 import bilm_server
 from bilm_server import responses
 from bilm_server.admission import Cost, Reservation
-from bilm_server.calls import current_call
 from bilm_server.config import ServerConfig
 from bilm_server.conversions import INLINE_BYTES
 from bilm_server.errors import RefusalError
 from bilm_server.jobs import Call, Job, Outcome
+from bilm_server.observability.call_record import current_call
 from bilm_server.parts import Parts
 from bilm_server.protocols.grpc.status import status_of
 from bilm_server.requests import PreparedSentence, Wanted, check_model, parse_options, prepare_sentence, priced_tokens

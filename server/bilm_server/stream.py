@@ -10,9 +10,9 @@ from bilm_model.engine.types import State
 
 from bilm_server import responses
 from bilm_server.admission import Cost
-from bilm_server.calls import current_call
 from bilm_server.errors import CallerGoneError, Code, RefusalError
 from bilm_server.jobs import Call, Job, Outcome
+from bilm_server.observability.call_record import current_call
 from bilm_server.parts import Parts
 from bilm_server.protocols.grpc.status import status_of
 from bilm_server.requests import PreparedSentence, Wanted, check_model, parse_options, prepare_sentence

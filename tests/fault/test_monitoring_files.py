@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bilm_server.calls import CallRecord
 from bilm_server.errors import Code
-from bilm_server.metrics import Metrics
-from bilm_server.metrics_http import MetricsExporter
+from bilm_server.observability.call_record import CallRecord
+from bilm_server.observability.metrics import Metrics
+from bilm_server.observability.resources import Gpu
 from bilm_server.observability.server_metrics import NO_DROPS, EngineView, ServerCollector, ServerView, Taken
-from bilm_server.resources import Gpu
+from bilm_server.protocols.ops.metrics_endpoint import MetricsExporter
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"

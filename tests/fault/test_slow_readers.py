@@ -19,7 +19,7 @@ from bilm_client import Client, RetryPolicy
 from bilm_client.errors import OverloadedError, service_error
 from bilm_server.addresses import split_address
 from bilm_server.admission import Admission, Cost
-from bilm_server.logs import is_no_client_error
+from bilm_server.observability.log_setup import is_no_client_error
 
 from tests.fault.fault_support import ServerProcess, descriptors, resident_bytes, wait_until
 from tests.fault.known_answers import PLAIN, bare_options, endless_items, sentence

@@ -14,11 +14,11 @@ import grpc
 import hpack
 import pytest
 from bilm_api.v1 import embed_pb2
-from bilm_server.acceptor import Acceptor
 from bilm_server.compute import ModelCompute
 from bilm_server.errors import BindError
 from bilm_server.jobs import Computed, Job
-from bilm_server.listening import TcpAddress
+from bilm_server.protocols.grpc.acceptor import Acceptor
+from bilm_server.protocols.grpc.listening import TcpAddress
 from grpc_health.v1 import health_pb2
 
 from tests.integration.integration_support import PLAIN, TINY, RunningServer, health_stub, running, tokens

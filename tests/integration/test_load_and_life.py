@@ -20,9 +20,9 @@ from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_server.compute import ModelCompute
 from bilm_server.config_sources import load_config
 from bilm_server.errors import EngineLostError
-from bilm_server.health import LIVENESS
 from bilm_server.jobs import Computed, Job
-from bilm_server.ready_port import GREETING
+from bilm_server.protocols.grpc.health import LIVENESS
+from bilm_server.protocols.ops.readiness_port import GREETING
 from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -354,7 +354,7 @@ def process(
 _HANGS = """
 import sys, threading
 from bilm_server.compute import ModelCompute
-from bilm_server.health import LIVENESS
+from bilm_server.protocols.grpc.health import LIVENESS
 from bilm_server.main import main
 ModelCompute.advance = lambda *_: threading.Event().wait()
 sys.exit(main())

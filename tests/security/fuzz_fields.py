@@ -29,9 +29,9 @@ with _measuring():
     from bilm_api.v1 import embed_pb2
     from bilm_model.characters import bytes_ids, read_bytes
     from bilm_model.scalar_mix import Selection
-    from bilm_server.calls import CallRecord, entered
     from bilm_server.config_sources import load_config
     from bilm_server.errors import RefusalError
+    from bilm_server.observability.call_record import CallRecord, entered
     from bilm_server.requests import SentenceLimits, Wanted, check_model, parse_options, prepare_sentence
     from bilm_server.served_model import ServedModel, load_served_model
 

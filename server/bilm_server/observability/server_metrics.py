@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 import bilm_server
-from bilm_server.resources import Gpu
+from bilm_server.observability.resources import Gpu
 
 _INFO_PACKAGES = ("grpcio", "protobuf", "torch")
 _ENGINE_TEXTS = {

@@ -6,11 +6,11 @@ from typing import Any
 
 import grpc
 import pytest
-from bilm_server.calls import CallRecord
 from bilm_server.errors import Code
-from bilm_server.metrics import METHODS, NO_MODEL, Metrics
+from bilm_server.observability.call_record import CallRecord
+from bilm_server.observability.metrics import METHODS, NO_MODEL, Metrics
+from bilm_server.observability.resources import Gpu, find_gpu
 from bilm_server.observability.server_metrics import DropCounts, EngineView, ServerCollector, ServerView, Taken
-from bilm_server.resources import Gpu, find_gpu
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
