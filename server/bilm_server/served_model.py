@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from bilm_model.config import BilmConfig
 from bilm_model.device import default_threads, resolve_device
-from bilm_model.engine.cellular import CellularBatch, EngineOptions
+from bilm_model.engine.cellular import CellularBatch
 from bilm_model.engine.engine import RecurrentEngine
+from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.state import LstmStateCodec
 from bilm_model.engine.types import Engine
 from bilm_model.errors import LanguageError
