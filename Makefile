@@ -89,7 +89,7 @@ bench-training: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.experiments.training
 
 bench-page: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.page
+	$(BIN)/python -m bilm_bench.reporting.experiment_page benchmarks/results
 
 # the model that ships, and what it knows; the model card says how long that takes
 train: $(VENV)/.dev

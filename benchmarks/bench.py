@@ -10,20 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bilm_bench.reporting.experiment import Report
+from bilm_bench.reporting.experiment_page import write_page
 from bilm_system.terminal import run_command
 
 from benchmarks.experiments.in_process import Effort, default_model_singles, in_flight, throughput
 from benchmarks.experiments.latency import Crowd, added_latency, client_import, short_among_long, start_to_serving
-from benchmarks.experiments.served import CASES, Case, served_throughput
+from benchmarks.experiments.served import CASES, ServedCase, served_throughput
 from benchmarks.load.sentences import read_sentences
-from benchmarks.page import write_page
+from benchmarks.machine import new_report
 from benchmarks.paths import RESULTS
 
 # Enough for every batch of the baseline, few enough that all their words fit the caches.
 SENTENCES = 512
 # Nothing real: shows in a minute that every section runs.
-_SMOKE_CASES = (Case("tiny", "mean", "float32", 1, None, 0.5), Case("tiny", "none", "float16", 32, None, 0.5))
+_SMOKE_CASES = (
+    ServedCase("tiny", "mean", "float32", 1, None, 0.5),
+    ServedCase("tiny", "none", "float16", 32, None, 0.5),
+)
 _SMOKE_CROWD = Crowd(size="tiny", rows=4, long_tokens=200, calls=10, full_s=0.3)
 
 
@@ -34,7 +37,7 @@ def main() -> None:
     effort = Effort(arguments.rounds, arguments.window_s, arguments.singles)
     cores = torch.get_num_threads()
     settings = {"sentences": len(sentences), "tokens": sum(map(len, sentences)), **vars(effort), "threads": cores}
-    report = Report("bench", settings)
+    report = new_report("bench", "benchmarks.bench", settings)
 
     def few(rounds: int) -> Effort:
         return Effort(min(rounds, effort.rounds), effort.window_s, effort.singles)
@@ -63,7 +66,7 @@ def main() -> None:
         }
     _run({name: section for name, section in sections.items() if name in (arguments.only or sections)})
     report.write(arguments.out)
-    report.summary()
+    report.print_summary()
     write_page(arguments.out.parent)
 
 

@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bilm_bench.reporting.experiment import Figure, Report
-from bilm_bench.statistics.rounds import Contestant, Spread, interleave, percentile, ratio
+from bilm_bench.reporting.experiment import Finding, Findings
+from bilm_bench.statistics.percentiles import percentile
+from bilm_bench.statistics.rounds import Contestant, Spread, interleave, ratio
 from bilm_client.testing.server import ServerProcess
 from bilm_model.bilm import Bilm
 from bilm_model.device import default_threads, resolve_device
@@ -26,6 +27,7 @@ from benchmarks.experiments.served import CALLERS, SERVER_ARGUMENTS
 from benchmarks.load.load import LoadGenerator
 from benchmarks.load.sentences import DATA, read_sentences
 from benchmarks.load.steady import SteadyLoad, show_all_words
+from benchmarks.machine import new_report
 from benchmarks.paths import RESULTS
 from benchmarks.references.roofline import multiply_adds
 
@@ -35,7 +37,7 @@ _PER_CALL, _WARM_S = 32, 4.0
 
 
 def compare_speed(
-    report: Report, models: Mapping[str, Bilm], sentences: Sentences, effort: Effort, options: EngineOptions
+    report: Findings, models: Mapping[str, Bilm], sentences: Sentences, effort: Effort, options: EngineOptions
 ) -> None:
     """The engine on each model with all rows taken, and on one sentence at a time; their caches know the words.
 
@@ -65,7 +67,7 @@ def compare_speed(
 
 
 def compare_service(
-    report: Report, models: Mapping[str, str], n_sentences: int, effort: Effort, arguments: tuple[str, ...]
+    report: Findings, models: Mapping[str, str], n_sentences: int, effort: Effort, arguments: tuple[str, ...]
 ) -> None:
     """Each model behind a server of its own: many callers, and one sentence at a time; mean-pooled.
 
@@ -131,11 +133,11 @@ def _median_ms(engine: CellularBatch, sentences: Sentences) -> float:
     return 1e3 * percentile([run_seconds(engine, sentence) for sentence in sentences], 50)
 
 
-def _add(report: Report, key: str, what: str, found: Mapping[str, Sequence[float]], unit: str) -> None:
+def _add(report: Findings, key: str, what: str, found: Mapping[str, Sequence[float]], unit: str) -> None:
     report.detail(key, dict(found))
     for name in ("teacher", "student"):
-        report.add(Figure(f"{key}/{name}", f"{name}: {what}", Spread.of(found[name]), unit))
-    report.add(Figure(f"{key}/ratio", "  student / teacher", ratio(found["student"], found["teacher"]), "×"))
+        report.add(Finding(f"{key}/{name}", f"{name}: {what}", Spread.of(found[name]), unit))
+    report.add(Finding(f"{key}/ratio", "  student / teacher", ratio(found["student"], found["teacher"]), "×"))
 
 
 def main() -> None:
@@ -155,7 +157,7 @@ def main() -> None:
         "precision": arguments.precision,
         "threads": torch.get_num_threads(),
     }
-    report = Report("distillation", settings)
+    report = new_report("distillation", "benchmarks.experiments.distillation", settings)
     precision: Precision = arguments.precision
     models = {name: model.bilm.to(device) for name, model in loaded.items()}
     compare_speed(report, models, sentences, effort, EngineOptions(precision=precision))

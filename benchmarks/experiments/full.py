@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bilm_bench.reporting.experiment import Figure, Report
+from bilm_bench.reporting.experiment import Finding, Findings
+from bilm_bench.reporting.experiment_page import write_page
 from bilm_bench.statistics.rounds import Spread, interleave, ratio
 from bilm_client.testing.server import ServerProcess
 from bilm_system.terminal import run_command
 
 from benchmarks.load.load import LoadGenerator
 from benchmarks.load.sentences import read_sentences
-from benchmarks.page import write_page
+from benchmarks.machine import new_report
 from benchmarks.paths import RESULTS
 from benchmarks.triton.servers import TritonServer, TritonSetting, best_setting, settings_to_try
 
@@ -51,7 +52,7 @@ def main() -> None:
     lengths = sorted(map(len, sentences))
     settings = {"size": size, "sentences": n_sentences, "longest": lengths[-1], "median": lengths[n_sentences // 2]}
     settings |= {"step_s": arguments.step_s, "rounds": arguments.rounds, "threads": cores, "p99_limit_ms": P99_LIMIT_MS}
-    report = Report("full", settings)
+    report = new_report("full", "benchmarks.experiments.full", settings)
 
     def start_triton(setting: TritonSetting) -> TritonServer:
         return TritonServer(setting, size, n_sentences, arguments.triton_python)
@@ -68,11 +69,11 @@ def main() -> None:
         report.detail("largest_difference", _check(generators))
         compare(report, generators, arguments.step_s, arguments.rounds)
     report.write(arguments.out)
-    report.summary()
+    report.print_summary()
     write_page(arguments.out.parent)
 
 
-def compare(report: Report, generators: Generators, step_s: float, rounds: int) -> None:
+def compare(report: Findings, generators: Generators, step_s: float, rounds: int) -> None:
     """Capacity, load by load, and what each sustains."""
     capacity = {name: _capacity(generator, step_s) for name, generator in generators.items()}
     sweep = _sweep(generators, capacity, step_s)
@@ -88,10 +89,10 @@ def compare(report: Report, generators: Generators, step_s: float, rounds: int) 
     report.detail("generator_cores_at_the_search", {name: _generator_cores(steps) for name, steps in searched.items()})
     for name, rates in found.items():
         what = f"{report.settings['size']} float32, mean-pooled: sentences/s at p99 ≤ {P99_LIMIT_MS:g} ms, {name}"
-        report.add(Figure(f"sustained/{name}", what, Spread.of(rates), "/s"))
+        report.add(Finding(f"sustained/{name}", what, Spread.of(rates), "/s"))
     for name, target in TARGETS.items():
         advantage = ratio(found[OURS], found[name])
-        report.add(Figure(f"sustained/{name}/ratio", f"  {OURS} against {name}", advantage, "×", target))
+        report.add(Finding(f"sustained/{name}/ratio", f"  {OURS} against {name}", advantage, "×", target))
 
 
 def _check(generators: Generators) -> float:

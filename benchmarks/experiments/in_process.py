@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from bilm_bench.reporting.experiment import Figure, Report
-from bilm_bench.statistics.rounds import Contestant, Spread, interleave, percentile, ratio
+from bilm_bench.reporting.experiment import Finding, Findings
+from bilm_bench.statistics.percentiles import percentile
+from bilm_bench.statistics.rounds import Contestant, Spread, interleave, ratio
 from bilm_model.config import SIZES
 from bilm_model.engine.cellular import CellularBatch, EngineOptions, PlainSentence
 from bilm_model.weights.loading import load as load_model
@@ -60,7 +61,7 @@ class Effort:
     singles: int
 
 
-def throughput(report: Report, size: str, sentences: Sentences, effort: Effort, cores: int) -> None:
+def throughput(report: Findings, size: str, sentences: Sentences, effort: Effort, cores: int) -> None:
     """The engine against the baseline and the roofline, in every precision and with every cache; a sentence alone."""
     config = SIZES[size]
     with BaselineAtItsBest(size, BASELINE_BATCHES[size], sentences, cores) as baseline:
@@ -101,7 +102,9 @@ def throughput(report: Report, size: str, sentences: Sentences, effort: Effort, 
         _report_roofline(report, size, precision, steps_per_s[precision, "warm"], found[f"roof {precision}"])
 
 
-def alone(report: Report, engines: dict[str, CellularBatch], sentences: Sentences, effort: Effort, cores: int) -> None:
+def alone(
+    report: Findings, engines: dict[str, CellularBatch], sentences: Sentences, effort: Effort, cores: int
+) -> None:
     """One sentence alone against the baseline: one process with all cores, a batch of one."""
     sentence = sentence_of(ALONE_TOKENS, sentences)
     with Baseline("original", 1, cores) as team:
@@ -116,13 +119,13 @@ def alone(report: Report, engines: dict[str, CellularBatch], sentences: Sentence
     what = f"original float32, one {ALONE_TOKENS}-token sentence alone"
     for name, words in (("warm", "known words"), ("off", "cache off")):
         share = ratio(found[name], found["baseline"])
-        report.add(Figure(f"alone/{name}", f"{what}, {words}: latency", Spread.of(found[name]).times(1e3), "ms"))
+        report.add(Finding(f"alone/{name}", f"{what}, {words}: latency", Spread.of(found[name]).times(1e3), "ms"))
         report.add(
-            Figure(f"alone/{name}/ratio", "  against the baseline", share, "×", round(ALONE_TARGET, 4), at_least=False)
+            Finding(f"alone/{name}/ratio", "  against the baseline", share, "×", round(ALONE_TARGET, 4), at_least=False)
         )
 
 
-def in_flight(report: Report, sentences: Sentences, effort: Effort) -> None:
+def in_flight(report: Findings, sentences: Sentences, effort: Effort) -> None:
     """How much of the throughput is left with few sentences in flight."""
     counts = (*IN_FLIGHT_TARGETS, 32)
     loads = {}
@@ -139,13 +142,13 @@ def in_flight(report: Report, sentences: Sentences, effort: Effort) -> None:
     report.detail("in flight original", found)
     for count in counts:
         what = f"original float32, {count} sentences in flight"
-        report.add(Figure(f"in_flight/{count}", what, Spread.of(found[str(count)]), "tokens/s"))
+        report.add(Finding(f"in_flight/{count}", what, Spread.of(found[str(count)]), "tokens/s"))
     for count, target in IN_FLIGHT_TARGETS.items():
         share = ratio(found[str(count)], found["32"]).times(100)
-        report.add(Figure(f"in_flight/{count}/share", f"  {count} against 32 in flight", share, "%", target))
+        report.add(Finding(f"in_flight/{count}/share", f"  {count} against 32 in flight", share, "%", target))
 
 
-def default_model_singles(report: Report, sentences: Sentences, effort: Effort) -> None:
+def default_model_singles(report: Findings, sentences: Sentences, effort: Effort) -> None:
     """The model that ships, as it ships, one sentence at a time."""
     engine = CellularBatch(load_model("").bilm, torch.device("cpu"))
     engine.warm_up()
@@ -157,8 +160,8 @@ def default_model_singles(report: Report, sentences: Sentences, effort: Effort) 
         p99.append(percentile(latencies_ms, 99))
     report.detail("default model singles", {"p50_ms": p50, "p99_ms": p99})
     what = "the model that ships, float32, one sentence at a time in process"
-    report.add(Figure("default/p50", f"{what}: p50", Spread.of(p50), "ms"))
-    report.add(Figure("default/p99", f"{what}: p99", Spread.of(p99), "ms"))
+    report.add(Finding("default/p50", f"{what}: p50", Spread.of(p50), "ms"))
+    report.add(Finding("default/p99", f"{what}: p99", Spread.of(p99), "ms"))
 
 
 def run_seconds(engine: CellularBatch, sentence: Sequence[str]) -> float:
@@ -190,8 +193,8 @@ def _engine(size: str, precision: str, cache: str, sentences: Sentences) -> Cell
     return engine
 
 
-def _report_speedups(report: Report, size: str, found: dict[str, list[float]]) -> None:
-    report.add(Figure(f"tokens_per_s/{size}/baseline", f"{size}, baseline", Spread.of(found["baseline"]), "tokens/s"))
+def _report_speedups(report: Findings, size: str, found: dict[str, list[float]]) -> None:
+    report.add(Finding(f"tokens_per_s/{size}/baseline", f"{size}, baseline", Spread.of(found["baseline"]), "tokens/s"))
     for precision in PRECISIONS:
         names = {cache: f"{precision} {cache}" for cache in CACHES}
         if (size, precision, "best") in SPEEDUP_TARGETS:
@@ -200,20 +203,20 @@ def _report_speedups(report: Report, size: str, found: dict[str, list[float]]) -
             speedup, what = ratio(found[name], found["baseline"]), f"{size} {precision}, cache {cache}"
             if cache != "best":
                 key = f"tokens_per_s/{size}/{precision}/{cache}"
-                report.add(Figure(key, what, Spread.of(found[name]), "tokens/s"))
+                report.add(Finding(key, what, Spread.of(found[name]), "tokens/s"))
             target = SPEEDUP_TARGETS.get((size, precision, cache))
             what = f"{size} {precision}, best of these against the baseline" if cache == "best" else ""
             key = f"speedup/{size}/{precision}/{cache}"
-            report.add(Figure(key, what or "  against the baseline", speedup, "×", target))
+            report.add(Finding(key, what or "  against the baseline", speedup, "×", target))
 
 
-def _report_roofline(report: Report, size: str, precision: str, steps_per_s: list[float], roof: list[float]) -> None:
+def _report_roofline(report: Findings, size: str, precision: str, steps_per_s: list[float], roof: list[float]) -> None:
     """Of the engine with a warm cache: the cells' products are all that it multiplies then."""
     per_row = multiply_adds(SIZES[size])
     share = ratio([per_row * rate for rate in steps_per_s], roof).times(100)
     what = f"{size} {precision}, {ROWS} rows in flight: share of the roofline"
     report.add(
-        Figure(f"roof/{size}/{precision}", f"{size} {precision}, roofline", Spread.of(roof).times(2e-9), "GFLOP/s")
+        Finding(f"roof/{size}/{precision}", f"{size} {precision}, roofline", Spread.of(roof).times(2e-9), "GFLOP/s")
     )
     key = f"roofline/{size}/{precision}"
-    report.add(Figure(key, what, share, "%", ROOFLINE_TARGETS.get((size, precision))))
+    report.add(Finding(key, what, share, "%", ROOFLINE_TARGETS.get((size, precision))))

@@ -11,8 +11,9 @@ from itertools import repeat
 from pathlib import Path
 
 import torch
-from bilm_bench.reporting.experiment import Figure, Report
-from bilm_bench.statistics.rounds import Spread, percentile
+from bilm_bench.reporting.experiment import Finding, Findings
+from bilm_bench.statistics.percentiles import percentile
+from bilm_bench.statistics.rounds import Spread
 from bilm_client import Client
 from bilm_client.errors import BilmError
 from bilm_client.testing.server import ServerProcess
@@ -50,7 +51,7 @@ _CROWD_GATHERS_S = 2.0
 Sentences = Sequence[Sequence[str]]
 
 
-def added_latency(report: Report, source: str, sentences: Sentences, effort: Effort) -> None:
+def added_latency(report: Findings, source: str, sentences: Sentences, effort: Effort) -> None:
     """One sentence at a time, in process and through the server, in turns: the same sentences."""
     name = source.rpartition(":")[2] or "default"
     engine = CellularBatch(load_model(source).bilm, torch.device("cpu"))
@@ -74,9 +75,9 @@ def added_latency(report: Report, source: str, sentences: Sentences, effort: Eff
     report.detail(f"added latency {name}", {f"{way} p50_ms": found for way, found in p50.items()})
     what = f"{name} float32, one sentence at a time, p50"
     report.add(
-        Figure(f"added/{name}/in_process", f"{what} in process", Spread.of(p50["in process"]), "ms"),
-        Figure(f"added/{name}/served", f"{what} served", Spread.of(p50["served"]), "ms"),
-        Figure(f"added/{name}", "  added", Spread.of(added), "ms", ADDED_LATENCY_TARGET_MS, at_least=False),
+        Finding(f"added/{name}/in_process", f"{what} in process", Spread.of(p50["in process"]), "ms"),
+        Finding(f"added/{name}/served", f"{what} served", Spread.of(p50["served"]), "ms"),
+        Finding(f"added/{name}", "  added", Spread.of(added), "ms", ADDED_LATENCY_TARGET_MS, at_least=False),
     )
 
 
@@ -113,7 +114,7 @@ class Crowd:
         )
 
 
-def short_among_long(report: Report, sentences: Sentences, crowd: Crowd) -> None:
+def short_among_long(report: Findings, sentences: Sentences, crowd: Crowd) -> None:
     """Short sentences that arrive while more long ones are queued than there are rows."""
     full = [_full(crowd, sentences)]
     with ServerProcess(f"random:{crowd.size}", crowd.arguments) as server, Client(server.target) as client:
@@ -129,7 +130,7 @@ def short_among_long(report: Report, sentences: Sentences, crowd: Crowd) -> None
     report.details["short among long"]["long_ended_meanwhile"] = ended
 
 
-def _report_short(report: Report, crowd: Crowd, full: list[Work], alone: list[float], crowded: list[float]) -> None:
+def _report_short(report: Findings, crowd: Crowd, full: list[Work], alone: list[float], crowded: list[float]) -> None:
     tick_ms = [1e3 * work.seconds / work.ticks for work in full]
     chunk_ticks = round(full[0].ticks / full[0].rounds)
     ticks = crowd.short_tokens + _BOUNDARIES + chunk_ticks + _SPARE_TICKS
@@ -148,11 +149,11 @@ def _report_short(report: Report, crowd: Crowd, full: list[Work], alone: list[fl
     p99 = percentile(crowded, 99)
     what = f"{crowd.size}, {crowd.rows} rows: {crowd.short_tokens}-token sentence among {crowd.long_tokens}-token ones"
     report.add(
-        Figure("short/alone", f"{what[: what.index(':')]}: the same with nothing else, p99", _one(alone, 99), "ms"),
-        Figure("short/p50", f"{what}, p50", _one(crowded, 50), "ms"),
-        Figure("short/p99", f"{what}, p99", _one(crowded, 99), "ms"),
-        Figure("short/bound", f"  {ticks} ticks at the row limit, in process", Spread.of(tick_ms).times(ticks), "ms"),
-        Figure(
+        Finding("short/alone", f"{what[: what.index(':')]}: the same with nothing else, p99", _one(alone, 99), "ms"),
+        Finding("short/p50", f"{what}, p50", _one(crowded, 50), "ms"),
+        Finding("short/p99", f"{what}, p99", _one(crowded, 99), "ms"),
+        Finding("short/bound", f"  {ticks} ticks at the row limit, in process", Spread.of(tick_ms).times(ticks), "ms"),
+        Finding(
             "short/ratio",
             "  p99 against these ticks",
             Spread.of([p99 / (ticks * ms) for ms in tick_ms]),
@@ -163,7 +164,7 @@ def _report_short(report: Report, crowd: Crowd, full: list[Work], alone: list[fl
     )
 
 
-def start_to_serving(report: Report, effort: Effort, sizes: Sequence[str] = ("default", "original")) -> None:
+def start_to_serving(report: Findings, effort: Effort, sizes: Sequence[str] = ("default", "original")) -> None:
     """From the process's start until its health says SERVING; the weights lie in a file, in the page cache."""
     with tempfile.TemporaryDirectory(prefix="bilm-bench-") as folder:
         sources = {size: _weights(size, Path(folder)) for size in sizes}
@@ -176,15 +177,15 @@ def start_to_serving(report: Report, effort: Effort, sizes: Sequence[str] = ("de
     report.detail("start", found)
     for size, seconds in found.items():
         what = f"start to SERVING, {size} {'model' if size == 'default' else 'size'}"
-        report.add(Figure(f"start/{size}", what, Spread.of(seconds), "s", START_TARGETS_S.get(size), at_least=False))
+        report.add(Finding(f"start/{size}", what, Spread.of(seconds), "s", START_TARGETS_S.get(size), at_least=False))
 
 
-def client_import(report: Report, effort: Effort) -> None:
+def client_import(report: Findings, effort: Effort) -> None:
     """Computing time of the client's import, in a new process each round."""
     seconds = [_import_s() for _ in range(effort.rounds)]
     report.detail("import", seconds)
     report.add(
-        Figure("import/client", "import of the client", Spread.of(seconds), "s", IMPORT_TARGET_S, at_least=False)
+        Finding("import/client", "import of the client", Spread.of(seconds), "s", IMPORT_TARGET_S, at_least=False)
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bilm_bench.reporting.experiment import Figure, Report
+from bilm_bench.reporting.experiment import Finding, Findings
 from bilm_bench.statistics.rounds import Contestant, Spread, interleave, ratio
 from bilm_client.testing.server import RunningServer, ServerProcess
 from bilm_model.engine.cellular import EmbeddedSentence, EngineOptions
@@ -27,7 +27,7 @@ _THREADS_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Case:
+class ServedCase:
     """One way to call.
 
     Attributes:
@@ -57,15 +57,15 @@ class Case:
 
 
 CASES = (
-    Case("original", "mean", "float32", 1, 92.0, 2.5),
-    Case("original", "none", "float16", 1, 85.0, 2.5),
-    Case("small", "mean", "float32", 1, None, 1.0),
-    Case("small", "mean", "float32", 32, 85.0, 6.0),
+    ServedCase("original", "mean", "float32", 1, 92.0, 2.5),
+    ServedCase("original", "none", "float16", 1, 85.0, 2.5),
+    ServedCase("small", "mean", "float32", 1, None, 1.0),
+    ServedCase("small", "mean", "float32", 32, 85.0, 6.0),
 )
 
 
 def served_throughput(
-    report: Report, sentences: Sequence[Sequence[str]], effort: Effort, cases: Sequence[Case] = CASES
+    report: Findings, sentences: Sequence[Sequence[str]], effort: Effort, cases: Sequence[ServedCase] = CASES
 ) -> None:
     """Each case through a server and in process, in turns."""
     for size in dict.fromkeys(case.size for case in cases):
@@ -74,7 +74,11 @@ def served_throughput(
 
 
 def _compare(
-    report: Report, server: RunningServer, cases: list[Case], sentences: Sequence[Sequence[str]], effort: Effort
+    report: Findings,
+    server: RunningServer,
+    cases: list[ServedCase],
+    sentences: Sequence[Sequence[str]],
+    effort: Effort,
 ) -> None:
     with ExitStack() as stack:
         served: list[_Served] = []
@@ -92,7 +96,7 @@ def _compare(
         _report(report, one, found[f"{one.case} served"], found[f"{one.case} in process"])
 
 
-def _in_process(case: Case, sentences: Sequence[Sequence[str]], effort: Effort) -> Contestant:
+def _in_process(case: ServedCase, sentences: Sequence[Sequence[str]], effort: Effort) -> Contestant:
     """The same engine, as many sentences in flight as the server can have, the same selection and number format."""
     engine = new_engine(case.size, EngineOptions())
     show_all_words(engine, sentences)
@@ -113,7 +117,7 @@ class _Served:
 
     generator: LoadGenerator
     process_id: int
-    case: Case
+    case: ServedCase
     effort: Effort
     answers: list[dict[str, Any]] = field(default_factory=list)
     profiles: list[dict[str, float]] = field(default_factory=list)
@@ -140,7 +144,7 @@ class _Served:
         ]
 
 
-def _report(report: Report, served: _Served, served_rates: list[float], in_process_rates: list[float]) -> None:
+def _report(report: Findings, served: _Served, served_rates: list[float], in_process_rates: list[float]) -> None:
     case = served.case
     busiest = sorted(served.profiles[-1].items(), key=lambda item: -item[1])[:_THREADS_SHOWN]
     event_loop_ms = served.cpu_ms_per_call(EVENT_LOOP)
@@ -157,9 +161,9 @@ def _report(report: Report, served: _Served, served_rates: list[float], in_proce
     )
     share = ratio(served_rates, in_process_rates).times(100)
     report.add(
-        Figure(f"served/{case.key}", f"{case}", Spread.of(served_rates), "tokens/s"),
-        Figure(f"served/{case.key}/share", "  against in process", share, "%", case.target),
-        Figure(f"served/{case.key}/cpu", "  event loop's processor time", Spread.of(event_loop_ms), "ms/call"),
+        Finding(f"served/{case.key}", f"{case}", Spread.of(served_rates), "tokens/s"),
+        Finding(f"served/{case.key}/share", "  against in process", share, "%", case.target),
+        Finding(f"served/{case.key}/cpu", "  event loop's processor time", Spread.of(event_loop_ms), "ms/call"),
     )
 
 

@@ -14,7 +14,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from bilm_bench.reporting.experiment import Figure, Report
+from bilm_bench.reporting.experiment import Finding, Findings
 from bilm_bench.statistics.rounds import Spread, interleave, ratio
 from bilm_model.bilm import Bilm, BilmState, initialize
 from bilm_model.config import BilmConfig
@@ -29,6 +29,7 @@ from bilm_training.objectives.language_model import BilmObjective
 from bilm_training.recipe import Recipe, read_recipe
 from torch import Tensor
 
+from benchmarks.machine import new_report
 from benchmarks.paths import RESULTS, WIKITEXT
 from benchmarks.references.published_order import PublishedOrder
 from benchmarks.references.roofline import Roofline, multiply_adds
@@ -130,7 +131,7 @@ def main() -> None:
     streams = _streams(recipe)
     settings = {"preset": arguments.preset, "batch": streams.n_streams, "steps": streams.n_steps, "device": str(device)}
     settings |= {"windows_a_round": arguments.windows, "rounds": arguments.rounds, "threads": torch.get_num_threads()}
-    report = Report("training", settings)
+    report = new_report("training", "benchmarks.experiments.training", settings)
 
     def contestant(kind: type[BilmObjective], precision: str) -> Contestant:
         changed = recipe.optimisation.model_copy(update={"precision": precision})
@@ -150,23 +151,23 @@ def main() -> None:
     found = interleave({name: one.tokens_per_s for name, one in team.items()}, arguments.rounds)
     _report(report, found, recipe, device)
     report.write(arguments.out)
-    report.summary()
+    report.print_summary()
 
 
-def _report(report: Report, found: dict[str, list[float]], recipe: Recipe, device: torch.device) -> None:
+def _report(report: Findings, found: dict[str, list[float]], recipe: Recipe, device: torch.device) -> None:
     published = found["published order, float32"]
     for name, speeds in found.items():
-        report.add(Figure(name, f"tokens learnt a second, {name}", Spread.of(speeds), "tokens/s"))
+        report.add(Finding(name, f"tokens learnt a second, {name}", Spread.of(speeds), "tokens/s"))
     for name in ("ours, float32", "ours, bfloat16"):
         target = TARGET if name == "ours, float32" else None
         report.add(
-            Figure(f"{name}, ratio", f"{name} against the published order", ratio(found[name], published), "×", target)
+            Finding(f"{name}, ratio", f"{name} against the published order", ratio(found[name], published), "×", target)
         )
     per_token = _BACK_AND_FORTH * multiply_adds(recipe.architecture)
     for name, dtype in (("ours, float32", torch.float32), ("ours, bfloat16", torch.bfloat16)):
         roof = _multiply_adds_per_s(recipe.architecture, dtype, device)
         share = Spread.of(found[name]).times(100 * per_token / roof)
-        report.add(Figure(f"{name}, roofline", f"{name}: LSTM products' share of the machine's rate", share, "%"))
+        report.add(Finding(f"{name}, roofline", f"{name}: LSTM products' share of the machine's rate", share, "%"))
     report.detail("tokens_per_s", found)
 
 

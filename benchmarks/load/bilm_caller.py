@@ -18,7 +18,7 @@ _DATA_TYPES = {"float32": pb.DATA_TYPE_FLOAT32, "float16": pb.DATA_TYPE_FLOAT16}
 
 
 class BilmCaller:
-    """A `Caller` of bilm-serve."""
+    """A `LoadCaller` of bilm-serve."""
 
     def __init__(self, target: str, layers: str, pool: str, dtype: str) -> None:
         self._channels = [grpc.aio.insecure_channel(target, CHANNEL_OPTIONS) for _ in range(CONNECTIONS)]
@@ -29,12 +29,12 @@ class BilmCaller:
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
     def prepare(self, sentences: Sentences) -> pb.EmbedRequest:
-        """See Caller."""
+        """See LoadCaller."""
         messages = [pb.Sentence(tokens=pb.Tokens(tokens=tokens)) for tokens in sentences]
         return pb.EmbedRequest(options=self._options, sentences=messages)
 
     async def call(self, request: pb.EmbedRequest) -> NDArray[np.float32]:
-        """See Caller."""
+        """See LoadCaller."""
         try:
             response: pb.EmbedResponse = await next(self._stubs).Embed(request, timeout=120.0, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:
@@ -45,6 +45,6 @@ class BilmCaller:
         return np.frombuffer(response.results[0].embedding.tensor.data, self._dtype).astype(np.float32, copy=False)
 
     async def close(self) -> None:
-        """See Caller."""
+        """See LoadCaller."""
         for channel in self._channels:
             await channel.close()

@@ -24,7 +24,7 @@ class CallFailedError(Exception):
     """The server refused, or a sentence failed."""
 
 
-class Caller(Protocol):
+class LoadCaller(Protocol):
     """Connections to one server."""
 
     def prepare(self, sentences: Sentences) -> Any:

@@ -12,9 +12,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from bilm_bench.statistics.rounds import percentile
+from bilm_bench.statistics.percentiles import percentile
+from bilm_bench.workload.schedule import arrivals_s
 
-from benchmarks.load.callers import Caller, CallFailedError
+from benchmarks.load.callers import CallFailedError, LoadCaller
 from benchmarks.load.sentences import read_sentences
 
 _LAST_ANSWERS_S = 5.0
@@ -26,7 +27,7 @@ Reply = dict[str, Any]
 class Generator:
     """Calls with the sentences in turn."""
 
-    def __init__(self, caller: Caller, sentences: list[list[str]]) -> None:
+    def __init__(self, caller: LoadCaller, sentences: list[list[str]]) -> None:
         self._caller, self._sentences = caller, sentences
         self._requests: dict[tuple[int, int], Any] = {}
         self._next = 0
@@ -75,7 +76,7 @@ class Generator:
 
         A latency counts from the moment for which the call was meant. With too many calls under way it is given up.
         """
-        draw = random.Random(seed)
+        draw = random.Random(seed)  # of the moments and, between them, of the sentences
         latencies_ms: list[float] = []
         late_ms: list[float] = []
         errors: dict[str, int] = {}
@@ -91,8 +92,11 @@ class Generator:
                 errors[str(error)[:120]] = errors.get(str(error)[:120], 0) + 1
 
         cpu_s, begun_s = time.process_time(), time.perf_counter()
-        meant_s, sent = begun_s, 0
-        while (meant_s := meant_s + draw.expovariate(rate)) < begun_s + seconds and len(in_flight) < max_in_flight:
+        sent = 0
+        for at_s in arrivals_s(rate, seconds, draw):
+            if len(in_flight) >= max_in_flight:
+                break
+            meant_s = begun_s + at_s
             if (ahead_s := meant_s - time.perf_counter()) > 0:
                 await asyncio.sleep(ahead_s)
             request, _ = self._request(draw.randrange(len(self._sentences)), 1)
@@ -140,7 +144,7 @@ async def _cancel(tasks: set[asyncio.Task[None]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _caller(arguments: argparse.Namespace) -> Caller:
+def _caller(arguments: argparse.Namespace) -> LoadCaller:
     if arguments.protocol == "triton":
         from benchmarks.load.triton_caller import TritonCaller  # noqa: PLC0415
 

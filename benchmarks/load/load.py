@@ -1,6 +1,7 @@
 """The other end of the load generator's pipe."""
 
 import json
+import os
 import subprocess
 import sys
 from types import TracebackType
@@ -33,8 +34,15 @@ class LoadGenerator:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
+        # Another Python than ours has no bilm_bench installed
+        path = os.pathsep.join(filter(None, [str(ROOT / "client"), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path},
         )
         return self
 

@@ -16,7 +16,7 @@ OUTPUT = "vectors"
 
 
 class TritonCaller:
-    """A `Caller` of Triton; one sentence a call."""
+    """A `LoadCaller` of Triton; one sentence a call."""
 
     def __init__(self, target: str) -> None:
         self._library: Any = import_module("tritonclient.grpc.aio")
@@ -26,14 +26,14 @@ class TritonCaller:
         self._turn: Iterator[Any] = cycle(self._clients)
 
     def prepare(self, sentences: Sentences) -> Any:
-        """See Caller."""
+        """See LoadCaller."""
         (tokens,) = sentences
         tensor = self._library.InferInput(INPUT, [1, 1], "BYTES")
         tensor.set_data_from_numpy(np.array([[" ".join(tokens).encode()]], dtype=object))
         return [tensor]
 
     async def call(self, request: Any) -> NDArray[np.float32]:
-        """See Caller."""
+        """See LoadCaller."""
         try:
             response = await next(self._turn).infer(MODEL, request)
         except self._error as error:
@@ -42,6 +42,6 @@ class TritonCaller:
         return vectors
 
     async def close(self) -> None:
-        """See Caller."""
+        """See LoadCaller."""
         for client in self._clients:
             await client.close()

@@ -15,7 +15,7 @@ from bilm_system.terminal import run_command
 if TYPE_CHECKING:
     from bilm_bench.reporting.report import Report
     from bilm_bench.settings import BenchSettings
-    from bilm_bench.statistics.counters import Tally
+    from bilm_bench.statistics.counters import StepCounters
     from bilm_bench.workload.schedule import Step
 
 DONE, VIOLATED, UNUSABLE, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -23,7 +23,7 @@ _MISSING = "bilm-bench: needs the extra `bench`: pip install 'bilm-serve[bench]'
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Puts a server under load.
+    """Put a server under load.
 
     Returns:
         0 when the run was done, 1 if a condition of --fail-on is violated or an answer was wrong, 2 if it can't be run
@@ -66,7 +66,7 @@ def _run(settings: "BenchSettings") -> int:
     if (reader := server_reader(settings)) is not None:
         check_readable(reader, "metrics_url" if settings.metrics_url else "server_pid")
     sentences = read_sentences(settings.text, running=settings.running, raw=settings.raw, at_most=settings.sentences)
-    measured = asyncio.run(measure(settings, sentences, partial(_tell, settings.loop)))
+    measured = asyncio.run(measure(settings, sentences, partial(_print_step, settings.loop)))
     report = make_report(settings, sentences, measured)
     try:
         _write(report, settings.json_file, settings.html_file)
@@ -84,17 +84,17 @@ def _write(report: "Report", json_file: Path | None, html_file: Path | None) -> 
             write_text(json_file, json.dumps(report, indent=1, ensure_ascii=False) + "\n", "backslashreplace")
     finally:
         if html_file is not None:
-            from bilm_bench.reporting.page import page  # noqa: PLC0415 - matplotlib takes a second to load
+            from bilm_bench.reporting.load_page import load_page  # noqa: PLC0415 - matplotlib takes a second to load
 
-            write_text(html_file, page(report), "backslashreplace")
+            write_text(html_file, load_page(report), "backslashreplace")
 
 
-def _tell(loop: str, step: "Step", tally: "Tally") -> None:
+def _print_step(loop: str, step: "Step", counters: "StepCounters") -> None:
     from tqdm import tqdm  # noqa: PLC0415 - see main
 
     from bilm_bench.reporting.summary import step_line  # noqa: PLC0415
 
-    tqdm.write(f"bilm-bench: {step_line(step, tally, loop)}", file=sys.stderr)
+    tqdm.write(f"bilm-bench: {step_line(step, counters, loop)}", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> int:

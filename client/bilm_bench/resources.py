@@ -1,4 +1,4 @@
-"""Memory and descriptors: of a process of this machine, or as a server's Prometheus page tells them."""
+"""Memory and descriptors: of a process of this machine, or from a server's Prometheus page."""
 
 import http.client
 import os
@@ -20,11 +20,11 @@ _PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a process has taken, at one moment; None where that can't be known.
+    """What a process uses at one moment; None where that can't be read.
 
     Attributes:
-        memory_bytes: resident.
-        descriptors: open.
+        memory_bytes: Resident memory.
+        descriptors: Open descriptors.
     """
 
     memory_bytes: int | None = None
@@ -35,7 +35,7 @@ ReadResources = Callable[[], Resources]
 
 
 def of_process(process_id: int | None = None) -> Resources:
-    """A process's, by /proc; our own for None. Of somebody else's only the memory is known, of an ended one nothing."""
+    """Read /proc (None: this process); of another user's process only the memory, of an ended one nothing."""
     folder = Path("/proc", "self" if process_id is None else str(process_id))
     try:
         pages = int((folder / "statm").read_text(encoding="ascii").split()[1])
@@ -50,7 +50,7 @@ def of_process(process_id: int | None = None) -> Resources:
 
 
 def of_page(url: str, *, proxy: bool = True) -> Resources:
-    """Those on a Prometheus page; nothing is known while it can't be had."""
+    """Read a Prometheus page; nothing while it is unavailable."""
     direct = [] if proxy and not is_local_url(url) else [urllib.request.ProxyHandler({})]
     try:
         with urllib.request.build_opener(*direct).open(url, timeout=_PAGE_TIMEOUT_S) as response:
@@ -61,10 +61,10 @@ def of_page(url: str, *, proxy: bool = True) -> Resources:
 
 
 def check_readable(read: ReadResources, name: str) -> None:
-    """Tries it, so that a wrong choice is told before the run.
+    """Read once, so that a wrong setting is reported before the run.
 
     Raises:
-        UsageError: if nothing can be read; `name` is what chose it.
+        UsageError: Nothing can be read; `name` is the setting.
     """
     if read() == Resources():
         raise UsageError(f"{name}: neither resident memory nor open descriptors can be read there")

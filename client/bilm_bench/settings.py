@@ -1,4 +1,4 @@
-"""What can be chosen for a run: by flag, by environment (`BILM_BENCH_…`) or by a TOML file, in that order."""
+"""The settings of a run: by flag, by environment (`BILM_BENCH_…`) or by a TOML file, in that order."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -170,27 +170,27 @@ class BenchSettings(BaseSettings):
         return value
 
     def steps(self) -> tuple[Step, ...]:
-        """The loads of the run, one after another."""
+        """Return the loads of the run, one after another."""
         if self.ramp:
             return tuple(Step(load, self.step_s) for load in parse_ramp(self.ramp))
         length_s = parse_duration_s(self.soak) if self.soak else self.step_s
         return (Step(self.rate if self.loop == "open" else float(self.callers), length_s),)
 
     def conditions(self) -> tuple[Condition, ...]:
-        """What must not be; a wrong answer is one without being named."""
+        """Return what must not be; a wrong result is one without being named."""
         wrong = ("wrong_answers>0",) if self.verify else ()
         return tuple(Condition.parse(text) for text in dict.fromkeys((*wrong, *(self.fail_on or ()))))
 
     def call_metadata(self) -> tuple[tuple[str, str], ...]:
-        """Metadata of every call, less the token."""
+        """Return the metadata of every call, less the token."""
         given = tuple((name, value) for name, _, value in (entry.partition("=") for entry in self.metadata or ()))
         return (*given, *((NO_LOG,) if self.no_log else ()))
 
     def credentials(self) -> tuple[grpc.ChannelCredentials | None, str | None]:
-        """Credentials (None: plaintext) and token (None: none) from their files.
+        """Return credentials (None: plaintext) and token (None: none) from their files.
 
         Raises:
-            UsageError: a file can't be used.
+            UsageError: A file can't be used.
         """
         return credentials_from_files(
             tls=self.tls,
@@ -201,16 +201,16 @@ class BenchSettings(BaseSettings):
         )
 
     def shown(self) -> dict[str, Any]:
-        """The choices for a report; of metadata, which may hold secrets, the names."""
+        """Return the settings for a report; of metadata, which may hold secrets, the names."""
         choices = self.model_dump(mode="json", exclude={"config", "metadata", "json_file", "html_file"})
         return {**choices, "metadata": [name for name, _ in self.call_metadata()]}
 
 
 def load_settings(argv: list[str]) -> BenchSettings:
-    """Reads flags, environment and TOML file.
+    """Read flags, environment and TOML file.
 
     Raises:
-        UsageError: listing every bad value.
-        SystemExit: for --help, or a flag that doesn't exist.
+        UsageError: A value is bad; the message lists all of them.
+        SystemExit: There is --help, or a flag that doesn't exist.
     """
     return load_command_settings(BenchSettings, argv)

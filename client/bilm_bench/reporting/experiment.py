@@ -1,4 +1,4 @@
-"""What a benchmark found: figures with their targets, on the screen and in a small JSON file."""
+"""What an experiment measures: numbers with their targets, on the screen and in a small JSON file."""
 
 import json
 import os
@@ -10,26 +10,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from bilm_system.files import write_text
 
 from bilm_bench.reporting.numbers import short
 from bilm_bench.statistics.rounds import Spread
 
-ROOT = Path(__file__).parents[3]
+_ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One number that somebody may ask for.
+class Finding:
+    """One number, measured in several rounds.
 
     Attributes:
-        key: what the page finds it by.
-        what: the same in words.
-        found: over the rounds.
-        unit: of `found` and `target`.
-        target: to be reached; None: reported only.
-        at_least: whether the target is a lower bound.
+        key: Name by which the page finds it.
+        what: The same in words.
+        found: Median and range over the rounds.
+        unit: Unit of `found` and `target`.
+        target: To be reached; None: reported only.
+        at_least: Whether the target is a lower bound.
     """
 
     key: str
@@ -47,76 +46,78 @@ class Figure:
         return self.found.median >= self.target if self.at_least else self.found.median <= self.target
 
     def line(self) -> str:
-        """For the screen."""
+        """Return the finding for the screen."""
         target = "" if self.target is None else f"{'≥' if self.at_least else '≤'} {self.target:g} {self.unit}"
         verdict = {None: "", True: "met", False: "NOT MET"}[self.met]
         spread = f"({short(self.found.minimum)} … {short(self.found.maximum)})"
         return f"{self.what:<74} {short(self.found.median):>9} {self.unit:<12} {spread:<22} {target:<16} {verdict}"
 
     def as_json(self) -> dict[str, Any]:
-        """As the results file holds it."""
+        """Return the finding as the results file holds it."""
         found = {name: _rounded(value) for name, value in asdict(self.found).items()}
         return {**asdict(self), "found": found, "met": self.met}
 
 
 @dataclass
-class Report:
-    """Collects what a benchmark finds, and prints it as it comes.
+class Findings:
+    """Collects what an experiment measures, and prints it as it comes.
 
     Attributes:
-        benchmark: its name, also that of the results file.
-        settings: sizes, rounds and the like.
-        figures: so far.
-        details: measurements behind them, by section.
+        name: Also the name of the results file.
+        module: The module that is run.
+        settings: Sizes, rounds and the like.
+        libraries: What the machine is described with besides its processor.
+        findings: Those so far.
+        details: What is behind them, by section.
     """
 
-    benchmark: str
+    name: str
+    module: str
     settings: dict[str, Any]
-    figures: list[Figure] = field(default_factory=list)
+    libraries: dict[str, Any]
+    findings: list[Finding] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, *figures: Figure) -> None:
-        """Figures of a section that is done."""
-        for figure in figures:
-            self.figures.append(figure)
-            print(figure.line(), flush=True)
+    def add(self, *findings: Finding) -> None:
+        """Add the findings of a section that is done."""
+        for one in findings:
+            self.findings.append(one)
+            print(one.line(), flush=True)
 
     def detail(self, section: str, found: Any) -> None:
-        """What a section measured on the way."""
+        """Add what a section measured on the way."""
         self.details[section] = _rounded_throughout(found)
 
     def write(self, path: Path) -> None:
-        """Writes the results."""
+        """Write the results."""
         content = {
-            "benchmark": self.benchmark,
+            "benchmark": self.name,
             "date": datetime.now(UTC).isoformat(timespec="minutes"),
-            "command": " ".join(["python", "-m", f"benchmarks.{self.benchmark}", *sys.argv[1:]]),
-            "machine": machine(),
+            "command": " ".join(["python", "-m", self.module, *sys.argv[1:]]),
+            "machine": {**_machine(), **self.libraries},
             "settings": self.settings,
-            "figures": [figure.as_json() for figure in self.figures],
+            "figures": [one.as_json() for one in self.findings],
             "details": self.details,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", "backslashreplace")
         print(f"written to {path}")
 
-    def summary(self) -> None:
-        """Prints every figure once more, with its target."""
+    def print_summary(self) -> None:
+        """Print every finding once more, with its target."""
         print(f"\n{'':74} {'median':>9} {'unit':<12} {'(rounds)':<22} {'target':<16}")
-        for figure in self.figures:
-            print(figure.line())
+        for one in self.findings:
+            print(one.line())
 
 
-def machine() -> dict[str, Any]:
-    """Where this was measured, and what."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+def _machine() -> dict[str, Any]:
+    """Return where this is measured, and of which commit."""
+    git = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603 - our own
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "commit": commit or "unknown",
     }
 

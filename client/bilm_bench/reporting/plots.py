@@ -1,41 +1,13 @@
-"""The page's plots: each takes a report and gives an SVG, or None where it has nothing to show.
+"""The plots of `bilm-bench`: each takes a report and returns an SVG, or None where it has nothing to show."""
 
-Colours are the page's: they change with its light or dark scheme.
-"""
-
-import io
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from bilm_bench.reporting.drawing import COLOURS, drawing, make_logarithmic, new_figure, to_svg
 from bilm_bench.reporting.report import Report
 
-# What matplotlib is told, and what the page makes of it.
-_COLOURS = {
-    "ink": "#010203",
-    "grid": "#020304",
-    "blue": "#030405",
-    "orange": "#040506",
-    "red": "#050607",
-    "grey": "#060708",
-}
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "bilm-bench",  # the same report gives the same page
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), _COLOURS["ink"]),
-    "grid.color": _COLOURS["grid"],
-}
 _LEAST_STEPS, _LEAST_SAMPLES = 2, 3
 _MINUTES_FROM_S = 600.0
 
@@ -45,22 +17,22 @@ def throughput_against_load(report: Report) -> str | None:
     steps = report["steps"]
     if len(steps) < _LEAST_STEPS:
         return None
-    with mpl.rc_context(_STYLE):
-        figure, (axes,) = _new(1)
+    with drawing():
+        figure, (axes,) = new_figure()
         loads, answered = _loads(report), [step["sentences_per_s"] for step in steps]
-        axes.plot(loads, answered, "o-", color=_COLOURS["blue"], label="answered")
+        axes.plot(loads, answered, "o-", color=COLOURS["blue"], label="answered")
         if report["choices"]["loop"] == "open":
-            axes.plot([0, max(loads)], [0, max(loads)], ":", color=_COLOURS["grey"], label="all that is offered")
+            axes.plot([0, max(loads)], [0, max(loads)], ":", color=COLOURS["grey"], label="all that is offered")
             refused = [step["offered_sentences_per_s"] * (step["refused_rate"] or 0.0) for step in steps]
             failed = [step["offered_sentences_per_s"] * (step["error_rate"] or 0.0) for step in steps]
-            _if_any(axes, loads, refused, "refused", _COLOURS["orange"])
-            _if_any(axes, loads, failed, "failed", _COLOURS["red"])
+            _if_any(axes, loads, refused, "refused", COLOURS["orange"])
+            _if_any(axes, loads, failed, "failed", COLOURS["red"])
         axes.set_xlabel(_load_axis(report))
         axes.set_ylabel("sentences/s")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.legend()
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def latency_against_load(report: Report) -> str | None:
@@ -68,17 +40,17 @@ def latency_against_load(report: Report) -> str | None:
     steps = report["steps"]
     if len(steps) < _LEAST_STEPS:
         return None
-    with mpl.rc_context(_STYLE):
-        figure, (axes,) = _new(1)
+    with drawing():
+        figure, (axes,) = new_figure()
         for name, style, colour in _LATENCIES:
             values = _numeric([step["accepted"][name] for step in steps])
-            axes.plot(_loads(report), values, style, color=_COLOURS[colour], label=_percentile(name), markersize=4)
-        _logarithmic(axes)
+            axes.plot(_loads(report), values, style, color=COLOURS[colour], label=_percentile(name), markersize=4)
+        make_logarithmic(axes)
         axes.set_xlim(left=0)
         axes.set_xlabel(_load_axis(report))
         axes.set_ylabel("latency, ms")
         axes.legend()
-        return _svg(figure)
+        return to_svg(figure)
 
 
 _LATENCIES = (
@@ -94,15 +66,15 @@ def latency_over_time(report: Report) -> str | None:
     samples = report["samples"][1:]
     if len(samples) < _LEAST_SAMPLES:
         return None
-    with mpl.rc_context(_STYLE):
-        figure, (axes,) = _new(1)
+    with drawing():
+        figure, (axes,) = new_figure()
         for name, colour in (("p50_ms", "blue"), ("p99_ms", "orange")):
             values = _numeric([sample[name] for sample in samples])
-            axes.plot(_times(samples), values, color=_COLOURS[colour], label=_percentile(name))
-        _logarithmic(axes)
+            axes.plot(_times(samples), values, color=COLOURS[colour], label=_percentile(name))
+        make_logarithmic(axes)
         axes.set_ylabel("latency, ms")
         _finish_time(axes, samples)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def calls_over_time(report: Report) -> str | None:
@@ -110,15 +82,15 @@ def calls_over_time(report: Report) -> str | None:
     samples = report["samples"][1:]
     if len(samples) < _LEAST_SAMPLES:
         return None
-    with mpl.rc_context(_STYLE):
-        figure, (axes,) = _new(1)
+    with drawing():
+        figure, (axes,) = new_figure()
         for name, colour in (("accepted", "blue"), ("refused", "orange"), ("failed", "red")):
             rates = [sample[f"{name}_per_s"] for sample in samples]
-            _if_any(axes, _times(samples), rates, name, _COLOURS[colour], marker="")
+            _if_any(axes, _times(samples), rates, name, COLOURS[colour], marker="")
         axes.set_ylim(bottom=0)
         axes.set_ylabel("calls/s")
         _finish_time(axes, samples)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def resources_over_time(report: Report) -> str | None:
@@ -126,32 +98,21 @@ def resources_over_time(report: Report) -> str | None:
     samples = report["samples"]
     if len(samples) < _LEAST_SAMPLES:
         return None
-    with mpl.rc_context(_STYLE):
-        figure, both = _new(2)
+    with drawing():
+        figure, both = new_figure(2)
         for axes, what, unit in zip(both, ("memory_mib", "descriptors"), ("MiB resident", "descriptors"), strict=True):
             for name, colour in (("server", "blue"), ("bench", "grey")):
                 values = [sample[f"{name}_{what}"] for sample in samples]
-                _if_any(axes, _times(samples), _numeric(values), name, _COLOURS[colour], marker="")
+                _if_any(axes, _times(samples), _numeric(values), name, COLOURS[colour], marker="")
             axes.set_ylim(bottom=0)
             axes.set_ylabel(unit)
             _finish_time(axes, samples)
-        return _svg(figure)
-
-
-def _new(panels: int) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+        return to_svg(figure)
 
 
 def _if_any(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, colour: str, *, marker: str = "o") -> None:
     if any(value > 0 for value in y):
         axes.plot(x, y, marker=marker, color=colour, label=label, markersize=4)
-
-
-def _logarithmic(axes: Axes) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _loads(report: Report) -> list[float]:
@@ -188,13 +149,3 @@ def _finish_time(axes: Axes, samples: Sequence[dict[str, Any]]) -> None:
     axes.set_xlim(left=0)
     if axes.lines:
         axes.legend()
-
-
-def _svg(figure: Figure) -> str:
-    """The figure, with the page's colours."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = file.getvalue()[file.getvalue().index("<svg") :]
-    for name, colour in _COLOURS.items():
-        text = text.replace(colour, f"var(--{name})")
-    return text

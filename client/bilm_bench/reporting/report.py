@@ -8,18 +8,18 @@ from bilm_client._core.inputs import Sentence
 from bilm_bench.conditions import flat
 from bilm_bench.run import Measured
 from bilm_bench.settings import BenchSettings
-from bilm_bench.statistics.metrics import run_figures, tally_figures
+from bilm_bench.statistics.metrics import run_metrics, step_metrics
 from bilm_bench.workload.texts import describe
 
 FORMAT = 1
-"""Changes when a figure is renamed or means something else."""
+"""Changes when a metric is renamed or means something else."""
 
 Report = dict[str, Any]
 
 
 def make_report(settings: BenchSettings, sentences: list[Sentence], measured: Measured) -> Report:
-    """All that is to be said of a run; docs/load.md lists the names."""
-    figures = run_figures(measured.total, measured.health, measured.samples, measured.cores, soak=bool(settings.soak))
+    """Return the report of a run; docs/load.md lists the names."""
+    figures = run_metrics(measured.total, measured.health, measured.samples, measured.cores, soak=bool(settings.soak))
     length_s = measured.samples[-1].at_s if measured.samples else 0.0
     return {
         "format": FORMAT,
@@ -36,14 +36,14 @@ def make_report(settings: BenchSettings, sentences: list[Sentence], measured: Me
             "server_version": measured.model.server_version,
         },
         "figures": figures,
-        "steps": [{"load": step.load, **tally_figures(tally)} for step, tally in measured.steps],
-        "samples": [sample.figures() for sample in measured.samples],
+        "steps": [{"load": step.load, **step_metrics(counters)} for step, counters in measured.steps],
+        "samples": [sample.metrics() for sample in measured.samples],
         "conditions": _conditions(settings, figures),
     }
 
 
 def is_violated(report: Report) -> bool:
-    """Whether any condition is."""
+    """Return whether any condition is violated."""
     return any(condition["violated"] for condition in report["conditions"])
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bilm_bench.reporting.numbers import short
 from bilm_bench.reporting.report import Report
-from bilm_bench.statistics.counters import Tally
-from bilm_bench.statistics.metrics import tally_figures
+from bilm_bench.statistics.counters import StepCounters
+from bilm_bench.statistics.metrics import step_metrics
 from bilm_bench.workload.schedule import Step
 
 _LATE_MS = 20.0
@@ -21,9 +22,9 @@ def summary(report: Report) -> str:
     return "\n".join((*_head(report), "", *_table(report), "", *_rest(report["figures"]), *_verdict(report)))
 
 
-def step_line(step: Step, tally: Tally, loop: str) -> str:
+def step_line(step: Step, counters: StepCounters, loop: str) -> str:
     """A step that has just ended, on a line."""
-    found = tally_figures(tally)
+    found = step_metrics(counters)
     accepted, refused = found["accepted"], found["refused"]
     return (
         f"{load_name(step.load, loop)}: {short(found['sentences_per_s'])} sentences/s answered, "
@@ -35,13 +36,6 @@ def step_line(step: Step, tally: Tally, loop: str) -> str:
 def load_name(load: float, loop: str) -> str:
     """What a step's load is called."""
     return f"{short(load)} sentences/s" if loop == "open" else f"{load:.0f} callers"
-
-
-def short(value: float | None) -> str:
-    """Three digits, or all that stand before the point; – for what wasn't measured."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def describe_load(report: Report) -> str:

@@ -1,50 +1,51 @@
-"""What became of the calls, counted; nothing grows with their number."""
+"""Counters of calls and health checks; nothing grows with their number."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
 from bilm_bench.statistics.histogram import Histogram
-from bilm_bench.workload.calls import Answer, Kind, Request
+from bilm_bench.workload.calls import CallKind, CallResult, Request
+from bilm_bench.workload.probe import HealthCheck
 
 _OVERDUE_S = 1.0
 
 
 @dataclass(eq=False)
 class Latencies:
-    """Of calls of one kind: since the moment they were meant for, and since they were sent."""
+    """Latencies of calls of one kind: since the moment they were meant for, and since they were sent."""
 
     meant: Histogram = field(default_factory=Histogram)
     sent: Histogram = field(default_factory=Histogram)
 
     def merge(self, other: "Latencies") -> None:
-        """Counts all that another one has."""
+        """Add the counts of another one."""
         self.meant.merge(other.meant)
         self.sent.merge(other.sent)
 
 
 @dataclass(eq=False)
-class Tally:
-    """Calls that were meant for one step.
+class StepCounters:
+    """Counters of the calls that were meant for one step.
 
     Attributes:
-        length_s: of the step, so far as it went.
-        calls: that were meant to be sent.
-        sentences: of those calls.
-        tokens: of those sentences.
-        sentences_in_time: answered while the step went on.
-        tokens_in_time: likewise.
-        latencies: by what became of the call.
-        lateness: of sending, against the plan: the generator's own.
-        pushbacks: that came with refusals, those ≥ 0.
-        never_retry: refusals that said that retrying can't help.
-        errors: calls by status and reason, refusals among them.
-        messages: the first one of each status and reason.
-        sentence_errors: sentences of accepted calls by the reason of their error.
-        checked: answers (of sentences) compared with the known ones.
-        wrong: of them, those that differ.
-        overdue: calls that ended a second or more after their deadline, or never.
-        not_sent: calls that were due while too many were under way.
-        unfinished: calls that an interrupted run gave up.
+        length_s: Seconds of the step, so far as it went.
+        calls: Calls that were meant to be sent.
+        sentences: Sentences of those calls.
+        tokens: Tokens of those sentences.
+        sentences_in_time: Sentences whose call ended before the step did.
+        tokens_in_time: Their tokens.
+        latencies: Latencies by what became of the call.
+        lateness: How late calls were sent.
+        pushbacks: Pushbacks of refusals, those ≥ 0.
+        never_retry: Refusals whose pushback says that retrying can't help.
+        errors: Calls by status and reason, refusals among them.
+        messages: The first message of each status and reason.
+        sentence_errors: Sentences of accepted calls by the reason of their error.
+        checked: Results of sentences that were compared with the expected ones.
+        wrong: Results that differ.
+        overdue: Calls that ended a second or more after their deadline, or never.
+        not_sent: Calls that were due while too many were under way.
+        unfinished: Calls that an interrupted run gave up.
     """
 
     length_s: float = 0.0
@@ -53,7 +54,7 @@ class Tally:
     tokens: int = 0
     sentences_in_time: int = 0
     tokens_in_time: int = 0
-    latencies: dict[Kind, Latencies] = field(default_factory=lambda: {kind: Latencies() for kind in Kind})
+    latencies: dict[CallKind, Latencies] = field(default_factory=lambda: {kind: Latencies() for kind in CallKind})
     lateness: Histogram = field(default_factory=Histogram)
     pushbacks: Histogram = field(default_factory=Histogram)
     never_retry: int = 0
@@ -67,46 +68,46 @@ class Tally:
     unfinished: int = 0
 
     def meant(self, request: Request) -> None:
-        """A call is due."""
+        """Count a call that is due."""
         self.calls += 1
         self.sentences += len(request.indices)
         self.tokens += request.n_tokens
 
     def no_end(self) -> None:
-        """A call was given up long after its deadline."""
+        """Count a call that was given up long after its deadline."""
         self.overdue += 1
         self.errors["NO_END", ""] += 1
 
     def not_sendable(self) -> None:
-        """A call was due while too many were under way."""
+        """Count a call that was due while too many were under way."""
         self.not_sent += 1
         self.errors["NOT_SENT", ""] += 1
 
-    def ended(self, answer: Answer, since_meant_s: float, since_sent_s: float, timeout_s: float) -> None:
-        """A call came to its end."""
-        latencies = self.latencies[answer.kind]
+    def ended(self, result: CallResult, since_meant_s: float, since_sent_s: float, timeout_s: float) -> None:
+        """Count a call that has ended."""
+        latencies = self.latencies[result.kind]
         latencies.meant.record(since_meant_s)
         latencies.sent.record(since_sent_s)
         self.overdue += since_sent_s > timeout_s + _OVERDUE_S
-        self.checked += answer.checked
-        self.wrong += answer.wrong
-        self.sentence_errors.update(answer.sentence_errors)
-        if answer.kind is Kind.ACCEPTED:
+        self.checked += result.checked
+        self.wrong += result.wrong
+        self.sentence_errors.update(result.sentence_errors)
+        if result.kind is CallKind.ACCEPTED:
             return
-        self.errors[answer.code, answer.reason] += 1
-        self.messages.setdefault((answer.code, answer.reason), answer.message)
-        if answer.pushback_ms is not None and answer.pushback_ms < 0:
+        self.errors[result.code, result.reason] += 1
+        self.messages.setdefault((result.code, result.reason), result.message)
+        if result.pushback_ms is not None and result.pushback_ms < 0:
             self.never_retry += 1
-        elif answer.pushback_ms is not None and answer.kind is Kind.REFUSED:
-            self.pushbacks.record(answer.pushback_ms / 1000)
+        elif result.pushback_ms is not None and result.kind is CallKind.REFUSED:
+            self.pushbacks.record(result.pushback_ms / 1000)
 
-    def in_time(self, answer: Answer) -> None:
-        """That call ended while its step went on."""
-        self.sentences_in_time += answer.sentences
-        self.tokens_in_time += answer.tokens
+    def in_time(self, result: CallResult) -> None:
+        """Count a call that ended before its step did."""
+        self.sentences_in_time += result.sentences
+        self.tokens_in_time += result.tokens
 
-    def merge(self, other: "Tally") -> None:
-        """Counts all that another one has."""
+    def merge(self, other: "StepCounters") -> None:
+        """Add the counts of another one."""
         for name in (
             "length_s", "calls", "sentences", "tokens", "sentences_in_time", "tokens_in_time", "never_retry",
             "checked", "wrong", "overdue", "not_sent", "unfinished",
@@ -122,15 +123,15 @@ class Tally:
 
 
 @dataclass(eq=False)
-class Window:
-    """What ended between two samples.
+class SampleCounters:
+    """Counters of what ended between two samples.
 
     Attributes:
-        accepted: latencies of accepted calls, since the moment they were meant for.
-        refused: calls.
-        failed: calls, those that were not sent among them.
-        sentences: answered.
-        tokens: of those.
+        accepted: Latencies of accepted calls, since the moment they were meant for.
+        refused: Refused calls.
+        failed: Failed calls, those that were not sent among them.
+        sentences: Sentences of accepted calls.
+        tokens: Tokens of those sentences.
     """
 
     accepted: Histogram = field(default_factory=Histogram)
@@ -139,11 +140,34 @@ class Window:
     sentences: int = 0
     tokens: int = 0
 
-    def ended(self, answer: Answer, since_meant_s: float) -> None:
-        """A call came to its end."""
-        if answer.kind is Kind.ACCEPTED:
+    def ended(self, result: CallResult, since_meant_s: float) -> None:
+        """Count a call that has ended."""
+        if result.kind is CallKind.ACCEPTED:
             self.accepted.record(since_meant_s)
-        self.refused += answer.kind is Kind.REFUSED
-        self.failed += answer.kind is Kind.FAILED
-        self.sentences += answer.sentences
-        self.tokens += answer.tokens
+        self.refused += result.kind is CallKind.REFUSED
+        self.failed += result.kind is CallKind.FAILED
+        self.sentences += result.sentences
+        self.tokens += result.tokens
+
+
+@dataclass(eq=False)
+class HealthCounters:
+    """Counters of the health checks.
+
+    Attributes:
+        latencies: Latencies of those with a response, since the moment they were meant for.
+        statuses: Responses by status.
+        errors: Checks without a response, by gRPC status.
+    """
+
+    latencies: Histogram = field(default_factory=Histogram)
+    statuses: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+
+    def add(self, check: HealthCheck) -> None:
+        """Count a check that has ended."""
+        if check.error:
+            self.errors[check.error] += 1
+        else:
+            self.latencies.record(check.took_s)
+            self.statuses[check.status] += 1

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from bilm_bench.statistics.percentiles import rank
+
 _GROWTH = 1.02
 _LEAST_S, _MOST_S = 1e-6, 1e5
 _LOG_GROWTH = math.log(_GROWTH)
@@ -17,8 +19,8 @@ class Histogram:
     duration are exact.
 
     Attributes:
-        count: durations recorded.
-        max_s: the largest; 0 if there is none.
+        count: Number of durations.
+        max_s: The largest duration; 0 if there is none.
     """
 
     def __init__(self) -> None:
@@ -28,7 +30,7 @@ class Histogram:
         self._min_s = math.inf
 
     def record(self, seconds: float) -> None:
-        """Counts one; below a microsecond is a microsecond."""
+        """Count a duration; below a microsecond is a microsecond."""
         seconds = max(seconds, _LEAST_S)
         bucket = min(int(math.log(seconds / _LEAST_S) / _LOG_GROWTH), _N_BUCKETS - 1)
         self._counts[bucket] += 1
@@ -37,17 +39,16 @@ class Histogram:
         self._min_s = min(self._min_s, seconds)
 
     def merge(self, other: "Histogram") -> None:
-        """Counts all that another one has."""
+        """Add the counts of another one."""
         self._counts += other._counts
         self.count += other.count
         self.max_s = max(self.max_s, other.max_s)
         self._min_s = min(self._min_s, other._min_s)
 
     def percentile_s(self, percent: float) -> float | None:
-        """The duration that so many percent don't exceed; None if nothing was recorded."""
+        """Return the duration that so many percent don't exceed; None if nothing was recorded."""
         if not self.count:
             return None
-        rank = max(1, math.ceil(self.count * percent / 100 - 1e-9))
-        bucket = int(np.searchsorted(np.cumsum(self._counts), rank))
+        bucket = int(np.searchsorted(np.cumsum(self._counts), rank(self.count, percent)))
         middle_s: float = _LEAST_S * _GROWTH ** (bucket + 0.5)
         return min(max(middle_s, self._min_s), self.max_s)

@@ -1,6 +1,5 @@
-"""Contestants take turns; what is compared is compared within a round, so that a machine's moods hit all alike."""
+"""Rounds in which contestants take turns, so that a machine's changes of speed hit all alike."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,7 @@ Contestant = Callable[[], float]
 
 @dataclass(frozen=True)
 class Spread:
-    """What several rounds found.
-
-    Attributes:
-        median: the figure.
-        minimum: of the rounds.
-        maximum: of the rounds.
-    """
+    """Median and range of what several rounds measured."""
 
     median: float
     minimum: float
@@ -28,31 +21,27 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value."""
+        """Return the spread of at least one value."""
         return cls(median(values), min(values), max(values))
 
     def times(self, factor: float) -> "Spread":
-        """In another unit."""
+        """Return the spread in another unit."""
         return Spread(self.median * factor, self.minimum * factor, self.maximum * factor)
 
 
-def interleave(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, list[float]]:
-    """Each contestant's figure of each round; every second round goes through them from the end."""
+def interleave(
+    contestants: Mapping[str, Contestant], rounds: int, settle_s: float = _SETTLE_S
+) -> dict[str, list[float]]:
+    """Return each contestant's measurement of each round; every second round takes them in reverse order."""
     found: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds):
         names = list(contestants)
         for name in reversed(names) if number % 2 else names:
-            time.sleep(_SETTLE_S)
+            time.sleep(settle_s)
             found[name].append(contestants[name]())
     return found
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """One contestant against another, round by round."""
+    """Return the ratio of one contestant to another, round by round."""
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many per cent of the values don't exceed (nearest rank)."""
-    ranked = sorted(values)
-    return ranked[max(1, math.ceil(len(ranked) * percent / 100)) - 1]

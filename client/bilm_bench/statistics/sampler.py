@@ -8,28 +8,28 @@ from types import TracebackType
 from typing import Self
 
 from bilm_bench.resources import ReadResources, of_process
-from bilm_bench.statistics.counters import Window
-from bilm_bench.statistics.metrics import Sample, window_figures
+from bilm_bench.statistics.counters import SampleCounters
+from bilm_bench.statistics.metrics import Sample, window_metrics
 
 
 class Sampler:
     """Takes a sample at the beginning, then every so often, and at the end; an asynchronous context manager.
 
     Args:
-        every_s: seconds between samples.
-        read_server: the server's resources.
-        in_flight: calls under way.
+        every_s: Seconds between samples.
+        read_server: Reads the server's resources.
+        in_flight: Returns the number of calls under way.
 
     Attributes:
-        window: counts what ends until the next sample.
-        samples: those that were taken.
-        on_sample: called with each.
+        window: Counters of what ends until the next sample.
+        samples: The samples so far.
+        on_sample: Takes each sample.
     """
 
     MOST_SAMPLES = 600
 
     def __init__(self, every_s: float, read_server: ReadResources, in_flight: Callable[[], int]) -> None:
-        self.window = Window()
+        self.window = SampleCounters()
         self.samples: list[Sample] = []
         self.on_sample: Callable[[Sample], object] = lambda sample: None
         self._every_s, self._read_server, self._in_flight = every_s, read_server, in_flight
@@ -38,7 +38,7 @@ class Sampler:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self.window = Window()
+        self.window = SampleCounters()
         self._begun_s = self._since_s = time.monotonic()
         await self._sample()
         self._task = asyncio.create_task(self._run())
@@ -61,7 +61,7 @@ class Sampler:
 
     async def _sample(self) -> None:
         now_s = time.monotonic()
-        window, self.window = self.window, Window()
+        window, self.window = self.window, SampleCounters()
         length_s, self._since_s = now_s - self._since_s, now_s
         # In a thread: a page may take a while, and so may a folder of ten thousand descriptors.
         bench, server = await asyncio.to_thread(lambda: (of_process(), self._read_server()))
@@ -72,6 +72,6 @@ class Sampler:
             "refused": window.refused,
             "failed": window.failed,
         }
-        figures = window_figures(window.accepted, counts, length_s)
-        self.samples.append(Sample(now_s - self._begun_s, figures, self._in_flight(), bench, server))
+        metrics = window_metrics(window.accepted, counts, length_s)
+        self.samples.append(Sample(now_s - self._begun_s, metrics, self._in_flight(), bench, server))
         self.on_sample(self.samples[-1])

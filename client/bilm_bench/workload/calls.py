@@ -1,4 +1,4 @@
-"""Calls: made beforehand, sent on one connection after another, and what came of each."""
+"""Calls: made beforehand, sent on one connection after another, and the result of each."""
 
 import asyncio
 from collections import Counter
@@ -17,11 +17,11 @@ from bilm_client._core.inputs import Sentence, parse_sentence
 from bilm_client._core.settings import Settings
 from bilm_client._transport.channels import async_channel
 from bilm_client.errors import MalformedResponseError, ServiceError, sentence_error, service_error
-from bilm_client.policy import DEFAULT_KEEPALIVE, SERVICE_NAME, RetryPolicy
+from bilm_client.policy import SERVICE_NAME, RetryPolicy
 from bilm_client.results import ModelInfo
 from google.protobuf.message import DecodeError
 
-from bilm_bench.workload.expected import KnownAnswers
+from bilm_bench.workload.expected import ExpectedResults
 from bilm_bench.workload.texts import n_words
 
 _EMBED = f"/{SERVICE_NAME}/Embed"
@@ -31,7 +31,7 @@ _MOST_MESSAGE = 200
 ONE_ATTEMPT = RetryPolicy(max_attempts=1)
 
 
-class Kind(Enum):
+class CallKind(Enum):
     """What became of a call."""
 
     ACCEPTED = "accepted"
@@ -44,9 +44,9 @@ class Request:
     """A call to make.
 
     Attributes:
-        message: an EmbedRequest, serialised, so that it costs nothing when it is sent.
-        indices: of its sentences.
-        n_tokens: of them all; where the server tokenises, a guess.
+        message: An EmbedRequest, serialised, so that it costs nothing when it is sent.
+        indices: Numbers of its sentences.
+        n_tokens: Tokens of all of them; where the server tokenises, an estimate.
     """
 
     message: bytes
@@ -55,23 +55,23 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What came of a call.
+class CallResult:
+    """How a call ended.
 
     Attributes:
-        kind: REFUSED if the server says why it doesn't do the work, FAILED for everything else but an answer.
-        code: the status.
-        reason: the server's, or "".
-        message: for people.
-        pushback_ms: the server's, or None.
-        sentences: that were answered with vectors.
-        tokens: that were computed, as the server counts them.
-        sentence_errors: sentences that weren't, by reason.
-        checked: sentences whose answer was compared with the known one.
-        wrong: of those, how many differ.
+        kind: REFUSED if the server gives a reason for not doing the work, FAILED for everything else but a response.
+        code: The status.
+        reason: The server's, or "".
+        message: What went wrong, for people to read.
+        pushback_ms: The server's, or None.
+        sentences: Sentences with vectors.
+        tokens: Tokens that were computed, as the server counts them.
+        sentence_errors: Sentences without vectors, by reason.
+        checked: Sentences whose result was compared with the expected one.
+        wrong: Sentences whose result differs.
     """
 
-    kind: Kind
+    kind: CallKind
     code: str = grpc.StatusCode.OK.name
     reason: str = ""
     message: str = ""
@@ -84,7 +84,7 @@ class Answer:
 
 
 def make_requests(sentences: Sequence[Sentence], per_call: int, options: pb.EmbedOptions) -> list[Request]:
-    """Calls with so many sentences each, which are neighbours in the text; every sentence is in one, some in more."""
+    """Return calls with so many sentences each, neighbours in the text; every sentence is in one, some in more."""
     inputs = [parse_sentence(sentence, f"sentence {index}") for index, sentence in enumerate(sentences)]
     requests = []
     for first in range(0, len(sentences), per_call):
@@ -107,14 +107,11 @@ def client_settings(
     metadata: Sequence[tuple[str, str]],
     proxy: bool = True,
 ) -> Settings:
-    """How the bench connects: as the client does, but each channel on a connection of its own."""
+    """Return settings by which each channel has a connection of its own; otherwise the client's."""
     return Settings(
         target=target,
-        model="",
-        expected_model_version="",
         timeout_s=timeout_s,
         retry=retry,
-        keepalive=DEFAULT_KEEPALIVE,
         credentials=credentials,
         token=token,
         metadata=metadata,
@@ -124,11 +121,11 @@ def client_settings(
 
 
 class Connections:
-    """So many connections to a server, used in turn; an asynchronous context manager.
+    """Connections to a server, used in turn; an asynchronous context manager.
 
     Args:
-        settings: how to connect.
-        count: connections.
+        settings: How to connect.
+        count: Number of connections.
     """
 
     def __init__(self, settings: Settings, count: int) -> None:
@@ -149,10 +146,10 @@ class Connections:
             await channel.close()
 
     async def open(self, timeout_s: float) -> ModelInfo:
-        """Connects them all.
+        """Connect them all.
 
         Raises:
-            ServiceError: if the server can't be reached, or doesn't say what it serves.
+            ServiceError: The server can't be reached, or GetModel fails.
         """
 
         async def ask(channel: grpc.aio.Channel) -> pb.GetModelResponse:
@@ -169,11 +166,11 @@ class Connections:
         return ModelInfo.from_proto(found[0])
 
     async def send(self, request: Request) -> pb.EmbedResponse:
-        """The response, with as many results as the request has sentences.
+        """Return the response, with as many results as the request has sentences.
 
         Raises:
-            ServiceError: if there is none.
-            MalformedResponseError: if it has not the form of one.
+            ServiceError: There is none.
+            MalformedResponseError: It doesn't parse, or has another number of results.
         """
         call = next(self._embed)(request.message, timeout=self._settings.timeout_s, metadata=self._metadata)
         try:
@@ -193,39 +190,39 @@ class Connections:
         return response
 
 
-async def make_call(connections: Connections, known: KnownAnswers | None, request: Request) -> Answer:
-    """Sends a request; everything that can come of it is an answer."""
+async def make_call(connections: Connections, expected: ExpectedResults | None, request: Request) -> CallResult:
+    """Send a request; every way in which it can end is a result."""
     try:
         response = await connections.send(request)
     except ServiceError as error:
         refused = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED or error.reason not in ("", *_NOT_REFUSALS)
-        kind = Kind.REFUSED if refused else Kind.FAILED
-        return Answer(kind, error.code.name, error.reason, error.message[:_MOST_MESSAGE], error.pushback_ms)
+        kind = CallKind.REFUSED if refused else CallKind.FAILED
+        return CallResult(kind, error.code.name, error.reason, error.message[:_MOST_MESSAGE], error.pushback_ms)
     except MalformedResponseError as error:
-        return Answer(Kind.FAILED, grpc.StatusCode.OK.name, "MALFORMED_RESPONSE", str(error))
+        return CallResult(CallKind.FAILED, grpc.StatusCode.OK.name, "MALFORMED_RESPONSE", str(error))
     errors = Counter(_reason(result) for result in response.results if not result.HasField("embedding"))
     results = zip(request.indices, response.results, strict=True)
-    wrong = 0 if known is None else sum(not known.is_right(index, result) for index, result in results)
-    return Answer(
-        Kind.ACCEPTED,
+    wrong = 0 if expected is None else sum(not expected.matches(index, result) for index, result in results)
+    return CallResult(
+        CallKind.ACCEPTED,
         sentences=len(response.results) - errors.total(),
         tokens=response.usage.tokens,
         sentence_errors=errors,
-        checked=0 if known is None else len(request.indices),
+        checked=0 if expected is None else len(request.indices),
         wrong=wrong,
     )
 
 
-async def learn(connections: Connections, requests: Iterable[Request], known: KnownAnswers) -> None:
-    """Asks each of these one-sentence requests alone, one after another, and keeps the answers.
+async def fetch_expected(connections: Connections, requests: Iterable[Request], expected: ExpectedResults) -> None:
+    """Send each of these one-sentence requests alone, one after another, and keep the results.
 
     Raises:
-        BilmError: if one isn't answered, or not as the contract says.
+        BilmError: A call failed, or its response breaks the contract.
     """
     for request in requests:
         response = await connections.send(request)
         for index, result in zip(request.indices, response.results, strict=True):
-            known.keep(index, result)
+            expected.keep(index, result)
 
 
 def _reason(result: pb.EmbedResult) -> str:

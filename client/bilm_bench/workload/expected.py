@@ -1,4 +1,4 @@
-"""The answers that are known to be right, and whether another one is like them."""
+"""The expected results, and whether another one matches them."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,40 +14,40 @@ _DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
-    """Of an answer, what another one must be like.
+class _Expected:
+    """What a result must match.
 
     Attributes:
-        rest: a digest of everything but the vectors or, where the same bits are wanted, of the whole.
-        vectors: if they may differ a little.
+        rest: Digest of everything but the vectors or, where the same bits are wanted, of the whole.
+        vectors: The vectors, if they may differ a little.
     """
 
     rest: bytes
     vectors: Vectors | None
 
 
-class KnownAnswers:
-    """Answers by the sentence's index: 16 bytes for each, and its vectors where they may differ a little.
+class ExpectedResults:
+    """Results by the sentence's index: 16 bytes for each, and its vectors where they may differ a little.
 
     Args:
-        options: with which the sentences are embedded.
-        tolerance: largest difference of a component; 0: the same bits.
+        options: Options with which the sentences are embedded.
+        tolerance: Largest difference of a component; 0: the same bits.
     """
 
     def __init__(self, options: Options, tolerance: float) -> None:
         self._options, self._tolerance = options, tolerance
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[int, _Expected] = {}
 
     def keep(self, index: int, result: pb.EmbedResult) -> None:
-        """Takes an answer as right.
+        """Take a result as the expected one.
 
         Raises:
-            MalformedResponseError: if its vectors aren't what was asked for.
+            MalformedResponseError: Its vectors aren't what was asked for.
         """
         self._kept[index] = self._reduced(result)
 
-    def is_right(self, index: int, result: pb.EmbedResult) -> bool:
-        """Whether an answer is like the one that is known."""
+    def matches(self, index: int, result: pb.EmbedResult) -> bool:
+        """Return whether a result is as expected."""
         try:
             found = self._reduced(result)
         except MalformedResponseError:
@@ -61,15 +61,15 @@ class KnownAnswers:
         difference = np.abs(found.vectors.astype(np.float32) - expected.vectors.astype(np.float32))
         return bool((difference <= self._tolerance).all())
 
-    def _reduced(self, result: pb.EmbedResult) -> _Kept:
+    def _reduced(self, result: pb.EmbedResult) -> _Expected:
         if result.HasField("error"):  # its text is for people and may change
-            return _Kept(sentence_error(result.error, 0).reason.encode(), None)
+            return _Expected(sentence_error(result.error, 0).reason.encode(), None)
         if not self._tolerance:
-            return _Kept(_digest(result), None)
+            return _Expected(_digest(result), None)
         rest = pb.EmbedResult()
         rest.CopyFrom(result)
         rest.embedding.tensor.ClearField("data")
-        return _Kept(_digest(rest), to_array(result.embedding.tensor, self._options))
+        return _Expected(_digest(rest), to_array(result.embedding.tensor, self._options))
 
 
 def _digest(result: pb.EmbedResult) -> bytes:

@@ -2,8 +2,8 @@
 
 import threading
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,41 +12,37 @@ from bilm_client._core.settings import Settings
 from bilm_client._transport.channels import sync_channel
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bilm_bench.statistics.histogram import Histogram
-
 CHECK_EVERY_S = 0.1
 _TIMEOUT_S = 5.0
 _Status = health_pb2.HealthCheckResponse.ServingStatus
 
 
-@dataclass(eq=False)
-class HealthTally:
-    """What came of the checks.
+@dataclass(frozen=True, slots=True)
+class HealthCheck:
+    """A check that has ended.
 
     Attributes:
-        latencies: of those that were answered, since the moment they were meant for.
-        statuses: answers by status.
-        errors: checks without an answer, by gRPC status.
+        took_s: Seconds since the moment it was meant for.
+        status: The server's status, or "".
+        error: gRPC's status where there is no response, or "".
     """
 
-    latencies: Histogram = field(default_factory=Histogram)
-    statuses: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
+    took_s: float
+    status: str = ""
+    error: str = ""
 
 
 class HealthProbe:
-    """Checks the server's health every 0.1 s, whether the last answer is there or not; a context manager.
+    """Checks the server's health every 0.1 s, whether the last response is there or not; a context manager.
 
     Args:
-        settings: how to connect.
-
-    Attributes:
-        tally: what came of it; complete once the context has ended. Checks under way then are left out.
+        settings: How to connect.
+        note: Takes each check, in gRPC's thread; checks under way when the context ends are left out.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.tally = HealthTally()
+    def __init__(self, settings: Settings, note: Callable[[HealthCheck], None]) -> None:
         self._settings = settings
+        self._note_check = note
         self._metadata = settings.call_metadata()
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -84,7 +80,6 @@ class HealthProbe:
             if self._ended.is_set():
                 return
             if call.code() is grpc.StatusCode.OK:
-                self.tally.latencies.record(took_s)
-                self.tally.statuses[_Status.Name(call.result().status)] += 1
+                self._note_check(HealthCheck(took_s, status=_Status.Name(call.result().status)))
             else:
-                self.tally.errors[call.code().name] += 1
+                self._note_check(HealthCheck(took_s, error=call.code().name))

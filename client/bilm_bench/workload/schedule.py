@@ -16,8 +16,8 @@ class Step:
     """A stretch of constant load.
 
     Attributes:
-        load: sentences a second of an open loop, callers of a closed one.
-        length_s: seconds in which calls are sent.
+        load: Sentences a second of an open loop, callers of a closed one.
+        length_s: Seconds in which calls are sent.
     """
 
     load: float
@@ -25,10 +25,10 @@ class Step:
 
 
 def parse_ramp(text: str) -> tuple[float, ...]:
-    """Loads from "50,100,200", or from "50:200:4" (from, to, number of steps).
+    """Return loads from "50,100,200", or from "50:200:4" (from, to, number of steps).
 
     Raises:
-        ValueError: if it is neither, or a load isn't positive.
+        ValueError: It is neither, or a load isn't positive.
     """
     try:
         if ":" in text:
@@ -52,10 +52,10 @@ def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
 
 
 def parse_duration_s(text: str) -> float:
-    """Seconds of "90", "90s", "30m", "2h" or "1d".
+    """Return the seconds of "90", "90s", "30m", "2h" or "1d".
 
     Raises:
-        ValueError: if it is none of them, or 0.
+        ValueError: It is none of them, or 0.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
     seconds = float(found[1]) * _SECONDS[found[2]] if found else 0.0
@@ -65,7 +65,7 @@ def parse_duration_s(text: str) -> float:
 
 
 def arrivals_s(per_s: float, length_s: float, random: Random) -> Iterator[float]:
-    """Moments of a Poisson process, in seconds from its beginning."""
+    """Yield the moments of a Poisson process, in seconds from its beginning."""
     at_s = random.expovariate(per_s)
     while at_s < length_s:
         yield at_s
@@ -73,7 +73,7 @@ def arrivals_s(per_s: float, length_s: float, random: Random) -> Iterator[float]
 
 
 def in_rounds(values: Sequence[_T], random: Random) -> Iterator[_T]:
-    """The values without end, each once a round, in another order each time."""
+    """Yield the values without end, each once a round, in another order each time."""
     order = list(values)
     while True:
         random.shuffle(order)

@@ -15,17 +15,17 @@ _HEADING = "="
 
 
 def read_sentences(path: Path, *, running: bool, raw: bool, at_most: int) -> list[Sentence]:
-    """The first sentences of a UTF-8 text, as text if `raw`, otherwise as what stands between white space.
+    """Return the first sentences of a UTF-8 text, as text if `raw`, otherwise as what stands between white space.
 
     Args:
-        path: of the text.
-        running: whether its lines are paragraphs, to be cut into sentences, and headings (= … =), to be left out;
+        path: The text.
+        running: Whether its lines are paragraphs, to be cut into sentences, and headings (= … =), to be left out;
             otherwise each line is a sentence. Blank lines are left out.
-        raw: whether the server is to tokenise.
-        at_most: sentences to read.
+        raw: Whether the server is to tokenise.
+        at_most: Sentences to read.
 
     Raises:
-        UsageError: if the text can't be read or has no sentence.
+        UsageError: The text can't be read or has no sentence.
     """
     try:
         check_readable(path)
@@ -44,12 +44,12 @@ def read_sentences(path: Path, *, running: bool, raw: bool, at_most: int) -> lis
 
 
 def n_words(sentence: Sentence) -> int:
-    """Tokens of a sentence; of text a guess, the words."""
+    """Return the tokens of a sentence; of text an estimate, the words."""
     return len(sentence.split()) if isinstance(sentence, str) else len(sentence)
 
 
 def describe(sentences: list[Sentence]) -> dict[str, Any]:
-    """What a report says of the text."""
+    """Return what a report has of the text."""
     lengths = [n_words(sentence) for sentence in sentences]
     return {
         "sentences": len(sentences),
@@ -60,7 +60,7 @@ def describe(sentences: list[Sentence]) -> dict[str, Any]:
 
 
 def _cut(words: list[str], raw: bool) -> Iterator[list[str]]:
-    """Sentences of a paragraph: in tokenised text the end is a token of its own, in raw text the end of a word."""
+    """Yield the sentences of a paragraph: tokenised text has the end as its own token, raw text within a word."""
     sentence: list[str] = []
     for word in words:
         sentence.append(word)

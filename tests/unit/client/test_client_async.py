@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from bilm_api.v1 import embed_pb2 as pb
 
-    from tests.unit.client.conftest import Scripted
+    from tests.support.scripted import Scripted
 
 
 async def test_many_tasks_share_a_client(scripted: Scripted) -> None:

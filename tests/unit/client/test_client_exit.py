@@ -18,7 +18,7 @@ import bilm_client
 import pytest
 
 if TYPE_CHECKING:
-    from tests.unit.client.conftest import Scripted
+    from tests.support.scripted import Scripted
 
 LIMIT_S = 60.0  # far more than a script takes on any machine: one that hasn't ended by then never will
 PYTHONS = [sys.executable, *filter(None, os.environ.get("BILM_TEST_PYTHONS", "").split(":"))]

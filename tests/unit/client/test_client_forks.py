@@ -18,7 +18,7 @@ from bilm_client import AsyncClient, Client, RetryPolicy
 from bilm_client.testing import FakeAsyncClient, FakeClient
 
 if TYPE_CHECKING:
-    from tests.unit.client.conftest import Scripted
+    from tests.support.scripted import Scripted
 
 LIMIT_S = 60.0
 OPENING = """

@@ -16,7 +16,7 @@ from tests.support.processes import started
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.unit.client.conftest import Scripted
+    from tests.support.scripted import Scripted
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 

@@ -11,7 +11,7 @@ import bilm_client
 from bilm_client import Client
 
 if TYPE_CHECKING:
-    from tests.unit.client.conftest import Scripted
+    from tests.support.scripted import Scripted
 
 # A child's site packages load what they like at its start, so only what the import adds is looked at.
 IMPORT = """

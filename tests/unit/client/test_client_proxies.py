@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, start_http_se
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.unit.client.conftest import Scripted
+    from tests.support.scripted import Scripted
 
 LOCAL = [
     "localhost:1",

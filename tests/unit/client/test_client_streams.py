@@ -17,7 +17,8 @@ from bilm_client.testing.service import FakeStream
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.unit.client.conftest import Connect, Scripted
+    from tests.support.scripted import Scripted
+    from tests.unit.client.conftest import Connect
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -18,7 +18,8 @@ from grpc_health.v1 import health_pb2
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.unit.client.conftest import Connect, Scripted
+    from tests.support.scripted import Scripted
+    from tests.unit.client.conftest import Connect
 
 FAST = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE

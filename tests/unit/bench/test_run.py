@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -22,10 +23,14 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 import pytest
-from bilm_bench import run
+from bilm_api.v1 import embed_pb2 as pb
 from bilm_bench.main import DONE, INTERRUPTED, STOPPED, UNUSABLE, VIOLATED, main
-from bilm_bench.workload import calls
-from bilm_bench.workload.calls import Answer
+from bilm_bench.run import LoadRun
+from bilm_bench.settings import load_settings
+from bilm_bench.statistics.metrics import step_metrics
+from bilm_bench.workload.calls import ONE_ATTEMPT, CallKind, CallResult, Request, client_settings, make_requests
+from bilm_client.results import ModelInfo
+from bilm_client.testing.service import FakeService
 from grpc_health.v1 import health_pb2
 
 from tests.support.processes import started
@@ -33,7 +38,7 @@ from tests.support.processes import started
 if TYPE_CHECKING:
     from bilm_api.v1 import embed_pb2 as pb
 
-    from tests.unit.client.conftest import Scripted
+    from tests.support.scripted import Scripted
 
 SENTENCES = ["one sentence .", "another one , a bit longer .", "the third"]
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -136,20 +141,24 @@ def test_an_open_loop_goes_on_while_answers_wait_and_their_wait_counts(scripted:
     assert found["accepted"]["p50_ms"] < found["accepted"]["max_ms"]
 
 
-def test_what_a_late_generator_makes_calls_wait_is_part_of_their_latency(
-    scripted: Scripted, bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_late_generator_makes_calls_wait_is_part_of_their_latency(answering: Scripted, bench: Bench) -> None:
     naps_s = [0.4]
 
-    async def make_call(*arguments: Any) -> Answer:
+    async def call(_request: Request) -> CallResult:
         if naps_s:
             time.sleep(naps_s.pop())  # noqa: ASYNC251 - the loop stands still, while calls are due
-        return await calls.make_call(*arguments)
+        return CallResult(CallKind.ACCEPTED, sentences=1)
 
-    monkeypatch.setattr(run, "make_call", make_call)
-    assert bench(scripted.target, "--rate", "60") == DONE
-    accepted = bench.figures["accepted"]
-    assert bench.figures["late_p99_ms"] > 200
+    settings = load_settings(bench.flags(answering.target, "--rate", "60"))
+    requests = make_requests(SENTENCES, 1, pb.EmbedOptions())
+    connection = client_settings(
+        answering.target, timeout_s=5.0, retry=ONE_ATTEMPT, credentials=None, token=None, metadata=()
+    )
+    run = LoadRun(settings, requests, call, connection, lambda _step, _counters: None)
+    measured = asyncio.run(run.measure(ModelInfo.from_proto(FakeService().get_model())))
+    found = step_metrics(measured.total)
+    accepted = found["accepted"]
+    assert found["late_p99_ms"] > 200
     assert accepted["p90_ms"] > 200
     assert accepted["p90_ms"] > accepted["since_sent"]["p90_ms"] + 100
 
