@@ -17,7 +17,8 @@ from bilm_bench.statistics.rounds import Contestant, Spread, interleave, ratio
 from bilm_client.testing.server import ServerProcess
 from bilm_model.bilm import Bilm
 from bilm_model.device import default_threads, resolve_device
-from bilm_model.engine.cellular import CellularBatch, EngineOptions
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.options import EngineOptions
 from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights.loading import load as load_model
 from bilm_system.terminal import run_command

@@ -10,7 +10,9 @@ from bilm_bench.reporting.experiment import Finding, Findings
 from bilm_bench.statistics.percentiles import percentile
 from bilm_bench.statistics.rounds import Contestant, Spread, interleave, ratio
 from bilm_model.config import SIZES
-from bilm_model.engine.cellular import CellularBatch, EngineOptions, PlainSentence
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.sentences import PlainSentence
 from bilm_model.weights.loading import load as load_model
 
 from benchmarks.load.sentences import distinct_words, sentence_of

@@ -19,7 +19,9 @@ from bilm_client.errors import BilmError
 from bilm_client.testing.server import ServerProcess
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
-from bilm_model.engine.cellular import CellularBatch, EmbeddedSentence, EngineOptions, PlainSentence
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence
 from bilm_model.weights import single_file
 from bilm_model.weights.loading import load as load_model
 

@@ -11,7 +11,8 @@ import torch
 from bilm_bench.reporting.experiment import Finding, Findings
 from bilm_bench.statistics.rounds import Contestant, Spread, interleave, ratio
 from bilm_client.testing.server import RunningServer, ServerProcess
-from bilm_model.engine.cellular import EmbeddedSentence, EngineOptions
+from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.sentences import EmbeddedSentence
 from bilm_model.scalar_mix import Pooling, Selection
 
 from benchmarks.experiments.in_process import Effort

@@ -8,7 +8,9 @@ from itertools import cycle
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES, BilmConfig
-from bilm_model.engine.cellular import CellularBatch, EmbeddedSentence, EngineOptions, PlainSentence
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence
 
 from benchmarks.load.sentences import distinct_words
 

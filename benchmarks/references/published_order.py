@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bilm_model.bilm import Bilm, Direction, TokenEncoder
+from bilm_model.bilm import Bilm
 from bilm_model.characters import MAX_CHARACTERS, NO_TOKEN, character_ids, with_boundaries
+from bilm_model.contexts.direction import Direction
 from bilm_model.contexts.lstm import FORGET_BIAS, ClippedProjectedLstm
+from bilm_model.inputs.token_encoder import TokenEncoder
 from torch import Tensor
 
 Parameters = dict[str, Tensor]

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
-from bilm_model.engine.cellular import CellularBatch, EngineOptions, PlainSentence
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.sentences import PlainSentence
 from bilm_model.scalar_mix import Selection
 from numpy.typing import NDArray
 from torch import Tensor

@@ -10,12 +10,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bilm_model.affine import Affine
 from bilm_model.config import BilmConfig
+from bilm_model.contexts.direction import Direction
 from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.contexts.packing import Packing
-from bilm_model.inputs.char_cnn import CharCnn
-from bilm_model.inputs.highway import Highway
+from bilm_model.inputs.token_encoder import TokenEncoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,48 +28,6 @@ class BilmState:
 
     h: Tensor
     c: Tensor
-
-
-class TokenEncoder(nn.Module):
-    """Characters -> a token's vector before the LSTMs, the same wherever the token stands."""
-
-    def __init__(self, config: BilmConfig) -> None:
-        super().__init__()
-        self.projection = Affine(config.n_filters, config.projection_dim) if config.has_cnn_projection else None
-        self.char_cnn = CharCnn(config)
-        self.highways = nn.ModuleList(Highway(config.n_filters) for _ in range(config.n_highway))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Character ids (N, 50) -> (N, P)."""
-        return self.after_cnn(self.char_cnn(ids))
-
-    def after_cnn(self, x: Tensor) -> Tensor:
-        """What the convolutions gave (N, F) -> (N, P)."""
-        for highway in self.highways:
-            x = highway(x)
-        return x if self.projection is None else cast(Tensor, self.projection(x))
-
-
-class Direction(nn.Module):
-    """The LSTM layers of one direction; the two directions meet only in the result."""
-
-    def __init__(self, config: BilmConfig) -> None:
-        super().__init__()
-        self._residual = config.residual
-        self.layers = nn.ModuleList(ClippedProjectedLstm(config) for _ in range(config.n_layers))
-
-    def forward(self, x: Tensor, packing: Packing, h: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """X (N, P) packed, h (L, B, P), c (L, B, C) -> each layer's output (N, P) packed, the next h and c."""
-        outputs: list[Tensor] = []
-        ends = []
-        for layer, layer_h, layer_c in zip(self.layers, h, c, strict=True):
-            y, *end = layer(x, packing, layer_h, layer_c)
-            ends.append(end)
-            # Which residual: see `BilmConfig.residual`; the recurrence doesn't see a sum.
-            output = x + y if self._residual == "published" and outputs else y
-            x = x + y if self._residual == "input_to_input" else output
-            outputs.append(output)
-        return outputs, torch.stack([h for h, _ in ends]), torch.stack([c for _, c in ends])
 
 
 class Bilm(nn.Module):

@@ -12,26 +12,19 @@ from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from bilm_server.acceptor import Acceptor
-from bilm_server.admission import Admission, StreamAdmission
-from bilm_server.auth import Authenticator
+from bilm_server.admission import Admission
 from bilm_server.caller_limits import CallerLimits
-from bilm_server.callers import CallerRights
-from bilm_server.calls import CallObserver
+from bilm_server.compute import ModelCompute
 from bilm_server.config import ServerConfig
 from bilm_server.conversions import Conversions
-from bilm_server.descriptors import connection_limit, health_server
-from bilm_server.embedder import Embedder
 from bilm_server.embedding.call_gate import CallGate
-from bilm_server.health import HealthReporter
-from bilm_server.inference import InferenceWorker
-from bilm_server.interceptors import CallInterceptor, OpenCalls, OpenInterceptor
+from bilm_server.inference import InferenceThread
 from bilm_server.lifecycle import DrainTimes, Listener, Server
-from bilm_server.listening import address, channel_options, credentials
-from bilm_server.metrics import Metrics
-from bilm_server.metrics_http import MetricsExporter
 from bilm_server.observability.access_log import AccessLog
+from bilm_server.observability.call_record import CallObserver
+from bilm_server.observability.metrics import Metrics
 from bilm_server.observability.no_log_calls import NoLogCalls
+from bilm_server.observability.resources import Gpu, find_gpu
 from bilm_server.observability.server_metrics import (
     NO_DROPS,
     DropCounts,
@@ -40,15 +33,23 @@ from bilm_server.observability.server_metrics import (
     ServerView,
     Taken,
 )
-from bilm_server.preprocessing import RequestLimits
-from bilm_server.ready_port import ReadinessPort
-from bilm_server.resources import Gpu, find_gpu
+from bilm_server.parts import Parts
+from bilm_server.protocols.grpc.acceptor import Acceptor
+from bilm_server.protocols.grpc.connections import connection_limit, health_server
+from bilm_server.protocols.grpc.health import HealthReporter
+from bilm_server.protocols.grpc.interceptors import CallInterceptor, OpenCalls, OpenInterceptor
+from bilm_server.protocols.grpc.listening import address, channel_options, credentials
+from bilm_server.protocols.ops.metrics_endpoint import MetricsExporter
+from bilm_server.protocols.ops.readiness_port import ReadinessPort
+from bilm_server.security.auth import Authenticator
+from bilm_server.security.callers import CallerRights
 from bilm_server.served_model import ServedModel
 from bilm_server.service import EmbedService
+from bilm_server.stream_room import StreamRoom
 from bilm_server.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from bilm_server.tracing import Tracing
+    from bilm_server.observability.tracing import Tracing
 
 SERVICE_NAME = embed_pb2.DESCRIPTOR.services_by_name["EmbedService"].full_name
 HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -93,7 +94,7 @@ class _App:
         config = self._config
         self._metrics.registry.register(ServerCollector(self._view))
         return Server(
-            self._embedder,
+            self._parts,
             self._health,
             self._watchdog,
             self._acceptor,
@@ -101,39 +102,36 @@ class _App:
             open_calls=self._open_calls,
             drain_times=DrainTimes(config.drain_delay_s, config.grace_s),
             prepare=(self._authenticator.load, self._warn_of_nameless_callers, self._max_connections),
-            close=(self._embedder.conversions.stop, *(() if self._tracing is None else (self._tracing.stop,))),
+            close=(self._parts.conversions.stop, *(() if self._tracing is None else (self._tracing.stop,))),
         )
 
     @cached_property
-    def _embedder(self) -> Embedder:
+    def _parts(self) -> Parts:
         config, metrics = self._config, self._metrics
-        return Embedder(
+        return Parts(
+            config=config,
             model=self._model,
-            worker=InferenceWorker(
-                self._model.engine, lambda report: metrics.round(self._model.name, report.rows, report.failed)
+            inference=InferenceThread(
+                ModelCompute(self._model.engine), lambda done: metrics.round(self._model.name, done.rows, done.failed)
             ),
-            limits=RequestLimits.of(config),
             conversions=Conversions(),
             admission=Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB),
-            stream_admission=StreamAdmission(config.max_stream_tokens, config.max_stream_mib * _MIB),
-            caller_limits=self._caller_limits,
+            stream_admission=StreamRoom(config.max_stream_tokens, config.max_stream_mib * _MIB),
+            caller_limits=CallerLimits(
+                config.caller_tokens_per_s, config.caller_max_calls, config.max_tokens_per_request
+            ),
         )
-
-    @cached_property
-    def _caller_limits(self) -> CallerLimits:
-        config = self._config
-        return CallerLimits(config.caller_tokens_per_s, config.caller_max_calls, config.max_tokens_per_request)
 
     @cached_property
     def _watchdog(self) -> Watchdog:
         config = self._config
-        return Watchdog(self._embedder.worker, config.hang_s, config.give_up_s, self._health.set)
+        return Watchdog(self._parts.inference, config.hang_s, config.give_up_s, self._health.set)
 
     # ---- who observes ----
 
     @cached_property
     def _gate(self) -> CallGate:
-        return CallGate(self._authenticator, self._rights, self._caller_limits, self._observers())
+        return CallGate(self._authenticator, self._rights, self._parts.caller_limits, self._observers())
 
     def _observers(self) -> tuple[CallObserver, ...]:
         """Return the observers in the order in which they see a call: its log line needs the span, which ends last."""
@@ -146,19 +144,19 @@ class _App:
         config = self._config
         if not config.trace_endpoint:
             return None
-        from bilm_server.tracing import start_tracing  # noqa: PLC0415 - OpenTelemetry is an extra
+        from bilm_server.observability.tracing import start_tracing  # noqa: PLC0415 - OpenTelemetry is an extra
 
         instance = f"{socket.gethostname()}:{config.listen.rpartition(':')[2]}"
         return start_tracing(config.trace_endpoint, config.trace_sample_ratio, SERVICE_NAME, instance)
 
     @property
     def _view(self) -> ServerView:
-        embedder, tracing = self._embedder, self._tracing
+        parts, tracing = self._parts, self._tracing
         return ServerView(
             engines=[self._engine_view],
             max_connections=self._max_connections,
             serving=lambda: self._health.serving,
-            admitted=lambda: {"unary": _taken(embedder.admission), "stream": _taken(embedder.stream_admission)},
+            admitted=lambda: {"unary": _taken(parts.admission), "stream": _taken(parts.stream_admission)},
             drops=self._drops,
             no_log_calls=lambda: self._no_log_calls.counts,
             spans_failed=lambda: 0 if tracing is None else tracing.failed,
@@ -167,14 +165,14 @@ class _App:
 
     @property
     def _engine_view(self) -> EngineView:
-        engine, worker, watchdog = self._model.engine, self._embedder.worker, self._watchdog
+        engine, inference, watchdog = self._model.engine, self._parts.inference, self._watchdog
         return EngineView(
             model=_labels(self._model),
             kernel_paths=lambda: engine.description.paths,
             max_rows=engine.capacity.rows,
             stalled_s=lambda: watchdog.stalled_s,
-            rows=lambda: worker.in_flight,
-            waiting_sentences=lambda: worker.waiting,
+            rows=lambda: inference.in_flight,
+            waiting_sentences=lambda: inference.waiting,
             cache=lambda: (engine.stats.cache.hits, engine.stats.cache.misses),
             ticks=lambda: engine.stats.ticks,
         )
@@ -194,8 +192,7 @@ class _App:
         return grpc.aio.server(interceptors=[interceptor], options=options)
 
     def _add_services(self, server: grpc.aio.Server) -> None:
-        service = EmbedService(self._embedder, self._config.stream_stall_s)
-        embed_pb2_grpc.add_EmbedServiceServicer_to_server(service, server)
+        embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedService(self._parts), server)
         self._health.add_to(server)
         if self._config.reflection:
             servicer = reflection.aio.ReflectionServicer((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME))
@@ -236,8 +233,9 @@ def _labels(model: ServedModel) -> dict[str, str]:
     }
 
 
-def _taken(admission: Admission | StreamAdmission) -> Taken:
-    return Taken(admission.used, admission.capacity)
+def _taken(admission: Admission | StreamRoom) -> Taken:
+    used, limit = admission.used, admission.capacity
+    return Taken(used.tokens, limit.tokens, used.answer_bytes, limit.answer_bytes)
 
 
 def _gpu(device: torch.device) -> Gpu | None:

@@ -16,13 +16,13 @@ from bilm_system.control_groups import memory_limit_bytes
 from bilm_system.files import message, reason
 
 from bilm_server.addresses import socket_path
-from bilm_server.auth import Authenticator
 from bilm_server.config import ServerConfig
-from bilm_server.descriptors import connection_limit
 from bilm_server.errors import ConfigurationError
-from bilm_server.listening import credentials
+from bilm_server.protocols.grpc.connections import connection_limit
+from bilm_server.protocols.grpc.listening import credentials
+from bilm_server.protocols.grpc.unix_sockets import check_kinds
+from bilm_server.security.auth import Authenticator
 from bilm_server.served_model import configured_tokenizer, engine_options, fitting_name
-from bilm_server.unix_sockets import check_kinds
 
 _MIB = 2**20
 _PROCESS_BYTES = 400 * _MIB  # Python, torch and compiled kernels
@@ -130,7 +130,7 @@ def _model_line(config: ServerConfig, header: ModelHeader) -> str:
 
 def _check_extras(config: ServerConfig) -> None:
     if config.trace_endpoint:
-        import bilm_server.tracing  # noqa: F401, PLC0415 - says what is missing
+        import bilm_server.observability.tracing  # noqa: F401, PLC0415 - says what is missing
 
 
 def _check_paths(config: ServerConfig) -> None:

@@ -13,7 +13,6 @@ from bilm_model.errors import ModelError
 from bilm_system.files import reason
 from bilm_system.terminal import run_command
 
-from bilm_server.alerts import AlertHandler
 from bilm_server.app import build_server
 from bilm_server.checking import check
 from bilm_server.config import ServerConfig
@@ -21,7 +20,8 @@ from bilm_server.config_sources import load_config
 from bilm_server.errors import BindError, ConfigurationError, EngineLostError
 from bilm_server.lifecycle import Server
 from bilm_server.log_levels import parse_levels
-from bilm_server.logs import Logs, configure_logs
+from bilm_server.observability.alerts import AlertHandler
+from bilm_server.observability.log_setup import Logs, configure_logs
 from bilm_server.observability.server_metrics import DropCounts
 from bilm_server.served_model import load_served_model
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bilm_api.constants import Reason
 from bilm_model.config import BilmConfig
 from bilm_model.device import default_threads, resolve_device
-from bilm_model.engine.cellular import CellularBatch, EngineOptions
+from bilm_model.engine.cellular import CellularBatch
 from bilm_model.engine.engine import RecurrentEngine
+from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.state import LstmStateCodec
 from bilm_model.engine.types import Engine
 from bilm_model.errors import LanguageError
@@ -21,7 +21,7 @@ from bilm_model.tokenization.types import Tokenizer
 from bilm_model.weights.loading import load
 
 from bilm_server.config import ServerConfig
-from bilm_server.errors import ConfigurationError, RefusalError
+from bilm_server.errors import ConfigurationError
 
 _log = logging.getLogger("bilm_server.main")
 
@@ -53,17 +53,6 @@ class ServedModel:
         """Bytes of a state; 0 for a model without states."""
         codec = self.engine.state_codec
         return 0 if codec is None else codec.n_bytes
-
-    def check(self, name: str, expected_version: str) -> None:
-        """Make sure that a request means this model; "" means any.
-
-        Raises:
-            RefusalError: MODEL_NOT_FOUND or MODEL_VERSION_MISMATCH.
-        """
-        if name not in ("", self.name):
-            raise RefusalError(Reason.MODEL_NOT_FOUND, f"the model served here is {self.name}")
-        if expected_version not in ("", self.version):
-            raise RefusalError(Reason.MODEL_VERSION_MISMATCH, f"the version served here is {self.version}")
 
 
 def load_served_model(config: ServerConfig, bfloat16: ProductPath | None = None) -> ServedModel:

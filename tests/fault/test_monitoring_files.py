@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bilm_server.admission import Cost
-from bilm_server.calls import CallRecord
 from bilm_server.errors import Code
-from bilm_server.metrics import Metrics
-from bilm_server.metrics_http import MetricsExporter
+from bilm_server.observability.call_record import CallRecord
+from bilm_server.observability.metrics import Metrics
+from bilm_server.observability.resources import Gpu
 from bilm_server.observability.server_metrics import NO_DROPS, EngineView, ServerCollector, ServerView, Taken
-from bilm_server.resources import Gpu
+from bilm_server.protocols.ops.metrics_endpoint import MetricsExporter
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -44,7 +43,7 @@ class FakeNvml:
 
 
 def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
-    room = Taken(Cost(1, 1), Cost(10, 10))
+    room = Taken(1, 10, 1, 10)
     engine = EngineView(
         model={"name": "tiny", "version": "abc", "precision": "float32", "backend": "cpu", "tokenizer": "moses-en"},
         kernel_paths=lambda: {"products": "prepacked", "elementwise": "fused"},

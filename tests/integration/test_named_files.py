@@ -14,13 +14,13 @@ from bilm_client.batch.main import main as bilm_embed
 from bilm_client.cli.health_check import main as bilm_health
 from bilm_model.errors import ModelError
 from bilm_model.weights.convert import main as bilm_convert
-from bilm_server.auth import Authenticator
 from bilm_server.config_sources import load_config
 from bilm_server.errors import ConfigurationError
 from bilm_server.main import exit_code
 from bilm_server.main import main as bilm_serve
+from bilm_server.security.auth import Authenticator
+from bilm_server.security.tls import server_credentials
 from bilm_server.served_model import load_served_model
-from bilm_server.tls import server_credentials
 from bilm_training.main import main as bilm_train
 
 MODEL = Path(__file__).parents[1] / "data" / "golden" / "relu-2highway"

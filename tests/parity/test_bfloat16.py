@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bilm_model.engine.cellular import CellularBatch, EngineOptions, PlainSentence
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.sentences import PlainSentence
 from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights.loading import load
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES, BilmConfig
-from bilm_model.engine.cellular import CellularBatch, EmbeddedSentence, EngineOptions, PlainSentence, Ticket, steps_of
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.flight import Ticket
+from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence, steps_of
 from bilm_model.kernels.product_paths import Precision, ProductPath
 from hypothesis import given, settings
 from hypothesis import strategies as st

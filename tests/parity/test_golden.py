@@ -9,7 +9,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from bilm_model.engine.cellular import CellularBatch, EmbeddedSentence, PlainSentence
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence
 from bilm_model.weights.loading import load
 
 TOLERANCE = 1e-5

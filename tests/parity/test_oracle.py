@@ -9,7 +9,9 @@ import torch
 from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import BilmConfig, to_options
-from bilm_model.engine.cellular import CellularBatch, EngineOptions, PlainSentence
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.sentences import PlainSentence
 from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights import hdf5
 

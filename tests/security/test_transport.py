@@ -18,9 +18,9 @@ from bilm_client.batch.main import main as bilm_embed
 from bilm_client.cli.health_check import main as bilm_health
 from bilm_client.errors import AuthenticationError, OverloadedError, UnavailableError
 from bilm_server.app import build_server
-from bilm_server.auth import Authenticator, Caller
 from bilm_server.config_sources import load_config
 from bilm_server.errors import ConfigurationError
+from bilm_server.security.auth import Authenticator, Caller
 from bilm_server.served_model import load_served_model
 from grpc_health.v1 import health_pb2
 

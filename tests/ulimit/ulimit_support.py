@@ -27,7 +27,9 @@ MIB = 2**20
 _START_S = 240.0
 _WAIT_S = 60.0
 # The same server with shorter waits: what takes minutes otherwise
-_IMPATIENT = "import sys, bilm_server.descriptors as d, bilm_server.main as m; {}; sys.exit(m.main(sys.argv[1:]))"
+_IMPATIENT = (
+    "import sys, bilm_server.protocols.grpc.connections as d, bilm_server.main as m; {}; sys.exit(m.main(sys.argv[1:]))"
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def limited_server(*flags: str, limit: int = LIMIT, **waits_ms: int) -> Iterator
     Args:
         flags: further ones.
         limit: of descriptors.
-        waits_ms: constants of bilm_server.descriptors to replace.
+        waits_ms: constants of bilm_server.protocols.grpc.connections to replace.
     """
     changes = ", ".join(f"setattr(d, {name!r}, {value})" for name, value in waits_ms.items()) or "None"
     listen = ["--listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0", "--drain-delay-s", "0"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilm_model.characters import CharacterIds
 from bilm_model.config import BilmConfig
-from bilm_model.engine.planner import Indices, Round
+from bilm_model.engine.planner import Indices, RoundPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Backend(Protocol):
     def forget(self, entries: Indices) -> None:
         """These entries will stand for other tokens."""
 
-    def run(self, plan: Round, entries: Indices) -> None:
+    def run(self, plan: RoundPlan, entries: Indices) -> None:
         """Executes a round.
 
         Args:

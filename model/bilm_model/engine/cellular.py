@@ -8,7 +8,6 @@ Legend: L layers with the token layer, T tokens, D width, P projection, C cells.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,175 +15,45 @@ from torch import Tensor
 
 from bilm_model.bilm import Bilm
 from bilm_model.characters import bytes_ids, check_ids, with_boundaries
-from bilm_model.config import BilmConfig
-from bilm_model.engine.backend import Backend, Memory
-from bilm_model.engine.cpu.backend import CpuBackend
-from bilm_model.engine.planner import Indices, Round, Row, ticks_of_round
-from bilm_model.engine.state import LstmState
+from bilm_model.engine.backends import MAX_TICKS, NewBackend, new_backend
+from bilm_model.engine.flight import Flight, Ticket
+from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.planner import Indices, RoundPlan, ticks_of_round
+from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence, steps_of
 from bilm_model.engine.token_table import TokenTable
 from bilm_model.engine.transfer import to_device
-from bilm_model.engine.types import EngineSentence, EngineStats, OutputSpec
+from bilm_model.engine.types import EngineSentence, EngineStats
 from bilm_model.errors import ModelError
-from bilm_model.kernels.product_paths import Precision, ProductPath
-from bilm_model.scalar_mix import Selection
-
-_MAX_TICKS = 32
-"""Of a round: a newcomer waits for one to end, and more would save little, as each tick reads the weights anyway."""
-
-_ROWS_ON_A_CPU, _ROWS_ON_A_GPU = 128, 1024
-_INPUT_CACHE_MIB_ON_A_CPU = 256
 
 _COLLECTED_STEPS = 2048
 """Steps of the results that one round copies out beside one sentence's: bounds the memory for it, and the time."""
 
-_MIB = 2**20
 _SAME = 0.05
 """Relative distance of vectors that count as the same: beyond rounding in bfloat16, below anything that went wrong."""
 
 _WARM_UP = (("The", "engine", "warms", "up", "."), ("Twice",))
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """What can be chosen.
-
-    Attributes:
-        precision: of the products; everything else is in float32.
-        max_rows: sentences computed at a time; None: 128 on a CPU, 1024 on a GPU.
-        max_tokens: tokens and boundaries of the sentences in flight; each takes (L - 1)·D·4 bytes for its outputs.
-        token_cache_mib: for vectors of tokens that no sentence in flight has; 0: none are kept.
-        input_cache_mib: for layer 1's input halves of the gates; 0: none are kept; None: 256 on a CPU, 0 on a GPU,
-            where computing them again is as fast as looking them up.
-        products: how a CPU computes products; None: the fastest way that works here, see `cpu_path`.
-    """
-
-    precision: Precision = "float32"
-    max_rows: int | None = None
-    max_tokens: int = 65_536
-    token_cache_mib: int = 64
-    input_cache_mib: int | None = None
-    products: ProductPath | None = None
-
-    def resolved(self, device: torch.device) -> "EngineOptions":
-        """Return these options with what is None replaced by what it means on a device."""
-        on_gpu = device.type == "cuda"
-        input_cache_mib = 0 if on_gpu else _INPUT_CACHE_MIB_ON_A_CPU
-        return replace(
-            self,
-            max_rows=self.max_rows or (_ROWS_ON_A_GPU if on_gpu else _ROWS_ON_A_CPU),
-            input_cache_mib=input_cache_mib if self.input_cache_mib is None else self.input_cache_mib,
-        )
-
-    def n_cached(self, config: BilmConfig) -> int:
-        """Return how many vectors of tokens are kept that no sentence in flight has."""
-        return self.token_cache_mib * _MIB // (4 * config.projection_dim)
-
-    def memory(self, config: BilmConfig, device: torch.device) -> Memory:
-        """Allocate what outlives a round; on the device "meta" there are shapes only."""
-        n_rows = self.max_rows or 0
-        return Memory.of(config, device, n_rows, self.max_tokens, self.max_tokens + self.n_cached(config))
-
-    def memory_bytes(self, config: BilmConfig, device: torch.device) -> int:
-        """Return how much that is on a device, without allocating it."""
-        memory = self.resolved(device).memory(config, torch.device("meta"))
-        return sum(tensor.nbytes for tensor in (memory.vectors, memory.outputs, memory.h, memory.c))
-
-
-ALL_LAYERS = OutputSpec(Selection())
-"""Every layer of every token, in float32."""
-
-
-@dataclass(frozen=True, eq=False)
-class PlainSentence:
-    """A sentence by itself, for use without a server (`EngineSentence`).
-
-    Attributes:
-        tokens: None empty, without boundaries.
-        state: h (L - 1, 2, P) and c (L - 1, 2, C) to continue from; None: zero.
-        output: What an engine returns for it; a batch by itself returns all layers with the boundaries.
-        return_state: Whether an engine returns the state after it.
-    """
-
-    tokens: Sequence[str]
-    state: LstmState | None = None
-    output: OutputSpec = ALL_LAYERS
-    return_state: bool = False
-
-
-def steps_of(n_tokens: int) -> int:
-    """Return the tokens and boundaries of a sentence; one without tokens has no boundaries either."""
-    return n_tokens + 2 if n_tokens else 0
-
-
-@dataclass(frozen=True, eq=False)
-class EmbeddedSentence:
-    """What came of it.
-
-    Attributes:
-        layers: (L, T + 2, D) with the boundaries, on the engine's device; (L, 0, D) without tokens.
-        h: (L - 1, 2, P) after the sentence, on the engine's device.
-        c: (L - 1, 2, C) likewise.
-    """
-
-    layers: Tensor
-    h: Tensor
-    c: Tensor
-
-
-@dataclass(eq=False)
-class Ticket(Row):
-    """A sentence in flight, as its owner knows it; the fields are the engine's.
-
-    Attributes:
-        entries: (T,) of its tokens and boundaries in the table of vectors.
-    """
-
-    entries: Indices = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-
-
-@dataclass(eq=False)
-class _Flight:
-    """Who is in flight, and what is free."""
-
-    n_slots: int
-    n_places: int
-    tickets: list[Ticket] = field(default_factory=list)
-    waiting_to_leave: list[tuple[Ticket, EmbeddedSentence]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.slots = list(range(self.n_slots))[::-1]
-        # As a stack, so that the same few places are used again and again: memory follows what is in flight
-        self.places: Indices = np.arange(self.n_places, dtype=np.int64)[::-1].copy()
-        self.n_free = self.n_places
-        self.entry_of_place = np.zeros(self.n_places, dtype=np.int64)
-
-    def check_fits(self, n_steps: int) -> None:
-        if not self.slots or n_steps > self.n_free:
-            raise ValueError(f"{n_steps} tokens and boundaries don't fit: {len(self.slots)} rows, {self.n_free} free")
-
-    def enter(self, entries: Indices) -> Ticket:
-        n_steps = len(entries)
-        self.n_free -= n_steps
-        places = self.places[self.n_free : self.n_free + n_steps].copy()
-        self.entry_of_place[places] = entries
-        ticket = Ticket(self.slots.pop(), places, entries=entries)
-        self.tickets.append(ticket)
-        return ticket
-
-    def leave(self, tickets: Sequence[Ticket]) -> None:
-        for ticket in tickets:
-            self.tickets.remove(ticket)
-            self.slots.append(ticket.slot)
-            n_steps = len(ticket.places)
-            self.places[self.n_free : self.n_free + n_steps] = ticket.places
-            self.n_free += n_steps
+_DEFAULTS = EngineOptions()
 
 
 class CellularBatch:
     """The sentences in flight through a biLM. Not safe for several threads at once."""
 
-    def __init__(self, bilm: Bilm, device: torch.device, options: EngineOptions = EngineOptions()) -> None:
-        """Takes a float32 biLM over; it is moved and rounded in place.
+    def __init__(
+        self,
+        bilm: Bilm,
+        device: torch.device,
+        options: EngineOptions = _DEFAULTS,
+        new_backend: NewBackend = new_backend,
+    ) -> None:
+        """Take a float32 biLM over; it is moved and rounded in place.
+
+        Args:
+            bilm: to run.
+            device: where it computes.
+            options: what can be chosen.
+            new_backend: makes what executes rounds.
 
         Raises:
             ConfigError: if a cache is too small to be of use.
@@ -192,13 +61,12 @@ class CellularBatch:
         self._device, self._config = device, bilm.config
         options = options.resolved(device)
         assert options.max_rows is not None  # noqa: S101 - resolved
-        assert options.input_cache_mib is not None  # noqa: S101 - resolved
         self.max_rows, self.max_tokens = options.max_rows, options.max_tokens
         if options.precision == "bfloat16":
             bilm.to_bfloat16_products()
         self._n_cached = options.n_cached(bilm.config)
         memory = options.memory(bilm.config, device)
-        self._backend = _new_backend(bilm, memory, self.max_rows, options.input_cache_mib * _MIB, options.products)
+        self._backend = new_backend(bilm, memory, options)
         self._known: Tensor | None = None
         self.stats = EngineStats()
         self._counters = self.stats
@@ -228,6 +96,11 @@ class CellularBatch:
     def free_tokens(self) -> int:
         """Tokens and boundaries that joining sentences may have."""
         return self._flight.n_free
+
+    @property
+    def free_entries(self) -> int:
+        """Different tokens that joining sentences may bring and that no sentence in flight has."""
+        return self._table.n_available
 
     @property
     def n_in_flight(self) -> int:
@@ -343,13 +216,13 @@ class CellularBatch:
 
     def reset(self) -> None:
         """Drop everything in flight and all cached vectors; the counters continue."""
-        self._flight = _Flight(self.max_rows, self.max_tokens)
+        self._flight = Flight(self.max_rows, self.max_tokens)
         self._table = TokenTable(self.max_tokens, self._n_cached, self._counters.cache)
         self._backend.forget(np.arange(self._table.capacity))
 
     def _run_round(self, tickets: Sequence[Ticket]) -> None:
         remaining = [ticket.remaining for ticket in tickets]
-        plan = Round.of(tickets, ticks_of_round(remaining, self._backend.block_rows, _MAX_TICKS))
+        plan = RoundPlan.of(tickets, ticks_of_round(remaining, self._backend.block_rows, MAX_TICKS))
         entries = self._flight.entry_of_place[plan.places]
         try:
             self._encode(self._table.missing(entries))
@@ -446,14 +319,3 @@ def _to_collect(done: Sequence[Ticket]) -> list[Ticket]:
     others.sort(key=lambda ticket: len(ticket.places))
     n_steps = np.cumsum([len(ticket.places) for ticket in others])
     return [first, *others[: int(np.searchsorted(n_steps, _COLLECTED_STEPS, side="right"))]]
-
-
-def _new_backend(
-    bilm: Bilm, memory: Memory, max_rows: int, input_cache_bytes: int, products: ProductPath | None
-) -> Backend:
-    if memory.vectors.is_cuda:
-        # Not at the top: it loads Triton, which a machine without a GPU needn't have
-        from bilm_model.engine.cuda.backend import CudaBackend  # noqa: PLC0415
-
-        return CudaBackend(bilm, memory, max_rows, _MAX_TICKS, input_cache_bytes=input_cache_bytes)
-    return CpuBackend(bilm, memory, max_rows, input_cache_bytes, products)

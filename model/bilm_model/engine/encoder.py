@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bilm_model.bilm import TokenEncoder
 from bilm_model.characters import MAX_CHARACTERS, NO_TOKEN, PADDING, CharacterIds
 from bilm_model.config import BilmConfig
 from bilm_model.engine.transfer import to_device
 from bilm_model.inputs.highway import Highway
+from bilm_model.inputs.token_encoder import TokenEncoder
 from bilm_model.kernels.elementwise import Elementwise, Windows
 from bilm_model.kernels.products import NewProduct, Product, padded_rows
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Generic
 
-from bilm_model.engine.cellular import CellularBatch, Ticket, steps_of
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.flight import Ticket
 from bilm_model.engine.results import Transfer
+from bilm_model.engine.sentences import steps_of
 from bilm_model.engine.types import Capacity, EngineDescription, EngineResult, EngineStats, S, StateCodec
 
 

@@ -35,7 +35,7 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
-class Round:
+class RoundPlan:
     """Some ticks of all rows: at each tick, every row that has not ended makes one step in both directions.
 
     Steps are laid out tick after tick. The rows with the most steps come first, so that at each tick the rows that
@@ -54,7 +54,7 @@ class Round:
     last: Indices
 
     @classmethod
-    def of(cls, rows: Sequence[Row], max_ticks: int) -> "Round":
+    def of(cls, rows: Sequence[Row], max_ticks: int) -> "RoundPlan":
         """Plans a round of at most so many ticks for rows that all have steps left."""
         remaining = np.array([row.remaining for row in rows])
         order = np.argsort(-remaining, kind="stable")

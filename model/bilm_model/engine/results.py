@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bilm_model.engine.cellular import EmbeddedSentence
+from bilm_model.engine.sentences import EmbeddedSentence
 from bilm_model.engine.transfer import HostCopy
 from bilm_model.engine.types import DataType, EngineResult, S
 

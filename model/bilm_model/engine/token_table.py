@@ -40,8 +40,13 @@ class TokenTable:
 
     @property
     def n_cached(self) -> int:
-        """Tokens kept although nobody needs them at the moment."""
+        """Tokens kept although no sentence in flight has them."""
         return int(self._idle.sum())
+
+    @property
+    def n_available(self) -> int:
+        """Entries that new tokens can have: free ones, and those of cached tokens."""
+        return len(self._free) + self.n_cached
 
     def enter(self, tokens: Sequence[str]) -> Indices:
         """The entries (T,) of a sentence's tokens, pinned until `leave`.

@@ -7,12 +7,12 @@ from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from bilm_server.auth import AuthContext, Caller, Metadata
 from bilm_server.caller_limits import CallerLimits
-from bilm_server.callers import CallerRights
-from bilm_server.calls import CallObserver, CallRecord, entered, is_marked
 from bilm_server.config import Right
 from bilm_server.errors import Code, RefusalError
+from bilm_server.observability.call_record import CallObserver, CallRecord, entered, is_marked
+from bilm_server.security.auth import AuthContext, Caller, Metadata
+from bilm_server.security.callers import CallerRights
 
 NO_AUTH_CONTEXT: Final[AuthContext] = MappingProxyType({})
 """Of a connection that proves nothing."""

@@ -4,8 +4,8 @@ import logging
 import re
 from collections.abc import Callable
 
-from bilm_server.calls import CallRecord
 from bilm_server.errors import Code
+from bilm_server.observability.call_record import CallRecord
 
 _log = logging.getLogger("bilm_server.access")
 test_calls = logging.getLogger("bilm_server.test")

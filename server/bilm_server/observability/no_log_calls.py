@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from bilm_api.constants import NO_LOG_KEY
 
-from bilm_server.callers import CallerRights
-from bilm_server.calls import CallRecord
+from bilm_server.observability.call_record import CallRecord
+from bilm_server.security.callers import CallerRights
 
 _log = logging.getLogger("bilm_server.auth")
 

@@ -12,8 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 import bilm_server
-from bilm_server.admission import Cost
-from bilm_server.resources import Gpu
+from bilm_server.observability.resources import Gpu
 
 _INFO_PACKAGES = ("grpcio", "protobuf", "torch")
 _ENGINE_TEXTS = {
@@ -32,12 +31,16 @@ class Taken:
     """Work admitted, and its limits.
 
     Attributes:
-        used: tokens and bytes of answers.
-        limit: of both.
+        tokens: admitted.
+        token_limit: of them.
+        response_bytes: of what is admitted.
+        response_bytes_limit: of them.
     """
 
-    used: Cost
-    limit: Cost
+    tokens: int
+    token_limit: int
+    response_bytes: int
+    response_bytes_limit: int
 
 
 @dataclass(frozen=True)
@@ -201,10 +204,10 @@ def _admission(taken: Mapping[str, Taken]) -> Iterator[Metric]:
     answers = GaugeMetricFamily("bilm_admitted_answer_bytes", "Bytes of answers not sent.", labels=["room"])
     answer_limit = GaugeMetricFamily("bilm_admitted_answer_bytes_limit", "Their limit.", labels=["room"])
     for room, work in taken.items():
-        tokens.add_metric([room], work.used.tokens)
-        token_limit.add_metric([room], work.limit.tokens)
-        answers.add_metric([room], work.used.response_bytes)
-        answer_limit.add_metric([room], work.limit.response_bytes)
+        tokens.add_metric([room], work.tokens)
+        token_limit.add_metric([room], work.token_limit)
+        answers.add_metric([room], work.response_bytes)
+        answer_limit.add_metric([room], work.response_bytes_limit)
     yield from (tokens, token_limit, answers, answer_limit)
 
 

@@ -5,15 +5,24 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from bilm_model.bilm import random_bilm
+from bilm_model.bilm import Bilm, random_bilm
+from bilm_model.characters import CharacterIds
 from bilm_model.config import SIZES
 from bilm_model.device import resolve_device
-from bilm_model.engine.cellular import CellularBatch, EmbeddedSentence, EngineOptions, PlainSentence, Ticket
+from bilm_model.engine.backend import Backend, Memory
+from bilm_model.engine.backends import NewBackend, new_backend
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.cpu.backend import CpuBackend
+from bilm_model.engine.flight import Ticket
+from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.planner import Indices, RoundPlan
+from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence
 from bilm_model.errors import CharacterError, ConfigError, ModelError
 
 
-def engine_of(**options: int) -> CellularBatch:
-    return CellularBatch(random_bilm(SIZES["tiny"]), torch.device("cpu"), EngineOptions(**options))  # type: ignore[arg-type]
+def engine_of(new_backend: NewBackend = new_backend, **options: int) -> CellularBatch:
+    chosen = EngineOptions(**options)  # type: ignore[arg-type]
+    return CellularBatch(random_bilm(SIZES["tiny"]), torch.device("cpu"), chosen, new_backend)
 
 
 def words(n: int) -> PlainSentence:
@@ -29,13 +38,11 @@ def rounds_until(engine: CellularBatch, ticket: Ticket) -> int:
 
 def test_a_short_sentence_does_not_wait_for_the_results_of_long_ones() -> None:
     engine = engine_of(max_rows=9)
-    for _ in range(8):
-        engine.join(words(3000))
+    long, *_ = [engine.join(words(3000)) for _ in range(8)]
     short = None
     while engine.n_in_flight == 8:
         engine.advance()
-        running = [ticket for ticket in engine._flight.tickets if ticket.remaining]
-        if short is None and running and running[0].done > 2950:
+        if short is None and long.remaining and long.done > 2950:
             short = engine.join(words(5))
             assert rounds_until(engine, short) <= 3
     assert short is not None
@@ -124,8 +131,7 @@ Free = tuple[int, int, int, int]
 
 def free(engine: CellularBatch) -> Free:
     """Slots, places, sentences in flight, and how many new tokens a sentence could bring."""
-    table = engine._table
-    return engine.free_rows, engine.free_tokens, engine.n_in_flight, len(table._free) + table.n_cached
+    return engine.free_rows, engine.free_tokens, engine.n_in_flight, engine.free_entries
 
 
 def state_of(engine: CellularBatch) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -195,60 +201,71 @@ def test_every_row_taken_is_a_refusal_that_leaves_nothing_behind() -> None:
     assert free(engine) == before
 
 
-def test_a_state_that_cannot_be_written_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_of(max_rows=1, max_tokens=20)
+class Full:
+    """Cells that can't be written."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise RuntimeError("out of memory, simulated")
+
+
+class FailingBackend(CpuBackend):
+    """A back end that does half of something and then fails, if `failure` says so."""
+
+    failure = ""
+
+    def encode(self, entries: Indices, ids: CharacterIds) -> None:
+        if self.failure == "encode":
+            raise RuntimeError("simulated")
+        super().encode(entries, ids)
+
+    def run(self, plan: RoundPlan, entries: Indices) -> None:
+        super().run(plan, entries)
+        if self.failure == "run":
+            assert self.input_cache is not None
+            self.input_cache.halves[...] = float("nan")  # as if they had been noted and not computed
+            raise RuntimeError("simulated")
+        if self.failure == "other vectors":
+            self.memory.outputs.mul_(3.0)
+
+
+def failing_engine(**options: int) -> tuple[CellularBatch, FailingBackend]:
+    made: list[FailingBackend] = []
+
+    def new_failing(bilm: Bilm, memory: Memory, options: EngineOptions) -> Backend:
+        assert options.max_rows is not None
+        made.append(FailingBackend(bilm, memory, options.max_rows, options.input_cache_bytes))
+        return made[-1]
+
+    return engine_of(new_failing, **options), made[0]
+
+
+def test_a_state_that_cannot_be_written_leaves_nothing_behind() -> None:
+    engine, backend = failing_engine(max_rows=1, max_tokens=20)
     before = free(engine)
-    whole = engine._backend.memory
-
-    class Full:
-        def __setitem__(self, index: Any, value: Any) -> None:
-            raise RuntimeError("out of memory, simulated")
-
-    engine._backend.memory = replace(whole, c=cast(torch.Tensor, Full()))
+    whole = backend.memory
+    backend.memory = replace(whole, c=cast(torch.Tensor, Full()))
     with pytest.raises(RuntimeError, match="simulated"):
         engine.join(words(18))
-    engine._backend.memory = whole
+    backend.memory = whole
     assert free(engine) == before
     assert torch.isfinite(engine.run([words(18)])[0].layers).all()
 
 
 @pytest.mark.parametrize("where", ["encode", "run"])
 def test_after_a_round_that_failed_each_sentence_can_be_dropped_and_later_ones_are_right(where: str) -> None:
-    engine, other = engine_of(max_rows=3, max_tokens=40), engine_of()
+    (engine, backend), other = failing_engine(max_rows=3, max_tokens=40), engine_of()
     expected = other.run([words(9)])[0].layers
     engine.run([words(2)])
     before = free(engine)
     tickets = [engine.join(words(9)), engine.join(words(5)), engine.join(PlainSentence([]))]
-    backend = engine._backend
-    setattr(engine, "_backend", FailingBackend(backend, where))  # noqa: B010 - of another type
+    backend.failure = where
     with pytest.raises(RuntimeError, match="simulated"):
         engine.advance()
-    setattr(engine, "_backend", backend)  # noqa: B010
+    backend.failure = ""
     for ticket in tickets:
         engine.leave(ticket)
     assert free(engine) == before
     assert torch.equal(engine.run([words(9)])[0].layers, expected)
-
-
-class FailingBackend:
-    """A backend that does half of something and then fails."""
-
-    def __init__(self, backend: Any, where: str) -> None:
-        self._backend, self._where = backend, where
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def encode(self, entries: Any, ids: Any) -> None:
-        if self._where == "encode":
-            raise RuntimeError("simulated")
-        self._backend.encode(entries, ids)
-
-    def run(self, plan: Any, entries: Any) -> None:
-        self._backend.run(plan, entries)
-        inputs = self._backend._inputs
-        inputs.halves[...] = float("nan")  # as if they had been noted and not computed
-        raise RuntimeError("simulated")
 
 
 def test_a_sentence_leaves_once() -> None:
@@ -310,10 +327,11 @@ def test_self_checks_count_nothing_and_a_reset_takes_nothing_back() -> None:
 
 
 def test_a_self_check_that_fails_ends_uncounted_too() -> None:
-    engine = engine_of()
+    engine, backend = failing_engine()
     engine.warm_up()
-    engine._known = torch.full_like(engine._known, 3.0) if engine._known is not None else None
+    backend.failure = "other vectors"
     with pytest.raises(ModelError, match="other vectors"):
         engine.check()
+    backend.failure = ""
     engine.run([words(5)])
     assert counters(engine)[1] == 7

@@ -5,8 +5,10 @@ import pytest
 import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
-from bilm_model.engine.cellular import ALL_LAYERS, CellularBatch, EngineOptions, PlainSentence
+from bilm_model.engine.cellular import CellularBatch
 from bilm_model.engine.engine import RecurrentEngine
+from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.sentences import ALL_LAYERS, PlainSentence
 from bilm_model.engine.state import LstmStateCodec
 from bilm_model.engine.types import Capacity, Engine, EngineResult, OutputSpec
 from bilm_model.errors import CharacterError, StateError

@@ -1,6 +1,5 @@
 """Machines without bfloat16 products, which no product of such factors may reach."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +8,13 @@ import torch
 from bilm_model.affine import Affine, convolve
 from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
-from bilm_model.config import SIZES
-from bilm_model.engine.cellular import CellularBatch, EngineOptions, PlainSentence
+from bilm_model.config import SIZES, BilmConfig
+from bilm_model.contexts.lstm import ClippedProjectedLstm
+from bilm_model.engine.backend import Memory
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.cpu.backend import CpuBackend
+from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.sentences import PlainSentence
 from bilm_model.kernels.product_paths import ProductPath
 from bilm_model.weights import single_file
 from bilm_training.errors import RunError
@@ -75,12 +79,16 @@ def test_the_reference_network_computes_in_bfloat16() -> None:
     assert not torch.equal(found, exact)
 
 
-def test_the_engine_works_without_the_kernel_for_few_rows(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_engine_works_without_the_kernel_for_few_rows(caplog: pytest.LogCaptureFixture) -> None:
     expected = layers(None, "float32")
-    monkeypatch.setitem(sys.modules, "bilm_model.engine.cpu.recurrence", None)  # an import of it fails
-    engine = CellularBatch(random_bilm(SIZES["tiny"]), CPU)
+
+    def unavailable(lstm: ClippedProjectedLstm, config: BilmConfig) -> None:
+        raise ImportError("no Numba, simulated")
+
+    def new_backend(bilm: Bilm, memory: Memory, options: EngineOptions) -> CpuBackend:
+        return CpuBackend(bilm, memory, 4, options.input_cache_bytes, new_recurrence=unavailable)
+
+    engine = CellularBatch(random_bilm(SIZES["tiny"]), CPU, EngineOptions(max_rows=4), new_backend)
     assert engine.paths["recurrence"] == "products"
     assert "one kernel for few rows unavailable" in caplog.text
     assert torch.equal(engine.run([PlainSentence(TOKENS)])[0].layers, expected)

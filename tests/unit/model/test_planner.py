@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from bilm_model.engine.planner import Round, Row, ticks_of_round
+from bilm_model.engine.planner import RoundPlan, Row, ticks_of_round
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ def test_every_row_makes_its_next_steps_in_order(shapes: list[tuple[int, int]], 
         Row(slot, 100 * slot + np.arange(length, dtype=np.int64), min(done, length - 1))
         for slot, (length, done) in enumerate(shapes)
     ]
-    plan = Round.of(rows, max_ticks)
+    plan = RoundPlan.of(rows, max_ticks)
     assert list(plan.sizes) == sorted(plan.sizes, reverse=True)
     assert len(plan.sizes) <= max_ticks
     forward: dict[int, list[int]] = {row.slot: [] for row in rows}

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from bilm_model.config import Residual
-from bilm_model.engine.cuda.steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, TorchSteps, check_steps
-from bilm_model.engine.planner import Round
+from bilm_model.engine.cuda.schedule import FIRST_INPUTS, LATER_INPUTS, Schedule
+from bilm_model.engine.cuda.steps import Steps, TorchSteps, check_steps
+from bilm_model.engine.planner import RoundPlan
 from bilm_model.kernels.elementwise import TorchElementwise
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Setting:
         self.generator = torch.Generator().manual_seed(n_bucket)
         self.n_rows, self.first, self.n_bucket = sizes[1], sizes[0], n_bucket
         n_steps = sum(sizes)
-        self.plan = Round(
+        self.plan = RoundPlan(
             slots=self.random.permutation(n_slots)[: sizes[0]],
             sizes=tuple(sizes),
             places=np.stack([self.random.permutation(n_places)[:n_steps] for _ in range(2)]),

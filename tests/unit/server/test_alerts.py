@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from bilm_server.alerts import ATTEMPTS, AlertHandler
 from bilm_server.observability.alert_groups import Alert, AlertEvent, AlertGroups
+from bilm_server.observability.alerts import ATTEMPTS, AlertHandler
 
 NEVER = float("inf")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from bilm_api.constants import Reason
-from bilm_server.auth import Authenticator, Caller
 from bilm_server.errors import ConfigurationError, RefusalError
+from bilm_server.security.auth import Authenticator, Caller
 
 OLD, NEW, OTHER = "old-0123456789abcdef", "new-0123456789abcdef", "other-0123456789abcdef"
 PEER = "ipv4:192.0.2.7:51000"
@@ -86,7 +86,7 @@ def test_every_token_is_compared_whichever_it_is(tmp_path: Path, monkeypatch: py
         return original(known, given)
 
     found = authenticator(token_file(tmp_path, f"a {OLD}", f"b {NEW}", f"c {OTHER}"))
-    monkeypatch.setattr("bilm_server.auth.hmac.compare_digest", compare)
+    monkeypatch.setattr("bilm_server.security.auth.hmac.compare_digest", compare)
     assert name_of(found, OLD) == "a"
     assert name_of(found, OTHER) == "c"
     refusal(found, f"Bearer {OLD}x")
@@ -102,7 +102,7 @@ def test_a_change_holds_for_the_next_call(tmp_path: Path) -> None:
 
 def test_two_changes_that_the_files_clock_cannot_tell_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stamp = (1, 2, 3, time.time_ns(), 5)
-    monkeypatch.setattr("bilm_server.reloading._stamp", lambda _path: stamp)
+    monkeypatch.setattr("bilm_server.security.reloading._stamp", lambda _path: stamp)
     found = authenticator(token_file(tmp_path, f"team {OLD}"))
     token_file(tmp_path, f"team {NEW}")
     assert name_of(found, NEW) == "team"

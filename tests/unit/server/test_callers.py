@@ -2,13 +2,13 @@ import logging
 from pathlib import Path
 
 import pytest
-from bilm_server.callers import CallerRights
-from bilm_server.calls import CallRecord
 from bilm_server.config import CallerSettings, Right
 from bilm_server.config_sources import load_config
 from bilm_server.errors import Code, ConfigurationError
 from bilm_server.main import main
+from bilm_server.observability.call_record import CallRecord
 from bilm_server.observability.no_log_calls import NoLogCalls
+from bilm_server.security.callers import CallerRights
 
 CALLERS = [CallerSettings(name="team-a", rights=frozenset({Right.NO_LOG})), CallerSettings(name="team-b")]
 

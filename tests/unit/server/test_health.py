@@ -4,7 +4,7 @@ from typing import Any
 
 import grpc
 import pytest
-from bilm_server.health import INFERENCE, LIVENESS, HealthReporter
+from bilm_server.protocols.grpc.health import INFERENCE, LIVENESS, HealthReporter
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING

@@ -10,15 +10,15 @@ from typing import Any
 import grpc
 import pytest
 from bilm_api.constants import Reason
-from bilm_server.alerts import AlertHandler
-from bilm_server.auth import Caller
 from bilm_server.caller_limits import CallerLimits
-from bilm_server.callers import CallerRights
-from bilm_server.calls import UNKNOWN_METHOD, CallRecord
 from bilm_server.embedding.call_gate import CallGate
 from bilm_server.errors import RefusalError
-from bilm_server.health import HealthReporter
-from bilm_server.interceptors import CallInterceptor, OpenInterceptor
+from bilm_server.observability.alerts import AlertHandler
+from bilm_server.observability.call_record import UNKNOWN_METHOD, CallRecord
+from bilm_server.protocols.grpc.health import HealthReporter
+from bilm_server.protocols.grpc.interceptors import CallInterceptor, OpenInterceptor
+from bilm_server.security.auth import Caller
+from bilm_server.security.callers import CallerRights
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc

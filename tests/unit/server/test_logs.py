@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bilm_server
 import pytest
-from bilm_server import log_levels, logs
-from bilm_server.calls import CallRecord
+from bilm_server import log_levels
 from bilm_server.errors import Code
 from bilm_server.log_levels import OFF, PARTS, parse_levels
-from bilm_server.logs import Logs, configure_logs
 from bilm_server.observability.access_log import AccessLog, caller_trace_id
+from bilm_server.observability.call_record import CallRecord
+from bilm_server.observability.log_setup import Logs, configure_logs
 from bilm_server.observability.log_writer import LineWriter
 
-SERVER = Path(logs.__file__).parent
+SERVER = Path(bilm_server.__file__).parent
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 
 Configure = Callable[..., Logs]
@@ -308,7 +309,7 @@ def test_a_full_disk_costs_the_lines_alone(tmp_path: Path, monkeypatch: pytest.M
 
 _PROGRAM = """
 import logging, sys
-from bilm_server.logs import configure_logs
+from bilm_server.observability.log_setup import configure_logs
 logs = configure_logs("info", "json")
 for number in range(1000):
     logging.getLogger("bilm_server.errors").error("line %d", number)

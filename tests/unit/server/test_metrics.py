@@ -6,12 +6,11 @@ from typing import Any
 
 import grpc
 import pytest
-from bilm_server.admission import Cost
-from bilm_server.calls import CallRecord
 from bilm_server.errors import Code
-from bilm_server.metrics import METHODS, NO_MODEL, Metrics
+from bilm_server.observability.call_record import CallRecord
+from bilm_server.observability.metrics import METHODS, NO_MODEL, Metrics
+from bilm_server.observability.resources import Gpu, find_gpu
 from bilm_server.observability.server_metrics import DropCounts, EngineView, ServerCollector, ServerView, Taken
-from bilm_server.resources import Gpu, find_gpu
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -30,7 +29,7 @@ VIEW = ServerView(
     max_connections=lambda: 900,
     serving=lambda: False,
     admitted=lambda: {
-        "unary": Taken(Cost(10, 1000), Cost(100, 10_000)), "stream": Taken(Cost(20, 2000), Cost(200, 20_000))
+        "unary": Taken(10, 100, 1000, 10_000), "stream": Taken(20, 200, 2000, 20_000)
     },
     drops=DropCounts(lambda: 1, lambda: 2),
     no_log_calls=lambda: {"team-a": 6},

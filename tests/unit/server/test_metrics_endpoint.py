@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from bilm_server.addresses import split_address
 from bilm_server.errors import BindError
-from bilm_server.metrics_http import MetricsExporter
+from bilm_server.protocols.ops.metrics_endpoint import MetricsExporter
 from prometheus_client import CollectorRegistry, Gauge
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from bilm_server.reloading import ReloadedFiles
+from bilm_server.security.reloading import ReloadedFiles
 
 LOG = logging.getLogger("test")
 

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from bilm_server.errors import ConfigurationError
-from bilm_server.tls import server_credentials
+from bilm_server.security.tls import server_credentials
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from tests.security.tls_support import Authority, Identity, PrivateKey, replace

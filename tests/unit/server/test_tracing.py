@@ -8,13 +8,13 @@ from typing import Any
 
 import grpc
 import pytest
-from bilm_server.calls import UNKNOWN_METHOD, CallRecord
 from bilm_server.errors import Code
+from bilm_server.observability.call_record import UNKNOWN_METHOD, CallRecord
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="needs the extra `trace`")
 
-from bilm_server import tracing
-from bilm_server.tracing import Tracing, start_tracing
+from bilm_server.observability import tracing
+from bilm_server.observability.tracing import Tracing, start_tracing
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
 
@@ -284,7 +284,7 @@ import sys
 sys.modules["opentelemetry.sdk"] = None
 from bilm_server.errors import ConfigurationError
 try:
-    import bilm_server.tracing
+    import bilm_server.observability.tracing
 except ConfigurationError as error:
     print(error)
 """

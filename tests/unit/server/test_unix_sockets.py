@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from bilm_server.addresses import MAX_PATH_BYTES, socket_path
-from bilm_server.unix_sockets import UnixSocket
+from bilm_server.protocols.grpc.unix_sockets import UnixSocket
 
 
 @pytest.fixture

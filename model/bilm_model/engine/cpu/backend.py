@@ -5,7 +5,6 @@ A cell's weights stay in the caches from tick to tick that way, as far as they f
 Legend: R rows, N steps of the round, P projection, C cells, U different tokens.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,18 +19,16 @@ from bilm_model.characters import CharacterIds
 from bilm_model.config import BilmConfig
 from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.engine.backend import Memory
+from bilm_model.engine.cpu.fastest import NewRecurrence, fastest_elementwise, new_recurrence, recurrence_or_none
+from bilm_model.engine.cpu.input_cache import InputCache
 from bilm_model.engine.encoder import WindowEncoder
-from bilm_model.engine.planner import Indices, Round
-from bilm_model.engine.token_table import InputPlaces
-from bilm_model.errors import ConfigError
-from bilm_model.kernels.elementwise import CellWork, Elementwise, TorchElementwise
+from bilm_model.engine.planner import Indices, RoundPlan
+from bilm_model.kernels.elementwise import CellWork, TorchElementwise
 from bilm_model.kernels.product_paths import ProductPath, cpu_path
 from bilm_model.kernels.products import Product, padded_rows
 
 if TYPE_CHECKING:
     from bilm_model.engine.cpu.recurrence import Recurrence
-
-_log = logging.getLogger(__name__)
 
 _MIN_PARALLEL = 2**20
 """Multiply-adds of a product below which one thread does it. Threads that wait for one another at every small product
@@ -43,7 +40,7 @@ would make newcomers wait without making products faster."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Cell:
+class _CpuCell:
     """One layer of one direction.
 
     Attributes:
@@ -60,24 +57,35 @@ class _Cell:
 
     @classmethod
     def of(
-        cls, lstm: ClippedProjectedLstm, config: BilmConfig, products: ProductPath, elementwise: Elementwise
-    ) -> "_Cell":
+        cls, lstm: ClippedProjectedLstm, config: BilmConfig, products: ProductPath, new_alone: NewRecurrence | None
+    ) -> "_CpuCell":
         new_product, clip = products.new_product, config.proj_clip
         return cls(
             input=new_product(lstm.input.weight, lstm.folded_input_bias()),
             recurrent=new_product(lstm.recurrent.weight),
             projection=None if lstm.projection is None else new_product(lstm.projection.weight, clip=clip),
-            alone=_recurrence(lstm, config, elementwise) if products is ProductPath.PREPACKED else None,
+            alone=None if new_alone is None else recurrence_or_none(lstm, config, new_alone),
         )
 
 
 class CpuBackend:
-    """See `backend.Backend`."""
+    """See `backend.Backend`.
+
+    Attributes:
+        input_cache: layer 1's input halves of the most recently used tokens; None: none are kept.
+    """
 
     def __init__(
-        self, bilm: Bilm, memory: Memory, max_rows: int, input_cache_bytes: int, products: ProductPath | None = None
+        self,
+        bilm: Bilm,
+        memory: Memory,
+        max_rows: int,
+        input_cache_bytes: int,
+        products: ProductPath | None = None,
+        *,
+        new_recurrence: NewRecurrence = new_recurrence,
     ) -> None:
-        """Lays the weights out; the biLM isn't needed any more after that.
+        """Lay the weights out; the biLM isn't needed any more after that.
 
         Args:
             bilm: its products in the format that they are to be computed in.
@@ -85,17 +93,22 @@ class CpuBackend:
             max_rows: rows of a round at most.
             input_cache_bytes: for layer 1's input halves; 0: none are kept.
             products: how products are computed; None: the fastest way that works here.
+            new_recurrence: makes a cell's kernel for few rows.
 
         Raises:
-            ConfigError: if that isn't enough for one round.
+            ConfigError: if the cache isn't enough for one round.
         """
         config = self._config = bilm.config
         self.memory = memory
         self._dtype = bilm.product_dtype
         self._products = products or cpu_path(self._dtype)
-        self._elementwise = _elementwise(self._dtype)
+        self._elementwise = fastest_elementwise(self._dtype)
+        one_kernel = self._products is ProductPath.PREPACKED and not isinstance(self._elementwise, TorchElementwise)
         self._cells = [
-            [_Cell.of(lstm, config, self._products, self._elementwise) for lstm in bilm.lstms(direction)]
+            [
+                _CpuCell.of(lstm, config, self._products, new_recurrence if one_kernel else None)
+                for lstm in bilm.lstms(direction)
+            ]
             for direction in range(2)
         ]
         self._encoder = WindowEncoder(bilm.encoder, config, self._products.new_product, self._elementwise)
@@ -104,7 +117,11 @@ class CpuBackend:
         # Rows that only fill up are computed, too: they must be finite, and not so small that they are slow
         self._cells_out = torch.zeros(padded_rows(max_rows), config.cell_dim, dtype=self._dtype)
         self._n_threads = torch.get_num_threads()
-        self._inputs = _InputCache.of(self, input_cache_bytes, gate_bytes, max(self.block_rows, max_rows))
+        self.input_cache: InputCache | None = None
+        if input_cache_bytes:
+            round_rows, n_gates = max(self.block_rows, max_rows), 4 * config.cell_dim
+            n_entries = len(memory.vectors)
+            self.input_cache = InputCache.of(n_entries, n_gates, self._dtype, input_cache_bytes, round_rows)
 
     @property
     def name(self) -> str:
@@ -136,18 +153,18 @@ class CpuBackend:
 
     def forget(self, entries: Indices) -> None:
         """See `Backend`."""
-        if self._inputs is not None:
-            self._inputs.places.forget(entries)
+        if self.input_cache is not None:
+            self.input_cache.places.forget(entries)
 
-    def run(self, plan: Round, entries: Indices) -> None:
+    def run(self, plan: RoundPlan, entries: Indices) -> None:
         """See `Backend`."""
         with self._threads(plan.sizes[0], 4 * self._config.cell_dim):
             self._run(plan, entries)
 
-    def _run(self, plan: Round, entries: Indices) -> None:
+    def _run(self, plan: RoundPlan, entries: Indices) -> None:
         slots, last = torch.from_numpy(plan.slots), torch.from_numpy(plan.last)
-        if self._inputs is not None:
-            self._inputs.fill(entries)
+        if self.input_cache is not None:
+            self.input_cache.fill(entries, self._input_halves)
         xs: list[Tensor | None] = [None, None]
         for layer in range(self._config.n_layers):
             for d, y in enumerate(self._run_layer(layer, plan, entries, xs)):
@@ -166,7 +183,9 @@ class CpuBackend:
             y = y + x
         return y, y
 
-    def _run_layer(self, layer: int, plan: Round, entries: Indices, xs: Sequence[Tensor | None]) -> Iterator[Tensor]:
+    def _run_layer(
+        self, layer: int, plan: RoundPlan, entries: Indices, xs: Sequence[Tensor | None]
+    ) -> Iterator[Tensor]:
         """What both directions' cells give (N, P) float32, for what they read; None: the tokens."""
         cells = [self._cells[d][layer] for d in range(2)]
         if not all(cell.alone is not None and cell.alone.takes(plan.sizes[0]) for cell in cells):
@@ -179,7 +198,7 @@ class CpuBackend:
         with self._threads(2 * len(works[0].index), 4 * self._config.cell_dim):
             yield from run_together([(cell.alone, work) for cell, work in zip(cells, works, strict=True) if cell.alone])
 
-    def _work(self, layer: int, direction: int, plan: Round, entries: Indices, x: Tensor | None) -> CellWork:
+    def _work(self, layer: int, direction: int, plan: RoundPlan, entries: Indices, x: Tensor | None) -> CellWork:
         gates_x, index = (
             self._first_inputs(direction, entries) if x is None else self._inputs_of(self._cells[direction][layer], x)
         )
@@ -203,7 +222,7 @@ class CpuBackend:
         finally:
             torch.set_num_threads(before)
 
-    def _run_cell(self, cell: _Cell, work: CellWork) -> Tensor:
+    def _run_cell(self, cell: _CpuCell, work: CellWork) -> Tensor:
         """All ticks of a cell -> what it gives (N, P) float32."""
         outputs, first, h = [], 0, work.h.to(self._dtype)
         for n_rows in work.sizes:
@@ -218,97 +237,24 @@ class CpuBackend:
 
     def _first_inputs(self, direction: int, entries: Indices) -> tuple[Tensor, Tensor]:
         """Layer 1's input halves, each different token's once, and the index (N,) of each step's."""
-        if self._inputs is not None:
-            return self._inputs.halves[direction], torch.from_numpy(self._inputs.places.places(entries))
+        if self.input_cache is not None:
+            return self.input_cache.halves[direction], torch.from_numpy(self.input_cache.places.places(entries))
         distinct, index = np.unique(entries, return_inverse=True)
-        return self.input_halves(direction, distinct), torch.from_numpy(index)
+        return self._input_halves(direction, distinct), torch.from_numpy(index)
 
-    def input_halves(self, direction: int, entries: Indices) -> Tensor:
+    def _input_halves(self, direction: int, entries: Indices) -> Tensor:
         """Layer 1's input halves (padded U, 4·C) of these tokens."""
         x = self.memory.vectors[torch.from_numpy(_padded(entries))]
         return self._cells[direction][0].input(x.to(self._dtype))
 
-    def _inputs_of(self, cell: _Cell, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _inputs_of(self, cell: _CpuCell, x: Tensor) -> tuple[Tensor, Tensor]:
         n_steps = len(x)
         padding = padded_rows(n_steps) - n_steps
         x = torch.cat([x, x.new_zeros(padding, x.shape[1])]) if padding else x
         return cell.input(x.to(self._dtype)), torch.arange(n_steps)
 
 
-@dataclass(frozen=True, eq=False)
-class _InputCache:
-    """Layer 1's input halves of the most recently used tokens.
-
-    Attributes:
-        halves: (2, places, 4·C).
-        places: whose they are.
-        backend: computes them.
-    """
-
-    halves: Tensor
-    places: InputPlaces
-    backend: CpuBackend
-
-    @classmethod
-    def of(cls, backend: CpuBackend, n_bytes: int, gate_bytes: int, round_rows: int) -> "_InputCache | None":
-        if n_bytes == 0:
-            return None
-        n_entries = len(backend.memory.vectors)
-        n_places = min(n_bytes // (2 * gate_bytes), n_entries)
-        needed = min(2 * round_rows, n_entries)
-        if n_places < needed:
-            mib = -(-needed * 2 * gate_bytes // 2**20)
-            raise ConfigError(f"input_cache_mib: expected 0 or at least {mib} for this model, found {n_bytes // 2**20}")
-        n_gates = gate_bytes // backend._dtype.itemsize
-        return cls(torch.empty(2, n_places, n_gates, dtype=backend._dtype), InputPlaces(n_entries, n_places), backend)
-
-    def fill(self, entries: Indices) -> None:
-        """Computes what is missing of these entries."""
-        missing, places = self.places.take(np.unique(entries))
-        if len(missing):
-            for direction, halves in enumerate(self.halves):
-                halves[torch.from_numpy(places)] = self.backend.input_halves(direction, missing)[: len(missing)]
-
-
 def _padded(indices: Indices) -> Indices:
     """Filled up to the number of rows that are computed; what comes of the others is left."""
     n_more = padded_rows(len(indices)) - len(indices)
     return np.concatenate([indices, np.repeat(indices[-1:], n_more)]) if n_more else indices
-
-
-def _elementwise(dtype: torch.dtype) -> Elementwise:
-    """The fastest arithmetic that works here."""
-    try:
-        # Not at the top: Numba, or what it needs of the platform, may be missing
-        from bilm_model.engine.cpu.fused_elementwise import FusedElementwise  # noqa: PLC0415
-
-        fused = FusedElementwise(dtype)
-        _compare(fused, dtype)
-    except Exception as error:  # whatever keeps a kernel from being compiled or from computing what it should
-        _log.warning("fused kernels unavailable, falling back to torch: %s", error)
-        return TorchElementwise()
-    return fused
-
-
-def _recurrence(lstm: ClippedProjectedLstm, config: BilmConfig, elementwise: Elementwise) -> "Recurrence | None":
-    if isinstance(elementwise, TorchElementwise):
-        return None
-    try:
-        from bilm_model.engine.cpu.recurrence import Recurrence  # noqa: PLC0415 - as above
-
-        return Recurrence.of(lstm, config)
-    except Exception as error:  # as above
-        _log.warning("one kernel for few rows unavailable, products do the work: %s", error)
-        return None
-
-
-def _compare(fused: Elementwise, dtype: torch.dtype) -> None:
-    """Tries the kernel that matters most on a few numbers."""
-    generator = torch.Generator().manual_seed(0)
-    gates_h, gates_x = (torch.randn(3, 4 * 40, generator=generator).to(dtype) for _ in range(2))
-    index = torch.tensor([2, 0, 1])
-    found, expected = torch.zeros(2, 3, 40, dtype=dtype)
-    for elementwise, out in ((fused, found), (TorchElementwise(), expected)):
-        elementwise.lstm(gates_h, gates_x, index, torch.ones(3, 40), index, clip=3.0, out=out)
-    if not torch.allclose(found.float(), expected.float(), atol=1e-2 if dtype == torch.bfloat16 else 1e-5):
-        raise RuntimeError("they don't compute what they should")

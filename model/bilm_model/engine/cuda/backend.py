@@ -24,10 +24,12 @@ from torch import Tensor
 from bilm_model.bilm import Bilm
 from bilm_model.characters import CharacterIds
 from bilm_model.engine.backend import Memory
+from bilm_model.engine.cuda.fastest import fastest_steps
 from bilm_model.engine.cuda.inputs import CachedInputs, FirstInputs, RoundInputs, multiply_inputs
-from bilm_model.engine.cuda.steps import FIRST_INPUTS, LATER_INPUTS, Schedule, Steps, fastest_steps
+from bilm_model.engine.cuda.schedule import FIRST_INPUTS, LATER_INPUTS, Schedule
+from bilm_model.engine.cuda.steps import Steps
 from bilm_model.engine.encoder import WindowEncoder
-from bilm_model.engine.planner import Indices, Round
+from bilm_model.engine.planner import Indices, RoundPlan
 from bilm_model.engine.transfer import to_device
 from bilm_model.kernels.elementwise import TorchElementwise
 from bilm_model.kernels.product_paths import ProductPath
@@ -64,7 +66,7 @@ def n_slices(n_rows: int, n_cells: int, n_components: int, n_multiprocessors: in
 
 
 @dataclass(frozen=True, eq=False)
-class _Cell:
+class _CudaCell:
     """One layer, both directions.
 
     Attributes:
@@ -80,7 +82,7 @@ class _Cell:
     projection: Tensor | None
 
     @classmethod
-    def of(cls, bilm: Bilm, layer: int) -> "_Cell":
+    def of(cls, bilm: Bilm, layer: int) -> "_CudaCell":
         forward, backward = (bilm.lstms(direction)[layer] for direction in range(2))
         projections = [
             lstm.projection.weight.detach().t() for lstm in (forward, backward) if lstm.projection is not None
@@ -132,7 +134,7 @@ class CudaBackend:
         self.memory = memory
         self.block_rows = max(_MIN_BLOCK_ROWS, _TICKS_WHEN_FULL * max_rows)
         self._encoder = WindowEncoder(bilm.encoder, config, PlainProduct, TorchElementwise())
-        self._cells = [_Cell.of(bilm, layer) for layer in range(config.n_layers)]
+        self._cells = [_CudaCell.of(bilm, layer) for layer in range(config.n_layers)]
         self._buckets = sorted({min(row_bucket(n), max_rows) for n in range(1, max_rows + 1)})
         self._schedule = Schedule(self._device, max_ticks, max_rows, self.block_rows)
         self._buffers = _Buffers(self._cells[0], self._device, self._buckets, self.block_rows)
@@ -195,7 +197,7 @@ class CudaBackend:
         """See `Backend`."""
         self._first.forget(entries)
 
-    def run(self, plan: Round, entries: Indices) -> None:
+    def run(self, plan: RoundPlan, entries: Indices) -> None:
         """See `Backend`. Returns before the device is done."""
         n_rows, n_steps = len(plan.slots), plan.places.shape[1]
         with self._on_device():
@@ -209,7 +211,7 @@ class CudaBackend:
                 for bucket, n_ticks in self._stretches(plan.sizes):
                     self._run_ticks(layer, bucket, n_ticks)
 
-    def _begin(self, plan: Round, entries: Indices) -> None:
+    def _begin(self, plan: RoundPlan, entries: Indices) -> None:
         """Sends what the round is about, and fills the first layer's input halves."""
         first_inputs, missing = self._first.plan(entries)
         if self._config.residual != "input_to_input":
@@ -240,7 +242,7 @@ class CudaBackend:
             for _ in range(n_replays):
                 self._graphs[layer, bucket, of_graph].replay()
 
-    def _fill_halves(self, cell: _Cell, n_steps: int) -> None:
+    def _fill_halves(self, cell: _CudaCell, n_steps: int) -> None:
         """A later layer's input halves: forward's steps, then backward's."""
         x = self._buffers.x[:, :n_steps].to(cell.recurrent.dtype)
         for d, out in enumerate(self._buffers.halves[: 2 * n_steps].split(n_steps)):
@@ -277,7 +279,7 @@ class _Buffers:
             only if it is to be added.
     """
 
-    def __init__(self, cell: _Cell, device: torch.device, buckets: list[int], max_steps: int) -> None:
+    def __init__(self, cell: _CudaCell, device: torch.device, buckets: list[int], max_steps: int) -> None:
         (_, P, n_gates), dtype, max_rows = cell.recurrent.shape, cell.recurrent.dtype, buckets[-1]
         self._n_gates, self._n_components, self._has_projection = n_gates, P, cell.projection is not None
         is_cuda = device.type == "cuda"

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bilm_model.config import Residual
-from bilm_model.engine.cuda.steps import N_COLUMNS, PLACES, Schedule
+from bilm_model.engine.cuda.schedule import N_COLUMNS, PLACES, Schedule
 
 _BLOCK = 256
 """Cells of a program: for one warp, 16 bytes of bfloat16 a thread, the widest access there is."""

@@ -9,7 +9,8 @@ from copy import deepcopy
 import numpy as np
 from bilm_model.bilm import Bilm
 from bilm_model.device import resolve_device
-from bilm_model.engine.cellular import CellularBatch, PlainSentence
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.sentences import PlainSentence
 from numpy.typing import NDArray
 from tqdm import tqdm
 

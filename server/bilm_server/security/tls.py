@@ -9,7 +9,7 @@ from pathlib import Path
 
 import grpc
 
-from bilm_server.reloading import ReloadedFiles, warn_if_open_to_others
+from bilm_server.security.reloading import ReloadedFiles, warn_if_open_to_others
 
 _log = logging.getLogger("bilm_server.tls")
 

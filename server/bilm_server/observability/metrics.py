@@ -8,8 +8,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from bilm_server.calls import CallRecord
 from bilm_server.errors import Code
+from bilm_server.observability.call_record import CallRecord
 
 METHODS = ("Embed", "EmbedStream", "GetModel")
 NO_MODEL = ""

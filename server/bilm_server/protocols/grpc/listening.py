@@ -7,10 +7,10 @@ from bilm_api.constants import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
 
 from bilm_server.addresses import socket_path
 from bilm_server.config import ServerConfig
-from bilm_server.descriptors import connection_options
 from bilm_server.errors import BindError
-from bilm_server.tls import server_credentials
-from bilm_server.unix_sockets import UnixSocket
+from bilm_server.protocols.grpc.connections import connection_options
+from bilm_server.protocols.grpc.unix_sockets import UnixSocket
+from bilm_server.security.tls import server_credentials
 
 _MIB = 2**20
 _MAX_HEADER_BYTES = 16 * 1024

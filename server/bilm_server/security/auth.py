@@ -12,7 +12,7 @@ from bilm_api.constants import Reason
 from bilm_system.files import decode_text
 
 from bilm_server.errors import RefusalError
-from bilm_server.reloading import ReloadedFiles, warn_if_open_to_others
+from bilm_server.security.reloading import ReloadedFiles, warn_if_open_to_others
 
 MIN_TOKEN_CHARACTERS = 16
 """Of a token; made of random characters, so many can't be guessed over a network."""

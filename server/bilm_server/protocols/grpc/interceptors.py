@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from bilm_api.constants import Reason
 
-from bilm_server.calls import UNKNOWN_METHOD, CallRecord, caller_request_id
 from bilm_server.embedding.call_gate import CallGate
 from bilm_server.errors import CallerGoneError, Code, RefusalError, internal_error
+from bilm_server.observability.call_record import UNKNOWN_METHOD, CallRecord, caller_request_id
 from bilm_server.protocols.grpc.handlers import Behavior, from_bytes, method_handler, passing_bytes
 from bilm_server.protocols.grpc.status import STATUS_CODES, trailing_metadata
 

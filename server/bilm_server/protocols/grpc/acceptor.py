@@ -13,7 +13,7 @@ from typing import Any, cast
 import grpc
 
 from bilm_server.errors import BindError
-from bilm_server.listening import Address
+from bilm_server.protocols.grpc.listening import Address
 
 _log = logging.getLogger("bilm_server.acceptor")
 

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 from bilm_server.errors import BindError
-from bilm_server.health import HealthReporter
-from bilm_server.ready_port import GREETING, ReadinessPort
+from bilm_server.protocols.grpc.health import HealthReporter
+from bilm_server.protocols.ops.readiness_port import GREETING, ReadinessPort
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from urllib.parse import unquote
 from bilm_system.proxies import WITHOUT_PROXY, is_local_url
 
 import bilm_server
-from bilm_server.calls import UNKNOWN_METHOD, CallRecord
 from bilm_server.errors import Code, ConfigurationError
+from bilm_server.observability.call_record import UNKNOWN_METHOD, CallRecord
 
 try:
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter

@@ -5,10 +5,11 @@ from typing import Any
 
 import grpc
 import pytest
-from bilm_server import descriptors
 from bilm_server.app import build_server
 from bilm_server.config_sources import load_config
-from bilm_server.descriptors import (
+from bilm_server.errors import ConfigurationError
+from bilm_server.protocols.grpc import connections as descriptors
+from bilm_server.protocols.grpc.connections import (
     HEALTH_CONNECTIONS,
     MOST_BY_DEFAULT,
     OWN_RESERVE,
@@ -18,9 +19,8 @@ from bilm_server.descriptors import (
     health_server,
     open_descriptors,
 )
-from bilm_server.errors import ConfigurationError
-from bilm_server.health import HealthReporter
-from bilm_server.interceptors import OpenInterceptor
+from bilm_server.protocols.grpc.health import HealthReporter
+from bilm_server.protocols.grpc.interceptors import OpenInterceptor
 from bilm_server.served_model import load_served_model
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
