@@ -16,7 +16,7 @@ from bilm_server.jobs import Call, Compute, Computed, Job, Outcome
 from bilm_server.scheduler import Scheduler
 from bilm_server.speed import Speed
 
-_log = logging.getLogger("bilm_server.inference")
+_log = logging.getLogger(__name__)
 
 # How often a model that fails is tried again; a balancer sends nothing that would show that it has recovered.
 _PROBE_INTERVAL_S = 1.0

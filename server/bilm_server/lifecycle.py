@@ -13,7 +13,7 @@ from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.grpc.interceptors import OpenCalls
 from bilm_server.watchdog import Watchdog
 
-_log = logging.getLogger("bilm_server.lifecycle")
+_log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):

@@ -13,17 +13,28 @@ _LEVELS: Final = {
     "off": OFF,
 }
 PARTS: Final[Mapping[str, tuple[str, ...]]] = {
-    **{
-        part: (f"bilm_server.{part}",)
-        for part in (
-            "acceptor", "access", "alerts", "auth", "descriptors", "errors", "health", "inference", "lifecycle", "main",
-            "metrics", "ready_port", "test", "tls", "watchdog",
-        )
-    },
+    "access": ("bilm_server.observability.access_log",),
+    "acceptor": ("bilm_server.protocols.grpc.acceptor", "bilm_server.protocols.grpc.unix_sockets"),
+    "alerts": ("bilm_server.observability.alerts",),
+    "auth": ("bilm_server.security.auth", "bilm_server.observability.no_log_calls"),
+    "descriptors": ("bilm_server.protocols.grpc.connections",),
+    "errors": ("bilm_server.protocols.grpc.interceptors",),
+    "health": ("bilm_server.protocols.grpc.health",),
+    "inference": ("bilm_server.inference",),
+    "lifecycle": ("bilm_server.lifecycle", "bilm_server.app"),
+    "main": ("bilm_server.main", "bilm_server.served_model"),
+    "metrics": ("bilm_server.protocols.ops.metrics_endpoint", "bilm_server.observability.resources"),
     "model": ("bilm_model",),
+    "ready_port": ("bilm_server.protocols.ops.readiness_port",),
+    "test": ("bilm_server.test",),
+    "tls": ("bilm_server.security.tls",),
     "tracing": ("opentelemetry",),
-}  # fmt: skip
-"""What can be switched by itself: parts, and the loggers of each."""
+    "watchdog": ("bilm_server.watchdog",),
+}
+"""What can be switched by itself: each part's loggers, with those below them unless another part has them.
+
+The names of parts are older than those of the modules, and stay.
+"""
 
 
 def parse_levels(text: str) -> dict[str, int]:

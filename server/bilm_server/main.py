@@ -25,7 +25,7 @@ from bilm_server.observability.log_setup import Logs, configure_logs
 from bilm_server.observability.server_metrics import DropCounts
 from bilm_server.served_model import load_served_model
 
-_log = logging.getLogger("bilm_server.main")
+_log = logging.getLogger(__name__)
 
 _ENGINE_LOST = 3
 

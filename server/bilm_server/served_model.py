@@ -23,7 +23,7 @@ from bilm_model.weights.loading import load
 from bilm_server.config import ServerConfig
 from bilm_server.errors import ConfigurationError
 
-_log = logging.getLogger("bilm_server.main")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from bilm_server.errors import EngineLostError
 
-_log = logging.getLogger("bilm_server.watchdog")
+_log = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.25
 

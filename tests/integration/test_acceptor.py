@@ -83,14 +83,16 @@ def test_the_server_outlives_a_bad_path(
     assert entered.wait(60)
     target = server.target
     with call_with_a_bad_path(target):
-        wait_until(lambda: any(record.name == "bilm_server.acceptor" for record in caplog.records))
+        wait_until(lambda: any(record.name == "bilm_server.protocols.grpc.acceptor" for record in caplog.records))
     go_on.set()
     assert in_flight.result(60).results[0].embedding.tensor.data == known
     again = server.stub().Embed(REQUEST, timeout=20, wait_for_ready=True)
     assert again.results[0].embedding.tensor.data == known
     assert server.target == target
     told = [record for record in caplog.records if record.name.startswith("bilm_server.") and "grpc" in record.message]
-    assert [(record.name, record.levelno) for record in told] == [("bilm_server.acceptor", logging.WARNING)]
+    assert [(record.name, record.levelno) for record in told] == [
+        ("bilm_server.protocols.grpc.acceptor", logging.WARNING)
+    ]
     assert "canary" not in caplog.text
 
 

@@ -300,15 +300,16 @@ def test_only_callers_that_may_leave_no_access_log(with_tokens: str, caplog: pyt
             for marked in ((), (mark,)):
                 with contextlib.suppress(grpc.RpcError):
                     method(b"", metadata=(*metadata, *marked), timeout=10)
-    ended = ("bilm_server.access", "bilm_server.test")
+    access_log = "bilm_server.observability.access_log"
+    ended = (access_log, "bilm_server.test")
     deadline_s = time.monotonic() + 20
     while sum(record.name in ended for record in caplog.records) < 8 and time.monotonic() < deadline_s:
         time.sleep(0.005)  # a call's line follows its status
-    lines = [vars(record)["fields"] for record in caplog.records if record.name == "bilm_server.access"]
+    lines = [vars(record)["fields"] for record in caplog.records if record.name == access_log]
     assert [(line.get("caller"), line["code"]) for line in lines] == [
         *(("team-a", "OK"),) * 2, ("team-b", "OK"), *((None, "UNAUTHENTICATED"),) * 4
     ]  # fmt: skip
-    used = [record.getMessage() for record in caplog.records if record.name == "bilm_server.auth"]
+    used = [record.getMessage() for record in caplog.records if record.name == "bilm_server.observability.no_log_calls"]
     assert used == ["caller team-b: 1 calls kept out of the access log by x-bilm-no-log"]
 
 

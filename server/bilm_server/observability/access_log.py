@@ -7,7 +7,7 @@ from collections.abc import Callable
 from bilm_server.errors import Code
 from bilm_server.observability.call_record import CallRecord
 
-_log = logging.getLogger("bilm_server.access")
+_log = logging.getLogger(__name__)
 test_calls = logging.getLogger("bilm_server.test")
 """Takes the lines of calls that are kept out of the access log; without a file of its own, they go nowhere."""
 test_calls.propagate = False

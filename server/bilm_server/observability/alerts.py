@@ -14,7 +14,7 @@ from bilm_system.proxies import is_local_url
 from bilm_server.observability.alert_groups import Alert, AlertEvent, AlertGroups
 from bilm_server.observability.alert_payloads import AlertFormat, accept, body
 
-_log = logging.getLogger("bilm_server.alerts")
+_log = logging.getLogger(__name__)
 
 ATTEMPTS: Final = 3
 """To post one message."""

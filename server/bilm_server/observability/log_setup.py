@@ -70,7 +70,8 @@ def configure_logs(
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for part, names in PARTS.items():
         for name in names:
-            logging.getLogger(name).setLevel((levels or {}).get(part, logging.NOTSET))
+            # Its own level always, or a part would follow one whose logger is above its own
+            logging.getLogger(name).setLevel((levels or {}).get(part, level.upper()))
     return Logs(handler, test_handler, test_descriptor)
 
 

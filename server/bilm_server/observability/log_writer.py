@@ -145,6 +145,6 @@ class LineHandler(logging.Handler):
 
 
 def _lost_record(lost: int) -> logging.LogRecord:
-    found = logging.LogRecord("bilm_server.logs", logging.WARNING, __file__, 0, "%d log lines were lost", (lost,), None)
+    found = logging.LogRecord(__name__, logging.WARNING, __file__, 0, "%d log lines were lost", (lost,), None)
     found.lineno = _lost_record.__code__.co_firstlineno
     return found

@@ -8,7 +8,7 @@ from bilm_api.constants import NO_LOG_KEY
 from bilm_server.observability.call_record import CallRecord
 from bilm_server.security.callers import CallerRights
 
-_log = logging.getLogger("bilm_server.auth")
+_log = logging.getLogger(__name__)
 
 
 class NoLogCalls:

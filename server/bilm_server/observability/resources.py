@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-_log = logging.getLogger("bilm_server.metrics")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from bilm_server.security.reloading import ReloadedFiles, warn_if_open_to_others
 MIN_TOKEN_CHARACTERS = 16
 """Of a token; made of random characters, so many can't be guessed over a network."""
 
-_log = logging.getLogger("bilm_server.auth")
+_log = logging.getLogger(__name__)
 
 _SCHEME = "bearer"
 

@@ -11,7 +11,7 @@ import grpc
 
 from bilm_server.security.reloading import ReloadedFiles, warn_if_open_to_others
 
-_log = logging.getLogger("bilm_server.tls")
+_log = logging.getLogger(__name__)
 
 # The public keys that gRPC's own TLS library signs with (1.85.1), as they begin in a certificate: it loads others and
 # then fails every handshake, which after a rotation would shut out all new callers.

@@ -250,7 +250,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def failures(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "bilm_server.alerts"]
+    return [record.getMessage() for record in caplog.records if record.name == "bilm_server.observability.alerts"]
 
 
 @pytest.mark.parametrize(("status", "attempts"), [(500, 3), (429, 3), (404, 1), (302, 1)])

@@ -56,7 +56,7 @@ async def test_draining_is_for_good_and_alive(served: Served) -> None:
 
 
 async def test_only_changes_are_logged(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "bilm_server.health")
+    caplog.set_level(logging.INFO, "bilm_server.protocols.grpc.health")
     for serving in (False, True, True, False, False):
         served.reporter.set(serving)
     assert [record.getMessage() for record in caplog.records] == ["health: SERVING", "health: NOT_SERVING"]

@@ -20,6 +20,7 @@ from bilm_server.observability.log_setup import Logs, configure_logs
 from bilm_server.observability.log_writer import LineWriter
 
 SERVER = Path(bilm_server.__file__).parent
+ACCESS = "bilm_server.observability.access_log"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 
 Configure = Callable[..., Logs]
@@ -76,7 +77,7 @@ def test_a_call_leaves_one_json_object(configure: Configure, capfd: pytest.Captu
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line.pop("time"))
     assert line.pop("line") > 0
     assert line == {
-        "level": "INFO", "logger": "bilm_server.access", "file": "access_log.py", "message": "Embed OK",
+        "level": "INFO", "logger": ACCESS, "file": "access_log.py", "message": "Embed OK",
         "method": "Embed", "code": "OK", "model": "tiny", "duration_ms": 12.3, "queue_ms": 1.0,
         "inference_ms": 10.0, "sentences": 2,
         "failed_sentences": 0, "tokens": 9, "caller": "batch", "peer": "ipv4:127.0.0.1:4711", "trace_id": TRACE,
@@ -87,7 +88,7 @@ def test_text_lines_have_the_same_fields(configure: Configure, capfd: pytest.Cap
     found = configure("info", "text")
     AccessLog().end(a_call(code=Code.RESOURCE_EXHAUSTED, reason="OVERLOADED"))
     (line,) = written(found, capfd)
-    assert "INFO bilm_server.access access_log.py:" in line
+    assert f"INFO {ACCESS} access_log.py:" in line
     assert line.endswith(
         "Embed RESOURCE_EXHAUSTED method=Embed code=RESOURCE_EXHAUSTED reason=OVERLOADED model=tiny duration_ms=12.3 "
         "queue_ms=1.0 inference_ms=10.0 sentences=2 failed_sentences=0 tokens=9 caller=batch peer=ipv4:127.0.0.1:4711"
@@ -149,7 +150,7 @@ def test_what_any_caller_can_bring_about_is_no_error_of_grpcs(
 
 def test_each_part_is_switched_by_itself(configure: Configure, capfd: pytest.CaptureFixture[str]) -> None:
     found = configure("warning", "text", parse_levels("health=debug, access=off,model=error"))
-    logging.getLogger("bilm_server.health").debug("seen: health")
+    logging.getLogger("bilm_server.protocols.grpc.health").debug("seen: health")
     AccessLog().end(a_call())
     logging.getLogger("bilm_model.engine.cpu.backend").warning("not seen: model")
     logging.getLogger("bilm_server.inference").info("not seen: level of all")
@@ -160,7 +161,7 @@ def test_each_part_is_switched_by_itself(configure: Configure, capfd: pytest.Cap
 def test_levels_of_before_are_gone(configure: Configure) -> None:
     configure("info", "text", parse_levels("access=off"))
     configure("info", "text")
-    assert logging.getLogger("bilm_server.access").isEnabledFor(logging.INFO)
+    assert logging.getLogger(ACCESS).isEnabledFor(logging.INFO)
 
 
 @pytest.mark.parametrize("text", ["acess=off", "access", "access=loud", "=off"])
@@ -175,12 +176,20 @@ def test_unknown_parts_and_levels_are_listed_with_what_is_known(text: str) -> No
     assert parse_levels("access=off") == {"access": OFF}
 
 
-def test_every_logger_of_the_server_is_a_part() -> None:
-    named = set()
-    for path in SERVER.rglob("*.py"):
-        named |= set(re.findall(r'getLogger\("(bilm_server\.[a-z_]+)"\)', path.read_text()))
-    known = {name for names in PARTS.values() for name in names if name.startswith("bilm_server.")}
-    assert named == known
+def test_every_module_that_logs_belongs_to_a_part() -> None:
+    known = tuple(name for names in PARTS.values() for name in names)
+    logging_modules = [path for path in SERVER.rglob("*.py") if "getLogger(__name__)" in path.read_text()]
+    assert logging_modules
+    for path in logging_modules:
+        name = ".".join(("bilm_server", *path.relative_to(SERVER).with_suffix("").parts))
+        assert any(name == part or name.startswith(f"{part}.") for part in known), name
+
+
+def test_a_part_inside_another_one_is_switched_by_itself(configure: Configure) -> None:
+    (inner,), (outer,) = PARTS["watchdog"], PARTS["inference"]
+    configure("info", "text", parse_levels("inference=off"))
+    assert logging.getLogger(inner).isEnabledFor(logging.INFO)
+    assert not logging.getLogger(f"{outer}.worker").isEnabledFor(logging.ERROR)
 
 
 # ---- test calls ----

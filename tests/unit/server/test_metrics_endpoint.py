@@ -156,7 +156,7 @@ def test_a_failure_is_an_answer_and_an_error_in_the_log(caplog: pytest.LogCaptur
     error.value.close()
     exporter.close()
     (record,) = caplog.records
-    assert (record.name, record.levelname) == ("bilm_server.metrics", "ERROR")
+    assert (record.name, record.levelname) == ("bilm_server.protocols.ops.metrics_endpoint", "ERROR")
 
 
 def test_stopping_closes_everything_and_may_be_repeated() -> None:

@@ -15,7 +15,7 @@ import grpc
 from bilm_server.errors import BindError
 from bilm_server.protocols.grpc.listening import Address
 
-_log = logging.getLogger("bilm_server.acceptor")
+_log = logging.getLogger(__name__)
 
 # Names of grpc.aio's coroutines
 _LOOP, _REACTION = "_server_main_loop", "shutdown"

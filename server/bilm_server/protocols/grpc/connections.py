@@ -30,7 +30,7 @@ _HEALTH_SILENCE_MS = 5_000
 _HEALTH_AGE_MS = 30_000
 _HEALTH_GRACE_MS = 300_000  # for Watch, the only call there that lasts
 
-_log = logging.getLogger("bilm_server.descriptors")
+_log = logging.getLogger(__name__)
 
 Options = tuple[tuple[str, int], ...]
 

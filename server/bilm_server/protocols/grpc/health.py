@@ -14,7 +14,7 @@ LIVENESS = "liveness"
 INFERENCE = "inference"
 """The name to ask for whether a call would be answered; unlike readiness it stays SERVING while the server drains."""
 
-_log = logging.getLogger("bilm_server.health")
+_log = logging.getLogger(__name__)
 
 _Response = health_pb2.HealthCheckResponse
 _SERVING, _NOT_SERVING, _UNKNOWN = _Response.SERVING, _Response.NOT_SERVING, _Response.SERVICE_UNKNOWN

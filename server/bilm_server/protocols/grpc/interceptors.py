@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
 
-_log = logging.getLogger("bilm_server.errors")
+_log = logging.getLogger(__name__)
 
 _STATUS_TIMEOUT_S = 1.0
 

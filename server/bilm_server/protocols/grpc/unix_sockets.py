@@ -18,7 +18,7 @@ from bilm_system.files import lock
 
 from bilm_server.addresses import private_path
 
-_log = logging.getLogger("bilm_server.acceptor")
+_log = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT_S = 1.0
 

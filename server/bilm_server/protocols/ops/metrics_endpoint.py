@@ -14,7 +14,7 @@ from prometheus_client.exposition import choose_encoder
 from bilm_server.addresses import split_address
 from bilm_server.errors import BindError
 
-_log = logging.getLogger("bilm_server.metrics")
+_log = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 16
 _EXCHANGE_TIMEOUT_S = 5.0

@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from bilm_server.addresses import split_address
 from bilm_server.errors import BindError
 
-_log = logging.getLogger("bilm_server.ready_port")
+_log = logging.getLogger(__name__)
 
 GREETING: Final = b"READY\n"
 """Greeting sent to every connection before it is closed; a stopped process accepts, too, but sends nothing."""
