@@ -20,13 +20,21 @@ _FLUSH_TIMEOUT_S = 2.0
 class LineWriter:
     """Writes lines to a file descriptor, in a thread of its own; what it can't hold or write is lost and counted."""
 
-    def __init__(self, descriptor: int | None, lost_line: Callable[[int], str]) -> None:
+    def __init__(
+        self,
+        descriptor: int | None,
+        lost_line: Callable[[int], str],
+        *,
+        write: Callable[[int, memoryview], int] = os.write,
+    ) -> None:
         """Keep the file; call `start` to start the thread.
 
         Args:
             descriptor: of the file; None: everything is lost.
             lost_line: returns the line that reports how many were lost, once lines can be written again.
+            write: writes to a descriptor; returns how many bytes it took.
         """
+        self._write = write
         self._descriptor, self._lost_line = descriptor, lost_line
         self._changed = threading.Condition()
         self._lines: deque[bytes] = deque()
@@ -109,7 +117,7 @@ class LineWriter:
         try:
             while n_written < len(data) and self._descriptor is not None:
                 try:
-                    n_written += os.write(self._descriptor, memoryview(data)[n_written:])
+                    n_written += self._write(self._descriptor, memoryview(data)[n_written:])
                 except BlockingIOError:  # another process that shares the descriptor made it so
                     select.select([], [self._descriptor], [])
         except OSError:

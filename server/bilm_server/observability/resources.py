@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,12 @@ class Gpu:
     """A GPU, by NVML (the package nvidia-ml-py, which is optional)."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
-        """Keeps its arguments; `find_gpu` has them."""
+        """Keep the library and the GPU's handle, which `find_gpu` finds."""
         self._nvml, self._handle = nvml, handle
         self._failing = False
 
     def read(self) -> GpuState | None:
-        """Asks the driver; None if it doesn't answer as it should."""
+        """Return what the driver says; None if it doesn't answer as it should."""
         try:
             memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
             busy = self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100
@@ -45,10 +46,15 @@ class Gpu:
         return GpuState(memory.used, memory.total, busy)
 
 
-def find_gpu(uuid: str) -> Gpu | None:
-    """The GPU of this UUID, as torch or NVML writes it; None where NVML or its package is missing."""
+def find_gpu(uuid: str, load: Callable[[str], Any] = importlib.import_module) -> Gpu | None:
+    """Return the GPU of a UUID; None where NVML or its package is missing.
+
+    Args:
+        uuid: as torch or NVML writes it.
+        load: imports a package by its name.
+    """
     try:
-        nvml: Any = importlib.import_module("pynvml")
+        nvml: Any = load("pynvml")
     except ImportError:
         _log.info("no metrics of the GPU: the package nvidia-ml-py is not installed")
         return None

@@ -52,9 +52,23 @@ class Tracing:
     call's begin. In a stream such times have no place; they are attributes of its span only.
     """
 
-    def __init__(self, service: str, provider: TracerProvider, exporter: "CountingExporter") -> None:
-        """Keeps its arguments; `start_tracing` has them."""
+    def __init__(
+        self,
+        service: str,
+        provider: TracerProvider,
+        exporter: "CountingExporter",
+        stop_timeout_s: float = _STOP_TIMEOUT_S,
+    ) -> None:
+        """Keep the parts, which `start_tracing` makes.
+
+        Args:
+            service: full name of the gRPC service.
+            provider: makes spans.
+            exporter: sends them.
+            stop_timeout_s: for what is left to be sent at the end.
+        """
         self._service, self._provider, self._exporter = service, provider, exporter
+        self._stop_timeout_s = stop_timeout_s
         self._tracer = provider.get_tracer("bilm_server", bilm_server.__version__)
         self._propagator = TraceContextTextMapPropagator()
         self._spans: dict[CallRecord, tuple[Span, int]] = {}
@@ -65,13 +79,13 @@ class Tracing:
         return self._exporter.failed
 
     def trace_id(self, call: CallRecord) -> str:
-        """The trace that a call which goes on belongs to; for its line in the access log."""
+        """Return the trace that an open call belongs to; for its line in the access log."""
         if call not in self._spans:
             return ""
         return f"{self._spans[call][0].get_span_context().trace_id:032x}"
 
     def begin(self, call: CallRecord) -> None:
-        """Begins the span."""
+        """Start the span."""
         own = call.method != UNKNOWN_METHOD and "/" not in call.method
         name = f"{self._service}/{call.method}" if own else call.method
         attributes: Attributes = {"rpc.system.name": "grpc", "rpc.method": name, **_client(call.peer)}
@@ -82,7 +96,7 @@ class Tracing:
         self._spans[call] = (span, begun_ns)
 
     def end(self, call: CallRecord) -> None:
-        """Ends the span."""
+        """End the span."""
         span, begun_ns = self._spans.pop(call)
         end_ns = begun_ns + round(call.duration_s * _NS)  # the wall clock may have jumped meanwhile
         if span.is_recording():
@@ -101,13 +115,13 @@ class Tracing:
             self._tracer.start_span(name, context, start_time=start_ns).end(stop_ns)
 
     def stop(self) -> None:
-        """Sends what there is, for 5 s at most; blocks for as long."""
+        """Send what there is; blocks for twice the time limit at most."""
         sending = threading.Thread(target=self._provider.shutdown, name="tracing-stop", daemon=True)
         sending.start()
-        sending.join(_STOP_TIMEOUT_S)
+        sending.join(self._stop_timeout_s)
         if sending.is_alive():
             self._exporter.shutdown()  # gives up what it is trying
-            sending.join(_STOP_TIMEOUT_S)
+            sending.join(self._stop_timeout_s)
 
 
 class CountingExporter(OTLPSpanExporter):
@@ -127,8 +141,16 @@ class CountingExporter(OTLPSpanExporter):
         return result
 
 
-def start_tracing(endpoint: str, sample_ratio: float, service: str, instance: str) -> Tracing:
-    """Begins to collect spans and to send them, in a thread.
+def start_tracing(
+    endpoint: str,
+    sample_ratio: float,
+    service: str,
+    instance: str,
+    *,
+    export_timeout_s: float = _EXPORT_TIMEOUT_S,
+    stop_timeout_s: float = _STOP_TIMEOUT_S,
+) -> Tracing:
+    """Start to collect spans and to send them, in a thread.
 
     What OpenTelemetry reads from the environment beside the endpoint (OTEL_EXPORTER_OTLP_HEADERS, _CERTIFICATE, …,
     OTEL_RESOURCE_ATTRIBUTES) holds.
@@ -138,9 +160,11 @@ def start_tracing(endpoint: str, sample_ratio: float, service: str, instance: st
         sample_ratio: share of the calls that are traced where the caller's context doesn't say.
         service: full name of the gRPC service.
         instance: which server this is.
+        export_timeout_s: for the collector to take spans.
+        stop_timeout_s: for what is left to be sent at the end.
     """
     options: Any = tuple(WITHOUT_PROXY) if is_local_url(endpoint) else ()  # numbers too, whatever its annotation says
-    exporter = CountingExporter(endpoint=endpoint, timeout=_EXPORT_TIMEOUT_S, channel_options=options)
+    exporter = CountingExporter(endpoint=endpoint, timeout=export_timeout_s, channel_options=options)
     identity = {
         "service.name": "bilm-serve",
         "service.version": bilm_server.__version__,
@@ -149,11 +173,11 @@ def start_tracing(endpoint: str, sample_ratio: float, service: str, instance: st
     sampler = ParentBased(TraceIdRatioBased(sample_ratio))
     provider = TracerProvider(sampler, Resource.create(identity), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    return Tracing(service, provider, exporter)
+    return Tracing(service, provider, exporter, stop_timeout_s)
 
 
 def _carrier(call: CallRecord) -> dict[str, str]:
-    """The W3C context among the metadata; the caller may have sent `tracestate` in several pieces."""
+    """Return the W3C context among the metadata; the client may have sent `tracestate` in several pieces."""
     texts = [(key, value) for key, value in call.metadata if isinstance(value, str)]
     parents = [value for key, value in texts if key == "traceparent"]
     states = [value for key, value in texts if key == "tracestate"]
@@ -161,7 +185,7 @@ def _carrier(call: CallRecord) -> dict[str, str]:
 
 
 def _client(peer: str) -> Attributes:
-    """A peer as grpc names it ("ipv4:127.0.0.1:4711", "ipv6:%5B::1%5D:4711", "unix:…") in OpenTelemetry's words."""
+    """Return a peer ("ipv4:127.0.0.1:4711", "ipv6:%5B::1%5D:4711", "unix:…") in OpenTelemetry's words."""
     kind, _, address = unquote(peer).partition(":")
     host, _, port = address.rpartition(":")
     if kind not in ("ipv4", "ipv6") or not port.isdecimal():

@@ -3,7 +3,7 @@
 import hashlib
 import hmac
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
@@ -43,22 +43,24 @@ class _Token:
 
 
 class Authenticator:
-    """Names the caller of each call; used from the event loop only."""
+    """Names the caller of each call; used from the event loop only. Keeps digests of tokens, not the tokens."""
 
-    def __init__(self, token_file: Path | None) -> None:
-        """Keeps its argument.
+    def __init__(self, token_file: Path | None, *, equal: Callable[[bytes, bytes], bool] = hmac.compare_digest) -> None:
+        """Keep the file's name; call `load` to read it.
 
         Args:
             token_file: one token a line, as `NAME TOKEN`; empty lines and lines that begin with # are passed over.
                 Several lines may have one name, so that a token can be replaced while both hold. None: nobody needs a
                 token.
+            equal: compares digests, in a time that doesn't depend on where they differ.
         """
+        self._equal = equal
         self._tokens: ReloadedFiles[Sequence[_Token]] | None = None
         if token_file is not None:
             self._tokens = ReloadedFiles([token_file], lambda contents: _read_tokens(token_file, contents[0]), _log)
 
     def load(self) -> None:
-        """Reads the tokens; from then on, a change of the file holds for the next call.
+        """Read the tokens; from then on, a change of the file holds for the next call.
 
         Raises:
             ConfigurationError: the file can't be read, has a line that isn't as it should be, or has no token.
@@ -67,7 +69,7 @@ class Authenticator:
             self._tokens.load()
 
     def identify(self, metadata: Metadata, peer: str, auth_context: AuthContext) -> Caller:
-        """Finds out who calls.
+        """Return who calls.
 
         Args:
             metadata: the caller's.
@@ -83,7 +85,17 @@ class Authenticator:
         """
         if self._tokens is None:
             return Caller(_certificate_name(auth_context) or _address(peer))
-        return Caller(_owner(_bearer(metadata), self._tokens.current()))
+        return Caller(self._owner(_bearer(metadata), self._tokens.current()))
+
+    def _owner(self, token: str, known: Sequence[_Token]) -> str:
+        digest = hashlib.sha256(token.encode()).digest()
+        owner = None
+        for candidate in known:  # all of them: the time must not tell which one it was, or how much of it was right
+            if self._equal(candidate.digest, digest):
+                owner = candidate.name
+        if owner is None:
+            raise RefusalError(Reason.UNAUTHENTICATED, "the token isn't known")
+        return owner
 
 
 def _bearer(metadata: Metadata) -> str:
@@ -94,17 +106,6 @@ def _bearer(metadata: Metadata) -> str:
     if len(values) > 1 or scheme.lower() != _SCHEME or not token:
         raise RefusalError(Reason.UNAUTHENTICATED, "metadata authorization: expected one value, Bearer TOKEN")
     return token.strip()
-
-
-def _owner(token: str, known: Sequence[_Token]) -> str:
-    digest = hashlib.sha256(token.encode()).digest()
-    owner = None
-    for candidate in known:  # all of them: the time must not tell which one it was, or how much of it was right
-        if hmac.compare_digest(candidate.digest, digest):
-            owner = candidate.name
-    if owner is None:
-        raise RefusalError(Reason.UNAUTHENTICATED, "the token isn't known")
-    return owner
 
 
 def _certificate_name(auth_context: AuthContext) -> str:
@@ -121,7 +122,7 @@ def _address(peer: str) -> str:
 
 
 def _printable(name: str) -> str:
-    """A name that can't break a line of the log in two."""
+    """Return a name that can't break a line of the log in two."""
     return "".join(character if character.isprintable() else "?" for character in name)
 
 

@@ -1,4 +1,4 @@
-"""What was made of files, made anew when they change."""
+"""Values made of files, made anew when they change."""
 
 import hashlib
 import logging
@@ -19,7 +19,14 @@ T = TypeVar("T")
 _SETTLED_NS = 2_000_000_000
 _OTHERS = stat.S_IROTH | stat.S_IWOTH
 
-_Stamp = tuple[int, int, int, int, int]
+Stamp = tuple[int, int, int, int, int]
+"""What a look at a file shows of a change: device, inode, size, times of modification and of change in ns."""
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Return a file's stamp."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class ReloadedFiles(Generic[T]):
@@ -29,24 +36,33 @@ class ReloadedFiles(Generic[T]):
     that can't be used leaves the value as it was: the log says so once, and the files are tried again at each look.
     """
 
-    def __init__(self, paths: Sequence[Path], make: Callable[[Sequence[bytes]], T], log: logging.Logger) -> None:
-        """Keeps its arguments.
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        make: Callable[[Sequence[bytes]], T],
+        log: logging.Logger,
+        *,
+        stamp: Callable[[Path], Stamp] = stamp_of,
+    ) -> None:
+        """Keep what values are made of; call `load` for the first one.
 
         Args:
             paths: the files.
             make: makes the value of their contents, in this order. Raises ValueError, with a message for the log: it
                 names the file and nothing of its content.
             log: takes the changes and what is wrong with them.
+            stamp: looks at a file.
         """
+        self._stamp = stamp
         self._paths, self._make, self._log = tuple(paths), make, log
         self._lock = threading.Lock()
         self._value: T | None = None
-        self._stamps: tuple[_Stamp, ...] | None = None
+        self._stamps: tuple[Stamp, ...] | None = None
         self._digests: tuple[bytes, ...] = ()
         self._reported: object = None
 
     def load(self) -> T:
-        """Reads the files for the first time.
+        """Return the value, after reading the files for the first time.
 
         Raises:
             ConfigurationError: what is wrong with them.
@@ -55,10 +71,10 @@ class ReloadedFiles(Generic[T]):
             try:
                 return self._look()
             except (OSError, ValueError) as error:
-                raise ConfigurationError(_told(error)) from error
+                raise ConfigurationError(_message(error)) from error
 
     def current(self) -> T:
-        """The value of the files as they are now, or as they were when they were last good; after `load`."""
+        """Return the value of the files as they are now, or as they were when they were last good; after `load`."""
         with self._lock:
             try:
                 value = self._look()
@@ -70,7 +86,7 @@ class ReloadedFiles(Generic[T]):
             return value
 
     def _look(self) -> T:
-        stamps = tuple(map(_stamp, self._paths))
+        stamps = tuple(map(self._stamp, self._paths))
         if self._value is not None and stamps == self._stamps:
             return self._value
         contents = [_read(path) for path in self._paths]
@@ -85,11 +101,11 @@ class ReloadedFiles(Generic[T]):
 
     def _report(self, error: OSError | ValueError) -> None:
         try:
-            seen: object = (tuple(map(_stamp, self._paths)), _told(error))
+            seen: object = (tuple(map(self._stamp, self._paths)), _message(error))
         except OSError:
-            seen = _told(error)
+            seen = _message(error)
         if seen != self._reported:
-            self._log.error("%s; what was loaded before stays in use: %s", _told(error), self._names())
+            self._log.error("%s; what was loaded before stays in use: %s", _message(error), self._names())
         self._reported = seen
 
     def _names(self) -> str:
@@ -97,7 +113,7 @@ class ReloadedFiles(Generic[T]):
 
 
 def warn_if_open_to_others(path: Path, log: logging.Logger) -> None:
-    """Warns if a file with secrets can be read or written by every user of the machine."""
+    """Warn if a file with secrets can be read or written by every user of the machine."""
     mode = path.stat().st_mode
     if mode & _OTHERS:
         log.warning("%s can be read or written by every user of this machine (mode %03o)", path, stat.S_IMODE(mode))
@@ -108,17 +124,12 @@ def _read(path: Path) -> bytes:
         return file.read()
 
 
-def _stamp(path: Path) -> _Stamp:
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _settled(stamps: tuple[_Stamp, ...]) -> bool:
+def _settled(stamps: tuple[Stamp, ...]) -> bool:
     newest_ns = max(mtime_ns for *_, mtime_ns, _ in stamps)
     return not 0 <= time.time_ns() - newest_ns < _SETTLED_NS
 
 
-def _told(error: OSError | ValueError) -> str:
+def _message(error: OSError | ValueError) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -8,11 +8,12 @@ import pytest
 from bilm_server.app import build_server
 from bilm_server.config_sources import load_config
 from bilm_server.errors import ConfigurationError
-from bilm_server.protocols.grpc import connections as descriptors
 from bilm_server.protocols.grpc.connections import (
     HEALTH_CONNECTIONS,
     MOST_BY_DEFAULT,
     OWN_RESERVE,
+    Descriptors,
+    bounded,
     connection_limit,
     connection_options,
     descriptor_limit,
@@ -26,15 +27,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 RESERVE = OWN_RESERVE + HEALTH_CONNECTIONS
 IN_USE = 22
-
-
-@pytest.fixture
-def limit(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    """A limit of descriptors, of which IN_USE are in use."""
-    value: int = request.param
-    monkeypatch.setattr(descriptors, "descriptor_limit", lambda: value)
-    monkeypatch.setattr(descriptors, "open_descriptors", lambda: IN_USE)
-    return value
 
 
 def test_it_counts_what_is_open() -> None:
@@ -56,11 +48,10 @@ def test_it_reads_the_soft_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_no_limit_is_a_number_that_grpc_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for soft in (resource.RLIM_INFINITY, 2**40):
-        monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
-        assert descriptor_limit() == 2**31 - 1
-        assert connection_limit(0) == MOST_BY_DEFAULT
+@pytest.mark.parametrize("soft", [resource.RLIM_INFINITY, 2**40])
+def test_no_limit_is_a_number_that_grpc_takes(soft: int) -> None:
+    assert bounded(soft) == 2**31 - 1
+    assert connection_limit(0, Descriptors(bounded(soft), IN_USE)) == MOST_BY_DEFAULT
 
 
 @pytest.mark.parametrize(
@@ -75,10 +66,9 @@ def test_no_limit_is_a_number_that_grpc_takes(monkeypatch: pytest.MonkeyPatch) -
         (2**20, 100_000, 100_000),
         (IN_USE + RESERVE + 1, 0, 1),
     ],
-    indirect=["limit"],
 )
 def test_connections_fit_below_the_limit(limit: int, wanted: int, expected: int) -> None:
-    assert connection_limit(wanted) == expected
+    assert connection_limit(wanted, Descriptors(limit, IN_USE)) == expected
 
 
 @pytest.mark.parametrize(
@@ -90,21 +80,19 @@ def test_connections_fit_below_the_limit(limit: int, wanted: int, expected: int)
         (20, 0, "no connection fits"),
         (20, 1, "1 connections don't fit"),
     ],
-    indirect=["limit"],
 )
 def test_what_does_not_fit_is_an_error_that_says_what_would(limit: int, wanted: int, message: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^max_connections: .*{message}"):
-        connection_limit(wanted)
+        connection_limit(wanted, Descriptors(limit, IN_USE))
 
 
 @pytest.mark.parametrize(
     ("limit", "wanted", "warns"),
     [(256, 0, True), (256, 50, False), (1024, 0, False), (IN_USE + RESERVE + 511, 0, True)],
-    indirect=["limit"],
 )
 def test_a_low_limit_is_warned_of(limit: int, wanted: int, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        fitting = connection_limit(wanted)
+        fitting = connection_limit(wanted, Descriptors(limit, IN_USE))
     expected = (
         f"only {fitting} connections fit: ulimit -n is {limit}, with 22 descriptors in use and 128 kept in reserve; "
     )
@@ -139,10 +127,10 @@ async def test_health_alone() -> None:
         await server.stop(0)
 
 
-@pytest.mark.parametrize("limit", [256], indirect=True)
-async def test_a_server_does_not_start_with_more_than_fit(limit: int) -> None:
-    config = load_config(["--model", "random:tiny", "--listen", "127.0.0.1:0", "--max-connections", "200"])
+async def test_a_server_does_not_start_with_more_than_fit() -> None:
+    more = str(Descriptors.now().limit)
+    config = load_config(["--model", "random:tiny", "--listen", "127.0.0.1:0", "--max-connections", more])
     server = build_server(config, load_served_model(config))
-    with pytest.raises(ConfigurationError, match="200 connections don't fit"):
+    with pytest.raises(ConfigurationError, match=f"{more} connections don't fit"):
         await server.start()
     await server.stop()

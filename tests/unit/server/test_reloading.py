@@ -1,6 +1,7 @@
 """What holds for reloaded files whatever is made of them."""
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,3 +37,12 @@ def test_the_value_is_the_same_object_as_long_as_the_content_is_the_same(tmp_pat
     assert files.current() is first
     path.write_bytes(b"other content")
     assert files.current() is not first
+
+
+def test_two_changes_that_the_files_clock_cannot_tell_apart(tmp_path: Path) -> None:
+    (path := tmp_path / "file").write_bytes(b"first")
+    stamp = (1, 2, 3, time.time_ns(), 5)
+    files = ReloadedFiles([path], lambda contents: contents[0], LOG, stamp=lambda _path: stamp)
+    assert files.load() == b"first"
+    path.write_bytes(b"other")
+    assert files.current() == b"other"

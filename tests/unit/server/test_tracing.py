@@ -13,7 +13,6 @@ from bilm_server.observability.call_record import UNKNOWN_METHOD, CallRecord
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="needs the extra `trace`")
 
-from bilm_server.observability import tracing
 from bilm_server.observability.tracing import Tracing, start_tracing
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
@@ -228,8 +227,11 @@ def test_a_context_that_cannot_be_read_is_none(collector: Collector, traced: Tra
         ("", {"client.address": ""}),
     ],
 )
-def test_peers(peer: str, expected: dict[str, Any]) -> None:
-    assert tracing._client(peer) == expected
+def test_peers(collector: Collector, traced: Tracing, peer: str, expected: dict[str, Any]) -> None:
+    run(traced, a_call(peer=peer))
+    traced.stop()
+    found = attributes(collector.spans[f"{SERVICE}/Embed"])
+    assert {key: value for key, value in found.items() if key.startswith("client.")} == expected
 
 
 def test_what_the_environment_adds_holds(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,13 +267,12 @@ def test_spans_that_the_collector_refuses_are_counted(collector: Collector, trac
 
 @pytest.mark.parametrize("kind", ["dead", "hangs"])
 def test_a_broken_collector_holds_nobody(collector: Collector, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "_STOP_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(tracing, "_EXPORT_TIMEOUT_S", 3600.0)  # so that who waits for it hangs
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
     if kind == "dead":
         collector.stop()
     collector.answer.clear()
-    traced = start_tracing(collector.endpoint, 1.0, SERVICE, "x")
+    # An export takes so long that whoever waits for it hangs
+    traced = start_tracing(collector.endpoint, 1.0, SERVICE, "x", export_timeout_s=3600, stop_timeout_s=0.3)
     for _ in range(5000):  # more than the queue holds
         run(traced, a_call())
     assert kind == "dead" or collector.entered.wait(60)

@@ -6,6 +6,7 @@ Options and numbers were measured on grpcio 1.85.1; docs/descriptors.md has them
 
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -35,8 +36,26 @@ _log = logging.getLogger(__name__)
 Options = tuple[tuple[str, int], ...]
 
 
+@dataclass(frozen=True)
+class Descriptors:
+    """File descriptors of this process.
+
+    Attributes:
+        limit: that it may have open.
+        in_use: that it has open.
+    """
+
+    limit: int
+    in_use: int
+
+    @classmethod
+    def now(cls) -> "Descriptors":
+        """Return the limit and the use as they are."""
+        return cls(descriptor_limit(), open_descriptors())
+
+
 def open_descriptors() -> int:
-    """Descriptors that this process has open; 0 on Windows, which has none."""
+    """Return how many descriptors this process has open; 0 on Windows, which has none."""
     if sys.platform == "win32":
         return 0
     folder = Path("/proc/self/fd")
@@ -46,27 +65,33 @@ def open_descriptors() -> int:
 
 
 def descriptor_limit() -> int:
-    """What `ulimit -n` says, the soft limit; the largest C int if there is none."""
+    """Return what `ulimit -n` says, the soft limit; the largest C int if there is none."""
     if sys.platform == "win32":
         return _MAX_INT
     import resource  # noqa: PLC0415 - not on Windows
 
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MAX_INT if soft == resource.RLIM_INFINITY else min(soft, _MAX_INT)
+    return bounded(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def connection_limit(wanted: int) -> int:
-    """How many connections the server accepts; a warning is logged if the limit of descriptors makes them few.
+def bounded(limit: int) -> int:
+    """Return a limit as a C int; one that is infinite, which is negative or huge, as the largest."""
+    return min(limit, _MAX_INT) if limit >= 0 else _MAX_INT
+
+
+def connection_limit(wanted: int, found: Descriptors | None = None) -> int:
+    """Return how many connections the server accepts; log a warning if the limit of descriptors makes them few.
 
     Call it when the model is loaded: what is open by then counts.
 
     Args:
         wanted: the number that was configured; 0: as many as fit, at most `MOST_BY_DEFAULT`.
+        found: the process's descriptors; None: as they are now.
 
     Raises:
         ConfigurationError: if so many don't fit, or none.
     """
-    limit, used, reserve = descriptor_limit(), open_descriptors(), OWN_RESERVE + HEALTH_CONNECTIONS
+    found = found or Descriptors.now()
+    limit, used, reserve = found.limit, found.in_use, OWN_RESERVE + HEALTH_CONNECTIONS
     fitting = limit - used - reserve
     why = f"ulimit -n is {limit}, with {used} descriptors in use and {reserve} kept in reserve"
     if wanted > fitting or fitting < 1:
@@ -83,7 +108,7 @@ def _remedy(least: int) -> str:
 
 
 def connection_options(max_connections: int, max_age_s: float) -> Options:
-    """Options of gRPC for how many connections there are and how they end.
+    """Return gRPC's options for how many connections there are and how they end.
 
     No option for idle ones: `grpc.max_connection_idle_ms` loses the call that comes just then (1 of 200; some hang
     until their deadline). Age ends them without a loss.
@@ -103,7 +128,7 @@ def connection_options(max_connections: int, max_age_s: float) -> Options:
 
 
 def health_server(interceptor: grpc.aio.ServerInterceptor) -> grpc.aio.Server:
-    """A server for an address where there is nothing but health.
+    """Return a server for an address where there is nothing but health.
 
     gRPC counts the connections of each address by themselves, so a flood of the other one doesn't shut checkers out.
     Checkers that never close their connections find them closed soon.

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -41,8 +42,14 @@ def check_kinds(path: Path) -> None:
 class UnixSocket:
     """A path that one process serves on at a time."""
 
-    def __init__(self, path: Path) -> None:
-        """Keep the path; call `claim` to own it."""
+    def __init__(self, path: Path, *, lock: Callable[[int], bool] = lock) -> None:
+        """Keep the path; call `claim` to own it.
+
+        Args:
+            path: of the socket.
+            lock: locks a file's descriptor; returns whether the file system has locks.
+        """
+        self._lock_file = lock
         self._path = path
         self._lock_path = _lock_path(path)
         self._lock: int | None = None
@@ -58,7 +65,7 @@ class UnixSocket:
         if self._lock is not None:
             return
         check_kinds(self._path)
-        self._lock = _locked(self._lock_path)
+        self._lock = _locked(self._lock_path, self._lock_file)
         try:
             check_kinds(self._path)  # again, now that no other server changes it
             _check_free(self._path)
@@ -101,12 +108,12 @@ def _lock_path(path: Path) -> Path:
     return path.with_name(path.name + ".lock")
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, lock: Callable[[int], bool]) -> int:
     """Return the descriptor of a lock file that this process holds the lock of."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            _lock(descriptor, path)
+            _lock(descriptor, path, lock)
             if os.path.exists(path) and _identity(path) == _identity_of(os.fstat(descriptor)):  # noqa: PTH110
                 return descriptor
         except BaseException:
@@ -115,7 +122,7 @@ def _locked(path: Path) -> int:
         os.close(descriptor)  # its owner has removed it meanwhile
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def _lock(descriptor: int, path: Path, lock: Callable[[int], bool]) -> None:
     try:
         locked = lock(descriptor)
     except BlockingIOError:
