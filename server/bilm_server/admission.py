@@ -1,6 +1,18 @@
-"""How much work is let in: bounded by tokens and by the bytes of the answers, so that memory is, too."""
+"""How much work is let in: bounded by tokens and by the bytes of responses, so that memory is, too.
 
-from dataclasses import dataclass
+Calls are refused where there is no room. Streams wait. A stream holds room from the moment when an item is let in until
+its result has been sent, which takes as long as its client likes. A client that reads two streams in turns doesn't read
+the first one while it waits for the second one. So no stream may take what others need for their first item: a stream
+that holds something may fill half of the room, the other half is for streams that hold nothing.
+
+Everything here is used from the event loop only.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
 from bilm_api.constants import NEVER_RETRY, Reason
 
@@ -10,7 +22,7 @@ _MIN_PUSHBACK_MS, _MAX_PUSHBACK_MS = 20, 10_000  # never 0: a gRPC client hangs 
 
 
 def pushback_ms(seconds: float) -> int:
-    """When to come back after a refusal, for what is expected to take so long."""
+    """Return when to come back after a refusal, for what is expected to take so long."""
     return max(_MIN_PUSHBACK_MS, min(_MAX_PUSHBACK_MS, int(1000 * seconds)))
 
 
@@ -20,89 +32,197 @@ class Cost:
 
     Attributes:
         tokens: to compute.
-        answer_bytes: to hold until they are sent.
+        response_bytes: to hold until they are sent.
     """
 
     tokens: int
-    answer_bytes: int
+    response_bytes: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.tokens + other.tokens, self.response_bytes + other.response_bytes)
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(self.tokens - other.tokens, self.response_bytes - other.response_bytes)
+
+    def fits(self, other: "Cost") -> bool:
+        """Return whether the other fits into this."""
+        return other.tokens <= self.tokens and other.response_bytes <= self.response_bytes
+
+
+NOTHING = Cost(0, 0)
+
+
+class Reservation:
+    """Room that a piece of work holds; it gives itself back at the end of a `with` block, or by `release`.
+
+    Attributes:
+        cost: what is held.
+    """
+
+    def __init__(self, cost: Cost, give_back: Callable[[Cost], None]) -> None:
+        """Hold what has been taken already, and is given back by the given function."""
+        self.cost = cost
+        self._give_back: Callable[[Cost], None] | None = give_back
+
+    @property
+    def released(self) -> bool:
+        """Whether it holds nothing any more, for good."""
+        return self._give_back is None
+
+    def release(self) -> None:
+        """Give everything back; idempotent."""
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back(self.cost)
+            self.cost = NOTHING
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
 
 
 class Admission:
-    """Room for calls, which are refused where there is none; used from the event loop only."""
+    """Room for calls, which are refused where there is none."""
 
-    def __init__(self, max_tokens: int, max_answer_bytes: int) -> None:
-        self.capacity = Cost(max_tokens, max_answer_bytes)
+    def __init__(self, max_tokens: int, max_response_bytes: int) -> None:
+        """Set what there is room for."""
+        self.capacity = Cost(max_tokens, max_response_bytes)
         """What there is room for."""
-        self._used = Cost(0, 0)
+        self._used = NOTHING
 
     @property
     def used(self) -> Cost:
         """What is in."""
         return self._used
 
-    def reserve(self, cost: Cost, retry_after_ms: int) -> "Reservation":
+    def reserve(self, cost: Cost, retry_after_ms: int) -> Reservation:
         """Take room, which the reservation gives back.
 
         Raises:
             RefusalError: OVERLOADED with the given pushback, if there is no room now.
         """
-        self.take(cost, retry_after_ms)
-        return Reservation(self, cost)
+        self._take(cost, retry_after_ms)
+        return Reservation(cost, self._give_back)
 
-    def take(self, cost: Cost, retry_after_ms: int) -> None:
-        """Takes room; give it back with `release`, all at once or bit by bit.
-
-        Raises:
-            RefusalError: OVERLOADED with the given pushback, if there is no room now.
-        """
-        if not self._fits(cost):
-            raise RefusalError(Reason.OVERLOADED, "too much work is waiting already; try again", retry_after_ms)
-        self._take(cost)
-
-    def release(self, cost: Cost) -> None:
-        """Gives room back."""
-        self._used = Cost(self._used.tokens - cost.tokens, self._used.answer_bytes - cost.answer_bytes)
-
-    def _fits(self, cost: Cost) -> bool:
-        return (
-            self._used.tokens + cost.tokens <= self.capacity.tokens
-            and self._used.answer_bytes + cost.answer_bytes <= self.capacity.answer_bytes
-        )
-
-    def _take(self, cost: Cost) -> None:
-        self._used = Cost(self._used.tokens + cost.tokens, self._used.answer_bytes + cost.answer_bytes)
-
-
-class Reservation:
-    """Room that a piece of work holds, changed as its cost becomes known."""
-
-    def __init__(self, admission: Admission, cost: Cost) -> None:
-        """Hold what has been taken; see `Admission.reserve`."""
-        self._admission, self._cost = admission, cost
-        self._released = False
-
-    def resize(self, cost: Cost, retry_after_ms: int) -> None:
-        """Hold so much from now on.
+    def resize(self, reservation: Reservation, cost: Cost, retry_after_ms: int = NEVER_RETRY) -> None:
+        """Let a reservation hold so much from now on; one that was released holds nothing.
 
         Raises:
             RefusalError: OVERLOADED with the given pushback, if that is more and there is no room for it now; then
                 nothing has changed.
         """
-        if self._released:
-            return
-        more = Cost(cost.tokens - self._cost.tokens, cost.answer_bytes - self._cost.answer_bytes)
-        if more.tokens > 0 or more.answer_bytes > 0:
-            self._admission.take(more, retry_after_ms)
-        else:
-            self._admission.release(Cost(-more.tokens, -more.answer_bytes))
-        self._cost = cost
+        if not reservation.released:
+            self._take(cost - reservation.cost, retry_after_ms)
+            reservation.cost = cost
 
-    def shrink(self, cost: Cost) -> None:
-        """Hold only so much from now on, which must not be more."""
-        self.resize(cost, NEVER_RETRY)
+    def _take(self, more: Cost, retry_after_ms: int) -> None:
+        grows = not NOTHING.fits(more)
+        if grows and not self.capacity.fits(self._used + more):
+            raise RefusalError(Reason.OVERLOADED, "too much work is waiting already; try again", retry_after_ms)
+        self._used += more
 
-    def release(self) -> None:
-        """Give everything back; idempotent."""
-        if not self._released:
-            self.shrink(Cost(0, 0))
-            self._released = True
+    def _give_back(self, cost: Cost) -> None:
+        self._used -= cost
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """An item that is not in yet."""
+
+    cost: Cost
+    turn: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class StreamAdmission:
+    """Room for the items of all streams, which wait where there is none.
+
+    First come, first served among the streams that hold nothing, and among the others, which wait for the former.
+    """
+
+    def __init__(self, max_tokens: int, max_response_bytes: int) -> None:
+        """Set what there is room for."""
+        self.capacity = Cost(max_tokens, max_response_bytes)
+        """What there is room for."""
+        self._shared = Cost(max_tokens // 2, max_response_bytes // 2)
+        self._used = NOTHING
+        self._first: dict[StreamShare, _Waiting] = {}
+        self._further: dict[StreamShare, _Waiting] = {}
+
+    @property
+    def used(self) -> Cost:
+        """What all streams hold."""
+        return self._used
+
+    @property
+    def waiting(self) -> int:
+        """Streams that wait for room."""
+        return len(self._first) + len(self._further)
+
+    async def reserve(self, share: "StreamShare", cost: Cost) -> Reservation:
+        """Wait for room for an item of a stream, which the reservation gives back; one item of it at a time.
+
+        Raises:
+            RefusalError: RESPONSE_TOO_LARGE, if there can never be so much.
+        """
+        if not self.capacity.fits(cost):
+            raise RefusalError(
+                Reason.RESPONSE_TOO_LARGE, f"the response has {cost.response_bytes} bytes, more than fit"
+            )
+        waiting = _Waiting(cost)
+        (self._further if share.n_items else self._first)[share] = waiting
+        self._let_in()
+        try:
+            await waiting.turn
+        except asyncio.CancelledError:
+            if not waiting.turn.cancelled():
+                self._leave(share, cost)  # it was let in at the very moment it was cancelled
+            else:
+                self._let_in()
+            raise
+        return Reservation(cost, lambda _: self._leave(share, cost))
+
+    def _leave(self, share: "StreamShare", cost: Cost) -> None:
+        self._used -= cost
+        share.n_items -= 1
+        if not share.n_items and (waiting := self._further.pop(share, None)):
+            self._first[share] = waiting
+        self._let_in()
+
+    def _let_in(self) -> None:
+        self._let_in_from(self._first, self.capacity)
+        if not self._first:
+            self._let_in_from(self._further, self._shared)
+
+    def _let_in_from(self, queue: "dict[StreamShare, _Waiting]", limit: Cost) -> None:
+        while queue:
+            share, waiting = next(iter(queue.items()))
+            if not waiting.turn.done():
+                total = self._used + waiting.cost
+                if not limit.fits(total):
+                    return
+                self._used = total
+                share.n_items += 1
+                waiting.turn.set_result(None)
+            del queue[share]
+
+
+class StreamShare:
+    """What one stream holds.
+
+    Attributes:
+        n_items: Items that are in.
+    """
+
+    def __init__(self, max_items: int) -> None:
+        """Hold nothing; the stream may have so many items in flight."""
+        self._places = asyncio.Semaphore(max_items)
+        self.n_items = 0
+
+    async def place(self) -> Reservation:
+        """Wait until the stream may have another item in flight, which the reservation is."""
+        await self._places.acquire()
+        return Reservation(NOTHING, lambda _: self._places.release())

@@ -12,13 +12,13 @@ from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from bilm_server.admission import Admission
+from bilm_server.admission import Admission, StreamAdmission
 from bilm_server.caller_limits import CallerLimits
-from bilm_server.compute import ModelCompute
 from bilm_server.config import ServerConfig
 from bilm_server.conversions import Conversions
+from bilm_server.embedder import Embedder
 from bilm_server.embedding.call_gate import CallGate
-from bilm_server.inference import InferenceThread
+from bilm_server.inference import InferenceWorker
 from bilm_server.lifecycle import DrainTimes, Listener, Server
 from bilm_server.observability.access_log import AccessLog
 from bilm_server.observability.call_record import CallObserver
@@ -33,7 +33,7 @@ from bilm_server.observability.server_metrics import (
     ServerView,
     Taken,
 )
-from bilm_server.parts import Parts
+from bilm_server.preprocessing import RequestLimits
 from bilm_server.protocols.grpc.acceptor import Acceptor
 from bilm_server.protocols.grpc.connections import connection_limit, health_server
 from bilm_server.protocols.grpc.health import HealthReporter
@@ -45,7 +45,6 @@ from bilm_server.security.auth import Authenticator
 from bilm_server.security.callers import CallerRights
 from bilm_server.served_model import ServedModel
 from bilm_server.service import EmbedService
-from bilm_server.stream_room import StreamRoom
 from bilm_server.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ class _App:
         config = self._config
         self._metrics.registry.register(ServerCollector(self._view))
         return Server(
-            self._parts,
+            self._embedder,
             self._health,
             self._watchdog,
             self._acceptor,
@@ -102,36 +101,39 @@ class _App:
             open_calls=self._open_calls,
             drain_times=DrainTimes(config.drain_delay_s, config.grace_s),
             prepare=(self._authenticator.load, self._warn_of_nameless_callers, self._max_connections),
-            close=(self._parts.conversions.stop, *(() if self._tracing is None else (self._tracing.stop,))),
+            close=(self._embedder.conversions.stop, *(() if self._tracing is None else (self._tracing.stop,))),
         )
 
     @cached_property
-    def _parts(self) -> Parts:
+    def _embedder(self) -> Embedder:
         config, metrics = self._config, self._metrics
-        return Parts(
-            config=config,
+        return Embedder(
             model=self._model,
-            inference=InferenceThread(
-                ModelCompute(self._model.engine), lambda done: metrics.round(self._model.name, done.rows, done.failed)
+            worker=InferenceWorker(
+                self._model.engine, lambda report: metrics.round(self._model.name, report.rows, report.failed)
             ),
+            limits=RequestLimits.of(config),
             conversions=Conversions(),
             admission=Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB),
-            stream_admission=StreamRoom(config.max_stream_tokens, config.max_stream_mib * _MIB),
-            caller_limits=CallerLimits(
-                config.caller_tokens_per_s, config.caller_max_calls, config.max_tokens_per_request
-            ),
+            stream_admission=StreamAdmission(config.max_stream_tokens, config.max_stream_mib * _MIB),
+            caller_limits=self._caller_limits,
         )
+
+    @cached_property
+    def _caller_limits(self) -> CallerLimits:
+        config = self._config
+        return CallerLimits(config.caller_tokens_per_s, config.caller_max_calls, config.max_tokens_per_request)
 
     @cached_property
     def _watchdog(self) -> Watchdog:
         config = self._config
-        return Watchdog(self._parts.inference, config.hang_s, config.give_up_s, self._health.set)
+        return Watchdog(self._embedder.worker, config.hang_s, config.give_up_s, self._health.set)
 
     # ---- who observes ----
 
     @cached_property
     def _gate(self) -> CallGate:
-        return CallGate(self._authenticator, self._rights, self._parts.caller_limits, self._observers())
+        return CallGate(self._authenticator, self._rights, self._caller_limits, self._observers())
 
     def _observers(self) -> tuple[CallObserver, ...]:
         """Return the observers in the order in which they see a call: its log line needs the span, which ends last."""
@@ -151,12 +153,12 @@ class _App:
 
     @property
     def _view(self) -> ServerView:
-        parts, tracing = self._parts, self._tracing
+        embedder, tracing = self._embedder, self._tracing
         return ServerView(
             engines=[self._engine_view],
             max_connections=self._max_connections,
             serving=lambda: self._health.serving,
-            admitted=lambda: {"unary": _taken(parts.admission), "stream": _taken(parts.stream_admission)},
+            admitted=lambda: {"unary": _taken(embedder.admission), "stream": _taken(embedder.stream_admission)},
             drops=self._drops,
             no_log_calls=lambda: self._no_log_calls.counts,
             spans_failed=lambda: 0 if tracing is None else tracing.failed,
@@ -165,14 +167,14 @@ class _App:
 
     @property
     def _engine_view(self) -> EngineView:
-        engine, inference, watchdog = self._model.engine, self._parts.inference, self._watchdog
+        engine, worker, watchdog = self._model.engine, self._embedder.worker, self._watchdog
         return EngineView(
             model=_labels(self._model),
             kernel_paths=lambda: engine.description.paths,
             max_rows=engine.capacity.rows,
             stalled_s=lambda: watchdog.stalled_s,
-            rows=lambda: inference.in_flight,
-            waiting_sentences=lambda: inference.waiting,
+            rows=lambda: worker.in_flight,
+            waiting_sentences=lambda: worker.waiting,
             cache=lambda: (engine.stats.cache.hits, engine.stats.cache.misses),
             ticks=lambda: engine.stats.ticks,
         )
@@ -192,7 +194,8 @@ class _App:
         return grpc.aio.server(interceptors=[interceptor], options=options)
 
     def _add_services(self, server: grpc.aio.Server) -> None:
-        embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedService(self._parts), server)
+        service = EmbedService(self._embedder, self._config.stream_stall_s)
+        embed_pb2_grpc.add_EmbedServiceServicer_to_server(service, server)
         self._health.add_to(server)
         if self._config.reflection:
             servicer = reflection.aio.ReflectionServicer((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME))
@@ -233,9 +236,9 @@ def _labels(model: ServedModel) -> dict[str, str]:
     }
 
 
-def _taken(admission: Admission | StreamRoom) -> Taken:
+def _taken(admission: Admission | StreamAdmission) -> Taken:
     used, limit = admission.used, admission.capacity
-    return Taken(used.tokens, limit.tokens, used.answer_bytes, limit.answer_bytes)
+    return Taken(used.tokens, limit.tokens, used.response_bytes, limit.response_bytes)
 
 
 def _gpu(device: torch.device) -> Gpu | None:

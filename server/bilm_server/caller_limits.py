@@ -43,6 +43,17 @@ class _Account:
         return not (self.calls or self.waiters)
 
 
+@dataclass(eq=False)
+class Charge:
+    """What a call takes out of its caller's bucket.
+
+    Attributes:
+        tokens: how many; an estimate until they are counted.
+    """
+
+    tokens: int
+
+
 class CallerLimits:
     """Limits for each caller by itself; used from the event loop only.
 
@@ -133,6 +144,23 @@ class CallerLimits:
         """
         if self._tokens_per_s:
             self._account(caller).level -= tokens  # what overflows is lost when it is looked at next
+
+    @contextmanager
+    def charged(self, caller: str, tokens: int) -> Iterator[Charge]:
+        """Charge the tokens of an `Embed`, and in the end what the block has set in the charge; an error costs nothing.
+
+        Raises:
+            RefusalError: CALLER_LIMIT, see `charge`.
+        """
+        self.charge(caller, tokens)
+        charge = Charge(tokens)
+        try:
+            yield charge
+        except BaseException:
+            charge.tokens = 0
+            raise
+        finally:
+            self.correct(caller, charge.tokens - tokens)
 
     async def acquire(self, caller: str, tokens: int) -> None:
         """Takes the tokens of a stream's item, once they are there; first come, first served among a caller's items."""

@@ -1,32 +1,49 @@
-"""What is to be computed, for whom, and what came of it; and what computes it."""
+"""A sentence from the request to its one exit, and the result that it may end in."""
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum, auto
 
 import numpy as np
 from bilm_model.engine.types import Capacity, OutputSpec, State
 from numpy.typing import NDArray
 
-from bilm_server.requests import PreparedSentence, Wanted
+NO_DEADLINE_S = float("inf")
+_NO_NEED = Capacity(0, 0)
 
 
 @dataclass(eq=False)
 class Call:
-    """An RPC: the unit of fairness and of cancellation.
+    """An RPC: the unit of fairness between sentences.
 
     Attributes:
-        deadline_s: on the clock of the inference thread, `time.monotonic`.
+        deadline_s: on the worker's clock, `time.monotonic`.
     """
 
-    deadline_s: float
+    deadline_s: float = NO_DEADLINE_S
+
+
+class Status(Enum):
+    """Where a sentence is.
+
+    Attributes:
+        WAITING: in preprocessing, or in the scheduler.
+        COMPUTING: in the engine, or about to be computed again after a failed round; it holds capacity.
+        ENDED: nowhere.
+    """
+
+    WAITING = auto()
+    COMPUTING = auto()
+    ENDED = auto()
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """The result of a sentence.
+class Result:
+    """What was computed for a sentence.
 
     Attributes:
-        vectors: as wanted, in the format of the wire.
+        vectors: as its output asks for, in the wire's number format.
         state: after the sentence, where it was asked for.
         queue_s: seconds between its arrival and its joining the engine.
         inference_s: seconds between that and its end.
@@ -38,70 +55,66 @@ class Outcome:
     inference_s: float
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """A sentence to compute.
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class Sentence:
+    """A sentence; it ends exactly once, in a result, a refusal or a cancellation.
+
+    A protocol sets the first five attributes, preprocessing the next ones from them, and the worker the others. The
+    status belongs to the holder of the worker's lock. The future belongs to the event loop; once it is done, nothing
+    waits for the sentence any more.
 
     Attributes:
-        sentence: what.
-        wanted: what of it.
-        state: to go on from.
-        want_state: whether the state after it is needed.
-        call: whose it is.
+        call: the RPC that it belongs to.
+        content: text to tokenise, or tokens; None where the request has neither.
+        output: what to return for it.
+        state_bytes: encoded state to continue from; empty: none.
+        return_state: whether the state after it is needed.
+        tokens: to compute, without boundaries.
+        starts: byte offsets of the tokens, where the content is text.
+        ends: byte offsets after the tokens, where the content is text.
+        truncated: whether a token has more bytes than the model reads.
+        state: to continue from, for the engine.
+        status: where it is.
+        need: capacity that it takes while it is computed.
+        arrived_s: when it was submitted, on the worker's clock.
+        joined_s: when it joined the engine, on the worker's clock.
+        future: of its result; None before it is submitted.
     """
 
-    sentence: PreparedSentence
-    wanted: Wanted
-    state: State | None
-    want_state: bool
     call: Call
+    content: str | Sequence[str] | None
+    output: OutputSpec
+    state_bytes: bytes = b""
+    return_state: bool = False
+    tokens: Sequence[str] = ()
+    starts: Sequence[int] = ()
+    ends: Sequence[int] = ()
+    truncated: bool = False
+    state: State | None = None
+    status: Status = Status.WAITING
+    need: Capacity = _NO_NEED
+    arrived_s: float = 0.0
+    joined_s: float = 0.0
+    future: "asyncio.Future[Result] | None" = None
 
     @property
-    def tokens(self) -> tuple[str, ...]:
-        """Those of the sentence (`EngineSentence`)."""
-        return self.sentence.tokens
-
-    @property
-    def output(self) -> OutputSpec:
-        """What to return (`EngineSentence`)."""
-        return self.wanted.output
-
-    @property
-    def return_state(self) -> bool:
-        """Whether the state after it is needed (`EngineSentence`)."""
-        return self.want_state
+    def cancelled(self) -> bool:
+        """Whether nothing waits for it any more; for any thread, as it reads one attribute."""
+        return self.future is not None and self.future.done()
 
 
-@dataclass(frozen=True, eq=False)
-class Computed:
-    """What a `Compute` gives for one job."""
+@dataclass(frozen=True)
+class RoundReport:
+    """What a round did.
 
-    vectors: NDArray[np.generic]
-    state: State | None
+    Attributes:
+        rows: sentences that advanced, or would have.
+        steps: that they advanced by, together.
+        seconds: that it took.
+        failed: whether it did.
+    """
 
-
-class Compute(Protocol):
-    """The model, as this thread drives it."""
-
-    @property
-    def room(self) -> Capacity:
-        """What may be in flight."""
-
-    @property
-    def steps(self) -> int:
-        """Steps that sentences have been advanced by since the start; never decreases, and self-checks don't count."""
-
-    def join(self, job: Job) -> None:
-        """Takes a job in, for which there is room."""
-
-    def leave(self, job: Job) -> None:
-        """Drop a job in flight."""
-
-    def advance(self) -> list[tuple[Job, Computed]]:
-        """Moves everything in flight on; returns what has ended."""
-
-    def probe(self) -> None:
-        """Drops everything in flight and computes something small; raises if that fails."""
-
-    def check(self) -> None:
-        """Computes something small while nothing is in flight; raises if that fails or has changed."""
+    rows: int
+    steps: int
+    seconds: float
+    failed: bool = False

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from bilm_server.embedder import Embedder
 from bilm_server.errors import BindError
-from bilm_server.parts import Parts
 from bilm_server.protocols.grpc.acceptor import Acceptor
 from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.grpc.interceptors import OpenCalls
@@ -47,12 +47,12 @@ class Server:
     """A server on one model; `app.build_server` puts it together.
 
     Attributes:
-        parts: what answers calls.
+        embedder: what embeds.
     """
 
     def __init__(
         self,
-        parts: Parts,
+        embedder: Embedder,
         health: HealthReporter,
         watchdog: Watchdog,
         acceptor: Acceptor,
@@ -66,7 +66,7 @@ class Server:
         """Keep the parts; call `start` to start them.
 
         Args:
-            parts: what answers calls.
+            embedder: what embeds; its worker starts and stops with the server.
             health: what is reported.
             watchdog: reports to it.
             acceptor: listens for calls.
@@ -76,7 +76,7 @@ class Server:
             prepare: read what the configuration names, before anything listens.
             close: end what is left, after everything else; may block.
         """
-        self.parts = parts
+        self.embedder = embedder
         self._health, self._watchdog, self._open_calls = health, watchdog, open_calls
         self._acceptor, self._listeners = acceptor, (acceptor, *listeners)
         self._drain_times, self._prepare, self._close = drain_times, tuple(prepare), tuple(close)
@@ -101,7 +101,7 @@ class Server:
         for listener in self._listeners:
             if line := await listener.start():
                 _log.info("%s", line)
-        await self.parts.inference.start()
+        await self.embedder.worker.start()
         self._watchdog.look()  # nothing but the watchdog reports to health
         self._watching = asyncio.create_task(self._watchdog.run())
 
@@ -144,7 +144,7 @@ class Server:
             await listener.stop()
         if self._watching is not None:
             self._watching.cancel()
-        await self.parts.inference.stop()
+        await self.embedder.worker.stop()
         for close in self._close:
             await asyncio.to_thread(close)
         _log.info("stopped")

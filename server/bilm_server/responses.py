@@ -1,75 +1,106 @@
-"""From results to the wire."""
+"""From results to messages of `bilm_api.v1`, which are filled in place: a vector is copied once into its message."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from bilm_api.v1 import embed_pb2
-from bilm_model.engine.types import DataType, State
-from google.protobuf.duration_pb2 import Duration
+from bilm_model.engine.types import DataType
 
-from bilm_server.jobs import Outcome
-from bilm_server.requests import PreparedSentence, Wanted
+from bilm_server.conversions import INLINE_BYTES
+from bilm_server.errors import RefusalError
+from bilm_server.jobs import Result, Sentence
+from bilm_server.preprocessing import row_bytes
+from bilm_server.protocols.grpc.status import status_of
 from bilm_server.served_model import ServedModel
 
 STREAM_MESSAGE_BYTES = 2**20
 """Size of the vectors in one message of a stream; serialising one must not hold the event loop."""
 
-_WIRE_TYPES: dict[DataType, embed_pb2.DataType] = {
+_DATA_TYPES: Mapping[DataType, embed_pb2.DataType] = {
     "float32": embed_pb2.DATA_TYPE_FLOAT32,
     "float16": embed_pb2.DATA_TYPE_FLOAT16,
     "bfloat16": embed_pb2.DATA_TYPE_BFLOAT16,
 }
 
-
-def embedding(sentence: PreparedSentence, outcome: Outcome, wanted: Wanted, model: ServedModel) -> embed_pb2.Embedding:
-    """The whole embedding of a sentence."""
-    return _embedding_rows(sentence, outcome, wanted, model, slice(0, None), last=True)
+# Generous bounds of what protobuf adds: a sentence's tags, lengths and shape; a token's tag, length and two offsets.
+_SENTENCE_OVERHEAD_BYTES, _TOKEN_OVERHEAD_BYTES = 128, 16
 
 
-def stream_rows(
-    sentence: PreparedSentence, outcome: Outcome, wanted: Wanted, model: ServedModel
-) -> Iterator[embed_pb2.EmbeddingRows]:
-    """A sentence's embedding, in row ranges that fit a message."""
-    total = 1 if wanted.pooled else len(sentence.tokens)
-    step = total if wanted.pooled else max(1, STREAM_MESSAGE_BYTES // wanted.row_bytes(model))
-    for first in range(0, max(total, 1), max(step, 1)):
-        last = first + step >= total
-        rows = slice(0, None) if wanted.pooled else slice(first, first + step)
-        part = _embedding_rows(sentence, outcome, wanted, model, rows, last=last)
-        yield embed_pb2.EmbeddingRows(embedding=part, first_row=first, total_rows=total, last=last)
+@dataclass(frozen=True)
+class WireFormat:
+    """How results become messages.
+
+    Attributes:
+        model: that computes them.
+        omit_tokens: whether the client knows the tokens.
+    """
+
+    model: ServedModel
+    omit_tokens: bool
+
+    def overhead_bytes(self, sentence: Sentence) -> int:
+        """Return an upper bound of what a sentence takes of a message beside its vectors and state."""
+        text = 0 if self.omit_tokens else sum(4 * len(token) for token in sentence.tokens)
+        return text + _SENTENCE_OVERHEAD_BYTES + _TOKEN_OVERHEAD_BYTES * len(sentence.tokens)
+
+    def build(
+        self, sentences: Sequence[Sentence], results: Sequence[Result | RefusalError], n_bytes: int
+    ) -> bytes | embed_pb2.EmbedResponse:
+        """Return the response to an `Embed`; a large one serialised, as that takes a while."""
+        response, computed = embed_pb2.EmbedResponse(), []
+        for sentence, result in zip(sentences, results, strict=True):
+            found = response.results.add()
+            if isinstance(result, RefusalError):
+                found.error.CopyFrom(status_of(result))
+                continue
+            computed.append((sentence, result))
+            self._fill(found.embedding, sentence, result, slice(0, None))
+            if sentence.return_state:
+                found.embedding.state = self._state_bytes(result)
+        self._fill_usage(response.usage, computed)
+        return response.SerializeToString() if n_bytes > INLINE_BYTES else response
+
+    def rows(
+        self, item_id: int, sentence: Sentence, result: Result, *, with_state: bool
+    ) -> Iterator[embed_pb2.EmbedStreamResponse]:
+        """Yield a sentence's embedding in row ranges that fit a message; the last one has the state and the usage."""
+        pooled = sentence.output.pooled
+        total = 1 if pooled else len(sentence.tokens)
+        step = 1 if pooled else max(1, STREAM_MESSAGE_BYTES // row_bytes(sentence.output, self.model))
+        for first in range(0, max(total, 1), step):
+            message = embed_pb2.EmbedStreamResponse(id=item_id)
+            rows = message.rows
+            rows.first_row, rows.total_rows, rows.last = first, total, first + step >= total
+            self._fill(rows.embedding, sentence, result, slice(0, None) if pooled else slice(first, first + step))
+            if rows.last:
+                if with_state:
+                    rows.embedding.state = self._state_bytes(result)
+                self._fill_usage(message.usage, [(sentence, result)])
+            yield message
+
+    def _fill(self, message: embed_pb2.Embedding, sentence: Sentence, result: Result, rows: slice) -> None:
+        vectors = result.vectors if sentence.output.pooled else result.vectors[..., rows, :]
+        if not self.omit_tokens:
+            message.tokens.extend(sentence.tokens[rows])
+        message.token_starts.extend(sentence.starts[rows])
+        message.token_ends.extend(sentence.ends[rows])
+        message.truncated = sentence.truncated
+        message.tensor.data = vectors.tobytes()
+        message.tensor.shape.extend(vectors.shape)
+        message.tensor.data_type = _DATA_TYPES[sentence.output.data_type]
+
+    def _state_bytes(self, result: Result) -> bytes:
+        codec = self.model.engine.state_codec
+        return b"" if codec is None or result.state is None else codec.encode(result.state)
+
+    def _fill_usage(self, usage: embed_pb2.Usage, computed: Sequence[tuple[Sentence, Result]]) -> None:
+        usage.queue_time.FromNanoseconds(_nanoseconds(max((result.queue_s for _, result in computed), default=0.0)))
+        usage.inference_time.FromNanoseconds(
+            _nanoseconds(max((result.inference_s for _, result in computed), default=0.0))
+        )
+        usage.tokens = sum(len(sentence.tokens) for sentence, _ in computed)
+        usage.model_version = self.model.version
 
 
-def usage(outcomes: Iterable[tuple[PreparedSentence, Outcome]], model: ServedModel) -> embed_pb2.Usage:
-    """What these sentences cost."""
-    found = list(outcomes)
-    return embed_pb2.Usage(
-        queue_time=_duration(max((outcome.queue_s for _, outcome in found), default=0.0)),
-        inference_time=_duration(max((outcome.inference_s for _, outcome in found), default=0.0)),
-        tokens=sum(len(sentence.tokens) for sentence, _ in found),
-        model_version=model.version,
-    )
-
-
-def _embedding_rows(
-    sentence: PreparedSentence, outcome: Outcome, wanted: Wanted, model: ServedModel, rows: slice, *, last: bool
-) -> embed_pb2.Embedding:
-    vectors = outcome.vectors if wanted.pooled else outcome.vectors[..., rows, :]
-    state = outcome.state if last and sentence.return_state else None
-    return embed_pb2.Embedding(
-        tokens=() if wanted.omit_tokens else sentence.tokens[rows],
-        token_starts=sentence.starts[rows],
-        token_ends=sentence.ends[rows],
-        truncated=sentence.truncated,
-        tensor=embed_pb2.Tensor(data=vectors.tobytes(), shape=vectors.shape, data_type=_WIRE_TYPES[wanted.data_type]),
-        state=b"" if state is None else _encoded(state, model),
-    )
-
-
-def _encoded(state: State, model: ServedModel) -> bytes:
-    codec = model.engine.state_codec
-    return b"" if codec is None else codec.encode(state)
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)

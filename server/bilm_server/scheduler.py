@@ -1,6 +1,6 @@
 """Which sentences join the engine next. Pure: no gRPC, no torch, no clock of its own."""
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -9,10 +9,10 @@ from bilm_model.engine.types import Capacity
 
 from bilm_server.limits import for_long_sentences
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Hashable)
 
 LONG_STEPS = 128
-"""Sentences of more steps (tokens and boundaries) are long: they leave some room to the others."""
+"""Sentences of more steps (tokens and boundaries) are long: they leave some capacity to the others."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Decision(Generic[T]):
     """What to do next.
 
     Attributes:
-        items: to join; each takes its room until `release`.
+        items: to join; each takes its capacity until `release`.
         expired: whose deadline has passed; not to be computed.
     """
 
@@ -39,15 +39,15 @@ class _Entry(Generic[T]):
 class _Queue(Generic[T]):
     """What one caller has waiting, and since when it waits for its turn (a count of turns)."""
 
-    entries: deque[_Entry[T]]
+    entries: OrderedDict[T, _Entry[T]]
     since: int
 
 
 class _Lane(Generic[T]):
     """Callers take turns, an entry a turn."""
 
-    def __init__(self, room: Capacity) -> None:
-        self.room = room
+    def __init__(self, capacity: Capacity) -> None:
+        self.capacity = capacity
         self.used = Capacity(0, 0)
         self.n_waiting = 0
         self._queues: OrderedDict[Hashable, _Queue[T]] = OrderedDict()
@@ -56,24 +56,12 @@ class _Lane(Generic[T]):
         return bool(self._queues)
 
     def add(self, caller: Hashable, entry: _Entry[T], now: int) -> None:
-        self._queues.setdefault(caller, _Queue(deque(), now)).entries.append(entry)
+        self._queues.setdefault(caller, _Queue(OrderedDict(), now)).entries[entry.item] = entry
         self.n_waiting += 1
-
-    def discard(self, caller: Hashable) -> list[T]:
-        queue = self._queues.pop(caller, None)
-        items = [] if queue is None else [entry.item for entry in queue.entries]
-        self.n_waiting -= len(items)
-        return items
 
     def remove(self, caller: Hashable, item: T) -> bool:
         queue = self._queues.get(caller)
-        if queue is None:
-            return False
-        for place, entry in enumerate(queue.entries):
-            if entry.item is item:
-                del queue.entries[place]
-                break
-        else:
+        if queue is None or queue.entries.pop(item, None) is None:
             return False
         self.n_waiting -= 1
         if not queue.entries:
@@ -81,16 +69,16 @@ class _Lane(Generic[T]):
         return True
 
     def since(self) -> int:
-        """How long the caller whose turn it is has waited for it."""
+        """Return when the caller whose turn it is began to wait for it."""
         return next(iter(self._queues.values())).since
 
     def head(self) -> _Entry[T]:
-        return next(iter(self._queues.values())).entries[0]
+        return next(iter(next(iter(self._queues.values())).entries.values()))
 
     def pop(self, now: int) -> _Entry[T]:
-        """Takes the head out and ends its caller's turn."""
+        """Take the head out and end its caller's turn."""
         caller, queue = next(iter(self._queues.items()))
-        entry = queue.entries.popleft()
+        _, entry = queue.entries.popitem(last=False)
         self.n_waiting -= 1
         queue.since = now
         if queue.entries:
@@ -101,22 +89,22 @@ class _Lane(Generic[T]):
 
 
 class Scheduler(Generic[T]):
-    """Callers take turns, the one that has waited longest first, one sentence a turn, as long as there is room.
+    """Callers take turns, the one that has waited longest first, one sentence a turn, as long as there is capacity.
 
     So a caller with one sentence waits for one sentence of every other caller at most, and not for a caller with a
-    thousand. There is no waiting for company: who fits joins. Whoever's turn it is and doesn't fit is waited for, so
-    nobody starves.
+    thousand. No batching delay: a sentence that fits is scheduled at once. A sentence whose turn it is and that doesn't
+    fit holds the others up until it does, so that none starves.
 
     Long sentences stay long: they would fill all rows and keep short ones waiting for thousands of ticks. So they have
-    a lane of their own with a little less room. One that waits for other long ones lets short ones pass; one that waits
-    for room that short ones take doesn't.
+    a lane of their own with a little less capacity. One that waits for other long ones lets short ones pass; one that
+    waits for capacity that short ones take doesn't.
     """
 
-    def __init__(self, room: Capacity) -> None:
-        """Sets the room of the engine."""
-        self._room = room
-        self._short: _Lane[T] = _Lane(room)
-        self._long: _Lane[T] = _Lane(Capacity(for_long_sentences(room.rows), for_long_sentences(room.steps)))
+    def __init__(self, capacity: Capacity) -> None:
+        """Set the capacity of the engine."""
+        self._capacity = capacity
+        self._short: _Lane[T] = _Lane(capacity)
+        self._long: _Lane[T] = _Lane(_for_long_ones(capacity))
         self._turns = 0
 
     def __bool__(self) -> bool:
@@ -132,25 +120,25 @@ class Scheduler(Generic[T]):
         """What is taken."""
         return self._short.used + self._long.used
 
-    def add(self, item: T, caller: Hashable, n_steps: int, deadline_s: float) -> None:
-        """Lets a sentence wait, until the deadline on the clock that `decide` is given."""
-        self._turns += 1
-        self._lane(n_steps).add(caller, _Entry(item, _need(n_steps), deadline_s), self._turns)
+    def ever_fits(self, need: Capacity) -> bool:
+        """Return whether a sentence that needs so much could join if nothing else had."""
+        return self._lane(need).capacity.fits(need)
 
-    def discard(self, caller: Hashable) -> list[T]:
-        """Take out and return all waiting sentences of a caller."""
-        return [item for lane in self._lanes() for item in lane.discard(caller)]
+    def add(self, item: T, caller: Hashable, need: Capacity, deadline_s: float) -> None:
+        """Let a sentence wait, until the deadline on the clock that `decide` is given."""
+        self._turns += 1
+        self._lane(need).add(caller, _Entry(item, need, deadline_s), self._turns)
 
     def remove(self, item: T, caller: Hashable) -> bool:
         """Take out one waiting sentence of a caller; return whether it was waiting."""
         return any(lane.remove(caller, item) for lane in self._lanes())
 
-    def release(self, n_steps: int) -> None:
-        """Gives back the room of a sentence that has left the engine."""
-        self._lane(n_steps).used -= _need(n_steps)
+    def release(self, need: Capacity) -> None:
+        """Give back the capacity of a sentence that has left the engine."""
+        self._lane(need).used -= need
 
     def decide(self, now_s: float) -> Decision[T]:
-        """Takes out who joins now."""
+        """Take out the sentences that join now."""
         items: list[T] = []
         expired: list[T] = []
         while (lane := self._whose_turn(now_s)) is not None:
@@ -164,7 +152,7 @@ class Scheduler(Generic[T]):
         return Decision(tuple(items), tuple(expired))
 
     def drain(self) -> tuple[T, ...]:
-        """Takes out everything that waits."""
+        """Take out everything that waits."""
         items: list[T] = []
         for lane in self._lanes():
             while lane:
@@ -172,21 +160,21 @@ class Scheduler(Generic[T]):
         return tuple(items)
 
     def _whose_turn(self, now_s: float) -> _Lane[T] | None:
-        """The lane whose head is to be taken out; None if all must wait."""
+        """Return the lane whose head is to be taken out; None if all must wait."""
         for lane in sorted(filter(None, self._lanes()), key=_Lane.since):
             head = lane.head()
             if head.deadline_s <= now_s:
                 return lane
-            if (lane.room - lane.used).fits(head.need):
-                return lane if (self._room - self.used).fits(head.need) else None
+            if (lane.capacity - lane.used).fits(head.need):
+                return lane if (self._capacity - self.used).fits(head.need) else None
         return None
 
     def _lanes(self) -> Iterator[_Lane[T]]:
         yield from (self._short, self._long)
 
-    def _lane(self, n_steps: int) -> _Lane[T]:
-        return self._long if n_steps > LONG_STEPS else self._short
+    def _lane(self, need: Capacity) -> _Lane[T]:
+        return self._long if need.steps > LONG_STEPS else self._short
 
 
-def _need(n_steps: int) -> Capacity:
-    return Capacity(1 if n_steps else 0, n_steps)
+def _for_long_ones(capacity: Capacity) -> Capacity:
+    return Capacity(for_long_sentences(capacity.rows), for_long_sentences(capacity.steps))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bilm_api.constants import Reason
 from bilm_model.config import BilmConfig
 from bilm_model.device import default_threads, resolve_device
 from bilm_model.engine.cellular import CellularBatch
@@ -21,7 +22,7 @@ from bilm_model.tokenization.types import Tokenizer
 from bilm_model.weights.loading import load
 
 from bilm_server.config import ServerConfig
-from bilm_server.errors import ConfigurationError
+from bilm_server.errors import ConfigurationError, RefusalError
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +54,17 @@ class ServedModel:
         """Bytes of a state; 0 for a model without states."""
         codec = self.engine.state_codec
         return 0 if codec is None else codec.n_bytes
+
+    def check(self, name: str, expected_version: str) -> None:
+        """Make sure that a request means this model; "" means any.
+
+        Raises:
+            RefusalError: MODEL_NOT_FOUND or MODEL_VERSION_MISMATCH.
+        """
+        if name not in ("", self.name):
+            raise RefusalError(Reason.MODEL_NOT_FOUND, f"the model served here is {self.name}")
+        if expected_version not in ("", self.version):
+            raise RefusalError(Reason.MODEL_VERSION_MISMATCH, f"the version served here is {self.version}")
 
 
 def load_served_model(config: ServerConfig, bfloat16: ProductPath | None = None) -> ServedModel:

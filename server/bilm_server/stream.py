@@ -6,45 +6,60 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import grpc
 from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2
-from bilm_model.engine.types import State
 
-from bilm_server import responses
-from bilm_server.admission import Cost
+from bilm_server.admission import Reservation
+from bilm_server.embedder import Embedder
 from bilm_server.errors import CallerGoneError, Code, RefusalError
-from bilm_server.jobs import Call, Job, Outcome
-from bilm_server.observability.call_record import current_call
-from bilm_server.parts import Parts
+from bilm_server.jobs import Call, Result, Sentence
 from bilm_server.protocols.grpc.status import status_of
-from bilm_server.requests import PreparedSentence, Wanted, check_model, parse_options, prepare_sentence
+from bilm_server.requests import new_sentence, parse_options
+from bilm_server.responses import WireFormat
 
 Write = Callable[[embed_pb2.EmbedStreamResponse], Awaitable[None]]
 
 
-class StreamSession:
+class StreamHandler:
     """The state of one stream."""
 
-    def __init__(self, parts: Parts, call: Call, write: Write) -> None:
-        self._parts, self._call, self._write = parts, call, write
+    def __init__(self, embedder: Embedder, call: Call, write: Write, stall_s: float) -> None:
+        """Set the parts.
+
+        Args:
+            embedder: what embeds.
+            call: the sentences'.
+            write: sends a message.
+            stall_s: seconds that it may take.
+        """
+        self._embedder, self._call, self._write, self._stall_s = embedder, call, write, stall_s
+        self._stream = embedder.stream()
         self._writing = asyncio.Lock()  # grpc takes one message at a time
-        self._room = asyncio.Semaphore(parts.config.max_stream_items_in_flight)
-        self._share = parts.stream_admission.share()
         self._ids: set[int] = set()
         self._n_items = 0
-        self._carried: State | None = None
         self._stalled = False
 
     async def run(self, requests: AsyncIterator[embed_pb2.EmbedStreamRequest]) -> None:
-        """Serves the stream until the caller has sent everything and got everything.
+        """Serve the stream until the client has sent everything and got everything.
 
         Raises:
             RefusalError: what ends the stream as a whole.
             CallerGoneError: if there is nobody to send results to.
         """
         start = await self._read_start(requests)
-        wanted = parse_options(start.options, self._parts.model)
+        output = parse_options(start.options, self._embedder.model)
+        wire = WireFormat(self._embedder.model, start.options.omit_tokens)
         try:
             async with asyncio.TaskGroup() as tasks:
-                await self._read_items(requests, start, wanted, tasks)
+                place = await self._stream.place()
+                async for request in requests:
+                    item = self._register(request)
+                    sentence = new_sentence(item.sentence, output, self._call)
+                    if start.carry_state:
+                        with place:
+                            await self._answer_next(item, sentence, wire, start.return_state_every)
+                    else:
+                        await self._begin_answer(item, sentence, wire, place, tasks)
+                    # Only with a place for another item is another one read: that is the stream's flow control
+                    place = await self._stream.place()
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
 
@@ -52,113 +67,82 @@ class StreamSession:
         first = await anext(requests, None)
         if first is None or first.WhichOneof("message") != "start":
             raise RefusalError(Reason.STREAM_ORDER, "the first message must hold `start`")
-        check_model(first.start.model, first.start.expected_model_version, self._parts.model)
+        self._embedder.check_model(first.start.model, first.start.expected_model_version)
         return first.start
 
-    async def _read_items(
-        self,
-        requests: AsyncIterator[embed_pb2.EmbedStreamRequest],
-        start: embed_pb2.StreamStart,
-        wanted: Wanted,
-        tasks: asyncio.TaskGroup,
-    ) -> None:
-        await self._room.acquire()
-        async for request in requests:
-            if request.WhichOneof("message") != "item":
-                raise RefusalError(Reason.STREAM_ORDER, "every message after the first must hold `item`")
-            self._register(request.item.id)
-            if start.carry_state:
-                await self._answer_carrying(request.item, start.return_state_every, wanted)
-            else:
-                await self._begin_answer(request.item, wanted, tasks)
-            # Only with room for another item is another one read: that is the stream's flow control
-            await self._room.acquire()
-
-    def _register(self, item_id: int) -> None:
-        if item_id in self._ids:
-            raise RefusalError(Reason.ID_IN_USE, f"id {item_id}: its last result has not been sent")
-        self._ids.add(item_id)
+    def _register(self, request: embed_pb2.EmbedStreamRequest) -> embed_pb2.StreamItem:
+        if request.WhichOneof("message") != "item":
+            raise RefusalError(Reason.STREAM_ORDER, "every message after the first must hold `item`")
+        if request.item.id in self._ids:
+            raise RefusalError(Reason.ID_IN_USE, f"id {request.item.id}: its last result has not been sent")
+        self._ids.add(request.item.id)
         self._n_items += 1
+        return request.item
 
     # ---- independent items ----
 
-    async def _begin_answer(self, item: embed_pb2.StreamItem, wanted: Wanted, tasks: asyncio.TaskGroup) -> None:
+    async def _begin_answer(
+        self,
+        item: embed_pb2.StreamItem,
+        sentence: Sentence,
+        wire: WireFormat,
+        place: Reservation,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
         try:
-            sentence, cost = await self._admit(item, wanted)
+            room = await self._admit(item, sentence, wire)
         except RefusalError as error:
             await self._fail(item.id, error)
-            self._room.release()
+            place.release()
             return
-        task = tasks.create_task(self._answer(item.id, sentence, wanted))
-        # Not in a `finally` of the task: one that is cancelled before its first step never gets there
-        task.add_done_callback(lambda _: self._make_room(cost))
+        task = tasks.create_task(self._answer(item.id, sentence, wire))
 
-    def _make_room(self, cost: Cost) -> None:
-        self._share.release(cost)
-        self._room.release()
+        def release(_: object) -> None:
+            room.release()
+            place.release()
 
-    async def _answer(self, item_id: int, sentence: PreparedSentence, wanted: Wanted) -> None:
+        # Not in a `with` in the task: one that is cancelled before its first step never gets there
+        task.add_done_callback(release)
+
+    async def _answer(self, item_id: int, sentence: Sentence, wire: WireFormat) -> None:
         try:
-            job = Job(sentence, wanted, sentence.state, sentence.return_state, self._call)
-            await self._write_rows(item_id, sentence, await self._parts.inference.submit(job), wanted)
+            result = await self._stream.embed(sentence)
+            await self._write_rows(item_id, sentence, result, wire, with_state=sentence.return_state)
         except RefusalError as error:
             await self._fail(item_id, error)
 
-    # ---- items that go on from one another ----
+    # ---- items that continue from one another ----
 
-    async def _answer_carrying(self, item: embed_pb2.StreamItem, return_state_every: int, wanted: Wanted) -> None:
+    async def _answer_next(
+        self, item: embed_pb2.StreamItem, sentence: Sentence, wire: WireFormat, return_state_every: int
+    ) -> None:
         if return_state_every and self._n_items % return_state_every == 0:
-            item.sentence.return_state = True
+            sentence.return_state = True
+        with_state = sentence.return_state
         try:
-            sentence, cost = await self._admit(item, wanted)
-            try:
-                outcome = await self._compute_carrying(sentence, wanted)
-                await self._write_rows(item.id, sentence, outcome, wanted)
-            finally:
-                self._share.release(cost)
+            with await self._admit(item, sentence, wire):
+                result = await self._stream.embed_next(sentence)
+                await self._write_rows(item.id, sentence, result, wire, with_state=with_state)
         except RefusalError as error:
             await self._fail(item.id, error)
-        self._room.release()
-
-    async def _compute_carrying(self, sentence: PreparedSentence, wanted: Wanted) -> Outcome:
-        before = self._carried if sentence.state is None else sentence.state
-        outcome = await self._parts.inference.submit(Job(sentence, wanted, before, want_state=True, call=self._call))
-        self._carried = outcome.state
-        return outcome
 
     # ---- both ----
 
-    async def _admit(self, item: embed_pb2.StreamItem, wanted: Wanted) -> tuple[PreparedSentence, Cost]:
-        parts = self._parts
-        sentence = await parts.conversions.item(
-            item.ByteSize(),
-            lambda: prepare_sentence(item.sentence, wanted, parts.model, parts.sentence_limits),
-        )
-        cost = Cost(len(sentence.tokens), sentence.answer_bytes(wanted, parts.model))
-        # The caller's own limit first: whoever waits for it holds no room that others could use
-        caller = current_call().caller
-        await parts.caller_limits.acquire(caller, cost.tokens)
-        try:
-            await self._share.acquire(cost)
-        except BaseException:
-            parts.caller_limits.correct(caller, -cost.tokens)  # what isn't admitted costs nothing
-            raise
-        return sentence, cost
+    async def _admit(self, item: embed_pb2.StreamItem, sentence: Sentence, wire: WireFormat) -> Reservation:
+        return await self._stream.admit(sentence, item.ByteSize(), wire.overhead_bytes)
 
-    async def _write_rows(self, item_id: int, sentence: PreparedSentence, outcome: Outcome, wanted: Wanted) -> None:
-        model = self._parts.model
-        current_call().computed(len(sentence.tokens), outcome.queue_s, outcome.inference_s)
-        for rows in responses.stream_rows(sentence, outcome, wanted, model):
-            usage = responses.usage([(sentence, outcome)], model) if rows.last else None
-            if rows.last:
-                self._ids.remove(item_id)  # before it is sent: the caller may use it again as soon as this arrives
-            await self._send(embed_pb2.EmbedStreamResponse(id=item_id, rows=rows, usage=usage))
+    async def _write_rows(
+        self, item_id: int, sentence: Sentence, result: Result, wire: WireFormat, *, with_state: bool
+    ) -> None:
+        for message in wire.rows(item_id, sentence, result, with_state=with_state):
+            if message.rows.last:
+                self._ids.remove(item_id)  # before it is sent: the client may use it again as soon as this arrives
+            await self._send(message)
 
     async def _fail(self, item_id: int, error: RefusalError) -> None:
-        """Answers an item with an error, unless the error isn't the item's: then the whole stream had better move."""
+        """Answer an item with an error, unless it isn't the item's own: then raise it, which ends the stream."""
         if error.code is Code.UNAVAILABLE:
             raise error
-        current_call().sentence_failed()
         self._ids.remove(item_id)
         await self._send(embed_pb2.EmbedStreamResponse(id=item_id, error=status_of(error)))
 
@@ -167,9 +151,9 @@ class StreamSession:
             if self._stalled:  # grpc has still the message that nobody reads, and takes no other one
                 raise _stalled()
             try:
-                async with asyncio.timeout(self._parts.config.stream_stall_s):
+                async with asyncio.timeout(self._stall_s):
                     await self._write(message)
-            except grpc.aio.InternalError as error:  # that's how grpc tells before it cancels the handler
+            except grpc.aio.InternalError as error:  # that's how grpc reports it before it cancels the handler
                 raise CallerGoneError from error
             except TimeoutError:
                 self._stalled = True

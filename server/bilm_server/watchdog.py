@@ -1,4 +1,4 @@
-"""Looks whether the engine gets anywhere: health follows what it sees, and it says when there is no hope left."""
+"""Watch whether the engine makes progress: health follows it, and an engine that is lost ends the process."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ _INTERVAL_S = 0.25
 
 
 class Watched(Protocol):
-    """What can be seen of the inference thread from outside."""
+    """What a watchdog sees of the inference worker."""
 
     @property
     def alive(self) -> bool:
@@ -24,7 +24,7 @@ class Watched(Protocol):
         """Whether the last thing that the model computed succeeded."""
 
     @property
-    def beats(self) -> int:
+    def heartbeats(self) -> int:
         """Grows with everything that the thread gets done."""
 
     @property
@@ -32,18 +32,18 @@ class Watched(Protocol):
         """Whether there is anything that should make it grow."""
 
     def refuse_pending(self) -> None:
-        """Tells everybody who waits that the model fails."""
+        """Refuse every sentence because the model fails."""
 
 
 class Watchdog:
-    """Watches an inference thread from the event loop.
+    """Watches an inference worker from the event loop.
 
     Time is counted in looks, not read from a clock: a process that was stopped for a minute, by a signal or with its
     machine, has not hung for a minute.
     """
 
     def __init__(self, watched: Watched, hang_s: float, give_up_s: float, on_health: Callable[[bool], None]) -> None:
-        """Keeps its arguments.
+        """Set what to watch.
 
         Args:
             watched: what to look at.
@@ -54,7 +54,7 @@ class Watchdog:
         self._watched, self._on_health = watched, on_health
         self._looks_to_hang = max(1, round(hang_s / _INTERVAL_S))
         self._looks_to_loss = max(1, round(give_up_s / _INTERVAL_S))
-        self._beats = -1
+        self._heartbeats = -1
         self._still = 0
         self._bad = 0
 
@@ -64,7 +64,7 @@ class Watchdog:
         return self._still * _INTERVAL_S
 
     async def run(self) -> None:
-        """Watches until it is cancelled.
+        """Watch until it is cancelled.
 
         Raises:
             EngineLostError: when waiting longer makes no sense.
@@ -92,8 +92,8 @@ class Watchdog:
             raise EngineLostError(f"the model {what} and hasn't recovered in {self._bad * _INTERVAL_S:g} s")
 
     def _is_hung(self) -> bool:
-        moved = self._watched.beats != self._beats or not self._watched.has_work
-        self._beats = self._watched.beats
+        moved = self._watched.heartbeats != self._heartbeats or not self._watched.has_work
+        self._heartbeats = self._watched.heartbeats
         self._still = 0 if moved else self._still + 1
         if self._still == self._looks_to_hang:
             _log.error("the engine hangs: nothing got done in %g s", self._still * _INTERVAL_S)

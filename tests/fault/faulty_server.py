@@ -6,12 +6,14 @@ While the file that BILM_TEST_BROKEN names exists, the model fails whatever it i
 import os
 import sys
 import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import bilm_server.app
-from bilm_model.engine.types import Engine
-from bilm_server.compute import ModelCompute
-from bilm_server.jobs import Computed, Job
+import bilm_server.served_model
+from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.engine import RecurrentEngine
+from bilm_model.engine.types import EngineResult, StateCodec
+from bilm_server.jobs import Sentence
 from bilm_server.main import main
 
 POISON = "<poison>"
@@ -22,23 +24,25 @@ HANG = "<hang>"
 """A round that never ends."""
 
 
-class FaultyCompute(ModelCompute):
+class FaultyEngine(RecurrentEngine[Sentence]):
     """Computes, unless it is to fail."""
 
-    def __init__(self, engine: Engine[Job]) -> None:
-        super().__init__(engine)
+    def __init__(self, batch: CellularBatch, state_codec: StateCodec) -> None:
+        super().__init__(batch, state_codec)
         self._broken = Path(os.environ["BILM_TEST_BROKEN"])
-        self._first: dict[Job, str] = {}
+        self._first: dict[Sentence, str] = {}
 
-    def join(self, job: Job) -> None:
-        self._first[job] = job.sentence.tokens[0]
-        super().join(job)
+    def join(self, sentences: Sequence[Sentence]) -> None:
+        super().join(sentences)
+        self._first.update((sentence, sentence.tokens[0]) for sentence in sentences)
 
-    def leave(self, job: Job) -> None:
-        del self._first[job]
-        super().leave(job)
+    def drop(self, sentences: Iterable[Sentence]) -> None:
+        dropped = list(sentences)
+        for sentence in dropped:
+            self._first.pop(sentence, None)
+        super().drop(dropped)
 
-    def advance(self) -> list[tuple[Job, Computed]]:
+    def advance(self) -> list[EngineResult[Sentence]]:
         self._fail_if_broken()
         found = set(self._first.values())
         if POISON in found:
@@ -48,14 +52,14 @@ class FaultyCompute(ModelCompute):
         if HANG in found:
             threading.Event().wait()
         ended = super().advance()
-        for job, _ in ended:
-            del self._first[job]
+        for result in ended:
+            del self._first[result.sentence]
         return ended
 
-    def probe(self) -> None:
+    def warm_up(self) -> None:
         self._first.clear()
         self._fail_if_broken()
-        super().probe()
+        super().warm_up()
 
     def _fail_if_broken(self) -> None:
         if self._broken.exists():
@@ -63,5 +67,5 @@ class FaultyCompute(ModelCompute):
 
 
 if __name__ == "__main__":
-    vars(bilm_server.app)["ModelCompute"] = FaultyCompute
+    vars(bilm_server.served_model)["RecurrentEngine"] = FaultyEngine
     sys.exit(main())

@@ -59,7 +59,7 @@ def client(proxy: FaultyProxy) -> Iterator[Client]:
 
 
 def used_tokens(server: RunningServer) -> int:
-    parts = server.server.parts
+    parts = server.server.embedder
     return parts.admission.used.tokens + parts.stream_admission.used.tokens
 
 

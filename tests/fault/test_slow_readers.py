@@ -51,7 +51,7 @@ def server() -> Iterator[RunningServer]:
 
 
 def used_tokens(server: RunningServer) -> int:
-    return server.server.parts.stream_admission.used.tokens
+    return server.server.embedder.stream_admission.used.tokens
 
 
 @contextmanager
@@ -122,17 +122,17 @@ def test_an_answer_that_nobody_reads_counts_until_its_caller_leaves() -> None:
     request = pb.EmbedRequest(options=bare_options(PLAIN), sentences=[sentence(ITEM_TOKENS)] * 4)
     deaf_call = opening() + settings((INITIAL_WINDOW, 0)) + call(1, EMBED_PATH.encode(), request.SerializeToString())
     with running("--model", "random:tiny", *LIMITS, "--max-waiting-mib=16") as server, ExitStack() as stack:
-        admission = server.server.parts.admission
+        admission = server.server.embedder.admission
         client = stack.enter_context(Client(server.target, retry=RetryPolicy(max_attempts=1)))
         client.embed([["w"] * ITEM_TOKENS] * 4)
         wait_until(lambda: admission.used == Cost(0, 0), "what was read counts no more")
-        answer_bytes = 0
-        while 2 * answer_bytes + admission.used.answer_bytes <= admission.capacity.answer_bytes:
-            held_bytes = admission.used.answer_bytes
+        response_bytes = 0
+        while 2 * response_bytes + admission.used.response_bytes <= admission.capacity.response_bytes:
+            held_bytes = admission.used.response_bytes
             connection = stack.enter_context(socket.create_connection(split_address(server.target)))
             connection.sendall(deaf_call)
             wait_until(partial(_holds_more_than, admission, held_bytes), "the call is admitted")
-            answer_bytes = admission.used.answer_bytes - held_bytes
+            response_bytes = admission.used.response_bytes - held_bytes
             wait_until(lambda: admission.used.tokens == 0, "its answer is computed")
         with pytest.raises(OverloadedError):
             client.embed([["w"] * ITEM_TOKENS] * 8)
@@ -141,8 +141,8 @@ def test_an_answer_that_nobody_reads_counts_until_its_caller_leaves() -> None:
         wait_until(lambda: admission.used == Cost(0, 0), "their answers are dropped")
 
 
-def _holds_more_than(admission: Admission, answer_bytes: int) -> bool:
-    return admission.used.answer_bytes > answer_bytes
+def _holds_more_than(admission: Admission, response_bytes: int) -> bool:
+    return admission.used.response_bytes > response_bytes
 
 
 def test_a_caller_that_is_killed_leaves_nothing(server: RunningServer) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from bilm_client.batch.main import main
 from bilm_client.testing.server import START_TIMEOUT_S, wait_until_serving
-from bilm_server.compute import ModelCompute
-from bilm_server.jobs import Computed, Job
+from bilm_model.engine.engine import RecurrentEngine
+from bilm_model.engine.types import EngineResult
+from bilm_server.jobs import Sentence
 from numpy.typing import NDArray
 
 from tests.support.processes import started
@@ -32,13 +33,13 @@ class Valve:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._permits = threading.Semaphore(0)
         self._open = False
-        original = ModelCompute.advance
+        original = RecurrentEngine.advance
 
-        def advance(compute: ModelCompute) -> list[tuple[Job, Computed]]:
+        def advance(engine: RecurrentEngine[Sentence]) -> list[EngineResult[Sentence]]:
             assert self._open or self._permits.acquire(timeout=240)
-            return original(compute)
+            return original(engine)
 
-        monkeypatch.setattr(ModelCompute, "advance", advance)
+        monkeypatch.setattr(RecurrentEngine, "advance", advance)
 
     def let_through(self, rounds: int) -> None:
         self._permits.release(rounds)

@@ -14,9 +14,10 @@ import grpc
 import hpack
 import pytest
 from bilm_api.v1 import embed_pb2
-from bilm_server.compute import ModelCompute
+from bilm_model.engine.engine import RecurrentEngine
+from bilm_model.engine.types import EngineResult
 from bilm_server.errors import BindError
-from bilm_server.jobs import Computed, Job
+from bilm_server.jobs import Sentence
 from bilm_server.protocols.grpc.acceptor import Acceptor
 from bilm_server.protocols.grpc.listening import TcpAddress
 from grpc_health.v1 import health_pb2
@@ -71,14 +72,14 @@ def test_the_server_outlives_a_bad_path(
 ) -> None:
     server = start("--health-listen", "127.0.0.1:0")
     known = server.stub().Embed(REQUEST).results[0].embedding.tensor.data
-    entered, go_on, advance = threading.Event(), threading.Event(), ModelCompute.advance
+    entered, go_on, advance = threading.Event(), threading.Event(), RecurrentEngine.advance
 
-    def advance_when_told(compute: ModelCompute) -> list[tuple[Job, Computed]]:
+    def advance_when_told(engine: RecurrentEngine[Sentence]) -> list[EngineResult[Sentence]]:
         entered.set()
         assert go_on.wait(60)
-        return advance(compute)
+        return advance(engine)
 
-    monkeypatch.setattr(ModelCompute, "advance", advance_when_told)
+    monkeypatch.setattr(RecurrentEngine, "advance", advance_when_told)
     in_flight = server.stub().Embed.future(REQUEST)
     assert entered.wait(60)
     target = server.target

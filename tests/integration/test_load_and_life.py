@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 import grpc
 import pytest
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
-from bilm_server.compute import ModelCompute
+from bilm_model.engine.engine import RecurrentEngine
+from bilm_model.engine.types import EngineResult
 from bilm_server.config_sources import load_config
 from bilm_server.errors import EngineLostError
-from bilm_server.jobs import Computed, Job
+from bilm_server.jobs import Sentence
 from bilm_server.protocols.grpc.health import LIVENESS
 from bilm_server.protocols.ops.readiness_port import GREETING
 from google.rpc import code_pb2
@@ -40,23 +41,23 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.entered = threading.Event(), threading.Event()
         self.batches: list[list[str]] = []
-        join, advance = ModelCompute.join, ModelCompute.advance
+        join, advance = RecurrentEngine.join, RecurrentEngine.advance
         joined: list[str] = []
 
-        def join_and_tell(compute: ModelCompute, job: Job) -> None:
-            joined.append(job.sentence.tokens[0])
-            join(compute, job)
+        def join_and_tell(engine: RecurrentEngine[Sentence], sentences: Sequence[Sentence]) -> None:
+            joined.extend(sentence.tokens[0] for sentence in sentences)
+            join(engine, sentences)
 
-        def advance_when_open(compute: ModelCompute) -> list[tuple[Job, Computed]]:
+        def advance_when_open(engine: RecurrentEngine[Sentence]) -> list[EngineResult[Sentence]]:
             if joined:
                 self.batches.append(joined.copy())
                 joined.clear()
             self.entered.set()
             assert self.open.wait(60)
-            return advance(compute)
+            return advance(engine)
 
-        monkeypatch.setattr(ModelCompute, "join", join_and_tell)
-        monkeypatch.setattr(ModelCompute, "advance", advance_when_open)
+        monkeypatch.setattr(RecurrentEngine, "join", join_and_tell)
+        monkeypatch.setattr(RecurrentEngine, "advance", advance_when_open)
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_callers_are_batched_together_and_an_idle_server_does_not_wait(
     calls = [stub.Embed.future(one("first"))]
     assert gate.entered.wait(60)  # at once, alone
     calls += [stub.Embed.future(one(f"w{i}")) for i in range(10)]
-    wait_until(lambda: server.server.parts.admission.used.tokens == 11)
+    wait_until(lambda: server.server.embedder.admission.used.tokens == 11)
     gate.open.set()
     for call in calls:
         call.result(60)
@@ -98,7 +99,7 @@ def test_callers_are_batched_together_and_an_idle_server_does_not_wait(
 def test_work_that_nobody_waits_for_is_not_done(gate: Gate, start: Callable[..., RunningServer], how: str) -> None:
     server = start()
     stub = server.stub()
-    used = server.server.parts.admission
+    used = server.server.embedder.admission
     first = stub.Embed.future(one("first"))
     assert gate.entered.wait(60)
     doomed = stub.Embed.future(one("doomed"), timeout=0.2 if how == "deadline" else None)
@@ -120,10 +121,10 @@ def test_a_sentence_in_flight_is_left_when_its_caller_has_gone(gate: Gate, start
     doomed = stub.Embed.future(one("doomed"))
     assert gate.entered.wait(60)
     doomed.cancel()
-    wait_until(lambda: server.server.parts.admission.used.tokens == 0)
+    wait_until(lambda: server.server.embedder.admission.used.tokens == 0)
     gate.open.set()
     assert stub.Embed(one("next")).results[0].HasField("embedding")
-    assert server.server.parts.model.engine.in_flight == 0
+    assert server.server.embedder.model.engine.in_flight == 0
 
 
 def test_overload_is_refused_at_once_with_a_time_to_come_back(gate: Gate, start: Callable[..., RunningServer]) -> None:
@@ -159,7 +160,7 @@ def test_a_failure_is_internal_and_says_nothing_of_the_inside(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(ModelCompute, "advance", lambda *_: 1 / 0)
+        patch.setattr(RecurrentEngine, "advance", lambda *_: 1 / 0)
         (result,) = server.stub().Embed(one("w")).results
     assert result.error.code == code_pb2.INTERNAL
     assert "division" not in result.error.message
@@ -168,25 +169,25 @@ def test_a_failure_is_internal_and_says_nothing_of_the_inside(
 
 def test_a_poisoned_sentence_is_its_callers_alone(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sentences of three calls and a stream are in flight together, and one of them makes every round fail."""
-    advance, join, in_flight = ModelCompute.advance, ModelCompute.join, set[Job]()
+    advance, join, in_flight = RecurrentEngine.advance, RecurrentEngine.join, set[Sentence]()
     words = [["a"] * 40, ["b", "b"], ["poison"] * 30, ["c"]]
     known = [server.stub().Embed(one(*sentence)) for sentence in words]
 
-    def noted(compute: ModelCompute, job: Job) -> None:
-        in_flight.add(job)
-        join(compute, job)
+    def noted(engine: RecurrentEngine[Sentence], sentences: Sequence[Sentence]) -> None:
+        in_flight.update(sentences)
+        join(engine, sentences)
 
-    def poisoned(compute: ModelCompute) -> list[tuple[Job, Computed]]:
-        if any(job.sentence.tokens[0] == "poison" for job in in_flight):
+    def poisoned(engine: RecurrentEngine[Sentence]) -> list[EngineResult[Sentence]]:
+        if any(sentence.tokens[0] == "poison" for sentence in in_flight):
             in_flight.clear()
             raise MemoryError("out of memory, simulated")
-        ended = advance(compute)
-        in_flight.difference_update(job for job, _ in ended)
+        ended = advance(engine)
+        in_flight.difference_update(result.sentence for result in ended)
         return ended
 
     with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
-        patch.setattr(ModelCompute, "join", noted)
-        patch.setattr(ModelCompute, "advance", poisoned)
+        patch.setattr(RecurrentEngine, "join", noted)
+        patch.setattr(RecurrentEngine, "advance", poisoned)
         stub = server.stub()
         together = embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*sentence) for sentence in words[1:]])
         calls = [pool.submit(stub.Embed, one(*sentence)) for sentence in words]
@@ -211,8 +212,8 @@ def test_health_follows_the_model(start: Callable[..., RunningServer], monkeypat
     updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=60)
     assert next(updates).status == SERVING
     with monkeypatch.context() as patch:
-        patch.setattr(ModelCompute, "advance", lambda *_: 1 / 0)
-        patch.setattr(ModelCompute, "probe", lambda *_: 1 / 0)
+        patch.setattr(RecurrentEngine, "advance", lambda *_: 1 / 0)
+        patch.setattr(RecurrentEngine, "warm_up", lambda *_: 1 / 0)
         with pytest.raises(grpc.RpcError) as error:
             server.stub().Embed(one("w"))
         assert refusal(error.value)[:2] == (grpc.StatusCode.UNAVAILABLE, "MODEL_FAILING")
@@ -233,8 +234,8 @@ def test_a_fixed_ready_port_is_open_while_the_server_is_ready(
     server = start("--ready-listen", "{}:{}".format(*address))
     wait_until(lambda: greets(address))
     with monkeypatch.context() as patch:
-        patch.setattr(ModelCompute, "advance", lambda *_: 1 / 0)
-        patch.setattr(ModelCompute, "probe", lambda *_: 1 / 0)
+        patch.setattr(RecurrentEngine, "advance", lambda *_: 1 / 0)
+        patch.setattr(RecurrentEngine, "warm_up", lambda *_: 1 / 0)
         with pytest.raises(grpc.RpcError):
             server.stub().Embed(one("w"))
         wait_until(lambda: not greets(address))
@@ -271,8 +272,8 @@ def test_a_hung_engine_is_out_and_its_callers_are_let_go(start: Callable[..., Ru
 def test_a_lost_engine_ends_the_service(start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch) -> None:
     server = start("--give-up-s", "0.5")
     with monkeypatch.context() as patch:
-        patch.setattr(ModelCompute, "advance", lambda *_: 1 / 0)
-        patch.setattr(ModelCompute, "probe", lambda *_: 1 / 0)
+        patch.setattr(RecurrentEngine, "advance", lambda *_: 1 / 0)
+        patch.setattr(RecurrentEngine, "warm_up", lambda *_: 1 / 0)
         with pytest.raises(grpc.RpcError):
             server.stub().Embed(one("w"))
         with pytest.raises(EngineLostError, match="fails"):
@@ -282,14 +283,14 @@ def test_a_lost_engine_ends_the_service(start: Callable[..., RunningServer], mon
 def test_not_serving_before_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def probe(compute: ModelCompute) -> None:
+    def probe(engine: RecurrentEngine[Sentence]) -> None:
         with grpc.insecure_channel(server.target) as channel:
             seen.extend(
                 health_stub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=60).status
                 for service in SERVICES
             )
 
-    monkeypatch.setattr(ModelCompute, "probe", probe)
+    monkeypatch.setattr(RecurrentEngine, "warm_up", probe)
     server = RunningServer(load_config(["--model", "random:tiny", "--listen", "127.0.0.1:0"]))
     server.start()
     server.stop()
@@ -353,10 +354,10 @@ def process(
 
 _HANGS = """
 import sys, threading
-from bilm_server.compute import ModelCompute
+from bilm_model.engine.engine import RecurrentEngine
 from bilm_server.protocols.grpc.health import LIVENESS
 from bilm_server.main import main
-ModelCompute.advance = lambda *_: threading.Event().wait()
+RecurrentEngine.advance = lambda *_: threading.Event().wait()
 sys.exit(main())
 """
 

@@ -2,15 +2,16 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 from bilm_api.v1 import embed_pb2
-from bilm_model.engine.types import Capacity
-from bilm_server.admission import Cost
-from bilm_server.compute import ModelCompute
-from bilm_server.jobs import Computed, Job
+from bilm_model.engine.engine import RecurrentEngine
+from bilm_model.engine.types import Capacity, EngineResult
+from bilm_server.inference import InferenceWorker, WorkerTiming
+from bilm_server.jobs import Sentence
 
 from tests.integration.integration_support import PLAIN, RunningServer, tokens
 from tests.integration.test_embed import refusal
@@ -28,18 +29,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def check_nothing_is_left(server: RunningServer) -> None:
     """Waiting, in flight and reserved: all 0, in the thread, the engine and the rooms."""
-    parts = server.server.parts
-    thread, engine = parts.inference, parts.model.engine
-    rooms = (parts.admission, parts.stream_admission)
-    wait_until(lambda: all(room.used == Cost(0, 0) for room in rooms))
-    wait_until(lambda: not (thread.waiting or thread.in_flight or thread.has_work or thread._pending))
+    embedder = server.server.embedder
+    engine = embedder.model.engine
+    wait_until(lambda: embedder.idle)
     assert (engine.in_flight, engine.used) == (0, Capacity(0, 0))
 
 
 def test_sixty_late_calls_of_six_sentences(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the clock of the model's thread their deadlines have passed: they are refused in the queue, not by gRPC."""
     with monkeypatch.context() as patch:
-        patch.setattr(server.server.parts.inference, "_clock", lambda: time.monotonic() + 3600)
+        patch.setattr(server.server.embedder.worker, "_clock", lambda: time.monotonic() + 3600)
         stub = server.stub()
         calls: list[Any] = [stub.Embed.future(SIX, timeout=30) for _ in range(60)]
         for call in calls:
@@ -75,39 +74,41 @@ def test_an_engine_that_fails_now_and_then(
     start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(3)
+    quick = partial(InferenceWorker, timing=WorkerTiming(probe_s=0.01))
+    monkeypatch.setattr("bilm_server.app.InferenceWorker", quick)
     server = start()
-    advance, join, leave, probe = ModelCompute.advance, ModelCompute.join, ModelCompute.leave, ModelCompute.probe
+    advance, join = RecurrentEngine.advance, RecurrentEngine.join
+    leave, probe = RecurrentEngine.drop, RecurrentEngine.warm_up
 
     def sometimes(share: float) -> None:
         if chance.random() < share:
             raise RuntimeError("simulated")
 
-    def failing_advance(compute: ModelCompute) -> list[tuple[Job, Computed]]:
+    def failing_advance(engine: RecurrentEngine[Sentence]) -> list[EngineResult[Sentence]]:
         sometimes(0.1)
-        return advance(compute)
+        return advance(engine)
 
-    def failing_join(compute: ModelCompute, job: Job) -> None:
+    def failing_join(engine: RecurrentEngine[Sentence], sentences: Sequence[Sentence]) -> None:
         sometimes(0.02)
-        join(compute, job)
+        join(engine, sentences)
         sometimes(0.02)  # it is in, and nobody knows
 
-    def failing_leave(compute: ModelCompute, job: Job) -> None:
+    def failing_leave(engine: RecurrentEngine[Sentence], sentences: Sequence[Sentence]) -> None:
         sometimes(0.3)
-        leave(compute, job)
+        leave(engine, sentences)
 
-    def failing_probe(compute: ModelCompute) -> None:
+    def failing_probe(engine: RecurrentEngine[Sentence]) -> None:
         sometimes(0.1)
-        probe(compute)
+        probe(engine)
 
     with monkeypatch.context() as patch:
-        patch.setattr("bilm_server.inference._PROBE_INTERVAL_S", 0.01)
         for name, function in {
             "advance": failing_advance,
             "join": failing_join,
-            "leave": failing_leave,
-            "probe": failing_probe,
+            "drop": failing_leave,
+            "warm_up": failing_probe,
         }.items():
-            patch.setattr(ModelCompute, name, function)
+            patch.setattr(RecurrentEngine, name, function)
         stub = server.stub()
         calls: list[Any] = []
         for number in range(60):
@@ -123,6 +124,6 @@ def test_an_engine_that_fails_now_and_then(
         for call in calls:
             if not call.cancelled():
                 call.exception()
-    wait_until(lambda: server.server.parts.inference.healthy)
+    wait_until(lambda: server.server.embedder.worker.healthy)
     assert len(server.stub().Embed(SIX).results) == 6
     check_nothing_is_left(server)

@@ -11,7 +11,7 @@ import pytest
 from bilm_api.v1 import embed_pb2
 from bilm_model.tokenization.moses import SacremosesTokenizer
 from bilm_model.tokenization.types import TokenizedText
-from bilm_server.admission import Cost
+from bilm_server.admission import Cost, Reservation
 
 from tests.integration.integration_support import PLAIN, TINY, RunningServer, running, tokens
 from tests.integration.test_embed import reason, refusal
@@ -45,19 +45,19 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @contextmanager
 def taken(server: RunningServer, n_tokens: int) -> Iterator[None]:
     """So many tokens of other calls wait."""
-    admission = server.server.parts.admission
+    admission = server.server.embedder.admission
 
-    async def take() -> None:
-        admission.take(Cost(n_tokens, 0), 1)
+    async def take() -> Reservation:
+        return admission.reserve(Cost(n_tokens, 0), 1)
 
     async def release() -> None:
-        admission.release(Cost(n_tokens, 0))
+        reservation.release()
         deadline = time.monotonic() + 10
         while admission.used != Cost(0, 0):  # an answer holds its room until gRPC has sent it
             assert time.monotonic() < deadline, "a call still holds something"
             await asyncio.sleep(0.001)
 
-    server.call(take)
+    reservation: Reservation = server.call(take)
     try:
         yield
     finally:

@@ -172,7 +172,7 @@ def test_the_server_reads_no_further_than_it_answers(start: Callable[..., Runnin
     """A caller that takes no results can't make the server pile them up."""
     server = start("--max-stream-items-in-flight", "4")
     n_items, n_tokens = 30, 1000
-    admission = server.server.parts.stream_admission
+    admission = server.server.embedder.stream_admission
     most = 0
     sentence = tokens(*["w"] * n_tokens)
     call = server.stub().EmbedStream(iter([start_message(), *(item(i, sentence) for i in range(n_items))]))
@@ -187,7 +187,7 @@ def test_the_server_reads_no_further_than_it_answers(start: Callable[..., Runnin
 
 def test_a_caller_that_leaves_is_no_error(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     sentence = tokens(*["w"] * 50)
-    admission = server.server.parts.stream_admission
+    admission = server.server.embedder.stream_admission
     for _ in range(20):
         call = server.stub().EmbedStream(iter([start_message(), *(item(i, sentence) for i in range(30))]))
         next(call)

@@ -28,11 +28,14 @@ with _measuring():
     from bilm_api.constants import Reason
     from bilm_api.v1 import embed_pb2
     from bilm_model.characters import bytes_ids, read_bytes
+    from bilm_model.engine.types import OutputSpec
     from bilm_model.scalar_mix import Selection
     from bilm_server.config_sources import load_config
     from bilm_server.errors import RefusalError
-    from bilm_server.observability.call_record import CallRecord, entered
-    from bilm_server.requests import SentenceLimits, Wanted, check_model, parse_options, prepare_sentence
+    from bilm_server.jobs import Call
+    from bilm_server.preprocessing import Preprocessing, RequestLimits
+    from bilm_server.requests import new_sentence, parse_options
+    from bilm_server.responses import WireFormat
     from bilm_server.served_model import ServedModel, load_served_model
 
     from tests.security.fuzz_messages import (
@@ -45,8 +48,8 @@ with _measuring():
         start_request,
     )
 
-_LIMITS = SentenceLimits(tokens=1000, text_bytes=64 * 1024)
-_PLAIN = Wanted(Selection("all", "none", False), "float32", omit_tokens=False)
+_LIMITS = RequestLimits.of(load_config(["--max-tokens-per-sentence", "1000", "--max-text-kib", "64"]))
+_PLAIN = OutputSpec(Selection("all", "none", False), "float32")
 _REQUESTS: tuple[tuple[type[Message], Callable[[], Message]], ...] = (
     (embed_pb2.EmbedRequest, embed_request),
     (embed_pb2.EmbedStreamRequest, start_request),
@@ -59,7 +62,7 @@ class FieldCheck:
     """Sends requests through everything that stands between the wire and the engine."""
 
     def __init__(self, model: ServedModel) -> None:
-        self._model = model
+        self._model, self._preprocessing = model, Preprocessing(model, _LIMITS)
 
     def __call__(self, data: bytes) -> str:
         """Checks one input; returns what came of it: "malformed", a reason, or "prepared".
@@ -87,19 +90,20 @@ class FieldCheck:
                 return self._prepare(request.item.sentence, _PLAIN)
             request = request.start
         assert isinstance(request, embed_pb2.EmbedRequest | embed_pb2.StreamStart | embed_pb2.GetModelRequest)
-        with entered(CallRecord("Any", "")):
-            check_model(request.model, request.expected_model_version, self._model)
+        self._model.check(request.model, request.expected_model_version)
         if isinstance(request, embed_pb2.GetModelRequest):
             return None
-        wanted = parse_options(request.options, self._model)
+        output = parse_options(request.options, self._model)
         for sentence in request.sentences if isinstance(request, embed_pb2.EmbedRequest) else ():
-            self._prepare(sentence, wanted)
+            self._prepare(sentence, output)
         return None
 
-    def _prepare(self, sentence: embed_pb2.Sentence, wanted: Wanted) -> None:
-        prepared = prepare_sentence(sentence, wanted, self._model, _LIMITS)
-        assert prepared.answer_bytes(wanted, self._model) > 0
-        n_bytes = len(sentence.text.encode())
+    def _prepare(self, message: embed_pb2.Sentence, output: OutputSpec) -> None:
+        prepared = new_sentence(message, output, Call())
+        self._preprocessing.prepare(prepared)
+        wire = WireFormat(self._model, omit_tokens=False)
+        assert self._preprocessing.computed_bytes(prepared) + wire.overhead_bytes(prepared) > 0
+        n_bytes = len(message.text.encode())
         for start, end in zip(prepared.starts, prepared.ends, strict=True):
             assert 0 <= start < end <= n_bytes
         for token in prepared.tokens:

@@ -43,23 +43,23 @@ _INVALID, _EXHAUSTED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURC
 _FAILING_SERVER = """
 import sys
 from bilm_server import main
-from bilm_server.compute import ModelCompute
+from bilm_model.engine.engine import RecurrentEngine
 
-join, advance, failing = ModelCompute.join, ModelCompute.advance, []
+join, advance, failing = RecurrentEngine.join, RecurrentEngine.advance, []
 
-def failing_join(compute, job):
-    if len(job.sentence.tokens) == 13:
+def failing_join(engine, sentences):
+    if any(len(sentence.tokens) == 13 for sentence in sentences):
         raise RuntimeError("the test lets joining fail")
-    failing.extend([1] * (len(job.sentence.tokens) == 17))
-    join(compute, job)
+    failing.extend(1 for sentence in sentences if len(sentence.tokens) == 17)
+    join(engine, sentences)
 
-def failing_advance(compute):
+def failing_advance(engine):
     if failing:
         failing.clear()
         raise RuntimeError("the test lets a round fail")
-    return advance(compute)
+    return advance(engine)
 
-ModelCompute.join, ModelCompute.advance = failing_join, failing_advance
+RecurrentEngine.join, RecurrentEngine.advance = failing_join, failing_advance
 sys.exit(main.main())
 """
 

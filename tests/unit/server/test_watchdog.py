@@ -7,13 +7,13 @@ from bilm_server.errors import EngineLostError
 from bilm_server.watchdog import Watchdog
 
 
-class Engine:
+class ScriptedEngine:
     """What a watchdog sees, with a script of what happens between its looks."""
 
     def __init__(self) -> None:
         self.alive = True
         self.healthy = True
-        self.beats = 0
+        self.heartbeats = 0
         self.has_work = False
         self.refusals = 0
 
@@ -24,7 +24,7 @@ class Engine:
 class Watch:
     """Runs a watchdog look by look, without waiting."""
 
-    def __init__(self, engine: Engine, hang_s: float, give_up_s: float) -> None:
+    def __init__(self, engine: ScriptedEngine, hang_s: float, give_up_s: float) -> None:
         self.said: list[bool] = []
         self._watchdog = Watchdog(engine, hang_s, give_up_s, self._hear)
 
@@ -39,29 +39,29 @@ class Watch:
 
 
 def test_an_engine_that_moves_or_has_nothing_to_do_works() -> None:
-    engine = Engine()
+    engine = ScriptedEngine()
     watch = Watch(engine, hang_s=1, give_up_s=2)
     assert watch.look(20) == [True] * 20
     engine.has_work = True
     for _ in range(20):
-        engine.beats += 1
+        engine.heartbeats += 1
         assert watch.look() == [True]
 
 
 def test_an_engine_that_does_nothing_for_hang_s_hangs_until_it_moves(caplog: pytest.LogCaptureFixture) -> None:
-    engine = Engine()
+    engine = ScriptedEngine()
     watch = Watch(engine, hang_s=1, give_up_s=100)
     watch.look()
     engine.has_work = True
     assert watch.look(6) == [True, True, True, False, False, False]
     assert engine.refusals == 3
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
-    engine.beats += 1
+    engine.heartbeats += 1
     assert watch.look() == [True]
 
 
 def test_a_failing_model_is_lost_after_give_up_s() -> None:
-    engine = Engine()
+    engine = ScriptedEngine()
     watch = Watch(engine, hang_s=1, give_up_s=1)
     engine.healthy = False
     assert watch.look(4) == [False] * 4
@@ -74,7 +74,7 @@ def test_a_failing_model_is_lost_after_give_up_s() -> None:
 
 
 def test_a_hung_model_is_lost_after_hang_s_and_give_up_s() -> None:
-    engine = Engine()
+    engine = ScriptedEngine()
     engine.has_work = True
     watch = Watch(engine, hang_s=1, give_up_s=1)
     watch.look(8)
@@ -83,7 +83,7 @@ def test_a_hung_model_is_lost_after_hang_s_and_give_up_s() -> None:
 
 
 def test_a_dead_thread_is_lost_at_once() -> None:
-    engine = Engine()
+    engine = ScriptedEngine()
     engine.alive = False
     watch = Watch(engine, hang_s=1, give_up_s=100)
     with pytest.raises(EngineLostError, match="ended"):
@@ -98,7 +98,7 @@ async def test_it_goes_on_looking(monkeypatch: pytest.MonkeyPatch) -> None:
     def hear(works: bool) -> None:
         looks.release()
 
-    task = asyncio.create_task(Watchdog(Engine(), 1, 1, hear).run())
+    task = asyncio.create_task(Watchdog(ScriptedEngine(), 1, 1, hear).run())
     for _ in range(5):
         await asyncio.wait_for(looks.acquire(), 10)
     task.cancel()

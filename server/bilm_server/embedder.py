@@ -1,0 +1,264 @@
+"""Embed these sentences: check, tokenise, price, admit, compute, deliver. The one way in for every protocol.
+
+A protocol makes `Sentence`s of its messages and its messages of `Result`s; it is called within a `CallRecord`, which
+says who calls. Limits, admission, cancellation and accounting are here, for all of them.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Protocol, TypeVar
+
+from bilm_api.constants import Reason
+from bilm_model.engine.types import State
+
+from bilm_server.admission import NOTHING, Admission, Cost, Reservation, StreamAdmission, StreamShare, pushback_ms
+from bilm_server.caller_limits import CallerLimits
+from bilm_server.conversions import Conversions
+from bilm_server.errors import Code, RefusalError
+from bilm_server.inference import InferenceWorker
+from bilm_server.jobs import Result, Sentence
+from bilm_server.observability.call_record import current_call
+from bilm_server.preprocessing import Preprocessing, RequestLimits
+from bilm_server.served_model import ServedModel
+
+R_co = TypeVar("R_co", covariant=True)
+
+
+class ResponseFormat(Protocol[R_co]):
+    """A protocol's response to a call: how large it may get, and how it is built."""
+
+    def overhead_bytes(self, sentence: Sentence) -> int:
+        """Return an upper bound of what a sentence takes beside its vectors and state."""
+
+    def build(self, sentences: Sequence[Sentence], results: Sequence[Result | RefusalError], n_bytes: int) -> R_co:
+        """Build the response, of that many bytes at most; in any thread."""
+
+
+class Embedder:
+    """Embeds sentences by one model; used from the event loop only."""
+
+    def __init__(
+        self,
+        *,
+        model: ServedModel,
+        worker: InferenceWorker,
+        limits: RequestLimits,
+        conversions: Conversions,
+        admission: Admission,
+        stream_admission: StreamAdmission,
+        caller_limits: CallerLimits,
+    ) -> None:
+        """Set the parts.
+
+        Args:
+            model: what embeds.
+            worker: runs its engine.
+            limits: of single requests.
+            conversions: threads for conversions that would hold the event loop.
+            admission: of calls, of all models together.
+            stream_admission: of streams' items, of all models together.
+            caller_limits: of each caller by itself.
+        """
+        self.model, self.worker, self.limits = model, worker, limits
+        self.conversions, self.admission, self.stream_admission = conversions, admission, stream_admission
+        self._caller_limits = caller_limits
+        self._preprocessing = Preprocessing(model, limits)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits, nothing is reserved, and nothing is computed or converted."""
+        return (
+            self.worker.idle
+            and not self.conversions.waiting_bytes
+            and self.admission.used == self.stream_admission.used == NOTHING
+            and not self.stream_admission.waiting
+        )
+
+    def check_model(self, name: str, expected_version: str) -> None:
+        """Make sure that the client means this model; the call is then one of this model.
+
+        Raises:
+            RefusalError: MODEL_NOT_FOUND or MODEL_VERSION_MISMATCH.
+        """
+        current_call().model = self.model.name if name in ("", self.model.name) else ""
+        self.model.check(name, expected_version)
+
+    async def embed(self, sentences: Sequence[Sentence], request_bytes: int, response: ResponseFormat[R_co]) -> R_co:
+        """Embed sentences that are answered together.
+
+        A sentence that is at fault by itself has a refusal for a result. The call's `held` holds room for the response
+        until it has been sent.
+
+        Args:
+            sentences: new ones.
+            request_bytes: size of the request that they came with.
+            response: what is made of the results.
+
+        Raises:
+            RefusalError: of the whole call.
+        """
+        self.limits.check_count(len(sentences))
+        price = self._preprocessing.price(sentences)
+        room = self.admission.reserve(Cost(price, 0), self._retry_after_ms())  # before any work is done for it
+        current_call().held.push(room)
+        with ExitStack() as until_computed:
+            until_computed.push(room)  # an error gives it back at once
+            refusals, n_bytes = await self._prepare(sentences, request_bytes, room, response)
+            results = await self._compute_all(sentences, refusals)
+            until_computed.pop_all()
+        self.admission.resize(room, Cost(0, n_bytes))
+        _count(sentences, results)
+        return await self.conversions.response(n_bytes, lambda: response.build(sentences, results, n_bytes))
+
+    def stream(self) -> "SentenceStream":
+        """Return a stream of sentences that are answered one by one."""
+        return SentenceStream(self, self._preprocessing, self._caller_limits)
+
+    async def compute(self, sentence: Sentence) -> Result:
+        """Compute a prepared sentence; cancelled, it takes the sentence out.
+
+        Raises:
+            RefusalError: what it ended in.
+        """
+        return await self.worker.submit(sentence)
+
+    def _retry_after_ms(self) -> int:
+        """Return when there will be room again: the time that half of what waits takes."""
+        return pushback_ms(self.admission.used.tokens / self.worker.steps_per_s / 2)
+
+    async def _prepare(
+        self,
+        sentences: Sequence[Sentence],
+        request_bytes: int,
+        room: Reservation,
+        response: ResponseFormat[object],
+    ) -> tuple[list[RefusalError | None], int]:
+        """Check and tokenise; room and the caller's charge follow what it costs in fact.
+
+        Returns:
+            What is wrong with each sentence, and a bound of the response's bytes.
+        """
+        with self._caller_limits.charged(current_call().caller, room.cost.tokens) as charge:
+            refusals = await self.conversions.request(request_bytes, lambda: self._preprocessing.prepare_all(sentences))
+            good = [sentence for sentence, refusal in zip(sentences, refusals, strict=True) if refusal is None]
+            cost = self._cost(good, response)
+            self.admission.resize(room, cost, self._retry_after_ms())
+            charge.tokens = cost.tokens
+        return refusals, cost.response_bytes
+
+    def _cost(self, sentences: Sequence[Sentence], response: ResponseFormat[object]) -> Cost:
+        n_bytes = sum(
+            self._preprocessing.computed_bytes(sentence) + response.overhead_bytes(sentence) for sentence in sentences
+        )
+        if n_bytes > self.limits.response_bytes:
+            raise RefusalError(
+                Reason.RESPONSE_TOO_LARGE,
+                f"the answer would have about {n_bytes} bytes, more than {self.limits.response_bytes}: send fewer "
+                "sentences, ask for less of them (layers, pooling, data_type), or use EmbedStream",
+            )
+        return Cost(sum(len(sentence.tokens) for sentence in sentences), n_bytes)
+
+    async def _compute_all(
+        self, sentences: Sequence[Sentence], refusals: Sequence[RefusalError | None]
+    ) -> list[Result | RefusalError]:
+        """Compute those that aren't refused; raise the first refusal, save INTERNAL, which is the sentence's own."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [
+                    refusal or tasks.create_task(self._compute_own(sentence))
+                    for sentence, refusal in zip(sentences, refusals, strict=True)
+                ]
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        return [each if isinstance(each, RefusalError) else each.result() for each in running]
+
+    async def _compute_own(self, sentence: Sentence) -> Result | RefusalError:
+        try:
+            return await self.compute(sentence)
+        except RefusalError as error:
+            if error.reason is not Reason.INTERNAL:
+                raise
+            return error
+
+
+class SentenceStream:
+    """Sentences of one stream, each of which waits for room; made by `Embedder.stream`."""
+
+    def __init__(self, embedder: Embedder, preprocessing: Preprocessing, caller_limits: CallerLimits) -> None:
+        self._embedder, self._preprocessing, self._caller_limits = embedder, preprocessing, caller_limits
+        self._share = StreamShare(embedder.limits.stream_items)
+        self._carried: State | None = None
+
+    async def place(self) -> Reservation:
+        """Wait until the stream may have another sentence in flight; that is its flow control."""
+        return await self._share.place()
+
+    async def admit(
+        self, sentence: Sentence, request_bytes: int, overhead_bytes: Callable[[Sentence], int]
+    ) -> Reservation:
+        """Check and tokenise a sentence, and wait for room for it, which the reservation holds.
+
+        Args:
+            sentence: a new one.
+            request_bytes: size of the message that it came with.
+            overhead_bytes: returns an upper bound of what it takes of the response beside its vectors and state.
+
+        Raises:
+            RefusalError: what is wrong with the sentence.
+        """
+        try:
+            prepare = self._preprocessing.prepare
+            await self._embedder.conversions.item(request_bytes, lambda: prepare(sentence))
+            n_bytes = self._preprocessing.computed_bytes(sentence) + overhead_bytes(sentence)
+            return await self._reserve(Cost(len(sentence.tokens), n_bytes))
+        except RefusalError as error:
+            _count_failed(error)
+            raise
+
+    async def embed(self, sentence: Sentence) -> Result:
+        """Compute a sentence that was let in.
+
+        Raises:
+            RefusalError: what it ended in; the whole stream's, if its code is UNAVAILABLE.
+        """
+        try:
+            result = await self._embedder.compute(sentence)
+        except RefusalError as error:
+            _count_failed(error)
+            raise
+        current_call().computed(len(sentence.tokens), result.queue_s, result.inference_s)
+        return result
+
+    async def embed_next(self, sentence: Sentence) -> Result:
+        """Compute a sentence that was let in and that continues from the last one, unless it has a state itself."""
+        sentence.return_state = True
+        if sentence.state is None:
+            sentence.state = self._carried
+        result = await self.embed(sentence)
+        self._carried = result.state
+        return result
+
+    async def _reserve(self, cost: Cost) -> Reservation:
+        caller = current_call().caller
+        # The caller's own limit first: a sentence that waits for it holds no room that others could use
+        await self._caller_limits.acquire(caller, cost.tokens)
+        try:
+            return await self._embedder.stream_admission.reserve(self._share, cost)
+        except BaseException:
+            self._caller_limits.correct(caller, -cost.tokens)  # what isn't admitted costs nothing
+            raise
+
+
+def _count(sentences: Sequence[Sentence], results: Sequence[Result | RefusalError]) -> None:
+    call = current_call()
+    for sentence, result in zip(sentences, results, strict=True):
+        if isinstance(result, RefusalError):
+            call.sentence_failed()
+        else:
+            call.computed(len(sentence.tokens), result.queue_s, result.inference_s)
+
+
+def _count_failed(error: RefusalError) -> None:
+    if error.code is not Code.UNAVAILABLE:
+        current_call().sentence_failed()

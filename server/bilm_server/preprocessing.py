@@ -1,0 +1,181 @@
+"""Sentences before they are computed: priced, checked, tokenised. Nothing behind this file sees bad input."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from bilm_api.constants import MAX_RESPONSE_BYTES, Reason
+from bilm_model.characters import is_truncated
+from bilm_model.engine.types import DataType, OutputSpec
+from bilm_model.errors import AlignmentError, StateError
+
+from bilm_server.config import ServerConfig
+from bilm_server.errors import RefusalError
+from bilm_server.jobs import Sentence
+from bilm_server.served_model import ServedModel
+
+_ITEM_BYTES: Mapping[DataType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_BYTES_PER_TOKEN = 6
+"""Of text, the white space included: what English has."""
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """How much one request, one sentence and one stream may have.
+
+    Attributes:
+        sentences: of a request.
+        tokens: of a request.
+        response_bytes: of a request's response.
+        sentence_tokens: of a sentence.
+        text_bytes: of a sentence in UTF-8, where it comes as raw text.
+        stream_items: of a stream, read and not answered.
+    """
+
+    sentences: int
+    tokens: int
+    response_bytes: int
+    sentence_tokens: int
+    text_bytes: int
+    stream_items: int
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> Self:
+        """Return the limits that a configuration sets."""
+        return cls(
+            sentences=config.max_sentences_per_request,
+            tokens=config.max_tokens_per_request,
+            response_bytes=MAX_RESPONSE_BYTES,
+            sentence_tokens=config.max_tokens_per_sentence,
+            text_bytes=config.max_text_kib * 1024,
+            stream_items=config.max_stream_items_in_flight,
+        )
+
+    def check_count(self, n_sentences: int) -> None:
+        """Check how many sentences a request has.
+
+        Raises:
+            RefusalError: SENTENCES_MISSING or TOO_MANY_SENTENCES.
+        """
+        if not n_sentences:
+            raise RefusalError(Reason.SENTENCES_MISSING, "sentences: none")
+        if n_sentences > self.sentences:
+            raise RefusalError(Reason.TOO_MANY_SENTENCES, f"sentences: {n_sentences} are more than {self.sentences}")
+
+
+class Preprocessing:
+    """Checks, prices and tokenises sentences for one model; without state, so that any thread may use it."""
+
+    def __init__(self, model: ServedModel, limits: RequestLimits) -> None:
+        """Set the model that the sentences are for, and what they may have."""
+        self._model, self.limits = model, limits
+
+    def price(self, sentences: Iterable[Sentence]) -> int:
+        """Return the tokens that a request is taken to have until it is tokenised, no more than it may have.
+
+        A sentence that will be refused for its length costs nothing.
+
+        Raises:
+            RefusalError: TOO_MANY_TOKENS, if those that are given as tokens are too many already.
+        """
+        given, guessed = 0, 0
+        for sentence in sentences:
+            if isinstance(sentence.content, str):
+                guessed += _text_price(sentence.content, self.limits.text_bytes)
+            elif sentence.content is not None and (n_tokens := len(sentence.content)) <= self.limits.sentence_tokens:
+                given += n_tokens
+        if given > self.limits.tokens:
+            raise RefusalError(Reason.TOO_MANY_TOKENS, f"{given} tokens are more than {self.limits.tokens}")
+        return min(given + guessed, self.limits.tokens)
+
+    def prepare_all(self, sentences: Sequence[Sentence]) -> list[RefusalError | None]:
+        """Prepare the sentences of a request; return what is wrong with each.
+
+        Raises:
+            RefusalError: TOO_MANY_TOKENS, if they have too many together.
+        """
+        n_tokens, limit = 0, self.limits.tokens
+        refusals: list[RefusalError | None] = []
+        for sentence in sentences:
+            try:
+                self.prepare(sentence)
+            except RefusalError as error:
+                refusals.append(error)
+                continue
+            refusals.append(None)
+            n_tokens += len(sentence.tokens)
+            if n_tokens > limit:  # tokenising the rest would be for nothing
+                raise RefusalError(Reason.TOO_MANY_TOKENS, f"{n_tokens} tokens and more are more than {limit}")
+        return refusals
+
+    def prepare(self, sentence: Sentence) -> None:
+        """Check a sentence and cut it into tokens.
+
+        Raises:
+            RefusalError: what is wrong with this sentence.
+        """
+        match sentence.content:
+            case str(text):
+                _check_text(text, self.limits.text_bytes)
+                self._tokenize(sentence, text)
+            case None:
+                raise RefusalError(Reason.SENTENCE_MISSING, "the sentence has neither text nor tokens")
+            case tokens:
+                sentence.tokens = tuple(tokens)
+        _check_tokens(sentence, self.limits.sentence_tokens)
+        sentence.truncated = any(map(is_truncated, sentence.tokens))
+        self._decode_state(sentence)
+
+    def computed_bytes(self, sentence: Sentence) -> int:
+        """Return the bytes of a prepared sentence's vectors and of the state that it asks for."""
+        n_rows = 1 if sentence.output.pooled else len(sentence.tokens)
+        state_bytes = self._model.state_bytes if sentence.return_state else 0
+        return n_rows * row_bytes(sentence.output, self._model) + state_bytes
+
+    def _tokenize(self, sentence: Sentence, text: str) -> None:
+        try:
+            found = self._model.tokenizer(text)
+        except AlignmentError as error:
+            raise RefusalError(Reason.TEXT_NOT_TOKENIZABLE, str(error)) from error
+        sentence.tokens, sentence.starts, sentence.ends = found.tokens, found.starts, found.ends
+
+    def _decode_state(self, sentence: Sentence) -> None:
+        codec = self._model.engine.state_codec
+        if codec is None and (sentence.state_bytes or sentence.return_state):
+            raise RefusalError(Reason.STATE_INVALID, "state: this model has none")
+        if codec is None or not sentence.state_bytes:
+            return
+        try:
+            sentence.state = codec.decode(sentence.state_bytes)
+        except StateError as error:
+            raise RefusalError(Reason.STATE_INVALID, str(error)) from error
+
+
+def row_bytes(output: OutputSpec, model: ServedModel) -> int:
+    """Return the bytes of one token's (or, pooled, of the sentence's) vectors."""
+    n_layers = model.config.layer_count if output.selection.layers == "all" else 1
+    return n_layers * model.config.width * _ITEM_BYTES[output.data_type]
+
+
+def _text_price(text: str, max_bytes: int) -> int:
+    n_bytes = len(text) if text.isascii() else len(text.encode())
+    if n_bytes > max_bytes or text.isspace():
+        return 0
+    return -(-n_bytes // _BYTES_PER_TOKEN)
+
+
+def _check_text(text: str, max_bytes: int) -> None:
+    n_bytes = len(text.encode())
+    if n_bytes > max_bytes:
+        raise RefusalError(Reason.SENTENCE_TOO_LONG, f"the text has {n_bytes} bytes, more than {max_bytes}")
+
+
+def _check_tokens(sentence: Sentence, max_tokens: int) -> None:
+    tokens = sentence.tokens
+    if len(tokens) > max_tokens:
+        raise RefusalError(Reason.SENTENCE_TOO_LONG, f"{len(tokens)} tokens are more than {max_tokens}")
+    if "" in tokens:
+        raise RefusalError(Reason.TOKEN_EMPTY, f"token {tokens.index('')} is empty")
+    if sentence.output.pooled and not tokens:
+        raise RefusalError(Reason.POOLING_EMPTY, "a sentence without tokens can't be pooled")

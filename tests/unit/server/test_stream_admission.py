@@ -1,0 +1,151 @@
+import asyncio
+import random
+
+import pytest
+from bilm_server.admission import NOTHING, Cost, Reservation, StreamAdmission, StreamShare
+from bilm_server.errors import RefusalError
+from bilm_server.protocols.grpc.status import trailing_metadata
+
+MANY = 1000
+
+
+def tokens(count: int) -> Cost:
+    return Cost(count, 0)
+
+
+def share() -> StreamShare:
+    return StreamShare(MANY)
+
+
+async def waiting(room: StreamAdmission, share: StreamShare, cost: Cost) -> "asyncio.Task[Reservation]":
+    task = asyncio.create_task(room.reserve(share, cost))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_a_stream_that_holds_something_leaves_half_of_the_room_to_others() -> None:
+    room, greedy = StreamAdmission(100, 1000), share()
+    held = [await room.reserve(greedy, tokens(10)) for _ in range(5)]
+    further = await waiting(room, greedy, tokens(10))
+    assert not further.done()
+    others = [await room.reserve(share(), tokens(10)) for _ in range(5)]
+    assert room.used == tokens(100)
+    late = await waiting(room, share(), tokens(10))
+    assert not late.done()
+    assert room.waiting == 2
+    held.pop().release()
+    await late  # what holds nothing goes first
+    assert not further.done()
+    for each in held:
+        each.release()
+    await further  # it holds nothing now
+    assert room.used == tokens(70)
+    assert len(others) == 5
+
+
+async def test_the_bytes_of_responses_are_shared_in_the_same_way() -> None:
+    room, greedy = StreamAdmission(1000, 100), share()
+    held = await room.reserve(greedy, Cost(1, 50))
+    further = await waiting(room, greedy, Cost(1, 1))
+    assert not further.done()
+    with await room.reserve(share(), Cost(1, 50)):
+        assert room.used == Cost(2, 100)
+    held.release()
+    await further
+    assert room.used == Cost(1, 1)
+
+
+async def test_an_item_larger_than_half_goes_in_once_its_stream_holds_nothing() -> None:
+    room, own = StreamAdmission(100, 1000), share()
+    small = await room.reserve(own, tokens(10))
+    large = await waiting(room, own, tokens(100))
+    assert not large.done()
+    small.release()
+    await large
+    assert room.used == tokens(100)
+
+
+async def test_streams_that_hold_nothing_take_turns() -> None:
+    room = StreamAdmission(10, 100)
+    holder = await room.reserve(share(), tokens(8))
+    order: list[str] = []
+
+    async def enter(name: str, count: int) -> None:
+        await room.reserve(share(), tokens(count))
+        order.append(name)
+
+    large = asyncio.create_task(enter("large", 9))
+    small = asyncio.create_task(enter("small", 1))
+    await asyncio.sleep(0)
+    assert order == []  # the small one would fit, but it came later
+    holder.release()
+    await asyncio.gather(large, small)
+    assert order == ["large", "small"]
+
+
+async def test_an_item_that_is_cancelled_takes_no_room_and_holds_up_nobody() -> None:
+    room = StreamAdmission(10, 100)
+    await room.reserve(share(), tokens(8))
+    large = await waiting(room, share(), tokens(9))
+    small = await waiting(room, share(), tokens(1))
+    large.cancel()
+    await small
+    assert room.used == tokens(9)
+    with pytest.raises(asyncio.CancelledError):
+        await large
+    assert room.waiting == 0
+
+
+async def test_an_item_that_is_cancelled_as_it_is_let_in_gives_its_room_back() -> None:
+    room = StreamAdmission(10, 100)
+    holder = await room.reserve(share(), tokens(10))
+    late = await waiting(room, share(), tokens(5))
+    holder.release()
+    late.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await late
+    assert room.used == NOTHING
+
+
+async def test_what_never_fits_is_refused_for_good() -> None:
+    with pytest.raises(RefusalError) as refusal:
+        await StreamAdmission(10, 100).reserve(share(), Cost(1, 101))
+    assert ("grpc-retry-pushback-ms", "-1") in trailing_metadata(refusal.value)
+
+
+async def test_a_stream_has_so_many_items_in_flight_and_no_more() -> None:
+    own = StreamShare(2)
+    first, _ = await own.place(), await own.place()
+    third = asyncio.create_task(own.place())
+    await asyncio.sleep(0)
+    assert not third.done()
+    first.release()
+    first.release()
+    with await third:
+        fourth = asyncio.create_task(own.place())
+        await asyncio.sleep(0)
+        assert not fourth.done()
+    await fourth
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_streams_read_in_turns_all_get_on(seed: int) -> None:
+    """Each result is held until its stream's turn to be read, and the reader waits for one stream at a time."""
+    numbers = random.Random(seed)
+    room = StreamAdmission(1000, 10_000)
+    n_streams, n_items = numbers.randint(2, 10), 20
+    results: list[asyncio.Queue[Reservation]] = [asyncio.Queue() for _ in range(n_streams)]
+
+    async def compute(own: StreamShare, queue: "asyncio.Queue[Reservation]") -> None:
+        for _ in range(n_items):
+            cost = Cost(numbers.randint(1, 100), numbers.randint(1, 1000))
+            queue.put_nowait(await room.reserve(own, cost))
+
+    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+        for queue in results:
+            tasks.create_task(compute(share(), queue))
+        for _ in range(n_items):
+            for queue in results:
+                (await queue.get()).release()
+    assert room.used == NOTHING
