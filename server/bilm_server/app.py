@@ -223,7 +223,7 @@ class _App:
 
     def _warn_of_nameless_callers(self) -> None:
         if self._config.callers and not self._config.authenticates:
-            _log.warning("callers: without token_file or tls_client_ca nobody has a name, and everybody every right")
+            _log.warning("callers: no token_file or tls_client_ca is set: callers are anonymous and have every right")
 
 
 def _labels(model: ServedModel) -> dict[str, str]:

@@ -90,20 +90,20 @@ class ServerConfig(BaseSettings):
     input_cache_mib: int | None = Field(
         None,
         ge=0,
-        description="MiB for layer 1's input halves of tokens seen before; 0: none; by default 256, on a GPU 0",
+        description="MiB for layer 1's input projections of tokens seen before; 0: none; by default 256, on a GPU 0",
     )
     max_sentences_per_request: int = Field(1024, ge=1, description="sentences in one Embed")
     max_tokens_per_request: int = Field(16384, ge=1, description="tokens in one Embed")
     max_tokens_per_sentence: int = Field(32768, ge=1, description="tokens in one sentence")
     max_text_kib: int = Field(256, ge=1, description="KiB of one raw text; tokenising takes its time")
     max_waiting_tokens: int = Field(65536, ge=1, description="tokens admitted and not computed, of Embed calls")
-    max_waiting_mib: int = Field(512, ge=1, description="MiB of answers admitted and not sent, of Embed calls")
+    max_waiting_mib: int = Field(512, ge=1, description="MiB of responses admitted and not sent, of Embed calls")
     max_stream_tokens: int = Field(65536, ge=1, description="tokens admitted and not sent, of all streams together")
-    max_stream_mib: int = Field(1024, ge=1, description="MiB of answers admitted and not sent, likewise")
+    max_stream_mib: int = Field(1024, ge=1, description="MiB of responses admitted and not sent, of all streams")
     max_stream_items_in_flight: int = Field(64, ge=1, description="items that one stream reads ahead of its results")
 
     health_listen: str = Field(
-        "", description="HOST:PORT or unix:PATH for health alone, with connections of its own and no TLS; empty: none"
+        "", description="HOST:PORT or unix:PATH for health alone, with its own connections and no TLS; empty: none"
     )
     ready_listen: str = Field(
         "", description="HOST:PORT that is open while the server is SERVING, for checks that only connect; empty: none"

@@ -79,7 +79,7 @@ class BindError(Exception):
 
 
 class EngineLostError(Exception):
-    """The engine won't recover in this process; the message says what is wrong with it."""
+    """The engine won't recover in this process; the message names the cause."""
 
 
 def internal_error() -> RefusalError:

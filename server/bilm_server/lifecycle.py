@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Something that listens on an address of its own."""
+    """Something that listens on its own address."""
 
     async def start(self) -> str:
         """Listen, and return the line that the log has about it; "" for none.

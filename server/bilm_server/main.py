@@ -1,4 +1,4 @@
-"""`bilm-serve`: reads the configuration, loads the model, serves until it is told to stop."""
+"""`bilm-serve`: reads the configuration, loads the model, serves until it is stopped."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ engine plans a round: by the default, 5 ms, a health check beside full load took
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the server.
+    """Run the server.
 
     Returns:
         0 after SIGTERM or SIGINT, or if --check-config found nothing wrong; 1 if it couldn't start, 2 for a bad

@@ -18,11 +18,11 @@ class AlertEvent:
         level: of the record.
         logger: its name.
         file: that logged it.
-        line: likewise.
+        line: of that file.
         message: as logged, cut to 500 characters.
         exception: its type; "" without one.
         raised_file: that raised the exception.
-        raised_line: likewise.
+        raised_line: of that file.
     """
 
     time_s: float
@@ -91,7 +91,7 @@ class AlertGroups:
     Attributes:
         interval_s: between messages about one place.
         per_minute: messages; the last one sums up what else there is.
-        max_places: that are told apart; events at others are only counted.
+        max_places: that are distinguished; events at others are only counted.
     """
 
     interval_s: float = 60.0

@@ -24,7 +24,7 @@ _TOO_MANY_REQUESTS: Final = 429
 
 
 class AlertHandler(logging.Handler):
-    """Posts errors to a webhook from a thread of its own. Logging an error costs what it takes to count it."""
+    """Posts errors to a webhook from its own thread. Logging an error costs what it takes to count it."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What is known of a call while it goes on: for the access log, the metrics and the traces. Never the caller's text."""
+"""The record of a call: for the access log, the metrics and the traces. Never the caller's text."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,12 +44,12 @@ class CallRecord:
         code: at its end.
         reason: of a refusal of the whole call.
         sentences: that were asked for.
-        failed_sentences: of them, those that were answered with an error.
+        failed_sentences: of them, those that ended in an error.
         tokens: that were computed.
         queue_s: longest of its sentences.
         inference_s: longest of its sentences.
         duration_s: of the whole call, at its end.
-        held: what it holds of the server, to be given back; it lasts until the answer is sent, not only computed.
+        held: what it holds of the server, to be given back once the response is sent, not only computed.
     """
 
     method: str
@@ -70,14 +70,14 @@ class CallRecord:
     held: ExitStack = field(default_factory=ExitStack)
 
     def computed(self, tokens: int, queue_s: float, inference_s: float) -> None:
-        """Counts a sentence that was computed."""
+        """Count a sentence that was computed."""
         self.sentences += 1
         self.tokens += tokens
         self.queue_s = max(self.queue_s, queue_s)
         self.inference_s = max(self.inference_s, inference_s)
 
     def sentence_failed(self) -> None:
-        """Counts a sentence that was answered with an error."""
+        """Count a sentence that ended in an error."""
         self.sentences += 1
         self.failed_sentences += 1
 
@@ -96,7 +96,7 @@ _current: ContextVar[CallRecord] = ContextVar("call")
 
 
 def current_call() -> CallRecord:
-    """The call that the running task belongs to.
+    """Return the call that the running task belongs to.
 
     Raises:
         LookupError: outside of a call.
@@ -106,7 +106,7 @@ def current_call() -> CallRecord:
 
 @contextmanager
 def entered(call: CallRecord) -> Iterator[None]:
-    """Makes a call the current one."""
+    """Make a call the current one."""
     token = _current.set(call)
     try:
         yield

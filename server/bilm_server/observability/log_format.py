@@ -31,7 +31,7 @@ def _text(value: object) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return text that neither makes lines of its own nor moves the terminal's cursor."""
+    """Return text that neither makes further lines nor moves the terminal's cursor."""
     return text if text.isprintable() else text.translate(_CONTROL_CHARACTERS)
 
 

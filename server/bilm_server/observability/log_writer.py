@@ -1,4 +1,4 @@
-"""Log lines to a file descriptor, by a thread of its own.
+"""Log lines to a file descriptor, by its own thread.
 
 A full disk, a reader that has gone or one that is stuck costs lines, which are counted, but neither time nor the
 service.
@@ -18,7 +18,7 @@ _FLUSH_TIMEOUT_S = 2.0
 
 
 class LineWriter:
-    """Writes lines to a file descriptor, in a thread of its own; what it can't hold or write is lost and counted."""
+    """Writes lines to a file descriptor, in its own thread; what it can't hold or write is lost and counted."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class LineHandler(logging.Handler):
         """Queue the record's line; part of logging's interface."""
         try:
             line = self.format(record)
-        except Exception:  # arguments that don't fit the message: no reason to fail whoever logs it
+        except Exception:  # arguments that don't fit the message: no reason to fail the code that logs it
             self.writer.count_lost()
             return
         self.writer.write(line)

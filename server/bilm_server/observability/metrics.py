@@ -20,7 +20,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class Metrics:
-    """Counts calls and rounds in a registry of its own; sees every call (`CallObserver`).
+    """Counts calls and rounds in its own registry; sees every call (`CallObserver`).
 
     Calls marked as tests count like any others: load is load.
     """

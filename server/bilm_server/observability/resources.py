@@ -33,7 +33,7 @@ class Gpu:
         self._failing = False
 
     def read(self) -> GpuState | None:
-        """Return what the driver says; None if it doesn't answer as it should."""
+        """Return the driver's metrics; None if it fails."""
         try:
             memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
             busy = self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100

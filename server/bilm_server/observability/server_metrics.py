@@ -57,7 +57,7 @@ class DropCounts:
 
 
 NO_DROPS = DropCounts(lambda: 0, lambda: 0)
-"""Of a process that has no log of its own."""
+"""The counts of a process that has no log."""
 
 
 @dataclass(frozen=True, eq=False)

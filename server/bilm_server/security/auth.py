@@ -50,8 +50,8 @@ class Authenticator:
 
         Args:
             token_file: one token a line, as `NAME TOKEN`; empty lines and lines that begin with # are passed over.
-                Several lines may have one name, so that a token can be replaced while both hold. None: nobody needs a
-                token.
+                Several lines may have one name, so that a token can be replaced while both hold. None: no token is
+                needed.
             equal: compares digests, in a time that doesn't depend on where they differ.
         """
         self._equal = equal
@@ -137,7 +137,7 @@ def _read_tokens(path: Path, content: bytes) -> Sequence[_Token]:
             raise ValueError(f"{path}: line {number}: the token of another line")
         tokens[token.digest] = token
     if not tokens:
-        raise ValueError(f"{path}: no tokens; nobody could call")
+        raise ValueError(f"{path}: no tokens; no caller could be let in")
     warn_if_open_to_others(path, _log)
     return tuple(tokens.values())
 

@@ -6,7 +6,7 @@ from bilm_server.config import CallerSettings, Right
 
 
 class CallerRights:
-    """Who has which right; without authentication everybody has all of them."""
+    """The rights of each caller; without authentication every caller has all of them."""
 
     def __init__(self, callers: Iterable[CallerSettings], authenticated: bool) -> None:
         """Keep the rights of each name.

@@ -33,7 +33,7 @@ class ReloadedFiles(Generic[T]):
     """A value made of the contents of some files; any thread may ask for it.
 
     To see whether a file has changed costs a `stat`; replaced files, rewritten ones and moved links are seen. A change
-    that can't be used leaves the value as it was: the log says so once, and the files are tried again at each look.
+    that can't be used leaves the value as it was: it is logged once, and the files are tried again at each look.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE--
 
 
 def server_credentials(certificate: Path, key: Path, client_ca: Path | None = None) -> grpc.ServerCredentials:
-    """Credentials for one port, that follow the files.
+    """Return credentials for one port that follow the files.
 
     The files are looked at before each handshake. So a rotation holds for new connections, and those that are open go
     on until the maximum connection age. Certificate and key may be replaced one after the other: as long as they don't
@@ -43,7 +43,7 @@ def server_credentials(certificate: Path, key: Path, client_ca: Path | None = No
     in_use = files.load()
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
-        """What grpc calls before each handshake, in a thread of its own, one at a time; None: as before."""
+        """Return what grpc uses from this handshake on, in its own thread; None: as before."""
         nonlocal in_use
         before, in_use = in_use, files.current()
         return None if in_use is before else in_use

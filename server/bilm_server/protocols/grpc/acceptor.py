@@ -1,7 +1,7 @@
-"""A gRPC server that goes on taking calls in.
+"""A gRPC server that continues to take calls in.
 
 grpc.aio (1.85.1) ends its loop at the first call whose `:path` isn't UTF-8 and closes the port with it, while the
-process lives on: one frame from anybody, before any interceptor sees it. Calls in flight are not touched.
+process lives on: one frame of any client, before any interceptor sees it. Calls in flight are not touched.
 """
 
 import asyncio

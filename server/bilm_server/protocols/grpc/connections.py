@@ -1,6 +1,6 @@
-"""Connections take descriptors: how many fit below `ulimit -n`, how those that nobody uses end, and health beside them.
+"""Connections take descriptors: how many fit below `ulimit -n`, how idle ones end, and health beside them.
 
-At the limit a process can't accept, open a file or even say so. So gRPC is told to refuse connections before that.
+At the limit a process can neither accept nor open a file, nor log that. So gRPC refuses connections before that.
 Options and numbers were measured on grpcio 1.85.1; docs/descriptors.md has them.
 """
 
@@ -24,7 +24,7 @@ MOST_BY_DEFAULT: Final = 10_000
 _LOW = 512  # a checker that opens a connection a second and closes none has 330 of them at the default age of 300 s
 _MAX_INT = 2**31 - 1  # gRPC's options are C ints
 
-_SILENCE_MS = 20_000  # for a handshake, the first HTTP/2 frames and the answer to a ping
+_SILENCE_MS = 20_000  # for a handshake, the first HTTP/2 frames and the response to a ping
 _KEEPALIVE_MS = 60_000
 _AGE_GRACE_MS = 600_000  # longer than any sensible deadline
 _HEALTH_SILENCE_MS = 5_000
@@ -65,7 +65,7 @@ def open_descriptors() -> int:
 
 
 def descriptor_limit() -> int:
-    """Return what `ulimit -n` says, the soft limit; the largest C int if there is none."""
+    """Return the soft limit, as `ulimit -n` shows it; the largest C int if there is none."""
     if sys.platform == "win32":
         return _MAX_INT
     import resource  # noqa: PLC0415 - not on Windows
@@ -156,5 +156,5 @@ def _limits(max_connections: int, silence_ms: int) -> Options:
         ("grpc.server_handshake_timeout_ms", silence_ms),  # 120 s by default, for those that say nothing at all
         ("grpc.http2.settings_timeout", silence_ms),  # 60 s by default, for those that say hello and go
         ("grpc.keepalive_timeout_ms", silence_ms),
-        ("grpc.http2.ping_timeout_ms", silence_ms),  # without it the answer to a keepalive ping may take 60 s
+        ("grpc.http2.ping_timeout_ms", silence_ms),  # without it the response to a keepalive ping may take 60 s
     )

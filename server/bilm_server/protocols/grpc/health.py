@@ -9,10 +9,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 LIVENESS = "liveness"
-"""The name to ask for whether the process should go on; it doesn't depend on load, nor on whether the model works."""
+"""The name to ask for whether the process should continue; neither load nor a failing model changes it."""
 
 INFERENCE = "inference"
-"""The name to ask for whether a call would be answered; unlike readiness it stays SERVING while the server drains."""
+"""The name to ask for whether a call would be computed; unlike readiness it stays SERVING while the server drains."""
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What every call passes through: who calls, frames that don't parse, errors, and those who watch.
+"""What every gRPC call passes through: the gate, frames that don't parse, errors.
 
 Every method of every service is guarded, those that don't exist included, unless its service is open: health, and
 reflection where it is on.
@@ -61,7 +61,7 @@ class OpenCalls:
 
 
 class OpenInterceptor(grpc.aio.ServerInterceptor):
-    """Lets anybody call some services, and nobody any other; no input of a caller is an error in the log."""
+    """Lets every client call some services and none of the others; no input of a client is an error in the log."""
 
     def __init__(self, open_services: Collection[str], calls: OpenCalls | None = None) -> None:
         """Keep what calls pass through.
@@ -141,7 +141,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 async def _run(call: CallRecord, response: Awaitable[Any], context: "Context") -> Any:
     """Await a guarded method's response; what the method raises becomes a RefusalError, or has its code in the record.
 
-    A method that nobody waits for any more, because the call is over, ends with CancelledError: grpc logs all else.
+    A method whose call is over ends with CancelledError: grpc logs all else.
     """
     try:
         found = await response
@@ -170,7 +170,7 @@ async def _run(call: CallRecord, response: Awaitable[Any], context: "Context") -
 
 
 def _quiet(method: str, behavior: Behavior, calls: OpenCalls) -> Behavior:
-    """Run a method that anybody may call: no failure is an error in the log, as a client could bring each about."""
+    """Run a method that every client may call: no failure is an error in the log, as a client could cause each."""
 
     async def quiet(requests: AsyncIterator[bytes], context: "Context") -> Any:
         try:

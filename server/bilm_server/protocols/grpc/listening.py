@@ -22,7 +22,7 @@ _OPTIONS = (
     # A caller's headers; between gRPC's soft and hard limit a call would be refused at random
     ("grpc.max_metadata_size", _MAX_HEADER_BYTES),
     ("grpc.absolute_max_metadata_size", _MAX_HEADER_BYTES),
-    # What a stream has sent and nobody has read yet: a fixed window, where gRPC's probing lets it grow to megabytes
+    # Bytes of a stream that are sent and not read yet: a fixed window, as gRPC's probing lets it grow to megabytes
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
     # A second server on the port must fail, not take half of the connections

@@ -1,4 +1,4 @@
-"""A Unix socket that belongs to one server: gRPC's own way unlinks a path at bind and at stop, whoever owns it.
+"""A Unix socket that belongs to one server; gRPC by itself unlinks a path at bind and at stop, even another server's.
 
 gRPC binds a private path, which is then renamed to the public one, so that whatever gRPC unlinks is never there. A
 lock file beside the socket says who owns the path; the kernel releases it with the process, however that ends.
@@ -78,7 +78,7 @@ class UnixSocket:
 
         Raises:
             OSError: if it can't be bound.
-            RuntimeError: likewise, by gRPC.
+            RuntimeError: if gRPC can't bind it.
         """
         private = private_path(str(self._path))
         address = f"unix:{quote(private)}"
@@ -97,7 +97,7 @@ class UnixSocket:
             if self._identity is not None and _identity(self._path) == self._identity:
                 self._path.unlink()
         self._identity = None
-        with contextlib.suppress(OSError):  # while it is locked, so that nobody locks a file that is going
+        with contextlib.suppress(OSError):  # while locked: no other process must lock a file that goes
             if _identity(self._lock_path) == _identity_of(os.fstat(self._lock)):
                 self._lock_path.unlink()
         os.close(self._lock)
@@ -132,7 +132,7 @@ def _lock(descriptor: int, path: Path, lock: Callable[[int], bool]) -> None:
 
 
 def _check_free(path: Path) -> None:
-    """Raise OSError unless the path is free, or a socket that nobody listens on."""
+    """Raise OSError unless the path is free, or a socket without a listener."""
     if not path.exists():
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

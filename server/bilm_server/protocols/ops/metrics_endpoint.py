@@ -25,10 +25,10 @@ _END_OF_HEAD = b"\r\n\r\n"
 
 
 class MetricsExporter:
-    """Offers a registry at /metrics, over HTTP without TLS, on an event loop of its own in a thread of its own.
+    """Offers a registry at /metrics, over HTTP without TLS, on its own event loop in its own thread.
 
     A connection serves one request and gets 5 s for all of it; those beyond 16 at a time are closed at once. So idle
-    and slow callers cost no more than that, and the event loop of the service nothing.
+    and slow clients cost no more than that, and the event loop of the service nothing.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class MetricsExporter:
         server = await asyncio.start_server(self._connected, sock=listener, limit=_MAX_HEAD_BYTES)
         started.set_result(None)
         await self._stop_asked.wait()
-        server.close()  # and asyncio.run cancels what is still going on
+        server.close()  # and asyncio.run cancels what still runs
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.n_connections += 1
@@ -137,7 +137,7 @@ class MetricsExporter:
         head = await reader.readuntil(_END_OF_HEAD)
         writer.write(self._response(head.decode("latin-1")))
         writer.close()
-        await writer.wait_closed()  # that is, until the caller has taken everything
+        await writer.wait_closed()  # that is, until the client has taken everything
 
     def _response(self, head: str) -> bytes:
         request, *headers = head.split("\r\n")

@@ -32,7 +32,7 @@ class Readiness(Protocol):
 
 
 class ReadinessPort:
-    """Follows readiness in a task of its own: listening while the server is ready, always on the same port.
+    """Follows readiness in its own task: listening while the server is ready, always on the same port.
 
     Health never waits for the port. One that can't be opened again is an error in the log, once, and is tried again
     until it opens.
