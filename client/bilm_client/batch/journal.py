@@ -9,7 +9,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -77,7 +77,7 @@ class Journal:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
         except OSError as error:
             raise UsageError(f"{path}: {reason(error)}") from error
-        locked = _lock(file, path)
+        locked = _lock(file, path, lock)
         file.truncate()  # not before it is ours
         journal = cls(path, identity, locked, file)
         try:
@@ -89,7 +89,7 @@ class Journal:
         return journal
 
     @classmethod
-    def reopen(cls, path: Path) -> Self:
+    def reopen(cls, path: Path, take_lock: Callable[[BinaryIO], bool] = lock) -> Self:
         """Open a journal that a run left behind and cut off what isn't whole.
 
         Raises:
@@ -101,7 +101,7 @@ class Journal:
             file = path.open("r+b")
         except (OSError, ValueError) as error:
             raise UsageError(f"{path}: {reason(error)}") from error
-        locked = _lock(file, path)
+        locked = _lock(file, path, take_lock)
         first = _read(file)
         if first is None:
             file.close()
@@ -191,10 +191,10 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], bytes, bytes] | None:
     return None
 
 
-def _lock(file: BinaryIO, path: Path) -> bool:
+def _lock(file: BinaryIO, path: Path, take_lock: Callable[[BinaryIO], bool]) -> bool:
     """Return whether there are locks at all."""
     try:
-        locked = lock(file)
+        locked = take_lock(file)
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise BlockingIOError("finished, and removed it, in the meantime")
     except OSError as error:

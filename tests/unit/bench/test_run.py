@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -53,7 +54,7 @@ class Bench:
 
     def flags(self, target: str, *flags: str) -> list[str]:
         given = ["--target", target, "--text", str(self.text), "--json", str(self.json)]
-        return [*given, "--warm-up-s", "0", "--connections", "2", "--step-s", "0.5", *flags]
+        return [*given, "--warm-up-s", "0", "--connections", "2", "--step-s", "0.3", *flags]
 
     def __call__(self, target: str, *flags: str) -> int:
         return main(self.flags(target, *flags))
@@ -149,7 +150,7 @@ def test_what_a_late_generator_makes_calls_wait_is_part_of_their_latency(answeri
             time.sleep(naps_s.pop())  # noqa: ASYNC251 - the loop stands still, while calls are due
         return CallResult(CallKind.ACCEPTED, sentences=1)
 
-    settings = load_settings(bench.flags(answering.target, "--rate", "60"))
+    settings = load_settings(bench.flags(answering.target, "--rate", "60", "--step-s", "0.5"))
     requests = make_requests(SENTENCES, 1, pb.EmbedOptions())
     connection = client_settings(
         answering.target, timeout_s=5.0, retry=ONE_ATTEMPT, credentials=None, token=None, metadata=()
@@ -168,7 +169,7 @@ def test_calls_beyond_the_limit_are_counted_and_not_sent(scripted: Scripted, ben
 
     def release() -> None:
         hold.arrived.wait()
-        threading.Event().wait(0.5)  # as long as the step: other calls are due meanwhile
+        threading.Event().wait(0.3)  # as long as the step: other calls are due meanwhile
         hold.released.set()
 
     with ThreadPoolExecutor(1) as pool:
@@ -352,12 +353,10 @@ def test_the_page_needs_nothing_else_and_shows_every_plot(scripted: Scripted, be
     assert [step["load"] for step in bench.report["steps"]] == [20, 60]
 
 
-def test_no_encoding_of_the_terminal_costs_the_report(
-    scripted: Scripted, bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_encoding_of_the_terminal_costs_the_report(scripted: Scripted, bench: Bench) -> None:
     scripted.fail_next(grpc.StatusCode.UNAVAILABLE, "日本語", times=1)
-    monkeypatch.setattr(sys, "stdout", terminal := io.TextIOWrapper(io.BytesIO(), "cp1252"))
-    assert bench(scripted.target, "--html", str(bench.html)) == DONE
+    with redirect_stdout(terminal := io.TextIOWrapper(io.BytesIO(), "cp1252")):
+        assert bench(scripted.target, "--html", str(bench.html)) == DONE
     assert "日本語" in str(bench.report)
     assert "日本語" in bench.html.read_text(encoding="utf-8")
     terminal.flush()
@@ -366,10 +365,9 @@ def test_no_encoding_of_the_terminal_costs_the_report(
 
 
 def test_a_full_disk_behind_the_terminal_costs_an_exit_code_only(
-    scripted: Scripted, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    scripted: Scripted, bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with open("/dev/full", "w", encoding="utf-8") as terminal:  # noqa: PTH123 - what a shell does
-        monkeypatch.setattr(sys, "stdout", terminal)
+    with open("/dev/full", "w", encoding="utf-8") as terminal, redirect_stdout(terminal):  # noqa: PTH123 - as a shell
         assert bench(scripted.target) == STOPPED
         assert bench.report["format"] == 1
     assert capsys.readouterr().err.endswith("bilm-bench: standard output: No space left on device\n")

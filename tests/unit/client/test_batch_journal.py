@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 from bilm_client.batch.journal import Journal, JournalBusyError, JournalRecord
 from bilm_client.cli.settings_sources import UsageError
+from bilm_system.files import lock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -148,17 +150,13 @@ def test_a_second_writer_is_refused_and_changes_nothing(whole: Journal, path: Pa
     assert path.stat().st_size < len(before)
 
 
-def test_a_journal_that_goes_while_it_is_being_opened_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_journal_that_goes_while_it_is_being_opened_is_refused(path: Path) -> None:
     """The other run has finished between our opening of the file and our lock: what we'd write, nobody would find."""
-    import fcntl
-
     fill(path, RECORDS)
-    lock = fcntl.flock
 
-    def slow_lock(file: int, how: int) -> None:
+    def lock_late(file: BinaryIO) -> bool:
         path.unlink()
-        lock(file, how)
+        return lock(file)
 
-    monkeypatch.setattr(fcntl, "flock", slow_lock)
     with pytest.raises(JournalBusyError):
-        Journal.reopen(path)
+        Journal.reopen(path, lock_late)

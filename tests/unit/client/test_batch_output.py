@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from bilm_client.batch.outputs.base import new_output, read_run
 
-output, n_lines, n_random = Path(sys.argv[1]), 600, 25
+output, n_lines, n_random = Path(sys.argv[1]), 600, int(sys.argv[2])
 
 def make():
     with new_output(output, {"run": "this"}) as (write, write_sentences):
@@ -50,9 +50,10 @@ print("done")
 """
 
 
+@pytest.mark.parametrize("n_random", [3, pytest.param(25, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["out.hdf5", "out.npz"])
-def test_a_full_disk_is_one_error_wherever_it_comes(tmp_path: Path, name: str) -> None:
-    command = [sys.executable, "-W", "error", "-c", _SWEEP, str(tmp_path / name)]
+def test_a_full_disk_is_one_error_wherever_it_comes(tmp_path: Path, name: str, n_random: int) -> None:
+    command = [sys.executable, "-W", "error", "-c", _SWEEP, str(tmp_path / name), str(n_random)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
 

@@ -226,12 +226,34 @@ def run(script: str, target: str, *, file: str = "") -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+# The others are variations: of "a client with a stream open" or of "a client that was used"
+QUICK = (
+    "a client that is new",
+    "a client that was used",
+    "a client with a stream open",
+    "the parent's stream",
+    "closing",
+    "threads of the child",
+    "an AsyncClient",
+    "an AsyncClient after all were closed",
+    "without gRPC's fork support",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS if name not in QUICK)]
+)
 def test_in_a_forked_process(answering: Scripted, name: str) -> None:
     run(OPENING + SCRIPTS[name], answering.target)
 
 
-@pytest.mark.parametrize("script", [MULTIPROCESSING, DATA_LOADER], ids=["multiprocessing", "DataLoader"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(MULTIPROCESSING, id="multiprocessing"),
+        pytest.param(DATA_LOADER, id="DataLoader", marks=pytest.mark.slow),
+    ],
+)
 def test_workers(answering: Scripted, script: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("workers") / "workers.py"  # spawn imports the main module again, from its file
     file.write_text(OPENING + script, encoding="utf-8")

@@ -260,14 +260,14 @@ def test_a_break_does_not_start_the_wait_anew(connect: Connect, scripted: Script
     released = threading.Event()
 
     def late_break(_requests: Iterator[pb.EmbedStreamRequest], context: Any) -> Iterator[pb.EmbedStreamResponse]:
-        released.wait(0.6)
+        released.wait(0.3)
         context.abort(UNAVAILABLE, "as scripted")
         yield from ()
 
     scripted.service.stream_acts.extend([late_break] * 10)
-    with pytest.raises(errors.DeadlineError, match=r"no result for 1\.0 s"):
-        list(connect().embed_stream(sentences(3), timeout_s=1.0))
-    assert len(scripted.service.streams) <= 2  # a third one would begin 1.2 s after the first
+    with pytest.raises(errors.DeadlineError, match=r"no result for 0\.5 s"):
+        list(connect().embed_stream(sentences(3), timeout_s=0.5))
+    assert len(scripted.service.streams) <= 2  # a third one would begin 0.6 s after the first
     released.set()
 
 
