@@ -7,6 +7,7 @@ since both wait for work by spinning. A row's numbers are computed by the same i
 import ctypes
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import llvmlite.binding as llvm
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import njit, types
 from numba.extending import intrinsic
+
+from bilm_model.kernels.kernel_cache import compiled
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +49,16 @@ def _pointer_to(element: Any) -> Any:
 
 float32s, bfloat16s = _pointer_to(types.float32), _pointer_to(types.uint16)
 int32s, int64s = _pointer_to(types.int32), _pointer_to(types.int64)
+
+
+@intrinsic
+def shifted(typing_context: Any, pointer: Any, n: Any) -> Any:
+    """Return a pointer to the number that lies n numbers further."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.int64), generate
 
 
 @intrinsic
@@ -172,15 +185,24 @@ def share(n_units, n_threads):  # type: ignore[no-untyped-def]
 
 Kernel = Any
 Parallel = Callable[..., None]
-kernel = cfunc(types.void(types.CPointer(types.int64)))
-"""Compile a kernel."""
 
 
-def run(compiled: Kernel, n_numbers: int, *arguments: int, parallel: Parallel | None) -> None:
+def kernel(function: Callable[..., Any]) -> Kernel:
+    """Compile a kernel, or take it from the cache. Besides its own module's, it calls this module's functions only."""
+    return native(types.void(types.CPointer(types.int64)), function)
+
+
+def native(signature: Any, function: Callable[..., Any], **options: Any) -> Any:
+    """Compile a C function, or take it from the cache; see `kernel`."""
+    openmp()
+    return compiled(signature, options, function, sys.modules[__name__])
+
+
+def run(kernel: Kernel, n_numbers: int, *arguments: int, parallel: Parallel | None) -> None:
     """Run a kernel that makes so many numbers, on all threads if that is worth it.
 
     Args:
-        compiled: the kernel.
+        kernel: to run.
         n_numbers: that it makes.
         arguments: of the kernel, after the number of threads.
         parallel: what `openmp` returned; None: one thread runs it.
@@ -189,9 +211,9 @@ def run(compiled: Kernel, n_numbers: int, *arguments: int, parallel: Parallel | 
     n_threads = torch.get_num_threads() if parallel and n_numbers >= _MIN_PARALLEL else 1
     values = (ctypes.c_int64 * (1 + len(arguments)))(n_threads, *arguments)
     if parallel and n_threads > 1:
-        parallel(compiled.address, values, n_threads, 0)
+        parallel(kernel.address, values, n_threads, 0)
     else:
-        compiled.ctypes(values)
+        kernel.ctypes(values)
 
 
 @functools.cache

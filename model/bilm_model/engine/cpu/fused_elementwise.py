@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from bilm_model.kernels.numba_blocks import (
     openmp,
     run,
     share,
+    shifted,
     store,
     tanh_ratio,
 )
@@ -59,69 +59,89 @@ def _activate(n, peaks, bias, tanh):  # type: ignore[no-untyped-def]
             peaks[k] = np.float32(0.0) if x < np.float32(0.0) else x
 
 
-def _compile_lstm(numbers: Any, n_bytes: int) -> Kernel:
-    @kernel
-    def lstm(arguments):  # type: ignore[no-untyped-def]
-        n_threads, n_rows, n_cells, block, gates_h, gates_x, index, c, slots, m = carray(arguments, 10)
-        clip = float32s(arguments[10])[0]
-        n_blocks = (n_cells + block - 1) // block
-        first, end = share(n_rows * n_blocks, n_threads)
-        for unit in range(first, end):
-            row, k = unit // n_blocks, unit % n_blocks * block
-            lstm_block(
-                min(block, n_cells - k),
-                numbers(gates_h + (row * 4 * n_cells + k) * n_bytes),
-                numbers(gates_x + (int64s(index)[row] * 4 * n_cells + k) * n_bytes),
-                n_cells,
-                float32s(c + (int64s(slots)[row] * n_cells + k) * 4),
-                numbers(m + (row * n_cells + k) * n_bytes),
-                clip,
-            )
-
-    return lstm
+@inner
+def _lstm(arguments, gates_h, gates_x, m):  # type: ignore[no-untyped-def]
+    n_threads, n_rows, n_cells, block = carray(arguments, 4)
+    index, c, slots = carray(arguments, 9)[6:]
+    clip = float32s(arguments[10])[0]
+    n_blocks = (n_cells + block - 1) // block
+    first, end = share(n_rows * n_blocks, n_threads)
+    for unit in range(first, end):
+        row, k = unit // n_blocks, unit % n_blocks * block
+        lstm_block(
+            min(block, n_cells - k),
+            shifted(gates_h, row * 4 * n_cells + k),
+            shifted(gates_x, int64s(index)[row] * 4 * n_cells + k),
+            n_cells,
+            float32s(c + (int64s(slots)[row] * n_cells + k) * 4),
+            shifted(m, row * n_cells + k),
+            clip,
+        )
 
 
-def _compile_highway(numbers: Any, n_bytes: int) -> Kernel:
-    @kernel
-    def highway(arguments):  # type: ignore[no-untyped-def]
-        n_threads, n_rows, width, x, z, y = carray(arguments, 6)
-        first, end = share(n_rows, n_threads)
-        for row in range(first, end):
-            gate, transform = z + row * 2 * width * n_bytes, z + (row * 2 + 1) * width * n_bytes
-            at = row * width * 4
-            _highway_block(width, float32s(x + at), numbers(gate), numbers(transform), float32s(y + at))
-
-    return highway
+@inner
+def _highway(arguments, z):  # type: ignore[no-untyped-def]
+    n_threads, n_rows, width, x, _, y = carray(arguments, 6)
+    first, end = share(n_rows, n_threads)
+    for row in range(first, end):
+        gate, transform = shifted(z, row * 2 * width), shifted(z, (row * 2 + 1) * width)
+        at = row * width * 4
+        _highway_block(width, float32s(x + at), gate, transform, float32s(y + at))
 
 
-def _compile_peaks(numbers: Any, n_bytes: int) -> Kernel:
-    @kernel
-    def peaks(arguments):  # type: ignore[no-untyped-def]
-        n_threads, n_tokens, width, responses, first_window, start, last_start, bias, tanh, y = carray(arguments, 10)
-        first, end = share(n_tokens, n_threads)
-        for token in range(first, end):
-            largest = float32s(y + token * width * 4)
-            for k in range(width):
-                largest[k] = -np.inf
-            for window in range(int64s(first_window)[token], int64s(first_window)[token + 1]):
-                at = responses + window * width * n_bytes
-                _raise_peaks(width, numbers(at), int32s(start)[window], int32s(last_start), largest)
-            _activate(width, largest, float32s(bias), tanh != 0)
+@inner
+def _peaks(arguments, responses):  # type: ignore[no-untyped-def]
+    n_threads, n_tokens, width, _, first_window, start, last_start, bias, tanh, y = carray(arguments, 10)
+    first, end = share(n_tokens, n_threads)
+    for token in range(first, end):
+        largest = float32s(y + token * width * 4)
+        for k in range(width):
+            largest[k] = -np.inf
+        for window in range(int64s(first_window)[token], int64s(first_window)[token + 1]):
+            at = shifted(responses, window * width)
+            _raise_peaks(width, at, int32s(start)[window], int32s(last_start), largest)
+        _activate(width, largest, float32s(bias), tanh != 0)
 
-    return peaks
+
+# ---- the same for each number format, without closures, which the cache of compiled kernels can't compare ------------
+
+
+def _lstm_float32(arguments):  # type: ignore[no-untyped-def]
+    _lstm(arguments, float32s(arguments[4]), float32s(arguments[5]), float32s(arguments[9]))
+
+
+def _lstm_bfloat16(arguments):  # type: ignore[no-untyped-def]
+    _lstm(arguments, bfloat16s(arguments[4]), bfloat16s(arguments[5]), bfloat16s(arguments[9]))
+
+
+def _highway_float32(arguments):  # type: ignore[no-untyped-def]
+    _highway(arguments, float32s(arguments[4]))
+
+
+def _highway_bfloat16(arguments):  # type: ignore[no-untyped-def]
+    _highway(arguments, bfloat16s(arguments[4]))
+
+
+def _peaks_float32(arguments):  # type: ignore[no-untyped-def]
+    _peaks(arguments, float32s(arguments[3]))
+
+
+def _peaks_bfloat16(arguments):  # type: ignore[no-untyped-def]
+    _peaks(arguments, bfloat16s(arguments[3]))
 
 
 @functools.cache
-def _compile_all(product_dtype: torch.dtype) -> tuple[Kernel, Kernel, Kernel]:
-    layout = (bfloat16s, 2) if product_dtype == torch.bfloat16 else (float32s, 4)
-    return _compile_lstm(*layout), _compile_highway(*layout), _compile_peaks(*layout)
+def _kernels(product_dtype: torch.dtype) -> tuple[Kernel, Kernel, Kernel]:
+    if product_dtype == torch.bfloat16:
+        return kernel(_lstm_bfloat16), kernel(_highway_bfloat16), kernel(_peaks_bfloat16)
+    return kernel(_lstm_float32), kernel(_highway_float32), kernel(_peaks_float32)
 
 
 class FusedElementwise:
     """`elementwise.Elementwise` on a CPU, for products in one format."""
 
     def __init__(self, product_dtype: torch.dtype, *, one_thread: bool = False) -> None:
-        """Compile the kernels, which takes a second or two.
+        """Compile the kernels, which takes a second or two, or take them from the cache.
 
         Args:
             product_dtype: format of what products take and give.
@@ -130,7 +150,7 @@ class FusedElementwise:
         found = openmp()
         self._parallel = None if one_thread else found
         self._run = functools.partial(run, parallel=self._parallel)
-        self._lstm, self._highway, self._peaks = _compile_all(product_dtype)
+        self._lstm, self._highway, self._peaks = _kernels(product_dtype)
 
     @property
     def name(self) -> str:

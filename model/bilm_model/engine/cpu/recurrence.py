@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import carray, cfunc, types
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from bilm_model.config import BilmConfig
@@ -28,6 +30,7 @@ from bilm_model.kernels.numba_blocks import (
     int64s,
     kernel,
     lstm_block,
+    native,
     openmp,
     run,
     share,
@@ -54,8 +57,7 @@ def _add_products(n_first, n_end, n_out, x, weight, out):  # type: ignore[no-unt
             out[i] = out[i] + x[k] * weight[k * n_out + i]
 
 
-@cfunc(types.void(*[types.int64] * 7), fastmath=CONTRACT)
-def _multiply(n_in, n_out, block, x, weight, out, part):  # type: ignore[no-untyped-def] # noqa: PLR0917
+def _multiply_by_address(n_in, n_out, block, x, weight, out, part):  # type: ignore[no-untyped-def] # noqa: PLR0917
     """Out (n_out) = x (n_in)·weight: sums of `block` components each, added up. By addresses; `part` is for a sum."""
     for first in range(0, n_in, block):
         total = float32s(part if first else out)
@@ -68,20 +70,36 @@ def _multiply(n_in, n_out, block, x, weight, out, part):  # type: ignore[no-unty
                 whole[i] = whole[i] + total[i]
 
 
+_multiply = native(types.void(*[types.int64] * 7), _multiply_by_address, fastmath=CONTRACT)
+"""Called by its address, by kernels too: so the code whose bits are tried is the one that is used."""
+
+
+@intrinsic
+def _call_multiply(typing_context, address, n_in, n_out, block, x, weight, out, part):  # type: ignore[no-untyped-def] # noqa: PLR0917
+    """Call `_multiply` at an address: a kernel that knew the address itself couldn't be kept on disk."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        function = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 7).as_pointer()
+        builder.call(builder.inttoptr(args[0], function), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), generate
+
+
 @inner
 def _run_ticks(arguments):  # type: ignore[no-untyped-def]
     n_ticks, sizes, size, n_cells, h_block, m_block, gates_x, index, slots, c = carray(arguments, 18)[:10]
-    h, outputs, recurrent, projection, gates_h, m, part, clips = carray(arguments, 18)[10:]
+    h, outputs, recurrent, projection, gates_h, m, part, clips, multiply = carray(arguments, 19)[10:]
     n_gates, step = 4 * n_cells, 0
     for tick in range(n_ticks):
         for row in range(int64s(sizes)[tick]):
             its_h, its_output = float32s(h + row * size * 4), float32s(outputs + step * size * 4)
-            _multiply(size, n_gates, h_block, h + row * size * 4, recurrent, gates_h, part)
+            _call_multiply(multiply, size, n_gates, h_block, h + row * size * 4, recurrent, gates_h, part)
             its_gates_x = float32s(gates_x + int64s(index)[step] * n_gates * 4)
             its_c = float32s(c + int64s(slots)[row] * n_cells * 4)
             lstm_block(n_cells, float32s(gates_h), its_gates_x, n_cells, its_c, float32s(m), float32s(clips)[0])
             if projection != 0:
-                _multiply(n_cells, size, m_block, m, projection, outputs + step * size * 4, part)
+                _call_multiply(multiply, n_cells, size, m_block, m, projection, outputs + step * size * 4, part)
                 clip_block(size, its_output, float32s(clips)[1])
             else:
                 copy_block(size, float32s(m), its_output)
@@ -159,7 +177,7 @@ class Recurrence:
         blocks = (self._recurrent.block, 0 if self._projection is None else self._projection.block)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         numbers = (len(ticks), ticks.data_ptr(), self._config.projection_dim, self._config.cell_dim, *blocks)
-        return _array(*numbers, *addresses)
+        return _array(*numbers, *addresses, _multiply.address)
 
 
 def run_together(cells: Sequence[tuple[Recurrence, CellWork]]) -> list[Tensor]:

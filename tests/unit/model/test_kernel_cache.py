@@ -1,0 +1,83 @@
+"""Compiled kernels on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bilm_model.kernels import kernel_cache, numba_blocks
+from bilm_model.kernels.kernel_cache import cache_folder, cache_key, compiled, processor
+from numba import types
+
+
+def add_one(x):  # type: ignore[no-untyped-def]
+    return x + 1
+
+
+def compiled_here() -> Any:
+    """A function, compiled or from the cache."""
+    function = compiled(types.int64(types.int64), {}, add_one)
+    assert function.ctypes(41) == 42
+    return function
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for all caches."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_what_was_compiled_once_is_read(folder: Path) -> None:
+    assert compiled_here().cache_hits == 0
+    assert files(folder)
+    assert compiled_here().cache_hits == 1
+
+
+@pytest.mark.parametrize("suffix", [".nbc", ".nbi"])
+def test_a_damaged_file_is_compiled_again_and_replaced(
+    folder: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled_here()
+    for path in files(folder):
+        if path.suffix == suffix:
+            path.write_bytes(path.read_bytes()[:20])
+    assert compiled_here().cache_hits == 0
+    assert f"compiled kernels not cached in {folder}" in caplog.text
+    assert compiled_here().cache_hits == 0  # and writes what is then read
+    assert compiled_here().cache_hits == 1
+
+
+def test_without_a_folder_to_write_to_it_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
+    assert cache_folder("key") is None
+    assert compiled_here().cache_hits == compiled_here().cache_hits == 0
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(folder: Path) -> None:
+    found = cache_folder("key")
+    assert found == folder / "bilm-serve-kernels" / "key"
+    assert found.stat().st_mode & 0o777 == 0o700
+    found.chmod(0o770)
+    assert cache_folder("key") is None
+
+
+@pytest.mark.parametrize(("named", "below"), [("XDG_CACHE_HOME", ""), ("HOME", ".cache")])
+def test_where_nothing_is_said_it_lies_in_the_user_s_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, below: str
+) -> None:
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(named, str(tmp_path))
+    assert cache_folder("key") == tmp_path / below / "bilm-serve-kernels" / "key"
+
+
+def test_sources_and_processors_have_folders_of_their_own() -> None:
+    here, other = processor(), ("x86_64", "another", "", None, None)
+    keys = {cache_key(add_one, used, cpu) for used in ([], [numba_blocks], [kernel_cache]) for cpu in (here, other)}
+    assert len(keys) == 6
+    assert cache_key(add_one, [numba_blocks]) in keys
