@@ -16,7 +16,7 @@ _LAYER_NORM_EPSILON = 1e-13  # as in AllenNLP 2
 
 
 @dataclass(frozen=True)
-class ScalarMix:
+class LayerMix:
     """The ELMo mix, γ · Σₖ softmax(weights)ₖ · layerₖ (Peters et al. 2018, equation 1).
 
     Attributes:
@@ -49,7 +49,7 @@ class Selection:
         l2_normalize: scale each vector to length 1; zero stays zero.
     """
 
-    layers: Literal["all", "top", "average"] | ScalarMix = "all"
+    layers: Literal["all", "top", "average"] | LayerMix = "all"
     pooling: Pooling = "none"
     l2_normalize: bool = False
 
@@ -67,7 +67,7 @@ class Selection:
 
     def _combine(self, layers: Tensor) -> Tensor:
         """(L, T + 2, D) -> ([L,] T, D)."""
-        if isinstance(self.layers, ScalarMix):
+        if isinstance(self.layers, LayerMix):
             return self.layers(layers)[1:-1]
         layers = layers[:, 1:-1]
         if self.layers == "top":

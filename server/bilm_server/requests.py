@@ -7,7 +7,7 @@ from typing import Literal
 from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2
 from bilm_model.engine.types import DataType, OutputSpec
-from bilm_model.scalar_mix import Pooling, ScalarMix, Selection
+from bilm_model.scalar_mix import LayerMix, Pooling, Selection
 
 from bilm_server.errors import RefusalError
 from bilm_server.jobs import Call, Sentence
@@ -63,7 +63,7 @@ def _unsupported(field: str, value: int, known: Iterable[int]) -> str:
     return f"{field}: unsupported value {value} (expected one of {', '.join(map(str, sorted(known)))})"
 
 
-def _parse_layers(options: embed_pb2.EmbedOptions, model: ServedModel) -> Literal["all", "top", "average"] | ScalarMix:
+def _parse_layers(options: embed_pb2.EmbedOptions, model: ServedModel) -> Literal["all", "top", "average"] | LayerMix:
     if options.layers == embed_pb2.LAYERS_MIX:
         return _parse_mix(options, model.config.layer_count)
     layers = _PLAIN_LAYERS.get(options.layers)
@@ -75,7 +75,7 @@ def _parse_layers(options: embed_pb2.EmbedOptions, model: ServedModel) -> Litera
     return layers
 
 
-def _parse_mix(options: embed_pb2.EmbedOptions, layer_count: int) -> ScalarMix:
+def _parse_mix(options: embed_pb2.EmbedOptions, layer_count: int) -> LayerMix:
     if not options.HasField("mix"):
         raise RefusalError(Reason.MIX_INVALID, "mix: LAYERS_MIX needs it")
     mix = options.mix
@@ -84,4 +84,4 @@ def _parse_mix(options: embed_pb2.EmbedOptions, layer_count: int) -> ScalarMix:
         raise RefusalError(Reason.MIX_INVALID, f"mix.weights: expected {layer_count}, found {len(mix.weights)}")
     if not all(map(math.isfinite, (*mix.weights, gamma))):
         raise RefusalError(Reason.MIX_INVALID, "mix: expected finite numbers")
-    return ScalarMix(tuple(mix.weights), gamma, mix.layer_norm)
+    return LayerMix(tuple(mix.weights), gamma, mix.layer_norm)
