@@ -12,13 +12,15 @@ from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from bilm_server.admission import Admission, StreamAdmission
-from bilm_server.caller_limits import CallerLimits
 from bilm_server.config import ServerConfig
-from bilm_server.conversions import Conversions
-from bilm_server.embedder import Embedder
+from bilm_server.embedding.admission import Admission, StreamAdmission
 from bilm_server.embedding.call_gate import CallGate
-from bilm_server.inference import InferenceWorker
+from bilm_server.embedding.caller_limits import CallerLimits
+from bilm_server.embedding.conversions import Conversions
+from bilm_server.embedding.embedder import Embedder
+from bilm_server.embedding.preprocessing import RequestLimits
+from bilm_server.inference.watchdog import Watchdog
+from bilm_server.inference.worker import InferenceWorker
 from bilm_server.lifecycle import DrainTimes, Listener, Server
 from bilm_server.observability.access_log import AccessLog
 from bilm_server.observability.call_record import CallObserver
@@ -33,7 +35,7 @@ from bilm_server.observability.server_metrics import (
     ServerView,
     Taken,
 )
-from bilm_server.preprocessing import RequestLimits
+from bilm_server.protocols.embed_v1.service import EmbedService
 from bilm_server.protocols.grpc.acceptor import Acceptor
 from bilm_server.protocols.grpc.connections import connection_limit, health_server
 from bilm_server.protocols.grpc.health import HealthReporter
@@ -44,8 +46,6 @@ from bilm_server.protocols.ops.readiness_port import ReadinessPort
 from bilm_server.security.auth import Authenticator
 from bilm_server.security.callers import CallerRights
 from bilm_server.served_model import ServedModel
-from bilm_server.service import EmbedService
-from bilm_server.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from bilm_server.observability.tracing import Tracing

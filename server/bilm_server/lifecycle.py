@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bilm_server.embedder import Embedder
+from bilm_server.embedding.embedder import Embedder
 from bilm_server.errors import BindError
+from bilm_server.inference.watchdog import Watchdog
 from bilm_server.protocols.grpc.acceptor import Acceptor
 from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.grpc.interceptors import OpenCalls
-from bilm_server.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "test": ("bilm_server.test",),
     "tls": ("bilm_server.security.tls",),
     "tracing": ("opentelemetry",),
-    "watchdog": ("bilm_server.watchdog",),
+    "watchdog": ("bilm_server.inference.watchdog",),
 }
 """What can be switched by itself: each part's loggers, with those below them unless another part has them.
 

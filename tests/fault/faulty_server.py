@@ -13,7 +13,7 @@ import bilm_server.served_model
 from bilm_model.engine.cellular import CellularBatch
 from bilm_model.engine.engine import RecurrentEngine
 from bilm_model.engine.types import EngineResult, StateCodec
-from bilm_server.jobs import Sentence
+from bilm_server.inference.types import Sentence
 from bilm_server.main import main
 
 POISON = "<poison>"

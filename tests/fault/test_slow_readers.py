@@ -18,7 +18,7 @@ from bilm_api.v1 import embed_pb2_grpc
 from bilm_client import Client, RetryPolicy
 from bilm_client.errors import OverloadedError, service_error
 from bilm_server.addresses import split_address
-from bilm_server.admission import Admission, Cost
+from bilm_server.embedding.admission import Admission, Cost
 from bilm_server.observability.log_setup import is_no_client_error
 
 from tests.fault.fault_support import ServerProcess, descriptors, resident_bytes, wait_until

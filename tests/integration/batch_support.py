@@ -17,7 +17,7 @@ from bilm_client.batch.main import main
 from bilm_client.testing.server import START_TIMEOUT_S, wait_until_serving
 from bilm_model.engine.engine import RecurrentEngine
 from bilm_model.engine.types import EngineResult
-from bilm_server.jobs import Sentence
+from bilm_server.inference.types import Sentence
 from numpy.typing import NDArray
 
 from tests.support.processes import started

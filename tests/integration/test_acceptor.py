@@ -17,7 +17,7 @@ from bilm_api.v1 import embed_pb2
 from bilm_model.engine.engine import RecurrentEngine
 from bilm_model.engine.types import EngineResult
 from bilm_server.errors import BindError
-from bilm_server.jobs import Sentence
+from bilm_server.inference.types import Sentence
 from bilm_server.protocols.grpc.acceptor import Acceptor
 from bilm_server.protocols.grpc.listening import TcpAddress
 from grpc_health.v1 import health_pb2

@@ -21,7 +21,7 @@ from bilm_model.engine.engine import RecurrentEngine
 from bilm_model.engine.types import EngineResult
 from bilm_server.config_sources import load_config
 from bilm_server.errors import EngineLostError
-from bilm_server.jobs import Sentence
+from bilm_server.inference.types import Sentence
 from bilm_server.protocols.grpc.health import LIVENESS
 from bilm_server.protocols.ops.readiness_port import GREETING
 from google.rpc import code_pb2

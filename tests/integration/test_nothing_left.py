@@ -10,8 +10,8 @@ import pytest
 from bilm_api.v1 import embed_pb2
 from bilm_model.engine.engine import RecurrentEngine
 from bilm_model.engine.types import Capacity, EngineResult
-from bilm_server.inference import InferenceWorker, WorkerTiming
-from bilm_server.jobs import Sentence
+from bilm_server.inference.types import Sentence
+from bilm_server.inference.worker import InferenceWorker, WorkerTiming
 
 from tests.integration.integration_support import PLAIN, RunningServer, tokens
 from tests.integration.test_embed import refusal

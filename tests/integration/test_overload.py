@@ -11,7 +11,7 @@ import pytest
 from bilm_api.v1 import embed_pb2
 from bilm_model.tokenization.moses import SacremosesTokenizer
 from bilm_model.tokenization.types import TokenizedText
-from bilm_server.admission import Cost, Reservation
+from bilm_server.embedding.admission import Cost, Reservation
 
 from tests.integration.integration_support import PLAIN, TINY, RunningServer, running, tokens
 from tests.integration.test_embed import reason, refusal

@@ -31,11 +31,11 @@ with _measuring():
     from bilm_model.engine.types import OutputSpec
     from bilm_model.scalar_mix import Selection
     from bilm_server.config_sources import load_config
+    from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits
     from bilm_server.errors import RefusalError
-    from bilm_server.jobs import Call
-    from bilm_server.preprocessing import Preprocessing, RequestLimits
-    from bilm_server.requests import new_sentence, parse_options
-    from bilm_server.responses import WireFormat
+    from bilm_server.inference.types import Call
+    from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options
+    from bilm_server.protocols.embed_v1.responses import WireFormat
     from bilm_server.served_model import ServedModel, load_served_model
 
     from tests.security.fuzz_messages import (

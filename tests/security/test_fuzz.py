@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bilm_server import preprocessing
+from bilm_server.embedding import preprocessing
 
 from tests.security.fuzz_fields import input_of, new_check
 from tests.security.fuzz_frames import KINDS, Case

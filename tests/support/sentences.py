@@ -10,8 +10,8 @@ from bilm_api.constants import Reason
 from bilm_model.engine.types import Capacity, OutputSpec
 from bilm_model.scalar_mix import Selection
 from bilm_server.errors import RefusalError
-from bilm_server.inference import InferenceWorker
-from bilm_server.jobs import Call, Result, RoundReport, Sentence
+from bilm_server.inference.types import Call, Result, RoundReport, Sentence
+from bilm_server.inference.worker import InferenceWorker
 
 from tests.support.fake_engine import FakeEngine
 

@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from bilm_server.caller_limits import CallerLimits
 from bilm_server.config import Right
+from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.errors import Code, RefusalError
 from bilm_server.observability.call_record import CallObserver, CallRecord, entered, is_marked
 from bilm_server.security.auth import AuthContext, Caller, Metadata

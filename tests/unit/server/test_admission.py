@@ -2,7 +2,7 @@ from contextlib import suppress
 
 import pytest
 from bilm_api.constants import Reason
-from bilm_server.admission import NOTHING, Admission, Cost
+from bilm_server.embedding.admission import NOTHING, Admission, Cost
 from bilm_server.errors import RefusalError
 from bilm_server.protocols.grpc.status import trailing_metadata
 

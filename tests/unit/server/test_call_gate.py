@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from bilm_api.constants import NO_LOG_KEY, Reason
-from bilm_server.caller_limits import CallerLimits
 from bilm_server.config import CallerSettings, Right
 from bilm_server.embedding.call_gate import CallGate
+from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.errors import Code, RefusalError
 from bilm_server.observability.call_record import CallRecord, current_call
 from bilm_server.security.auth import Caller

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 from bilm_api.constants import Reason
-from bilm_server.caller_limits import CallerLimits
+from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.errors import RefusalError
 from bilm_server.protocols.grpc.status import trailing_metadata
 

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 from bilm_api.constants import Reason
-from bilm_server.conversions import INLINE_BYTES, TOKENISING_WEIGHT, Conversions
+from bilm_server.embedding.conversions import INLINE_BYTES, TOKENISING_WEIGHT, Conversions
 from bilm_server.errors import RefusalError
 
 LARGE = INLINE_BYTES  # of a request; weighted, more than is done on the event loop

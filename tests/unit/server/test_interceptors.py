@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 import pytest
 from bilm_api.constants import Reason
-from bilm_server.caller_limits import CallerLimits
 from bilm_server.embedding.call_gate import CallGate
+from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.errors import RefusalError
 from bilm_server.observability.alerts import AlertHandler
 from bilm_server.observability.call_record import UNKNOWN_METHOD, CallRecord

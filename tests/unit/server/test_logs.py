@@ -153,8 +153,8 @@ def test_each_part_is_switched_by_itself(configure: Configure, capfd: pytest.Cap
     logging.getLogger("bilm_server.protocols.grpc.health").debug("seen: health")
     AccessLog().end(a_call())
     logging.getLogger("bilm_model.engine.cpu.backend").warning("not seen: model")
-    logging.getLogger("bilm_server.inference").info("not seen: level of all")
-    logging.getLogger("bilm_server.inference").warning("seen: inference")
+    logging.getLogger("bilm_server.inference.worker").info("not seen: level of all")
+    logging.getLogger("bilm_server.inference.worker").warning("seen: inference")
     assert [line.rpartition(" seen: ")[2] for line in written(found, capfd)] == ["health", "inference"]
 
 

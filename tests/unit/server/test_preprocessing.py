@@ -4,9 +4,9 @@ import pytest
 from bilm_api.constants import Reason
 from bilm_model.engine.types import OutputSpec
 from bilm_model.scalar_mix import Selection
+from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits
 from bilm_server.errors import RefusalError
-from bilm_server.jobs import Call, Sentence
-from bilm_server.preprocessing import Preprocessing, RequestLimits
+from bilm_server.inference.types import Call, Sentence
 
 from tests.support.fake_engine import CountCodec, FakeEngine, fake_model
 from tests.support.sentences import PLAIN

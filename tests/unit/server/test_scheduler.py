@@ -1,7 +1,7 @@
 from collections import defaultdict
 
 from bilm_model.engine.types import Capacity
-from bilm_server.scheduler import LONG_STEPS, Decision, Scheduler
+from bilm_server.inference.scheduler import LONG_STEPS, Decision, Scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,5 +1,5 @@
 import pytest
-from bilm_server.speed import Speed
+from bilm_server.inference.speed import Speed
 
 
 def test_before_anything_was_measured_it_is_a_guess() -> None:

@@ -2,7 +2,7 @@ import asyncio
 import random
 
 import pytest
-from bilm_server.admission import NOTHING, Cost, Reservation, StreamAdmission, StreamShare
+from bilm_server.embedding.admission import NOTHING, Cost, Reservation, StreamAdmission, StreamShare
 from bilm_server.errors import RefusalError
 from bilm_server.protocols.grpc.status import trailing_metadata
 

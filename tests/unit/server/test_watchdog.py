@@ -2,9 +2,9 @@ import asyncio
 import logging
 
 import pytest
-from bilm_server import watchdog
 from bilm_server.errors import EngineLostError
-from bilm_server.watchdog import Watchdog
+from bilm_server.inference import watchdog
+from bilm_server.inference.watchdog import Watchdog
 
 
 class ScriptedEngine:

@@ -8,7 +8,7 @@ import pytest
 from bilm_api.constants import Reason
 from bilm_model.engine.types import Capacity, EngineResult
 from bilm_server.errors import RefusalError
-from bilm_server.jobs import Call, RoundReport, Sentence
+from bilm_server.inference.types import Call, RoundReport, Sentence
 
 from tests.support.fake_engine import FakeEngine
 from tests.support.sentences import DrivenWorker, delivered, reasons

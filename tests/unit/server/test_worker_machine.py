@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 from bilm_model.engine.types import Capacity
-from bilm_server.jobs import NO_DEADLINE_S, Call, Result
+from bilm_server.inference.types import NO_DEADLINE_S, Call, Result
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule

@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager
 import pytest
 from bilm_api.constants import Reason
 from bilm_model.engine.types import Capacity
-from bilm_server.inference import InferenceWorker, WorkerTiming
-from bilm_server.jobs import NO_DEADLINE_S, Call, Result, RoundReport, Sentence
+from bilm_server.inference.types import NO_DEADLINE_S, Call, Result, RoundReport, Sentence
+from bilm_server.inference.worker import InferenceWorker, WorkerTiming
 
 from tests.support.fake_engine import FakeEngine
 from tests.support.sentences import new_sentence, reasons

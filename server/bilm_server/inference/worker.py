@@ -10,11 +10,20 @@ from dataclasses import dataclass
 from bilm_model.engine.types import Engine, EngineResult
 
 from bilm_server.errors import RefusalError, internal_error
-from bilm_server.exits import Exit, PendingSentences, Refusal, failing, late, resolve, shutting_down, too_large
-from bilm_server.jobs import Result, RoundReport, Sentence, Status
-from bilm_server.recovery import Recovery
-from bilm_server.scheduler import Scheduler
-from bilm_server.speed import Speed
+from bilm_server.inference.exits import (
+    Exit,
+    PendingSentences,
+    Refusal,
+    failing,
+    late,
+    resolve,
+    shutting_down,
+    too_large,
+)
+from bilm_server.inference.recovery import Recovery
+from bilm_server.inference.scheduler import Scheduler
+from bilm_server.inference.speed import Speed
+from bilm_server.inference.types import Result, RoundReport, Sentence, Status
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.scalar_mix import LayerMix, Pooling, Selection
 
 from bilm_server.errors import RefusalError
-from bilm_server.jobs import Call, Sentence
+from bilm_server.inference.types import Call, Sentence
 from bilm_server.served_model import ServedModel
 
 # What isn't set means what the client's defaults mean, so that a first call by hand needs no options.

@@ -7,13 +7,13 @@ import grpc
 from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2
 
-from bilm_server.admission import Reservation
-from bilm_server.embedder import Embedder
+from bilm_server.embedding.admission import Reservation
+from bilm_server.embedding.embedder import Embedder
 from bilm_server.errors import CallerGoneError, Code, RefusalError
-from bilm_server.jobs import Call, Result, Sentence
+from bilm_server.inference.types import Call, Result, Sentence
+from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options
+from bilm_server.protocols.embed_v1.responses import WireFormat
 from bilm_server.protocols.grpc.status import status_of
-from bilm_server.requests import new_sentence, parse_options
-from bilm_server.responses import WireFormat
 
 Write = Callable[[embed_pb2.EmbedStreamResponse], Awaitable[None]]
 

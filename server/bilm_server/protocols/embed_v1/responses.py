@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from bilm_api.v1 import embed_pb2
 from bilm_model.engine.types import DataType
 
-from bilm_server.conversions import INLINE_BYTES
+from bilm_server.embedding.conversions import INLINE_BYTES
+from bilm_server.embedding.preprocessing import row_bytes
 from bilm_server.errors import RefusalError
-from bilm_server.jobs import Result, Sentence
-from bilm_server.preprocessing import row_bytes
+from bilm_server.inference.types import Result, Sentence
 from bilm_server.protocols.grpc.status import status_of
 from bilm_server.served_model import ServedModel
 

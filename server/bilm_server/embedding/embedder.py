@@ -12,14 +12,22 @@ from typing import Protocol, TypeVar
 from bilm_api.constants import Reason
 from bilm_model.engine.types import State
 
-from bilm_server.admission import NOTHING, Admission, Cost, Reservation, StreamAdmission, StreamShare, pushback_ms
-from bilm_server.caller_limits import CallerLimits
-from bilm_server.conversions import Conversions
+from bilm_server.embedding.admission import (
+    NOTHING,
+    Admission,
+    Cost,
+    Reservation,
+    StreamAdmission,
+    StreamShare,
+    pushback_ms,
+)
+from bilm_server.embedding.caller_limits import CallerLimits
+from bilm_server.embedding.conversions import Conversions
+from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits
 from bilm_server.errors import Code, RefusalError
-from bilm_server.inference import InferenceWorker
-from bilm_server.jobs import Result, Sentence
+from bilm_server.inference.types import Result, Sentence
+from bilm_server.inference.worker import InferenceWorker
 from bilm_server.observability.call_record import current_call
-from bilm_server.preprocessing import Preprocessing, RequestLimits
 from bilm_server.served_model import ServedModel
 
 R_co = TypeVar("R_co", covariant=True)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from bilm_api.constants import Reason
 
-from bilm_server.admission import pushback_ms
+from bilm_server.embedding.admission import pushback_ms
 from bilm_server.errors import RefusalError
 
 R = TypeVar("R")

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from bilm_model.engine.types import Engine
 
-from bilm_server.jobs import Sentence
+from bilm_server.inference.types import Sentence
 
-_log = logging.getLogger("bilm_server.inference")
+_log = logging.getLogger("bilm_server.inference.worker")
 
 
 class Recovery:

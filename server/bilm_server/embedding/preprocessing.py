@@ -11,7 +11,7 @@ from bilm_model.errors import AlignmentError, StateError
 
 from bilm_server.config import ServerConfig
 from bilm_server.errors import RefusalError
-from bilm_server.jobs import Sentence
+from bilm_server.inference.types import Sentence
 from bilm_server.served_model import ServedModel
 
 _ITEM_BYTES: Mapping[DataType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -10,11 +10,11 @@ from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_model.characters import MAX_TOKEN_BYTES
 
 import bilm_server
-from bilm_server.embedder import Embedder
-from bilm_server.jobs import NO_DEADLINE_S, Call
-from bilm_server.requests import new_sentence, parse_options
-from bilm_server.responses import WireFormat
-from bilm_server.stream import StreamHandler
+from bilm_server.embedding.embedder import Embedder
+from bilm_server.inference.types import NO_DEADLINE_S, Call
+from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options
+from bilm_server.protocols.embed_v1.responses import WireFormat
+from bilm_server.protocols.embed_v1.stream import StreamHandler
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]

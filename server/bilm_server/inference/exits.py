@@ -7,7 +7,7 @@ from contextlib import suppress
 from bilm_api.constants import Reason
 
 from bilm_server.errors import RefusalError
-from bilm_server.jobs import Result, Sentence
+from bilm_server.inference.types import Result, Sentence
 
 Exit = Result | RefusalError | None
 """None: the sentence was cancelled, so that there is nothing to deliver."""
