@@ -15,9 +15,7 @@ from typing import Any
 
 import h5py
 import pytest
-from bilm_client.batch import pipeline
 from bilm_client.batch.journal import Journal
-from bilm_client.batch.outputs.base import new_output
 
 from tests.integration.batch_support import (
     REFUSED,
@@ -570,40 +568,3 @@ def test_of_two_runs_at_once_the_second_is_refused(  # noqa: PLR0917 - fixtures
         valve.open()
         assert ended(process)[0] == 0
     assert_whole(output, uninterrupted())
-
-
-def test_no_partial_file_has_the_final_name(
-    server: RunningServer, text: Path, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[bool, bool]] = []
-    original = new_output
-
-    @contextmanager
-    def watched(path: Path, run: dict[str, Any]) -> Iterator[Any]:
-        with original(path, run) as (write_dataset, write_sentences):
-
-            def look(key: str, vectors: Any) -> None:
-                write_dataset(key, vectors)
-                seen.append((output.exists(), part_of(output).exists()))
-
-            yield look, write_sentences
-        seen.append((output.exists(), part_of(output).exists()))
-
-    monkeypatch.setattr(pipeline, "new_output", watched)
-    assert embed(server.target, text, output) == 0
-    assert seen == [(False, True)] * N_LINES + [(True, False)]
-
-
-def test_a_journal_that_lacks_lines_makes_no_output(
-    server: RunningServer, text: Path, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = Journal.append
-
-    def append(journal: Journal, record: Any) -> None:
-        if record.index != 3:
-            original(journal, record)
-
-    monkeypatch.setattr(Journal, "append", append)
-    assert embed(server.target, text, output) == REFUSED
-    assert not output.exists()
-    assert not part_of(output).exists()

@@ -17,7 +17,7 @@ from bilm_client.aio import AsyncClient
 from bilm_client.batch.backoff import PASSING, Backoff, print_line
 from bilm_client.batch.identity import check_same_run, run_identity
 from bilm_client.batch.journal import Journal, JournalRecord
-from bilm_client.batch.outputs.base import new_output, read_run
+from bilm_client.batch.outputs.base import OpenOutput, new_output, read_run
 from bilm_client.batch.reader import InputText, Line
 from bilm_client.batch.settings import RunSettings
 from bilm_client.cli.settings_sources import UsageError
@@ -51,7 +51,7 @@ class Summary:
     seconds: float
 
 
-async def embed_file(settings: RunSettings, text: InputText) -> Summary | None:
+async def embed_file(settings: RunSettings, text: InputText, open_output: OpenOutput = new_output) -> Summary | None:
     """Embed a file; return None if the output was there already, made by the same run.
 
     Raises:
@@ -69,7 +69,7 @@ async def embed_file(settings: RunSettings, text: InputText) -> Summary | None:
             return None
     # From here on, a server with another model must refuse rather than mix its vectors in
     async with _client(settings, credentials, token, info.version) as client:
-        with _BatchRun(settings, text, identity) as run:
+        with _BatchRun(settings, text, identity, open_output) as run:
             await (run.embed_in_order(client) if settings.carry_state else run.embed_in_batches(client))
             return run.finish()
 
@@ -112,8 +112,11 @@ def _check_not_there(settings: RunSettings) -> None:
 class _BatchRun:
     """The journal and the list of errors of a run under way."""
 
-    def __init__(self, settings: RunSettings, text: InputText, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, settings: RunSettings, text: InputText, identity: dict[str, Any], open_output: OpenOutput
+    ) -> None:
         self._settings, self._text, self._identity = settings, text, identity
+        self._open_output = open_output
         self._backoff = Backoff(settings.patience_s)
         self._done: set[int] = set()
         self._n_failed = self._n_tokens = 0
@@ -168,7 +171,7 @@ class _BatchRun:
         self._journal.flush()
         embedded: set[int] = set()
         sentences = {line.index: line.text for line in self._text.lines()} if self._needs_sentences else {}
-        with new_output(self._settings.output, self._identity) as (write, write_sentences):
+        with self._open_output(self._settings.output, self._identity) as (write, write_sentences):
             for record in self._journal.records():
                 if record.vectors is not None:
                     key = sentences[record.index] if self._settings.use_sentence_keys else str(record.index)

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from bilm_client.batch.outputs.hdf5 import read_hdf5_run, write_hdf5
 from bilm_client.batch.outputs.layout import Write, WriteSentences
 from bilm_client.batch.outputs.npz import read_npz_run, write_npz
 from bilm_client.cli.settings_sources import UsageError
+
+OpenOutput = Callable[[Path, dict[str, Any]], AbstractContextManager[tuple[Write, WriteSentences]]]
+"""Opens the output of a run that made it; yields as `new_output` does."""
 
 # What a damaged file raises, by h5py, zipfile or NumPy
 _DAMAGE = (OSError, ValueError, TypeError, RuntimeError, LookupError, zipfile.BadZipFile)

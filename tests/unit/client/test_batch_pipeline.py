@@ -1,0 +1,83 @@
+"""A run of `bilm-embed` against a scripted server: when its output appears, and from what it is made."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bilm_client.batch.outputs.base import OpenOutput, new_output, read_run
+from bilm_client.batch.pipeline import Summary, embed_file
+from bilm_client.batch.reader import open_input
+from bilm_client.batch.settings import load_settings
+from bilm_client.cli.settings_sources import UsageError
+
+from tests.support.scripted import Scripted
+
+LINES = ("one sentence", "another one", "and a third")
+Run = Callable[[OpenOutput], Summary | None]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.npz"
+
+
+@pytest.fixture
+def run(answering: Scripted, tmp_path: Path, output: Path) -> Run:
+    (text := tmp_path / "text").write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    settings = load_settings([str(text), str(output), "--target", answering.target])
+
+    def embed(open_output: OpenOutput) -> Summary | None:
+        with open_input(settings) as lines:
+            return asyncio.run(embed_file(settings, lines, open_output))
+
+    return embed
+
+
+def others(output: Path) -> set[str]:
+    return {path.name for path in output.parent.iterdir()} - {"text"}
+
+
+def test_a_run_embeds_each_line_under_its_number(run: Run, output: Path) -> None:
+    summary = run(new_output)
+    assert summary is not None
+    assert (summary.n_embedded, summary.n_failed, summary.n_tokens) == (3, 0, 7)
+    with np.load(output) as found:
+        assert [found[str(index)].shape for index in range(3)] == [(3, 2, 16), (3, 2, 16), (3, 3, 16)]
+    assert others(output) == {"out.npz"}
+
+
+def test_no_partial_file_has_the_final_name(run: Run, output: Path) -> None:
+    seen: list[set[str]] = []
+
+    @contextmanager
+    def watched(path: Path, made_by: dict[str, Any]) -> Iterator[Any]:
+        with new_output(path, made_by) as (write, write_sentences):
+
+            def look(key: str, vectors: Any) -> None:
+                write(key, vectors)
+                seen.append(others(output))
+
+            yield look, write_sentences
+        seen.append(others(output))
+
+    run(watched)
+    assert seen == [{"out.npz.part", "out.npz.journal"}] * len(LINES) + [{"out.npz", "out.npz.journal"}]
+    assert read_run(output) is not None
+
+
+def test_a_journal_that_lacks_lines_makes_no_output(run: Run, output: Path) -> None:
+    @contextmanager
+    def losing(path: Path, made_by: dict[str, Any]) -> Iterator[Any]:
+        journal = output.with_name("out.npz.journal")
+        with journal.open("r+b") as file:
+            file.truncate(journal.stat().st_size - 1)  # the last record isn't whole any more
+        with new_output(path, made_by) as writers:
+            yield writers
+
+    with pytest.raises(UsageError, match="not what the input has"):
+        run(losing)
+    assert others(output) == {"out.npz.journal"}
