@@ -1,5 +1,6 @@
 """`bilm-bench` against real servers on tiny models."""
 
+import asyncio
 import json
 import os
 import signal
@@ -10,6 +11,11 @@ from typing import Any
 import pytest
 from bilm_bench import main as bench_main
 from bilm_bench.main import DONE
+from bilm_bench.reporting.report import is_violated, make_report
+from bilm_bench.reporting.summary import summary
+from bilm_bench.run import measure
+from bilm_bench.settings import load_settings
+from bilm_client import Sentence
 from bilm_client.testing.server import ServerProcess
 
 from tests.integration.integration_support import TINY, RunningServer, running
@@ -102,15 +108,20 @@ def test_refusals_come_with_a_pushback(text: Path) -> None:
     assert figures["refused"]["pushback_p50_ms"] > 0
 
 
-def test_a_server_that_dies_in_mid_run_is_counted(
-    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_that_dies_in_mid_run_is_counted(text: Path) -> None:
     with ServerProcess(TINY) as server:
-        steps = iter((lambda: os.kill(server.process_id, signal.SIGKILL), lambda: None))
-        monkeypatch.setattr(bench_main, "_tell", lambda *_: next(steps)())  # after the first step
+        alive = [server.process_id]
+
+        def kill_once(_step: object, _counters: object) -> None:
+            while alive:
+                os.kill(alive.pop(), signal.SIGKILL)
+
         flags = ("--ramp", "40,40", "--step-s", "1.5", "--server-pid", str(server.process_id), "--connections", "2")
-        code, report = bench(server.target, text, *flags)
-    assert code == DONE
+        settings = load_settings(["--target", server.target, "--text", str(text), "--warm-up-s", "0.2", *flags])
+        sentences: list[Sentence] = [line.split() for line in LINES]
+        measured = asyncio.run(measure(settings, sentences, kill_once))  # after the first step
+    report = make_report(settings, sentences, measured)
+    assert not is_violated(report)
     before, after = report["steps"]
     assert before["errors"] == []
     assert after["accepted"]["calls"] == 0
@@ -119,4 +130,4 @@ def test_a_server_that_dies_in_mid_run_is_counted(
     assert report["figures"]["health"]["unanswered"] > 0
     assert report["samples"][0]["server_memory_mib"] > 0
     assert report["samples"][-1]["server_memory_mib"] is None
-    assert "× UNAVAILABLE: " in capsys.readouterr().out
+    assert "× UNAVAILABLE: " in summary(report)
