@@ -1,7 +1,7 @@
 """Renders the diagrams: `python docs/diagrams/render.py`, with PlantUML and Graphviz (Debian: plantuml, graphviz).
 
 PlantUML's comments (its version, the machine's Java) are left out. Instead each SVG holds the hash of what it was made
-of: tests/unit/server/test_diagrams.py sees by that whether a source was changed and not rendered again.
+of: tests/unit/server/test_docs.py fails where a source was changed and not rendered again.
 """
 
 import hashlib

@@ -1,5 +1,6 @@
 """Pages that list what the code has, held against the code."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -40,3 +41,15 @@ def test_the_training_page_lists_every_key_of_a_recipe() -> None:
 
 def _toml(value: object) -> str:
     return str(list(value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "docs" / "diagrams").glob("*.puml")), ids=lambda path: path.stem)
+def test_a_picture_was_made_of_its_source_and_has_a_link(source: Path) -> None:
+    spec = importlib.util.spec_from_file_location("render", source.with_name("render.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+    svg = source.with_suffix(".svg").read_text(encoding="utf-8")
+    assert re.findall(r"<!--(.*?)-->", svg, re.S) == [f" source: {render.source_hash(source)} "], "make diagrams"
+    assert f"(diagrams/{source.stem}.svg)" in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
