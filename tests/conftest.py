@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support.fork_server import stop_fork_server
 from tests.support.signals import reset_inherited_signals
 
 pytest_plugins = ["tests.support.garbage", "tests.support.time_limits"]
@@ -16,6 +17,12 @@ for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):  # the tests' own channel
     os.environ[name] = ",".join(filter(None, (os.environ.get(name, ""), "localhost,127.0.0.1,::1")))
 settings.register_profile("bilm", deadline=None)  # a busy machine is no reason to fail
 settings.load_profile("bilm")
+
+
+def pytest_sessionfinish() -> None:
+    """End what the session has started."""
+    stop_fork_server()
+
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = sorted((DATA / "golden").iterdir())

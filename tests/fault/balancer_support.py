@@ -6,7 +6,6 @@ import json
 import os
 import pwd
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,8 +24,9 @@ import numpy as np
 import pytest
 import yaml
 from bilm_client import Client
-from bilm_client.testing.server import ServerStartError, wait_until_serving
 from numpy.typing import NDArray
+
+from tests.support.server_processes import ProcessServer
 
 ROOT = Path(__file__).parents[2]
 HAPROXY_CONFIG = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
@@ -37,7 +37,6 @@ OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 
 SMALL = [["A", "small", "call", str(number)] for number in range(40)]
 LONG = [["long"] * 3000]
-START_TIMEOUT_S = 120.0
 _MAX_CALLS = 50_000
 _THINK_S = 0.005  # the replicas and their restarts need the cores, too
 _POLL_S = 0.02
@@ -73,47 +72,17 @@ def poll(what: str, condition: Callable[[], bool], timeout_s: float) -> float:
     return time.monotonic() - begun_s
 
 
-class Replica:
+class Replica(ProcessServer):
     """A server process that is killed and started again, always on the same ports."""
 
-    def __init__(self, name: str, port: int, health_port: int, folder: Path, *flags: str) -> None:
-        self.name, self.port, self.health_port = name, port, health_port
-        self.target, self.health_target = f"127.0.0.1:{port}", f"127.0.0.1:{health_port}"
-        self._log_path = folder / f"{name}.log"
-        self._flags = flags
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def process(self) -> subprocess.Popen[bytes]:
-        assert self._process is not None
-        return self._process
-
-    def spawn(self) -> None:
-        command = [sys.executable, "-m", "bilm_server", "--model", "random:tiny", "--served-model-name", self.name]
-        addresses = ["--listen", self.target, "--health-listen", self.health_target]
-        with self._log_path.open("ab") as log:
-            self._process = subprocess.Popen([*command, *addresses, *self._flags], stdout=log, stderr=log)
-
-    def wait_until_serving(self) -> None:
-        try:
-            wait_until_serving(self.health_target, self.process, START_TIMEOUT_S)
-        except ServerStartError as error:
-            raise ServerStartError(f"{error}\n{self.log()}") from None
-
-    def send(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()  # also where it is stopped by SIGSTOP
-            self._process.wait()
+    def __init__(self, name: str, port: int, health_port: int, *flags: str) -> None:
+        listen, health_listen = f"127.0.0.1:{port}", f"127.0.0.1:{health_port}"
+        super().__init__("--served-model-name", name, "--health-listen", health_listen, *flags, listen=listen)
+        self.name, self.health_port = name, health_port
 
     def is_listening(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def log(self) -> str:
-        return self._log_path.read_text(errors="replace")
 
 
 class HAProxy:
@@ -335,8 +304,7 @@ class Cluster:
 
     def restart(self, replica: Replica) -> float:
         """Starts a replica that has ended; seconds from its SERVING until HAProxy has put it back."""
-        replica.spawn()
-        replica.wait_until_serving()
+        replica.start()
         return self.haproxy.wait_for(replica.name, "UP", 20)
 
 
@@ -347,12 +315,9 @@ def cluster(*flags: str) -> Iterator[Cluster]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bilm-")))
         ports = iter(free_ports(4))
-        replicas = {name: Replica(name, next(ports), next(ports), folder, *flags) for name in REPLICA_NAMES}
+        replicas = {name: Replica(name, next(ports), next(ports), *flags) for name in REPLICA_NAMES}
         for replica in replicas.values():
-            stack.callback(replica.stop)
-            replica.spawn()
-        for replica in replicas.values():
-            replica.wait_until_serving()
+            stack.enter_context(replica)
         known, also = (known_answers(replica.target) for replica in replicas.values())
         assert all(map(np.array_equal, known["small"] + known["long"], also["small"] + also["long"]))
         haproxy = HAProxy(folder, addresses((each.port, each.health_port) for each in replicas.values()))

@@ -30,10 +30,10 @@ from tests.fault.chaos_records import Recorder, read_records
 from tests.fault.chaos_report import Holdings, Outcome, failures, table, write_json
 from tests.fault.chaos_schedule import KINDS, PACKETS, schedule
 from tests.fault.chaos_supervisor import Supervisor
-from tests.fault.fault_support import ServerProcess, descriptors, resident_bytes
 from tests.fault.packets import PacketFilter, enter_namespace
 from tests.fault.proxy import FaultyProxy
-from tests.support.processes import ROOT, module_command
+from tests.support.processes import ROOT, descriptors, module_command, resident_bytes
+from tests.support.server_processes import ProcessServer
 
 _MAX_STREAM_TOKENS = 8192
 _FLAGS = {
@@ -71,7 +71,7 @@ class Run:
     def __init__(self, seed: int, kinds: Sequence[str], folder: Path, in_namespace: bool) -> None:
         self._seed, self._kinds, self._folder = seed, kinds, folder
         flags = [part for name, value in _FLAGS.items() for part in (f"--{name}", str(value))]
-        self._server = ServerProcess(*flags, log=folder / "server.log")
+        self._server = ProcessServer(*flags, log=folder / "server.log")
         self._supervisor = Supervisor(self._server)
         self._packets = PacketFilter(self._server.port, in_namespace)
         self._recorder = Recorder(folder / "injector.jsonl")
@@ -156,7 +156,7 @@ class Run:
         self._recorder.close()
         outcome.records = [*read_records(self._callers_file), *read_records(self._folder / "injector.jsonl")]
         outcome.ends, outcome.start_s = self._supervisor.ends, self._supervisor.start_s
-        lines = self._server.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self._server.text().splitlines()
         outcome.log_lines = len(lines)
         outcome.log_errors = [line for line in lines if _is_error(line)]
 

@@ -17,11 +17,11 @@ from tests.fault.chaos_bad_requests import MAX_REQUEST_TOKENS
 from tests.fault.chaos_records import Recorder, Window
 from tests.fault.chaos_schedule import Fault
 from tests.fault.chaos_supervisor import Supervisor
-from tests.fault.fault_support import START_TIMEOUT_S, ServerProcess, wait_until
 from tests.fault.known_answers import PLAIN, bare_options, endless_items, sentence
 from tests.fault.packets import DROP, RESET, PacketFilter
 from tests.fault.proxy import FaultyProxy
-from tests.support.processes import ROOT, module_command
+from tests.support.processes import ROOT, module_command, wait_until
+from tests.support.server_processes import START_TIMEOUT_S, ProcessServer
 
 STALL_S = 3
 """--stream-stall-s of the server: longer than any fault, so that it meets nobody who reads."""
@@ -42,7 +42,7 @@ class Injector:
 
     def __init__(
         self,
-        server: ServerProcess,
+        server: ProcessServer,
         supervisor: Supervisor,
         proxy: FaultyProxy,
         packets: PacketFilter,

@@ -20,8 +20,8 @@ from bilm_client import AsyncClient, Client
 
 from tests.fault.chaos_callers import LIMIT_S, AsyncCallers, Callers
 from tests.fault.chaos_records import HANG_MARGIN_S, Recorder
-from tests.fault.fault_support import descriptors, resident_bytes
 from tests.fault.known_answers import KnownAnswers
+from tests.support.processes import descriptors, resident_bytes
 
 _THINK_S = 0.02
 _THINK_AFTER_FAILURE_S = 0.2

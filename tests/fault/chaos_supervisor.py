@@ -4,9 +4,9 @@ import threading
 import time
 from dataclasses import dataclass
 
-from bilm_client.testing.server import ServerStartError, wait_until_serving
+from bilm_client.testing.server import ServerStartError
 
-from tests.fault.fault_support import START_TIMEOUT_S, ServerProcess
+from tests.support.server_processes import START_TIMEOUT_S, ProcessServer
 
 _LOOK_INTERVAL_S = 0.05
 
@@ -27,7 +27,7 @@ class End:
 class Supervisor:
     """Runs the server in a thread of its own."""
 
-    def __init__(self, server: ServerProcess) -> None:
+    def __init__(self, server: ProcessServer) -> None:
         self._server = server
         self._thread = threading.Thread(target=self._run, name="supervisor")
         self._stopping = threading.Event()
@@ -72,7 +72,7 @@ class Supervisor:
         while True:
             process, begun_s = self._server.process, time.monotonic()
             try:
-                wait_until_serving(self._server.target, process, START_TIMEOUT_S)
+                self._server.wait_until_serving()
                 self.start_s.append(time.monotonic() - begun_s)
                 if self._expected is None:  # else it is about to be ended again
                     self.serving.set()

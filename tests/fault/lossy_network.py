@@ -8,15 +8,15 @@ import random
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from bilm_client import Client, Keepalive, RetryPolicy
 from bilm_client.errors import ServiceError
 
-from tests.fault.fault_support import ServerProcess, descriptors, resident_bytes, wait_until
 from tests.fault.known_answers import OPTIONS, KnownAnswers, WrongAnswerError
 from tests.fault.packets import DROP, RESET, PacketFilter, enter_namespace
+from tests.support.processes import descriptors, resident_bytes, wait_until
+from tests.support.server_processes import ProcessServer
 
 _LIMIT_S = 60.0
 _SHORT_LIMIT_S = 1.5
@@ -70,11 +70,11 @@ def main() -> None:
     """Runs it."""
     if not enter_namespace("tests.fault.lossy_network"):
         sys.exit("needs a network namespace")
-    with ServerProcess("--log-level", "warning", log=Path(sys.argv[1]) / "server.log") as server:
+    with ProcessServer(fresh=True) as server:
         print(json.dumps(_measure(server)))
 
 
-def _measure(server: ServerProcess) -> dict[str, dict[str, Any]]:
+def _measure(server: ProcessServer) -> dict[str, dict[str, Any]]:
     known = KnownAnswers()
     with Client(server.target) as client:
         known.ask(client)
@@ -96,7 +96,7 @@ def _measure(server: ServerProcess) -> dict[str, dict[str, Any]]:
     return {**found, "held": dict(zip(names, (*before, *after), strict=True))}
 
 
-def _held(server: ServerProcess) -> tuple[int, float]:
+def _held(server: ProcessServer) -> tuple[int, float]:
     return descriptors(server.pid), resident_bytes(server.pid) / 2**20
 
 

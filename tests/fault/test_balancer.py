@@ -50,9 +50,9 @@ def check_callers(load: Load) -> None:
 def test_a_killed_replica(behind: Cluster) -> None:
     with behind.load() as load:
         name = victim_of(load)
-        behind.replicas[name].send(signal.SIGKILL)
+        behind.replicas[name].send_signal(signal.SIGKILL)
         out_s = behind.haproxy.wait_for(name, "DOWN", 20)
-        behind.replicas[name].process.wait()
+        behind.replicas[name].wait()
         back_s = behind.restart(behind.replicas[name])
         check_back_and_spread(behind, load, back_s, f"killed, out after {out_s:.2f} s")
     check_callers(load)
@@ -62,10 +62,10 @@ def test_a_killed_replica(behind: Cluster) -> None:
 def test_a_hung_replica(behind: Cluster) -> None:
     with behind.load() as load:
         name = victim_of(load)
-        behind.replicas[name].send(signal.SIGSTOP)
+        behind.replicas[name].send_signal(signal.SIGSTOP)
         out_s = behind.haproxy.wait_for(name, "DOWN", 20)
         poll("its connections shut", lambda: behind.haproxy.servers()[name]["scur"] == "0", 2)
-        behind.replicas[name].send(signal.SIGCONT)
+        behind.replicas[name].send_signal(signal.SIGCONT)
         back_s = behind.haproxy.wait_for(name, "UP", 20)
         check_back_and_spread(behind, load, back_s, f"hung, out after {out_s:.2f} s")
     check_callers(load)
@@ -105,7 +105,7 @@ def test_a_drained_replica(behind: Cluster) -> None:
         stream = OpenStream(behind.haproxy.target)
         name, known = stream.replica, vectors(stream.embed())
         replica = behind.replicas[name]
-        replica.send(signal.SIGTERM)
+        replica.send_signal(signal.SIGTERM)
         out_s = behind.haproxy.wait_for(name, "NOLB", 20)
         connections = behind.haproxy.servers()[name]["stot"]
         poll("the main port closed", lambda: not replica.is_listening(), _DRAIN_DELAY_S + 20)
@@ -115,7 +115,7 @@ def test_a_drained_replica(behind: Cluster) -> None:
         checked.result()
         assert behind.haproxy.servers()[name]["stot"] == connections
         assert stream.end() is grpc.StatusCode.OK
-        assert replica.process.wait(240) == 0, replica.log()
+        assert replica.wait(240) == 0, replica.text()
         back_s = behind.restart(replica)
         check_back_and_spread(behind, load, back_s, f"drained, out after {out_s:.2f} s")
     check_callers(load)
@@ -147,13 +147,13 @@ def test_envoy_with_a_hung_and_a_drained_replica(behind: Cluster, envoy: Envoy) 
     with behind.load(envoy.target) as load:
         name = victim_of(load)
         replica = behind.replicas[name]
-        replica.send(signal.SIGSTOP)
+        replica.send_signal(signal.SIGSTOP)
         out_s = envoy.wait_for(name, healthy=False, timeout_s=20)
-        replica.send(signal.SIGCONT)
+        replica.send_signal(signal.SIGCONT)
         back_s = envoy.wait_for(name, healthy=True, timeout_s=20)
         load.wait_until_spread(20)
-        replica.send(signal.SIGTERM)
-        assert replica.process.wait(240) == 0, replica.log()
+        replica.send_signal(signal.SIGTERM)
+        assert replica.wait(240) == 0, replica.text()
         behind.restart(replica)
         envoy.wait_for(name, healthy=True, timeout_s=20)
         load.wait_until_spread(20)

@@ -15,7 +15,8 @@ from bilm_server.config_sources import load_config
 from grpc_health.v1 import health_pb2
 
 from tests.fault.balancer_support import HAPROXY_CONFIG, ROOT, program
-from tests.integration.integration_support import TINY, RunningServer, health_stub, running
+from tests.integration.integration_support import health_stub
+from tests.support.servers import LoopServer, serving
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes" / "bilm-serve.yaml"
@@ -156,15 +157,13 @@ def test_kubernetes_runs_it_as_nobody(objects: dict[str, dict[str, Any]], contai
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running("--model", TINY) as server:
+def server() -> Iterator[LoopServer]:
+    with serving() as server:
         yield server
 
 
 @pytest.mark.parametrize("probe", ["startupProbe", "readinessProbe", "livenessProbe"])
-def test_kubernetes_probes_are_answered_by_a_server(
-    container: dict[str, Any], server: RunningServer, probe: str
-) -> None:
+def test_kubernetes_probes_are_answered_by_a_server(container: dict[str, Any], server: LoopServer, probe: str) -> None:
     """The call that the kubelet makes, without credentials, with the name that the file gives."""
     wanted = container[probe]
     request = health_pb2.HealthCheckRequest(service=wanted["grpc"]["service"])

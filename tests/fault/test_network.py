@@ -13,11 +13,11 @@ import pytest
 from bilm_client import Client, Keepalive, RetryPolicy
 from bilm_client.errors import DeadlineError, UnavailableError
 
-from tests.fault.fault_support import missing, missing_namespace, wait_until
+from tests.fault.fault_support import missing, missing_namespace
 from tests.fault.known_answers import OPTIONS, KnownAnswers
 from tests.fault.proxy import FaultyProxy
-from tests.integration.integration_support import RunningServer, running
-from tests.support.processes import ROOT, module_command
+from tests.support.processes import ROOT, module_command, wait_until
+from tests.support.servers import LoopServer, serving
 
 FAST = (
     ("grpc.use_local_subchannel_pool", 1),
@@ -32,13 +32,13 @@ MARGIN_S = 30.0  # what a busy machine may add to a deadline; a call without one
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running("--model", "random:tiny", "--log-level", "warning") as server:
+def server() -> Iterator[LoopServer]:
+    with serving("--log-level", "warning") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def known(server: RunningServer) -> KnownAnswers:
+def known(server: LoopServer) -> KnownAnswers:
     known = KnownAnswers()
     with Client(server.target) as client:
         known.ask(client)
@@ -46,7 +46,7 @@ def known(server: RunningServer) -> KnownAnswers:
 
 
 @pytest.fixture
-def proxy(server: RunningServer) -> Iterator[FaultyProxy]:
+def proxy(server: LoopServer) -> Iterator[FaultyProxy]:
     with FaultyProxy(int(server.target.rpartition(":")[2])) as proxy:
         yield proxy
     wait_until(lambda: used_tokens(server) == 0, "the work of the broken connections is given up")
@@ -58,9 +58,8 @@ def client(proxy: FaultyProxy) -> Iterator[Client]:
         yield client
 
 
-def used_tokens(server: RunningServer) -> int:
-    parts = server.server.embedder
-    return parts.admission.used.tokens + parts.stream_admission.used.tokens
+def used_tokens(server: LoopServer) -> int:
+    return server.admission.used.tokens + server.stream_admission.used.tokens
 
 
 def ask(client: Client, known: KnownAnswers, chance: random.Random) -> None:
@@ -180,7 +179,7 @@ def test_a_server_that_refuses_connections_is_told_by_a_status(proxy: FaultyProx
             list(client.embed_stream(["a"]))
 
 
-def test_calls_on_a_cut_connection_are_given_up(server: RunningServer, proxy: FaultyProxy) -> None:
+def test_calls_on_a_cut_connection_are_given_up(server: LoopServer, proxy: FaultyProxy) -> None:
     """The server hears of the cut, and computes no further for nobody."""
     document = [["w"] * 20_000] * 3
     once = RetryPolicy(max_attempts=1)

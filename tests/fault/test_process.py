@@ -17,18 +17,11 @@ import pytest
 from bilm_client import Client, HealthStatus, RetryPolicy
 from bilm_client.errors import BilmError, DeadlineError, SentenceError, ServiceError, UnavailableError
 
-from tests.fault.fault_support import (
-    HERE,
-    ServerProcess,
-    descriptors,
-    missing,
-    missing_namespace,
-    resident_bytes,
-    unshare,
-    wait_until,
-)
-from tests.fault.faulty_server import EXHAUST, HANG, POISON
+from tests.fault.fault_support import missing, missing_namespace, unshare
 from tests.fault.known_answers import OPTIONS, KnownAnswers
+from tests.support.faulty_server import BROKEN, EXHAUST, HANG, POISON
+from tests.support.processes import descriptors, resident_bytes, wait_until
+from tests.support.server_processes import ProcessServer
 
 LIMIT_S = 30.0
 MIB = 2**20
@@ -41,16 +34,14 @@ CHANNEL = (
 )
 EX_ENGINE_LOST = 3
 
-Start = Callable[..., ServerProcess]
+Start = Callable[..., ProcessServer]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts servers with flags of the test's own."""
     with ExitStack() as stack:
-        yield lambda *flags, **keywords: stack.enter_context(
-            ServerProcess(*flags, log=keywords.pop("log", tmp_path / "log"), **keywords)
-        )
+        yield lambda *flags, **keywords: stack.enter_context(ProcessServer(*flags, **keywords))
 
 
 def known_answers(target: str) -> KnownAnswers:
@@ -72,7 +63,7 @@ def ask(client: Client, known: KnownAnswers, seed: int, n_calls: int = 5) -> Non
 
 
 def test_stopped_and_killed(start: Start) -> None:
-    server = start("--log-level", "warning")
+    server = start()
     known = known_answers(server.target)
     with Client(server.target, retry=ONCE, timeout_s=LIMIT_S, channel_options=CHANNEL) as client:
         ask(client, known, 1)
@@ -87,7 +78,7 @@ def test_stopped_and_killed(start: Start) -> None:
     assert server.terminate() == 0
 
 
-def _stop_and_go_on(server: ServerProcess, client: Client) -> None:
+def _stop_and_go_on(server: ProcessServer, client: Client) -> None:
     """While it is stopped, calls end at their deadlines; those that wait long enough are answered afterwards."""
     server.send_signal(signal.SIGSTOP)
     try:
@@ -103,7 +94,7 @@ def _stop_and_go_on(server: ServerProcess, client: Client) -> None:
         server.send_signal(signal.SIGCONT)
 
 
-def _kill_under_load(server: ServerProcess, client: Client, known: KnownAnswers) -> None:
+def _kill_under_load(server: ProcessServer, client: Client, known: KnownAnswers) -> None:
     """Each caller is told by a status."""
     answered = threading.Semaphore(0)
 
@@ -140,7 +131,7 @@ def test_nothing_depends_on_the_wall_clock(start: Start, tmp_path: Path) -> None
     if reason := missing("faketime"):
         pytest.skip(reason)
     clock = tmp_path / "clock"
-    server = start("--grace-s", "5", environment=_faked_clock(clock))
+    server = start("--grace-s", "5", environment=_faked_clock(clock), fresh=True)
     known = known_answers(server.target)
     with Client(server.target, retry=ONCE, timeout_s=LIMIT_S, channel_options=CHANNEL) as client:
         for seed, offset in enumerate(("+1h", "-1h", "+4000d", "-4000d")):
@@ -154,7 +145,7 @@ def test_nothing_depends_on_the_wall_clock(start: Start, tmp_path: Path) -> None
             with pytest.raises(DeadlineError):
                 client.embed([["w"] * 16_000], timeout_s=0.01)
         assert server.terminate() == 0
-    years = set(re.findall(r"^(\d{4})-", server.log.read_text(encoding="utf-8"), re.MULTILINE))
+    years = set(re.findall(r"^(\d{4})-", server.text(), re.MULTILINE))
     assert len(years) >= 2, "the clock never jumped"
 
 
@@ -199,7 +190,7 @@ def test_a_disk_that_fills_up_and_has_room_again(start: Start, tmp_path: Path) -
     disk = tmp_path / "disk"
     disk.mkdir()
     script = f'mount -t tmpfs -o size=64k tmpfs "{disk}" && exec 2>>"{disk}/log" && exec "$@"'
-    server = start(prefix=[*unshare("--mount"), "sh", "-c", script, "sh"])
+    server = start(prefix=[*unshare("--mount"), "sh", "-c", script, "sh"], log=tmp_path / "log")
     inside = Path(f"/proc/{server.pid}/root{disk}")
     known = known_answers(server.target)
     with Client(server.target, retry=ONCE, timeout_s=LIMIT_S, channel_options=CHANNEL) as client:
@@ -222,12 +213,12 @@ def _free_bytes(folder: Path) -> int:
 
 
 @pytest.fixture
-def start_faulty(start: Start, tmp_path: Path) -> Callable[..., ServerProcess]:
-    environment = {"BILM_TEST_BROKEN": str(tmp_path / "broken")}
-    return lambda *flags: start(*flags, program=(str(HERE / "faulty_server.py"),), environment=environment)
+def start_faulty(start: Start, tmp_path: Path) -> Callable[..., ProcessServer]:
+    environment = {BROKEN: str(tmp_path / "broken")}
+    return lambda *flags: start(*flags, module="tests.support.faulty_server", environment=environment)
 
 
-def test_a_model_that_fails(start_faulty: Callable[..., ServerProcess], tmp_path: Path) -> None:
+def test_a_model_that_fails(start_faulty: Callable[..., ProcessServer], tmp_path: Path) -> None:
     """A poisoned request is its caller's alone; when all fails, everybody hears so, until it works again."""
     server = start_faulty("--give-up-s", "120")
     known = known_answers(server.target)
@@ -264,7 +255,7 @@ def _poison(client: Client, known: KnownAnswers) -> None:
             other.result()
 
 
-def test_a_model_that_hangs_ends_the_process(start_faulty: Callable[..., ServerProcess]) -> None:
+def test_a_model_that_hangs_ends_the_process(start_faulty: Callable[..., ProcessServer]) -> None:
     server = start_faulty("--hang-s", "1", "--give-up-s", "3")
     with Client(server.target, retry=ONCE, timeout_s=LIMIT_S, channel_options=CHANNEL) as client:
         with pytest.raises(UnavailableError) as error:

@@ -21,12 +21,12 @@ from bilm_server.addresses import split_address
 from bilm_server.embedding.admission import Admission, Cost
 from bilm_server.observability.log_setup import is_no_client_error
 
-from tests.fault.fault_support import ServerProcess, descriptors, resident_bytes, wait_until
 from tests.fault.known_answers import PLAIN, bare_options, endless_items, sentence
-from tests.integration.integration_support import RunningServer, running
 from tests.security.fuzz_http2 import INITIAL_WINDOW, call, opening, settings
 from tests.security.security_support import EMBED_PATH
-from tests.support.processes import ROOT, module_command, started
+from tests.support.processes import ROOT, descriptors, module_command, resident_bytes, started, wait_until
+from tests.support.server_processes import ProcessServer
+from tests.support.servers import LoopServer, serving
 
 STALL_S = 1.0
 ITEM_TOKENS = 1000
@@ -45,13 +45,13 @@ SLACK_S = 20.0
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running("--model", "random:tiny", *LIMITS) as server:
+def server() -> Iterator[LoopServer]:
+    with serving(*LIMITS) as server:
         yield server
 
 
-def used_tokens(server: RunningServer) -> int:
-    return server.server.embedder.stream_admission.used.tokens
+def used_tokens(server: LoopServer) -> int:
+    return server.stream_admission.used.tokens
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def deaf_streams(target: str, n_streams: int) -> Iterator[list[Any]]:
         yield streams
 
 
-def until_full(server: RunningServer) -> None:
+def until_full(server: LoopServer) -> None:
     """Until what the streams may hold is used up, and nothing gets on: nobody reads any more."""
     wait_until(lambda: used_tokens(server) == ROOM_TOKENS, "the room for streams is full")
 
@@ -89,7 +89,7 @@ def _no_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert [record.getMessage() for record in filter(is_no_client_error, errors)] == []
 
 
-def test_others_are_served_while_callers_do_not_read(server: RunningServer) -> None:
+def test_others_are_served_while_callers_do_not_read(server: LoopServer) -> None:
     with deaf_streams(server.target, 4) as streams, Client(server.target) as client:
         until_full(server)
         client.embed(["a"], timeout_s=SLACK_S)  # calls have room of their own
@@ -99,7 +99,7 @@ def test_others_are_served_while_callers_do_not_read(server: RunningServer) -> N
             assert end_of(stream) == (grpc.StatusCode.UNAVAILABLE, "STREAM_STALLED")
 
 
-def test_who_reads_slowly_is_not_ended(server: RunningServer) -> None:
+def test_who_reads_slowly_is_not_ended(server: LoopServer) -> None:
     """Each result in less than the time allowed, all of them in more."""
     n_items = 24
 
@@ -121,8 +121,8 @@ def test_an_answer_that_nobody_reads_counts_until_its_caller_leaves() -> None:
     """A call by hand: gRPC's clients read an answer whether anybody wants it or not."""
     request = pb.EmbedRequest(options=bare_options(PLAIN), sentences=[sentence(ITEM_TOKENS)] * 4)
     deaf_call = opening() + settings((INITIAL_WINDOW, 0)) + call(1, EMBED_PATH.encode(), request.SerializeToString())
-    with running("--model", "random:tiny", *LIMITS, "--max-waiting-mib=16") as server, ExitStack() as stack:
-        admission = server.server.embedder.admission
+    with serving(*LIMITS, "--max-waiting-mib=16") as server, ExitStack() as stack:
+        admission = server.admission
         client = stack.enter_context(Client(server.target, retry=RetryPolicy(max_attempts=1)))
         client.embed([["w"] * ITEM_TOKENS] * 4)
         wait_until(lambda: admission.used == Cost(0, 0), "what was read counts no more")
@@ -145,7 +145,7 @@ def _holds_more_than(admission: Admission, response_bytes: int) -> bool:
     return admission.used.response_bytes > response_bytes
 
 
-def test_a_caller_that_is_killed_leaves_nothing(server: RunningServer) -> None:
+def test_a_caller_that_is_killed_leaves_nothing(server: LoopServer) -> None:
     """With SIGKILL, in the middle of its streams; long before anybody would notice a stall."""
     command = module_command("tests.fault.vanishing_client", server.target)
     with ExitStack() as stack:
@@ -162,7 +162,7 @@ def test_a_caller_that_is_killed_leaves_nothing(server: RunningServer) -> None:
 
 def test_memory_does_not_grow_with_those_who_do_not_read(tmp_path: Path) -> None:
     """Wave after wave, none of them ever reads: what was computed for them isn't kept."""
-    with ServerProcess(*LIMITS, log=tmp_path / "log") as server, ExitStack() as stack, Client(server.target) as client:
+    with ProcessServer(*LIMITS) as server, ExitStack() as stack, Client(server.target) as client:
 
         def wave() -> None:
             stack.enter_context(deaf_streams(server.target, 6))

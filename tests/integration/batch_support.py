@@ -12,14 +12,10 @@ from typing import Any
 
 import h5py
 import numpy as np
-import pytest
 from bilm_client.batch.main import main
-from bilm_client.testing.server import START_TIMEOUT_S, wait_until_serving
-from bilm_model.engine.engine import RecurrentEngine
-from bilm_model.engine.types import EngineResult
-from bilm_server.inference.types import Sentence
 from numpy.typing import NDArray
 
+from tests.support.hooked_engine import HookedEngine, Hooks
 from tests.support.processes import started
 
 Datasets = dict[str, NDArray[Any]]
@@ -28,18 +24,17 @@ STOPPED, REFUSED = 1, 2
 
 
 class Valve:
-    """Lets the models of this process do so many rounds with sentences in flight, and holds their threads otherwise."""
+    """Let engines do so many rounds with sentences in flight, and hold their threads otherwise."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self._permits = threading.Semaphore(0)
         self._open = False
-        original = RecurrentEngine.advance
 
-        def advance(engine: RecurrentEngine[Sentence]) -> list[EngineResult[Sentence]]:
-            assert self._open or self._permits.acquire(timeout=240)
-            return original(engine)
+    def hold(self, engine: HookedEngine[Any]) -> None:
+        engine.hooks = Hooks(advance=self._wait)
 
-        monkeypatch.setattr(RecurrentEngine, "advance", advance)
+    def _wait(self) -> None:
+        assert self._open or self._permits.acquire(timeout=240)
 
     def let_through(self, rounds: int) -> None:
         self._permits.release(rounds)
@@ -59,15 +54,6 @@ def embedding(target: str, text: Path, output: Path, *flags: str) -> Iterator[su
     command = [sys.executable, "-W", "error", "-m", "bilm_client.batch", str(text), str(output), "--target", target]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     with started([*command, *flags], **pipes, text=True) as process:
-        yield process
-
-
-@contextmanager
-def server_process(listen: str, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`bilm-serve` in a process of its own, SERVING; killed in the end."""
-    command = [sys.executable, "-m", "bilm_server", "--listen", listen, *flags]
-    with started(command, stderr=subprocess.DEVNULL) as process:
-        wait_until_serving(listen, process, START_TIMEOUT_S)
         yield process
 
 

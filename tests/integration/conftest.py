@@ -4,25 +4,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.integration_support import TINY, RunningServer, running
+from tests.support.servers import LoopServer, serving
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[RunningServer]:
+def server() -> Iterator[LoopServer]:
     """A server on a tiny model with random weights."""
-    with running("--model", TINY) as server:
+    with serving() as server:
         yield server
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., RunningServer]]:
+def start() -> Iterator[Callable[..., LoopServer]]:
     """Starts servers with flags of the test's own."""
     with ExitStack() as stack:
-        yield lambda *flags, **machine: stack.enter_context(running("--model", TINY, *flags, **machine))
+        yield lambda *flags, **machine: stack.enter_context(serving(*flags, **machine))
 
 
 @pytest.fixture(scope="session")
-def golden_server(golden: Path) -> Iterator[RunningServer]:
+def golden_server(golden: Path) -> Iterator[LoopServer]:
     """A server on each of the golden models."""
-    with running("--model", str(golden)) as server:
+    with serving("--model", str(golden)) as server:
         yield server

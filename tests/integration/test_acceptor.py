@@ -5,7 +5,6 @@ import logging
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +13,15 @@ import grpc
 import hpack
 import pytest
 from bilm_api.v1 import embed_pb2
-from bilm_model.engine.engine import RecurrentEngine
-from bilm_model.engine.types import EngineResult
 from bilm_server.errors import BindError
-from bilm_server.inference.types import Sentence
 from bilm_server.protocols.grpc.acceptor import Acceptor
 from bilm_server.protocols.grpc.listening import TcpAddress
 from grpc_health.v1 import health_pb2
 
-from tests.integration.integration_support import PLAIN, TINY, RunningServer, health_stub, running, tokens
+from tests.integration.integration_support import PLAIN, health_stub, tokens
+from tests.support.hooked_engine import Hooks
+from tests.support.processes import descriptors, wait_until
+from tests.support.servers import LoopServer, serving
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 REQUEST = embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens("a")])
@@ -56,35 +55,24 @@ def connected(target: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=60)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come about"
-        time.sleep(0.005)
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-
-
-def test_the_server_outlives_a_bad_path(
-    start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_server_outlives_a_bad_path(start: Callable[..., LoopServer], caplog: pytest.LogCaptureFixture) -> None:
     server = start("--health-listen", "127.0.0.1:0")
     known = server.stub().Embed(REQUEST).results[0].embedding.tensor.data
-    entered, go_on, advance = threading.Event(), threading.Event(), RecurrentEngine.advance
+    entered, go_on = threading.Event(), threading.Event()
 
-    def advance_when_told(engine: RecurrentEngine[Sentence]) -> list[EngineResult[Sentence]]:
+    def wait() -> None:
         entered.set()
         assert go_on.wait(60)
-        return advance(engine)
 
-    monkeypatch.setattr(RecurrentEngine, "advance", advance_when_told)
+    server.engine.hooks = Hooks(advance=wait)
     in_flight = server.stub().Embed.future(REQUEST)
     assert entered.wait(60)
     target = server.target
     with call_with_a_bad_path(target):
-        wait_until(lambda: any(record.name == "bilm_server.protocols.grpc.acceptor" for record in caplog.records))
+        wait_until(
+            lambda: any(record.name == "bilm_server.protocols.grpc.acceptor" for record in caplog.records),
+            "it listens anew",
+        )
     go_on.set()
     assert in_flight.result(60).results[0].embedding.tensor.data == known
     again = server.stub().Embed(REQUEST, timeout=20, wait_for_ready=True)
@@ -97,7 +85,7 @@ def test_the_server_outlives_a_bad_path(
     assert "canary" not in caplog.text
 
 
-def test_as_often_as_anybody_likes(start: Callable[..., RunningServer]) -> None:
+def test_as_often_as_anybody_likes(start: Callable[..., LoopServer]) -> None:
     server = start("--grace-s", "0")
     before = 0
     for number in range(12):
@@ -107,8 +95,8 @@ def test_as_often_as_anybody_likes(start: Callable[..., RunningServer]) -> None:
         with grpc.insecure_channel(server.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
             grpc.channel_ready_future(channel).result(60)
         if number == 3:
-            before = descriptors()
-    wait_until(lambda: descriptors() <= before)
+            before = descriptors(os.getpid())
+    wait_until(lambda: descriptors(os.getpid()) <= before, "all connections are closed")
 
 
 @pytest.fixture(params=["--listen", "--health-listen"])
@@ -125,7 +113,7 @@ def is_healthy(target: str) -> bool:
 
 def test_a_unix_socket_outlives_bad_paths_and_goes_with_its_server(tmp_path: Path, unix: tuple[str, str]) -> None:
     flag, target = unix
-    with running("--model", TINY, "--grace-s", "0", flag, target):
+    with serving("--grace-s", "0", flag, target):
         for _ in range(4):
             with call_with_a_bad_path(target) as connection:
                 while connection.recv(4096):  # closed with its server
@@ -137,12 +125,12 @@ def test_a_unix_socket_outlives_bad_paths_and_goes_with_its_server(tmp_path: Pat
 
 def test_a_second_server_on_a_unix_socket_is_refused_and_takes_nothing_away(unix: tuple[str, str]) -> None:
     flag, target = unix
-    with running("--model", TINY, flag, target):
+    with serving(flag, target):
         with pytest.raises(BindError, match=f"listen: can't listen on {target}.*another server"):  # noqa: SIM117
-            with running("--model", TINY, flag, target):
+            with serving(flag, target):
                 pass
         assert is_healthy(target)
-    with running("--model", TINY, flag, target):  # its end has left the path free
+    with serving(flag, target):  # its end has left the path free
         assert is_healthy(target)
 
 

@@ -8,7 +8,7 @@ import h5py
 import pytest
 
 from tests.integration.batch_support import SENTENCES, assert_same, datasets, embed, write
-from tests.integration.integration_support import RunningServer
+from tests.support.servers import LoopServer
 
 TOLERANCE = 1e-5
 
@@ -35,7 +35,7 @@ def test_a_file_of_lines_can_hold_every_golden_sentence(vectors: Golden) -> None
     assert {len(batch) for batch in vectors.batches} == {3}  # rows, below
 
 
-def test_stateless(vectors: Golden, golden_server: RunningServer, tmp_path: Path) -> None:
+def test_stateless(vectors: Golden, golden_server: LoopServer, tmp_path: Path) -> None:
     text, output = write(tmp_path / "in.txt", *vectors.sentences), tmp_path / "out.hdf5"
     assert embed(golden_server.target, text, output) == 0
     expected = {str(i): array for i, array in enumerate(vectors.stateless)}
@@ -47,7 +47,7 @@ def test_stateless(vectors: Golden, golden_server: RunningServer, tmp_path: Path
 
 @pytest.mark.parametrize("row", range(3))
 def test_carried_state_one_run_for_each_row(
-    vectors: Golden, golden_server: RunningServer, tmp_path: Path, row: int
+    vectors: Golden, golden_server: LoopServer, tmp_path: Path, row: int
 ) -> None:
     lines = [vectors.sentences[batch[row]] for batch in vectors.batches]
     text, output = write(tmp_path / "in.txt", *lines), tmp_path / "out.hdf5"

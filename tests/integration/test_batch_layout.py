@@ -27,13 +27,13 @@ from tests.integration.batch_support import (
     run_of,
     write,
 )
-from tests.integration.integration_support import RunningServer
+from tests.support.servers import LoopServer
 
 LINES = ("The cat sat on the mat .", "Hello", "naïve café — 日本語")
 LENGTHS = {"0": 7, "1": 1, "2": 4}
 D = 16  # width of the tiny model
 Shape = Callable[[int], tuple[int, ...]]
-Start = Callable[..., RunningServer]
+Start = Callable[..., LoopServer]
 NOWHERE = "unix:/nonexistent/socket"
 
 
@@ -57,7 +57,7 @@ def text(tmp_path: Path) -> Path:
     ids=["default", "all", "top", "average", "mean", "max-top", "carried-mean-average"],
 )
 def test_one_dataset_a_line(  # noqa: PLR0917 - fixtures
-    server: RunningServer, text: Path, tmp_path: Path, suffix: str, flags: list[str], shape: Shape
+    server: LoopServer, text: Path, tmp_path: Path, suffix: str, flags: list[str], shape: Shape
 ) -> None:
     output = tmp_path / f"out.{suffix}"
     assert embed(server.target, text, output, *flags) == 0
@@ -69,7 +69,7 @@ def test_one_dataset_a_line(  # noqa: PLR0917 - fixtures
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_vectors_are_those_of_the_client(server: RunningServer, text: Path, tmp_path: Path, dtype: str) -> None:
+def test_the_vectors_are_those_of_the_client(server: LoopServer, text: Path, tmp_path: Path, dtype: str) -> None:
     output = tmp_path / "out.hdf5"
     assert embed(server.target, text, output, "--dtype", dtype, "--batch-tokens", "1") == 0
     with Client(server.target) as client:
@@ -79,7 +79,7 @@ def test_the_vectors_are_those_of_the_client(server: RunningServer, text: Path, 
     assert_same(found, by_key, 1e-6 if dtype == "float32" else 1e-3)  # in other batches, and rounded after that
 
 
-def test_layers_of_one_model_agree(server: RunningServer, text: Path, tmp_path: Path) -> None:
+def test_layers_of_one_model_agree(server: LoopServer, text: Path, tmp_path: Path) -> None:
     found = {}
     for layers in ("all", "top", "average"):
         output = tmp_path / f"{layers}.hdf5"
@@ -90,7 +90,7 @@ def test_layers_of_one_model_agree(server: RunningServer, text: Path, tmp_path: 
         assert np.abs(found["average"][key] - np.average(vectors, axis=0)).max() < 1e-6
 
 
-def test_old_programs_read_it(server: RunningServer, tmp_path: Path) -> None:
+def test_old_programs_read_it(server: LoopServer, tmp_path: Path) -> None:
     """As the loaders written for `allennlp elmo` do: sentence -> index -> vectors; of twins, the last one."""
     output = tmp_path / "out.hdf5"
     text = write(tmp_path / "in.txt", *LINES, LINES[0])
@@ -106,7 +106,7 @@ def test_old_programs_read_it(server: RunningServer, tmp_path: Path) -> None:
         assert vectors.dtype.str == "<f4"
 
 
-def test_what_the_run_was_is_recorded(server: RunningServer, text: Path, tmp_path: Path) -> None:
+def test_what_the_run_was_is_recorded(server: LoopServer, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.hdf5"
     assert embed(server.target, text, output, "--layers", "top", "--pool", "max") == 0
     run = run_of(output)
@@ -124,7 +124,7 @@ def test_what_the_run_was_is_recorded(server: RunningServer, text: Path, tmp_pat
 
 
 @pytest.mark.parametrize("suffix", ["hdf5", "npz"])
-def test_sentences_as_keys(server: RunningServer, text: Path, tmp_path: Path, suffix: str) -> None:
+def test_sentences_as_keys(server: LoopServer, text: Path, tmp_path: Path, suffix: str) -> None:
     output = tmp_path / f"out.{suffix}"
     assert embed(server.target, text, output, "--use-sentence-keys") == 0
     assert {key: vectors.shape for key, vectors in datasets(output).items()} == {
@@ -137,7 +137,7 @@ def test_sentences_as_keys(server: RunningServer, text: Path, tmp_path: Path, su
 @pytest.mark.parametrize("bad", ["and / or", LINES[0], ".", "bilm_serve", "nul \0 in it", "x" * 65_001])
 @pytest.mark.parametrize("suffix", ["hdf5", "npz"])
 def test_sentences_that_cannot_be_keys(
-    server: RunningServer, tmp_path: Path, suffix: str, bad: str, capsys: pytest.CaptureFixture[str]
+    server: LoopServer, tmp_path: Path, suffix: str, bad: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, output = write(tmp_path / "in.txt", *LINES, bad, "fine"), tmp_path / f"out.{suffix}"
     assert embed(NOWHERE, text, output, "--use-sentence-keys") == REFUSED
@@ -146,7 +146,7 @@ def test_sentences_that_cannot_be_keys(
     assert datasets(output).keys() == {"0", "1", "2", "3", "4"}  # as lines they are good
 
 
-def test_sentences_forgotten(server: RunningServer, text: Path, tmp_path: Path) -> None:
+def test_sentences_forgotten(server: LoopServer, text: Path, tmp_path: Path) -> None:
     output, archive = tmp_path / "out.hdf5", tmp_path / "out.npz"
     assert embed(server.target, text, output, "--forget-sentences") == 0
     assert embed(server.target, text, archive, "--forget-sentences") == 0
@@ -155,7 +155,7 @@ def test_sentences_forgotten(server: RunningServer, text: Path, tmp_path: Path) 
         assert set(arrays) == {"0", "1", "2", "bilm_serve"}
 
 
-def test_raw_text_is_tokenised_by_the_server(server: RunningServer, tmp_path: Path) -> None:
+def test_raw_text_is_tokenised_by_the_server(server: LoopServer, tmp_path: Path) -> None:
     lines = ["Don't panic, please.", "Hello."]
     text, output = write(tmp_path / "in.txt", *lines), tmp_path / "out.hdf5"
     assert embed(server.target, text, output, "--raw") == 0
@@ -179,7 +179,7 @@ def test_blank_lines_are_listed(text: Path, tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize("flags", [[], ["--carry-state"]], ids=["batches", "carried"])
 def test_keys_remain_line_numbers_where_blank_lines_are_skipped(
-    server: RunningServer, text: Path, tmp_path: Path, flags: list[str]
+    server: LoopServer, text: Path, tmp_path: Path, flags: list[str]
 ) -> None:
     text.write_text("\na b\n\n \t\nc\n\n")
     output = tmp_path / "out.hdf5"
@@ -194,7 +194,7 @@ def test_keys_remain_line_numbers_where_blank_lines_are_skipped(
     [b"a b\nc\n", b"a b\nc", b"a b\r\nc\r\n", b" a  b \n\tc\t\n"],
     ids=["plain", "no newline at the end", "CRLF", "more white space"],
 )
-def test_line_ends_and_white_space(server: RunningServer, text: Path, tmp_path: Path, content: bytes) -> None:
+def test_line_ends_and_white_space(server: LoopServer, text: Path, tmp_path: Path, content: bytes) -> None:
     text.write_bytes(content)
     output = tmp_path / "out.hdf5"
     assert embed(server.target, text, output) == 0
@@ -203,7 +203,7 @@ def test_line_ends_and_white_space(server: RunningServer, text: Path, tmp_path: 
     assert_same(datasets(output), {str(i): embedding.vectors for i, embedding in enumerate(expected)}, 1e-6)
 
 
-def test_standard_input(server: RunningServer, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input(server: LoopServer, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     by_name, by_stream = tmp_path / "name.hdf5", tmp_path / "stream.hdf5"
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(text.read_bytes())))
     assert embed(server.target, Path("-"), by_stream) == 0
@@ -212,7 +212,7 @@ def test_standard_input(server: RunningServer, tmp_path: Path, text: Path, monke
     assert run_of(by_stream) == run_of(by_name)
 
 
-def test_a_pipe_can_be_read_once_only_and_is_copied(server: RunningServer, tmp_path: Path, text: Path) -> None:
+def test_a_pipe_can_be_read_once_only_and_is_copied(server: LoopServer, tmp_path: Path, text: Path) -> None:
     pipe, output = tmp_path / "pipe", tmp_path / "out.hdf5"
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_bytes, args=(text.read_bytes(),))
@@ -261,7 +261,7 @@ def test_the_input_is_not_written_over(text: Path, tmp_path: Path, capsys: pytes
 MARK = b"\xef\xbb\xbf"
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text(server: RunningServer, text: Path, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_part_of_the_text(server: LoopServer, text: Path, tmp_path: Path) -> None:
     (marked := tmp_path / "marked.txt").write_bytes(MARK + text.read_bytes() + MARK + b"in the middle\n")
     text.write_bytes(text.read_bytes() + MARK + b"in the middle\n")
     outputs = tmp_path / "marked.hdf5", tmp_path / "plain.hdf5"
@@ -273,7 +273,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(server: RunningServer, text: P
     assert sentences == {**{line: str(index) for index, line in enumerate(LINES)}, "\ufeffin the middle": "3"}
 
 
-def test_a_byte_order_mark_is_no_part_of_a_key(server: RunningServer, text: Path, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_part_of_a_key(server: LoopServer, text: Path, tmp_path: Path) -> None:
     text.write_bytes(MARK + b"Hello\n")
     assert embed(server.target, text, tmp_path / "out.npz", "--use-sentence-keys") == 0
     assert datasets(tmp_path / "out.npz").keys() == {"Hello"}
@@ -290,15 +290,13 @@ def test_another_encoding_is_named(
     assert capsys.readouterr().err == expected
 
 
-def test_only_a_line_feed_ends_a_line(server: RunningServer, text: Path, tmp_path: Path) -> None:
+def test_only_a_line_feed_ends_a_line(server: LoopServer, text: Path, tmp_path: Path) -> None:
     text.write_bytes("one\rtwo\r\nthree\u2028four\ffive\nsix".encode())
     assert embed(server.target, text, tmp_path / "out.hdf5", "--pool", "none", "--layers", "top") == 0
     assert {key: len(vectors) for key, vectors in datasets(tmp_path / "out.hdf5").items()} == {"0": 2, "1": 3, "2": 1}
 
 
-def test_a_configuration_file_may_begin_with_a_byte_order_mark(
-    server: RunningServer, text: Path, tmp_path: Path
-) -> None:
+def test_a_configuration_file_may_begin_with_a_byte_order_mark(server: LoopServer, text: Path, tmp_path: Path) -> None:
     (config := tmp_path / "embed.toml").write_bytes(MARK + f'target = "{server.target}"\r\nlayers = "top"'.encode())
     assert main([str(text), str(tmp_path / "out.hdf5"), "--config", str(config)]) == 0
     assert run_of(tmp_path / "out.hdf5")["options"]["layers"] == "top"
@@ -326,7 +324,7 @@ def test_an_output_of_unknown_kind_or_in_no_folder(
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(
-    server: RunningServer, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: LoopServer, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "embed.toml"
     config.write_text(f'target = "{server.target}"\nlayers = "top"\npool = "max"\ndtype = "float16"\n')

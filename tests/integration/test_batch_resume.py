@@ -29,13 +29,13 @@ from tests.integration.batch_support import (
     ended,
     journal_of,
     part_of,
-    server_process,
     wait_for_size,
     write,
 )
-from tests.integration.integration_support import TINY, RunningServer, running
+from tests.support.server_processes import ProcessServer
+from tests.support.servers import LoopServer, serving
 
-Start = Callable[..., RunningServer]
+Start = Callable[..., LoopServer]
 
 N_LINES = 60
 HELD_AFTER = 25  # batches, and with the flags below lines
@@ -60,8 +60,8 @@ def output(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def valve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Valve]:
-    valve = Valve(monkeypatch)
+def valve() -> Iterator[Valve]:
+    valve = Valve()
     yield valve
     valve.open()
 
@@ -74,7 +74,7 @@ def listen() -> Iterator[str]:
 
 
 @pytest.fixture
-def uninterrupted(server: RunningServer, text: Path, tmp_path: Path) -> Callable[..., Datasets]:
+def uninterrupted(server: LoopServer, text: Path, tmp_path: Path) -> Callable[..., Datasets]:
     def run(*flags: str) -> Datasets:
         folder = tmp_path.with_name(tmp_path.name + "-uninterrupted")
         folder.mkdir()
@@ -85,7 +85,7 @@ def uninterrupted(server: RunningServer, text: Path, tmp_path: Path) -> Callable
 
 
 @pytest.fixture
-def interrupt(server: RunningServer, text: Path, output: Path) -> Callable[..., None]:
+def interrupt(server: LoopServer, text: Path, output: Path) -> Callable[..., None]:
     """Leaves a journal behind, by a disk that is full when the output is written."""
 
     def run(*flags: str) -> None:
@@ -121,7 +121,7 @@ def assert_whole(output: Path, expected: Datasets) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.hdf5", "out.npz"])
-def test_a_disk_that_is_full_when_the_output_is_written(server: RunningServer, text: Path, name: str) -> None:
+def test_a_disk_that_is_full_when_the_output_is_written(server: LoopServer, text: Path, name: str) -> None:
     output, small = text.with_name(name), ("--pool", "mean", "--layers", "top", "--dtype", "float16")
     write(text, *(f"line {i}" for i in range(400)))
     limit_bytes = 80_000  # between the journal's size and the output's
@@ -141,7 +141,7 @@ def test_a_disk_that_is_full_when_the_output_is_written(server: RunningServer, t
     assert len(datasets(output)) == 400
 
 
-def test_a_full_disk_names_the_journal(server: RunningServer, text: Path, output: Path) -> None:
+def test_a_full_disk_names_the_journal(server: LoopServer, text: Path, output: Path) -> None:
     write(text, *(f"line {i}" for i in range(400)))
     limit_bytes = 100_000
 
@@ -154,7 +154,7 @@ def test_a_full_disk_names_the_journal(server: RunningServer, text: Path, output
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
-def test_a_full_disk_names_the_list_of_errors(server: RunningServer, text: Path, output: Path) -> None:
+def test_a_full_disk_names_the_list_of_errors(server: LoopServer, text: Path, output: Path) -> None:
     (folder := text.parent / "small").mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=False)
     if mounted.returncode:
@@ -174,7 +174,7 @@ def stopped_at(path: Path, why: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
-def test_a_full_file_system(server: RunningServer, text: Path, tmp_path: Path) -> None:
+def test_a_full_file_system(server: LoopServer, text: Path, tmp_path: Path) -> None:
     (folder := tmp_path / "small").mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", folder], check=False)
     if mounted.returncode:
@@ -232,7 +232,7 @@ def test_after_a_kill_of_the_client(  # noqa: PLR0917 - fixtures
     uninterrupted: Callable[..., Datasets],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    server = start()
+    valve.hold((server := start()).engine)
     valve.let_through(HELD_AFTER)
     with embedding(server.target, text, output, *FLAGS, *flags) as process:
         wait_for_size(journal_of(output), MIDDLE_BYTES, process)
@@ -250,7 +250,7 @@ def test_after_a_kill_of_the_client(  # noqa: PLR0917 - fixtures
 
 
 def test_after_a_kill_that_cut_a_record(
-    server: RunningServer, interrupt: Callable[..., None], text: Path, output: Path, uninterrupted: Callable[..., Any]
+    server: LoopServer, interrupt: Callable[..., None], text: Path, output: Path, uninterrupted: Callable[..., Any]
 ) -> None:
     interrupt()
     journal = journal_of(output)
@@ -261,7 +261,7 @@ def test_after_a_kill_that_cut_a_record(
 
 
 def test_an_interrupt_from_the_keyboard(valve: Valve, start: Start, text: Path, output: Path) -> None:
-    server = start()
+    valve.hold((server := start()).engine)
     valve.let_through(HELD_AFTER)
     with embedding(server.target, text, output, *FLAGS) as process:
         wait_for_size(journal_of(output), MIDDLE_BYTES, process)
@@ -283,13 +283,13 @@ def test_a_run_outlives_a_kill_and_restart_of_the_server(
 ) -> None:
     write(text, *(f"this is line number {i}" for i in range(400)))  # so many that the kill comes before the end
     with ExitStack() as stack:
-        server = stack.enter_context(server_process(listen, "--model", TINY, "--threads", "1"))
+        server = stack.enter_context(ProcessServer("--threads", "1", listen=listen))
         process = stack.enter_context(embedding(listen, text, output, *FLAGS, *flags, "--patience-s", "60"))
         wait_for_size(journal_of(output), MIDDLE_BYTES, process)
         server.kill()
         wait_for_line(process, "trying again")
         assert not output.exists()
-        stack.enter_context(running("--model", TINY, "--listen", listen))
+        stack.enter_context(serving("--listen", listen))
         assert ended(process)[0] == 0
     assert_whole(output, uninterrupted(*flags))
 
@@ -316,7 +316,7 @@ def test_without_patience_a_run_stops_with_the_server_and_is_resumed(  # noqa: P
     uninterrupted: Callable[..., Datasets],
 ) -> None:
     server = ExitStack()
-    server.enter_context(running("--model", TINY, "--listen", listen))
+    valve.hold(server.enter_context(serving("--listen", listen)).engine)
     valve.let_through(HELD_AFTER)
     with embedding(listen, text, output, *FLAGS, *flags, "--patience-s", "0") as process:
         wait_for_size(journal_of(output), MIDDLE_BYTES, process)
@@ -325,7 +325,7 @@ def test_without_patience_a_run_stops_with_the_server_and_is_resumed(  # noqa: P
     assert (code, "--resume goes on" in errors) == (STOPPED, True)
     assert journal_of(output).exists()
     assert not output.exists()
-    with running("--model", TINY, "--listen", listen):
+    with serving("--listen", listen):
         assert embed(listen, text, output, *FLAGS, *flags, "--resume") == 0
     assert_whole(output, uninterrupted(*flags))
 
@@ -341,13 +341,13 @@ def test_a_server_that_comes_back_with_another_model(  # noqa: PLR0917 - fixture
 ) -> None:
     where = ("--listen", listen, "--served-model-name", "same")
     server = ExitStack()
-    server.enter_context(running("--model", TINY, *where))
+    valve.hold(server.enter_context(serving(*where)).engine)
     valve.let_through(HELD_AFTER)
     with embedding(listen, text, output, *FLAGS, *flags, "--patience-s", "60") as process:
         wait_for_size(journal_of(output), MIDDLE_BYTES, process)
         with stopping(server, valve):
             wait_for_line(process, "trying again")
-        with running("--model", OTHER_MODEL, *where):
+        with serving("--model", OTHER_MODEL, *where):
             code, errors = ended(process)
             assert (code, "version" in errors) == (STOPPED, True)
             assert embed(listen, text, output, *FLAGS, *flags, "--resume") == REFUSED
@@ -359,7 +359,7 @@ def test_a_server_that_comes_back_with_another_model(  # noqa: PLR0917 - fixture
 
 
 def test_an_empty_journal_of_a_machine_that_crashed_is_no_obstacle(
-    server: RunningServer, text: Path, output: Path
+    server: LoopServer, text: Path, output: Path
 ) -> None:
     journal_of(output).touch()
     assert embed(server.target, text, output, "--resume") == 0
@@ -367,7 +367,7 @@ def test_an_empty_journal_of_a_machine_that_crashed_is_no_obstacle(
 
 
 def test_an_output_that_cannot_be_written_is_made_later(
-    server: RunningServer,
+    server: LoopServer,
     text: Path,
     output: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -395,7 +395,7 @@ def test_an_output_that_cannot_be_written_is_made_later(
     ],
 )
 def test_other_options_do_not_go_on_with_it(  # noqa: PLR0917 - fixtures
-    server: RunningServer,
+    server: LoopServer,
     interrupt: Callable[..., None],
     text: Path,
     output: Path,
@@ -414,7 +414,7 @@ def test_other_options_do_not_go_on_with_it(  # noqa: PLR0917 - fixtures
 
 
 def test_another_input_or_model_does_not_go_on_with_it(  # noqa: PLR0917 - fixtures
-    server: RunningServer,
+    server: LoopServer,
     start: Start,
     interrupt: Callable[..., None],
     text: Path,
@@ -442,7 +442,7 @@ def test_a_server_of_another_precision_does_not_go_on_with_it(
 
 
 def test_a_journal_that_does_not_say_its_precision_is_refused_in_one_line(
-    server: RunningServer, interrupt: Callable[..., None], text: Path, output: Path, capsys: pytest.CaptureFixture[str]
+    server: LoopServer, interrupt: Callable[..., None], text: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As versions up to 0.1.0 wrote it: nobody knows what would be mixed."""
     interrupt()
@@ -465,7 +465,7 @@ def test_a_journal_that_does_not_say_its_precision_is_refused_in_one_line(
 
 @pytest.mark.parametrize("name", ["out.hdf5", "out.npz"])
 def test_a_whole_output(
-    server: RunningServer, text: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    server: LoopServer, text: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / name
     assert embed(server.target, text, output) == 0
@@ -480,7 +480,7 @@ def test_a_whole_output(
 @pytest.mark.parametrize("name", ["out.hdf5", "out.npz"])
 @pytest.mark.parametrize("content", ["of another program", "of no kind"])
 def test_a_file_that_is_not_ours_is_left_alone(
-    server: RunningServer, text: Path, tmp_path: Path, name: str, content: str
+    server: LoopServer, text: Path, tmp_path: Path, name: str, content: str
 ) -> None:
     output = tmp_path / name
     if content == "of no kind":
@@ -509,7 +509,7 @@ def test_a_journal_without_resume(
 
 
 def test_overwrite_starts_anew(
-    server: RunningServer, interrupt: Callable[..., None], text: Path, output: Path, capsys: pytest.CaptureFixture[str]
+    server: LoopServer, interrupt: Callable[..., None], text: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupt()
     assert embed(server.target, text, output, "--overwrite", "--layers", "top") == 0
@@ -521,7 +521,7 @@ def test_overwrite_starts_anew(
 
 
 def test_an_interrupted_overwrite_goes_on_too(
-    server: RunningServer, interrupt: Callable[..., None], text: Path, output: Path, uninterrupted: Callable[..., Any]
+    server: LoopServer, interrupt: Callable[..., None], text: Path, output: Path, uninterrupted: Callable[..., Any]
 ) -> None:
     assert embed(server.target, text, output, "--layers", "top") == 0
     interrupt("--overwrite")
@@ -531,7 +531,7 @@ def test_an_interrupted_overwrite_goes_on_too(
 
 
 def test_errors_of_an_earlier_run_stop_one_that_has_no_list(
-    server: RunningServer, text: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: LoopServer, text: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text.write_bytes(b"good\n\xff\ngood\n")
     listed = ("--errors", str(tmp_path / "errors"))
@@ -554,7 +554,7 @@ def test_of_two_runs_at_once_the_second_is_refused(  # noqa: PLR0917 - fixtures
     uninterrupted: Callable[..., Datasets],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    server = start()
+    valve.hold((server := start()).engine)
     valve.let_through(HELD_AFTER)
     with embedding(server.target, text, output, *FLAGS) as process:
         wait_for_size(journal_of(output), MIDDLE_BYTES, process)

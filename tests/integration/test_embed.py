@@ -22,7 +22,8 @@ from bilm_model.kernels.product_paths import ProductPath, cpu_path
 from bilm_model.weights import single_file
 from google.rpc import error_details_pb2, status_pb2
 
-from tests.integration.integration_support import PLAIN, RunningServer, options, tokens
+from tests.integration.integration_support import PLAIN, options, tokens
+from tests.support.servers import LoopServer
 
 SENTENCES = [[f"w{i}", *["x"] * (i % 13), "y"] for i in range(64)]
 
@@ -31,7 +32,7 @@ def array(embedding: embed_pb2.Embedding) -> np.ndarray[Any, Any]:
     return np.frombuffer(embedding.tensor.data, "<f4").reshape(tuple(embedding.tensor.shape))
 
 
-def embed(server: RunningServer, *sentences: embed_pb2.Sentence, **changes: object) -> embed_pb2.EmbedResponse:
+def embed(server: LoopServer, *sentences: embed_pb2.Sentence, **changes: object) -> embed_pb2.EmbedResponse:
     return server.stub().Embed(embed_pb2.EmbedRequest(options=options(**changes), sentences=sentences))
 
 
@@ -49,7 +50,7 @@ def refusal(error: grpc.RpcError) -> tuple[grpc.StatusCode, str, dict[str, Any]]
     return error.code(), reason(status), metadata
 
 
-def test_golden_vectors_through_the_server(golden_server: RunningServer, golden: Path) -> None:
+def test_golden_vectors_through_the_server(golden_server: LoopServer, golden: Path) -> None:
     sentences = json.loads((golden / "sentences.json").read_text(encoding="utf-8"))
     response = embed(golden_server, *(tokens(*sentence) for sentence in sentences))
     with h5py.File(golden / "expected.hdf5") as file:
@@ -64,7 +65,7 @@ def test_golden_vectors_through_the_server(golden_server: RunningServer, golden:
 
 @pytest.mark.parametrize("residual", get_args(Residual))
 def test_every_residual_is_served_from_a_file(
-    residual: Residual, start: Callable[..., RunningServer], tmp_path: Path
+    residual: Residual, start: Callable[..., LoopServer], tmp_path: Path
 ) -> None:
     config, path = replace(SIZES["tiny"], residual=residual, n_layers=3), tmp_path / "model.safetensors"
     bilm = random_bilm(config)
@@ -78,7 +79,7 @@ def test_every_residual_is_served_from_a_file(
         assert np.abs(array(result.embedding) - expected[:, 1:-1].numpy()).max() < 1e-5
 
 
-def test_company_changes_no_bit(server: RunningServer) -> None:
+def test_company_changes_no_bit(server: LoopServer) -> None:
     alone = [array(embed(server, tokens(*sentence)).results[0].embedding) for sentence in SENTENCES]
     order = random.Random(1).sample(range(64), 64)
     together = embed(server, *(tokens(*SENTENCES[i]) for i in order))
@@ -92,12 +93,12 @@ def test_company_changes_no_bit(server: RunningServer) -> None:
         assert all(pool.map(is_same, order * 2))
 
 
-def test_the_same_call_twice_gives_the_same_bits(server: RunningServer) -> None:
+def test_the_same_call_twice_gives_the_same_bits(server: LoopServer) -> None:
     first, second = (embed(server, tokens("once", "more")).results[0].embedding.tensor.data for _ in range(2))
     assert first == second
 
 
-def test_raw_text_comes_back_as_tokens_with_their_bytes(server: RunningServer) -> None:
+def test_raw_text_comes_back_as_tokens_with_their_bytes(server: LoopServer) -> None:
     text = "Naïve “quotes”, don't they?"
     embedding = embed(server, embed_pb2.Sentence(text=text)).results[0].embedding
     data = text.encode()
@@ -108,7 +109,7 @@ def test_raw_text_comes_back_as_tokens_with_their_bytes(server: RunningServer) -
     assert not as_tokens.token_starts
 
 
-def test_tokens_can_be_left_out_and_places_stay(server: RunningServer) -> None:
+def test_tokens_can_be_left_out_and_places_stay(server: LoopServer) -> None:
     embedding = embed(server, embed_pb2.Sentence(text="a b"), omit_tokens=True).results[0].embedding
     assert not embedding.tokens
     assert list(embedding.token_starts) == [0, 2]
@@ -124,14 +125,14 @@ def test_tokens_can_be_left_out_and_places_stay(server: RunningServer) -> None:
         (embed_pb2.LAYERS_MIX, embed_pb2.POOLING_MEAN, [16]),
     ],
 )
-def test_shapes(server: RunningServer, layers: embed_pb2.Layers, pooling: embed_pb2.Pooling, shape: list[int]) -> None:
+def test_shapes(server: LoopServer, layers: embed_pb2.Layers, pooling: embed_pb2.Pooling, shape: list[int]) -> None:
     mix = embed_pb2.ScalarMix(weights=[0, 1, 2]) if layers == embed_pb2.LAYERS_MIX else None
     tensor = embed(server, tokens("a", "b"), layers=layers, pooling=pooling, mix=mix).results[0].embedding.tensor
     assert list(tensor.shape) == shape
     assert len(tensor.data) == 4 * np.prod(shape)
 
 
-def test_number_formats(server: RunningServer) -> None:
+def test_number_formats(server: LoopServer) -> None:
     exact = array(embed(server, tokens("a", "b")).results[0].embedding)
     half = embed(server, tokens("a", "b"), data_type=embed_pb2.DATA_TYPE_FLOAT16).results[0].embedding.tensor
     assert np.array_equal(np.frombuffer(half.data, "<f2").reshape(exact.shape), exact.astype(np.float16))
@@ -141,7 +142,7 @@ def test_number_formats(server: RunningServer) -> None:
     assert brain.data_type == embed_pb2.DATA_TYPE_BFLOAT16
 
 
-def test_mix_and_norm(server: RunningServer) -> None:
+def test_mix_and_norm(server: LoopServer) -> None:
     layers = array(embed(server, tokens("a", "b")).results[0].embedding)
     mix = embed_pb2.ScalarMix(weights=[0.0, 0.0, 50.0], gamma=2.0)
     found = embed(server, tokens("a", "b"), layers=embed_pb2.LAYERS_MIX, mix=mix).results[0].embedding
@@ -150,7 +151,7 @@ def test_mix_and_norm(server: RunningServer) -> None:
     assert np.linalg.norm(array(unit)) == pytest.approx(1.0)
 
 
-def test_what_it_cost(server: RunningServer) -> None:
+def test_what_it_cost(server: LoopServer) -> None:
     usage = embed(server, tokens("a", "b"), tokens("c")).usage
     model = server.stub().GetModel(embed_pb2.GetModelRequest())
     assert usage.tokens == 3
@@ -159,7 +160,7 @@ def test_what_it_cost(server: RunningServer) -> None:
     assert usage.queue_time.ToNanoseconds() >= 0
 
 
-def test_the_model_describes_itself(server: RunningServer) -> None:
+def test_the_model_describes_itself(server: LoopServer) -> None:
     model = server.stub().GetModel(embed_pb2.GetModelRequest())
     assert (model.name, model.layer_count, model.width, model.cell_size) == ("random-tiny", 3, 16, 32)
     assert (model.precision, model.max_token_bytes, model.state_bytes) == ("float32", 48, 652)
@@ -169,7 +170,7 @@ def test_the_model_describes_itself(server: RunningServer) -> None:
     assert len(model.version) == 16
 
 
-def test_carried_state_is_the_callers(golden_server: RunningServer, golden: Path) -> None:
+def test_carried_state_is_the_callers(golden_server: LoopServer, golden: Path) -> None:
     sentences = json.loads((golden / "sentences.json").read_text(encoding="utf-8"))
     states: dict[int, bytes] = {}
     with h5py.File(golden / "expected.hdf5") as file:
@@ -181,7 +182,7 @@ def test_carried_state_is_the_callers(golden_server: RunningServer, golden: Path
                 assert np.abs(array(result.embedding) - expected).max(initial=0.0) < 1e-5
 
 
-def test_bfloat16_products_on_request(start: Callable[..., RunningServer], server: RunningServer) -> None:
+def test_bfloat16_products_on_request(start: Callable[..., LoopServer], server: LoopServer) -> None:
     rounded = start("--precision", "bfloat16")
     assert rounded.stub().GetModel(embed_pb2.GetModelRequest()).precision == "bfloat16"
     found, exact = (array(embed(where, tokens("a", "word")).results[0].embedding) for where in (rounded, server))
@@ -198,7 +199,7 @@ def test_bfloat16_products_on_request(start: Callable[..., RunningServer], serve
     ],
 )
 def test_a_server_says_what_it_computes_by(
-    start: Callable[..., RunningServer],
+    start: Callable[..., LoopServer],
     caplog: pytest.LogCaptureFixture,
     flag: str,
     path: ProductPath,
@@ -229,7 +230,7 @@ BAD_SENTENCES = {
 
 
 @pytest.mark.parametrize("expected", BAD_SENTENCES)
-def test_a_bad_sentence_costs_the_others_nothing(server: RunningServer, expected: str) -> None:
+def test_a_bad_sentence_costs_the_others_nothing(server: LoopServer, expected: str) -> None:
     good = tokens("good", "words")
     alone = embed(server, good).results[0].embedding.tensor.data
     first, bad, last = embed(server, good, BAD_SENTENCES[expected], good).results
@@ -239,7 +240,7 @@ def test_a_bad_sentence_costs_the_others_nothing(server: RunningServer, expected
         assert result.embedding.tensor.data == alone
 
 
-def test_pooling_an_empty_sentence_is_that_sentences_error(server: RunningServer) -> None:
+def test_pooling_an_empty_sentence_is_that_sentences_error(server: LoopServer) -> None:
     results = embed(
         server, tokens(), embed_pb2.Sentence(text="  "), tokens("a"), pooling=embed_pb2.POOLING_MEAN
     ).results
@@ -247,7 +248,7 @@ def test_pooling_an_empty_sentence_is_that_sentences_error(server: RunningServer
     assert results[2].HasField("embedding")
 
 
-def test_an_empty_sentence_has_no_rows_and_keeps_its_state(server: RunningServer) -> None:
+def test_an_empty_sentence_has_no_rows_and_keeps_its_state(server: LoopServer) -> None:
     state = embed(server, tokens("a", return_state=True)).results[0].embedding.state
     empty = embed(server, tokens(state=state, return_state=True)).results[0].embedding
     assert list(empty.tensor.shape) == [3, 0, 16]
@@ -255,7 +256,7 @@ def test_an_empty_sentence_has_no_rows_and_keeps_its_state(server: RunningServer
 
 
 @pytest.mark.parametrize("damage", ["nan", "version", "length"])
-def test_a_state_is_checked(server: RunningServer, damage: str) -> None:
+def test_a_state_is_checked(server: LoopServer, damage: str) -> None:
     state = bytearray(embed(server, tokens("a", return_state=True)).results[0].embedding.state)
     if damage == "nan":
         state[-4:] = b"\xff\xff\xff\xff"
@@ -267,7 +268,7 @@ def test_a_state_is_checked(server: RunningServer, damage: str) -> None:
 
 
 @pytest.mark.parametrize("token", ["\x00", "a\x01\x1b[31m", "x" * 44_000, "🙂" * 20, "\u202e"])
-def test_strange_tokens_are_embedded(server: RunningServer, token: str) -> None:
+def test_strange_tokens_are_embedded(server: LoopServer, token: str) -> None:
     embedding = embed(server, tokens(token, "next")).results[0].embedding
     assert np.isfinite(array(embedding)).all()
     assert list(embedding.tokens) == [token, "next"]
@@ -299,13 +300,13 @@ UNSET = {
 
 
 @pytest.mark.parametrize("case", UNSET)
-def test_what_is_not_set_means_all_layers_no_pooling_float32(server: RunningServer, case: str) -> None:
+def test_what_is_not_set_means_all_layers_no_pooling_float32(server: LoopServer, case: str) -> None:
     bare = server.stub().Embed(request(UNSET[case], tokens("a", "word")))
     assert bare.results == embed(server, tokens("a", "word")).results
     assert bare.results[0].embedding.tensor.data_type == FLOAT32
 
 
-def test_what_is_set_stays_beside_what_is_not(server: RunningServer) -> None:
+def test_what_is_set_stays_beside_what_is_not(server: LoopServer) -> None:
     bare = server.stub().Embed(request(embed_pb2.EmbedOptions(pooling=embed_pb2.POOLING_MEAN), tokens("a", "word")))
     assert bare.results == embed(server, tokens("a", "word"), pooling=embed_pb2.POOLING_MEAN).results
 
@@ -330,14 +331,14 @@ BAD_REQUESTS = {
 
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)
-def test_a_bad_request_is_refused_with_a_reason(server: RunningServer, case: str) -> None:
+def test_a_bad_request_is_refused_with_a_reason(server: LoopServer, case: str) -> None:
     bad, expected = BAD_REQUESTS[case]
     with pytest.raises(grpc.RpcError) as error:
         server.stub().Embed(bad)
     assert refusal(error.value)[:2] == (grpc.StatusCode.INVALID_ARGUMENT, expected)
 
 
-def test_the_wrong_model_is_refused_everywhere(server: RunningServer) -> None:
+def test_the_wrong_model_is_refused_everywhere(server: LoopServer) -> None:
     stub = server.stub()
     cases: list[tuple[dict[str, Any], grpc.StatusCode, str]] = [
         ({"model": "other"}, grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
@@ -357,7 +358,7 @@ def test_the_wrong_model_is_refused_everywhere(server: RunningServer) -> None:
     assert stub.GetModel(embed_pb2.GetModelRequest(expected_model_version=model.version)) == model
 
 
-def test_an_answer_that_does_not_fit_is_refused_before_it_is_computed(start: Callable[..., RunningServer]) -> None:
+def test_an_answer_that_does_not_fit_is_refused_before_it_is_computed(start: Callable[..., LoopServer]) -> None:
     server = start("--model", "random:original", "--max-tokens-per-request", "16384")  # 12 KiB a token
     with pytest.raises(grpc.RpcError) as error:
         embed(server, tokens(*["a"] * 1500))
@@ -378,7 +379,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize(("method", "frame"), MALFORMED)
-def test_malformed_frames_are_the_callers_fault(server: RunningServer, method: str, frame: bytes) -> None:
+def test_malformed_frames_are_the_callers_fault(server: LoopServer, method: str, frame: bytes) -> None:
     channel: Any = server.channel()
     # The server tells one message from a stream of one by the method, not by the frames
     with pytest.raises(grpc.RpcError) as error:
@@ -387,7 +388,7 @@ def test_malformed_frames_are_the_callers_fault(server: RunningServer, method: s
     assert "protobuf" not in str(error.value.details()).lower()
 
 
-def test_a_message_over_the_limit_never_gets_in(server: RunningServer) -> None:
+def test_a_message_over_the_limit_never_gets_in(server: LoopServer) -> None:
     with pytest.raises(grpc.RpcError) as error:
         embed(server, tokens("x" * (4 * 2**20)))
     assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED

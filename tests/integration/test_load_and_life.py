@@ -1,24 +1,19 @@
 """Overload, giving up, health, shutdown: what happens around a request."""
 
 import asyncio
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
-from bilm_model.engine.engine import RecurrentEngine
-from bilm_model.engine.types import EngineResult
 from bilm_server.config_sources import load_config
 from bilm_server.errors import EngineLostError
 from bilm_server.inference.types import Sentence
@@ -28,66 +23,66 @@ from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.integration.integration_support import PLAIN, RunningServer, health_stub, tokens
+from tests.integration.integration_support import PLAIN, health_stub, tokens
 from tests.integration.test_embed import refusal
+from tests.support.faulty_server import BROKEN, HANG
+from tests.support.hooked_engine import HookedEngine, Hooks
+from tests.support.processes import wait_until
+from tests.support.server_processes import ProcessServer
+from tests.support.servers import LoopServer
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = ("", "bilm_api.v1.EmbedService")
 
 
 class Gate:
-    """Holds the model's thread until it is opened, and keeps who joined since the last time that it went on."""
+    """Hold an engine until it is opened; keep which sentences joined since the last time that it went on."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.open, self.entered = threading.Event(), threading.Event()
         self.batches: list[list[str]] = []
-        join, advance = RecurrentEngine.join, RecurrentEngine.advance
-        joined: list[str] = []
+        self._joined: list[str] = []
 
-        def join_and_tell(engine: RecurrentEngine[Sentence], sentences: Sequence[Sentence]) -> None:
-            joined.extend(sentence.tokens[0] for sentence in sentences)
-            join(engine, sentences)
+    def hold(self, engine: HookedEngine[Sentence]) -> None:
+        engine.hooks = Hooks(join=self._note, advance=self._wait)
 
-        def advance_when_open(engine: RecurrentEngine[Sentence]) -> list[EngineResult[Sentence]]:
-            if joined:
-                self.batches.append(joined.copy())
-                joined.clear()
-            self.entered.set()
-            assert self.open.wait(60)
-            return advance(engine)
+    def _note(self, sentences: Sequence[Sentence]) -> None:
+        self._joined += [sentence.tokens[0] for sentence in sentences]
 
-        monkeypatch.setattr(RecurrentEngine, "join", join_and_tell)
-        monkeypatch.setattr(RecurrentEngine, "advance", advance_when_open)
+    def _wait(self) -> None:
+        if self._joined:
+            self.batches.append(self._joined.copy())
+            self._joined.clear()
+        self.entered.set()
+        assert self.open.wait(60)
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(monkeypatch)
+def gate() -> Iterator[Gate]:
+    gate = Gate()
     yield gate
     gate.open.set()
+
+
+def fail() -> None:
+    """What a hook of an engine does that fails."""
+    raise ZeroDivisionError("division by zero")
 
 
 def one(*words: str, **fields: Any) -> embed_pb2.EmbedRequest:
     return embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*words)], **fields)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """For what has no event of its own: the far end of a real connection."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.002)
-
-
 def test_callers_are_batched_together_and_an_idle_server_does_not_wait(
-    gate: Gate, start: Callable[..., RunningServer]
+    gate: Gate, start: Callable[..., LoopServer]
 ) -> None:
     server = start()
+    gate.hold(server.engine)
     stub = server.stub()
     calls = [stub.Embed.future(one("first"))]
     assert gate.entered.wait(60)  # at once, alone
     calls += [stub.Embed.future(one(f"w{i}")) for i in range(10)]
-    wait_until(lambda: server.server.embedder.admission.used.tokens == 11)
+    wait_until(lambda: server.admission.used.tokens == 11, "all calls are admitted")
     gate.open.set()
     for call in calls:
         call.result(60)
@@ -96,39 +91,42 @@ def test_callers_are_batched_together_and_an_idle_server_does_not_wait(
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
-def test_work_that_nobody_waits_for_is_not_done(gate: Gate, start: Callable[..., RunningServer], how: str) -> None:
+def test_work_that_nobody_waits_for_is_not_done(gate: Gate, start: Callable[..., LoopServer], how: str) -> None:
     server = start()
+    gate.hold(server.engine)
     stub = server.stub()
-    used = server.server.embedder.admission
+    used = server.admission
     first = stub.Embed.future(one("first"))
     assert gate.entered.wait(60)
     doomed = stub.Embed.future(one("doomed"), timeout=0.2 if how == "deadline" else None)
-    wait_until(lambda: used.used.tokens == 2 or how == "deadline")
+    wait_until(lambda: used.used.tokens == 2 or how == "deadline", "the call is admitted")
     if how == "cancel":
         doomed.cancel()
     else:
         assert doomed.exception(60).code() == grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[union-attr]
-    wait_until(lambda: used.used.tokens == 1)
+    wait_until(lambda: used.used.tokens == 1, "its room is given back")
     gate.open.set()
     first.result(60)
     stub.Embed(one("last"))
     assert gate.batches == [["first"], ["last"]]
 
 
-def test_a_sentence_in_flight_is_left_when_its_caller_has_gone(gate: Gate, start: Callable[..., RunningServer]) -> None:
+def test_a_sentence_in_flight_is_left_when_its_caller_has_gone(gate: Gate, start: Callable[..., LoopServer]) -> None:
     server = start()
+    gate.hold(server.engine)
     stub = server.stub()
     doomed = stub.Embed.future(one("doomed"))
     assert gate.entered.wait(60)
     doomed.cancel()
-    wait_until(lambda: server.server.embedder.admission.used.tokens == 0)
+    wait_until(lambda: server.admission.used.tokens == 0, "its room is given back")
     gate.open.set()
     assert stub.Embed(one("next")).results[0].HasField("embedding")
-    assert server.server.embedder.model.engine.in_flight == 0
+    assert server.model.engine.in_flight == 0
 
 
-def test_overload_is_refused_at_once_with_a_time_to_come_back(gate: Gate, start: Callable[..., RunningServer]) -> None:
+def test_overload_is_refused_at_once_with_a_time_to_come_back(gate: Gate, start: Callable[..., LoopServer]) -> None:
     server = start("--max-waiting-tokens", "100", "--max-tokens-per-request", "100")
+    gate.hold(server.engine)
     stub = server.stub()
     waiting = stub.Embed.future(embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*["w"] * 95)]))
     assert gate.entered.wait(60)
@@ -142,8 +140,9 @@ def test_overload_is_refused_at_once_with_a_time_to_come_back(gate: Gate, start:
     stub.Embed(embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*["w"] * 6)]))
 
 
-def test_health_answers_while_the_model_is_busy(gate: Gate, start: Callable[..., RunningServer]) -> None:
+def test_health_answers_while_the_model_is_busy(gate: Gate, start: Callable[..., LoopServer]) -> None:
     server = start()
+    gate.hold(server.engine)
     call = server.stub().Embed.future(one("busy"))
     assert gate.entered.wait(60)
     health = health_stub(server.channel())
@@ -156,38 +155,24 @@ def test_health_answers_while_the_model_is_busy(gate: Gate, start: Callable[...,
     call.result(60)
 
 
-def test_a_failure_is_internal_and_says_nothing_of_the_inside(
-    server: RunningServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(RecurrentEngine, "advance", lambda *_: 1 / 0)
+def test_a_failure_is_internal_and_says_nothing_of_the_inside(server: LoopServer) -> None:
+    with server.engine.hooked(advance=fail):
         (result,) = server.stub().Embed(one("w")).results
     assert result.error.code == code_pb2.INTERNAL
     assert "division" not in result.error.message
     assert server.stub().Embed(one("w")).results[0].HasField("embedding")
 
 
-def test_a_poisoned_sentence_is_its_callers_alone(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_poisoned_sentence_is_its_callers_alone(server: LoopServer) -> None:
     """Sentences of three calls and a stream are in flight together, and one of them makes every round fail."""
-    advance, join, in_flight = RecurrentEngine.advance, RecurrentEngine.join, set[Sentence]()
     words = [["a"] * 40, ["b", "b"], ["poison"] * 30, ["c"]]
     known = [server.stub().Embed(one(*sentence)) for sentence in words]
 
-    def noted(engine: RecurrentEngine[Sentence], sentences: Sequence[Sentence]) -> None:
-        in_flight.update(sentences)
-        join(engine, sentences)
-
-    def poisoned(engine: RecurrentEngine[Sentence]) -> list[EngineResult[Sentence]]:
-        if any(sentence.tokens[0] == "poison" for sentence in in_flight):
-            in_flight.clear()
+    def check() -> None:
+        if any(sentence.tokens[0] == "poison" for sentence in server.engine.present):
             raise MemoryError("out of memory, simulated")
-        ended = advance(engine)
-        in_flight.difference_update(result.sentence for result in ended)
-        return ended
 
-    with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
-        patch.setattr(RecurrentEngine, "join", noted)
-        patch.setattr(RecurrentEngine, "advance", poisoned)
+    with server.engine.hooked(advance=check), ThreadPoolExecutor(4) as pool:
         stub = server.stub()
         together = embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*sentence) for sentence in words[1:]])
         calls = [pool.submit(stub.Embed, one(*sentence)) for sentence in words]
@@ -207,13 +192,11 @@ def test_a_poisoned_sentence_is_its_callers_alone(server: RunningServer, monkeyp
         assert results[index].embedding.tensor.data == streamed[index].rows.embedding.tensor.data == data
 
 
-def test_health_follows_the_model(start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_follows_the_model(start: Callable[..., LoopServer]) -> None:
     server = start()
     updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=60)
     assert next(updates).status == SERVING
-    with monkeypatch.context() as patch:
-        patch.setattr(RecurrentEngine, "advance", lambda *_: 1 / 0)
-        patch.setattr(RecurrentEngine, "warm_up", lambda *_: 1 / 0)
+    with server.engine.hooked(advance=fail, warm_up=fail):
         with pytest.raises(grpc.RpcError) as error:
             server.stub().Embed(one("w"))
         assert refusal(error.value)[:2] == (grpc.StatusCode.UNAVAILABLE, "MODEL_FAILING")
@@ -227,23 +210,21 @@ def test_health_follows_the_model(start: Callable[..., RunningServer], monkeypat
 
 
 def test_a_fixed_ready_port_is_open_while_the_server_is_ready(
-    start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., LoopServer],
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = free.getsockname()
     server = start("--ready-listen", "{}:{}".format(*address))
-    wait_until(lambda: greets(address))
-    with monkeypatch.context() as patch:
-        patch.setattr(RecurrentEngine, "advance", lambda *_: 1 / 0)
-        patch.setattr(RecurrentEngine, "warm_up", lambda *_: 1 / 0)
+    wait_until(lambda: greets(address), "the port is open")
+    with server.engine.hooked(advance=fail, warm_up=fail):
         with pytest.raises(grpc.RpcError):
             server.stub().Embed(one("w"))
-        wait_until(lambda: not greets(address))
-    wait_until(lambda: greets(address))
+        wait_until(lambda: not greets(address), "the port is closed")
+    wait_until(lambda: greets(address), "the port is open")
     server.server.ask_to_stop()
     server.call(server.server.serve)  # raises what the watchdog has failed with
     server.call(server.server.drain)
-    wait_until(lambda: not greets(address))
+    wait_until(lambda: not greets(address), "the port is closed")
 
 
 def greets(address: tuple[str, int]) -> bool:
@@ -254,8 +235,9 @@ def greets(address: tuple[str, int]) -> bool:
         return False
 
 
-def test_a_hung_engine_is_out_and_its_callers_are_let_go(start: Callable[..., RunningServer], gate: Gate) -> None:
+def test_a_hung_engine_is_out_and_its_callers_are_let_go(start: Callable[..., LoopServer], gate: Gate) -> None:
     server = start("--hang-s", "0.5")
+    gate.hold(server.engine)
     updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=60)
     assert next(updates).status == SERVING
     with pytest.raises(grpc.RpcError) as error:
@@ -269,35 +251,33 @@ def test_a_hung_engine_is_out_and_its_callers_are_let_go(start: Callable[..., Ru
     updates.cancel()
 
 
-def test_a_lost_engine_ends_the_service(start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_engine_ends_the_service(start: Callable[..., LoopServer]) -> None:
     server = start("--give-up-s", "0.5")
-    with monkeypatch.context() as patch:
-        patch.setattr(RecurrentEngine, "advance", lambda *_: 1 / 0)
-        patch.setattr(RecurrentEngine, "warm_up", lambda *_: 1 / 0)
+    with server.engine.hooked(advance=fail, warm_up=fail):
         with pytest.raises(grpc.RpcError):
             server.stub().Embed(one("w"))
         with pytest.raises(EngineLostError, match="fails"):
             server.call(server.server.serve)
 
 
-def test_not_serving_before_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_serving_before_the_warm_up() -> None:
     seen: list[int] = []
+    server = LoopServer()
 
-    def probe(engine: RecurrentEngine[Sentence]) -> None:
+    def look() -> None:
         with grpc.insecure_channel(server.target) as channel:
             seen.extend(
                 health_stub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=60).status
                 for service in SERVICES
             )
 
-    monkeypatch.setattr(RecurrentEngine, "warm_up", probe)
-    server = RunningServer(load_config(["--model", "random:tiny", "--listen", "127.0.0.1:0"]))
+    server.engine.hooks = Hooks(warm_up=look)
     server.start()
     server.stop()
     assert seen == [NOT_SERVING, NOT_SERVING]
 
 
-def is_alive(server: RunningServer) -> bool:
+def is_alive(server: LoopServer) -> bool:
     request = health_pb2.HealthCheckRequest(service=LIVENESS)
     return bool(health_stub(server.channel()).Check(request, timeout=60).status == SERVING)
 
@@ -308,7 +288,7 @@ def stream_of(*words: str) -> list[embed_pb2.EmbedStreamRequest]:
     return [start, embed_pb2.EmbedStreamRequest(item=item)]
 
 
-def test_reflection_is_there_only_when_asked_for(start: Callable[..., RunningServer]) -> None:
+def test_reflection_is_there_only_when_asked_for(start: Callable[..., LoopServer]) -> None:
     stub: Any = reflection_pb2_grpc.ServerReflectionStub
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     with_it = stub(start("--reflection").channel())
@@ -324,77 +304,40 @@ def test_reflection_is_there_only_when_asked_for(start: Callable[..., RunningSer
 # ---- the process ----
 
 
-@contextmanager
-def process(
-    *flags: str, launcher: tuple[str, ...] = ("-m", "bilm_server")
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process and where it listens, once it is SERVING."""
-    command = [sys.executable, *launcher, "--model", "random:tiny", "--drain-delay-s", "0", *flags]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert child.stderr is not None
-    drain = threading.Thread(target=child.stderr.read)  # a pipe that nobody reads would fill up
-    try:
-        target = ""
-        for line in child.stderr:
-            if found := re.search(r"listening on (\S+)", line):
-                target = found.group(1)
-            if "health: SERVING" in line:
-                break
-        else:
-            raise AssertionError(f"the server ended with {child.wait()}")
-        drain.start()
-        yield child, target
-    finally:
-        child.kill()
-        child.wait()
-        if drain.ident is not None:
-            drain.join()
-        child.stderr.close()
-
-
-_HANGS = """
-import sys, threading
-from bilm_model.engine.engine import RecurrentEngine
-from bilm_server.protocols.grpc.health import LIVENESS
-from bilm_server.main import main
-RecurrentEngine.advance = lambda *_: threading.Event().wait()
-sys.exit(main())
-"""
-
-
-def test_a_process_whose_engine_hangs_ends_with_3() -> None:
-    flags = ("--listen", "127.0.0.1:0", "--hang-s", "0.5", "--give-up-s", "0.5")
-    with process(*flags, launcher=("-c", _HANGS)) as (child, target), grpc.insecure_channel(target) as channel:
+def test_a_process_whose_engine_hangs_ends_with_3(tmp_path: Path) -> None:
+    flags = ("--hang-s", "0.5", "--give-up-s", "0.5")
+    environment = {BROKEN: str(tmp_path / "broken")}
+    faulty = ProcessServer(*flags, module="tests.support.faulty_server", environment=environment)
+    with faulty as server, grpc.insecure_channel(server.target) as channel:
         with pytest.raises(grpc.RpcError) as error:
-            embed_pb2_grpc.EmbedServiceStub(channel).Embed(one("w"), timeout=60)
+            embed_pb2_grpc.EmbedServiceStub(channel).Embed(one(HANG), timeout=60)
         assert error.value.code() == grpc.StatusCode.UNAVAILABLE
-        assert child.wait(240) == 3
+        assert server.wait(240) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_ends_with_0(number: signal.Signals) -> None:
-    with process("--listen", "127.0.0.1:0") as (child, target), grpc.insecure_channel(target) as channel:
+    with ProcessServer() as server, grpc.insecure_channel(server.target) as channel:
         stub = embed_pb2_grpc.EmbedServiceStub(channel)
         in_flight = stub.Embed.future(
             embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*["w"] * 8000), tokens("b")])
         )
         updates = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(updates).status == SERVING
-        child.send_signal(number)
+        server.send_signal(number)
         assert next(updates).status == NOT_SERVING
         assert in_flight.result(60).results[1].HasField("embedding")
         updates.cancel()
-        assert child.wait(240) == 0
+        assert server.wait() == 0
 
 
 def test_the_grace_time_bounds_the_drain() -> None:
-    server = process("--listen", "127.0.0.1:0", "--grace-s", "0.2")
-    with server as (child, target), grpc.insecure_channel(target) as channel:
+    with ProcessServer("--grace-s", "0.2") as server, grpc.insecure_channel(server.target) as channel:
         stay_open = threading.Event()
         never_ending = embed_pb2_grpc.EmbedServiceStub(channel).EmbedStream(unfinished(stay_open))
         assert next(never_ending).rows.last
-        child.terminate()
-        assert child.wait(25) == 0  # the default would be 30 s
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(25) == 0  # the default would be 30 s
         stay_open.set()
 
 
@@ -403,7 +346,7 @@ def unfinished(stay_open: threading.Event) -> Iterator[embed_pb2.EmbedStreamRequ
     stay_open.wait(60)
 
 
-def test_a_drain_waits_neither_for_health_watchers_nor_for_reflection(start: Callable[..., RunningServer]) -> None:
+def test_a_drain_waits_neither_for_health_watchers_nor_for_reflection(start: Callable[..., LoopServer]) -> None:
     server = start("--reflection", "--grace-s", "3600")
     updates = health_stub(server.channel()).Watch(health_pb2.HealthCheckRequest(), timeout=60)
     assert next(updates).status == SERVING
@@ -431,7 +374,7 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_taken_port_is_an_error(server: RunningServer) -> None:
+def test_a_taken_port_is_an_error(server: LoopServer) -> None:
     found = run("--model", "random:tiny", "--listen", server.target)
     assert found.returncode == 1
     assert f"can't listen on {server.target}" in found.stderr
@@ -454,27 +397,15 @@ def test_a_device_that_is_not_there_is_an_error() -> None:
 def test_log_lines_can_be_json_and_never_hold_text() -> None:
     import json
 
-    with ThreadPoolExecutor(1) as pool:
-        command = [sys.executable, "-m", "bilm_server", "--model", "random:tiny", "--listen", "127.0.0.1:0"]
-        child = subprocess.Popen([*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True)
-        assert child.stderr is not None
-        lines = []
-        for line in child.stderr:
-            lines.append(json.loads(line))
-            if lines[-1]["message"] == "health: SERVING":
-                break
-        target = next(m["message"].split()[-1] for m in lines if m["message"].startswith("listening on"))
-        rest = pool.submit(child.stderr.read)
-        with grpc.insecure_channel(target) as channel:
+    with ProcessServer("--log-format", "json") as server:
+        with grpc.insecure_channel(server.target) as channel:
             embed_pb2_grpc.EmbedServiceStub(channel).Embed(one("confidential"))
-        os.kill(child.pid, signal.SIGTERM)
-        os.kill(child.pid, signal.SIGTERM)
-        child.wait(240)
-        text = rest.result(60)
-    assert '"message": "Embed OK' in text
-    assert "confidential" not in text
-    assert all(json.loads(line) for line in text.splitlines())
-    child.stderr.close()
+        for _ in range(2):
+            server.send_signal(signal.SIGTERM)
+        server.wait()
+        lines = [json.loads(line) for line in server.lines]
+    assert any(line["message"].startswith("Embed OK") for line in lines)
+    assert "confidential" not in server.text()
 
 
 async def test_stop_may_be_called_twice_and_before_start() -> None:

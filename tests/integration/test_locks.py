@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.batch_support import datasets, journal_of, write
-from tests.integration.integration_support import RunningServer
 from tests.support.processes import started
+from tests.support.servers import LoopServer
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "golden" / "relu-2highway"
 _MISSING = "int flock(int file, int operation) { errno = %d; return -1; }"
@@ -30,7 +30,7 @@ def environment(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str
     return {**os.environ, "LD_PRELOAD": str(library)}
 
 
-def test_a_run_continues_with_a_warning(server: RunningServer, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_run_continues_with_a_warning(server: LoopServer, tmp_path: Path, environment: dict[str, str]) -> None:
     text, output = write(tmp_path / "in.txt", "one line", "another"), tmp_path / "out.hdf5"
     command = [sys.executable, "-m", "bilm_client.batch", str(text), str(output), "--target", server.target]
     for flags, expected in (((), "2 sentences"), (("--resume",), "whole already")):

@@ -2,55 +2,39 @@
 
 import random
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from bilm_api.v1 import embed_pb2
-from bilm_model.engine.engine import RecurrentEngine
-from bilm_model.engine.types import Capacity, EngineResult
-from bilm_server.inference.types import Sentence
-from bilm_server.inference.worker import InferenceWorker, WorkerTiming
+from bilm_server.inference.worker import WorkerTiming
 
-from tests.integration.integration_support import PLAIN, RunningServer, tokens
+from tests.integration.integration_support import PLAIN, tokens
 from tests.integration.test_embed import refusal
 from tests.integration.test_stream import item, start_message
+from tests.support.processes import wait_until
+from tests.support.servers import LoopServer
 
 SIX = embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens("one", "of", "six")] * 6)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "the server still holds something"
-        time.sleep(0.002)
-
-
-def check_nothing_is_left(server: RunningServer) -> None:
-    """Waiting, in flight and reserved: all 0, in the thread, the engine and the rooms."""
-    embedder = server.server.embedder
-    engine = embedder.model.engine
-    wait_until(lambda: embedder.idle)
-    assert (engine.in_flight, engine.used) == (0, Capacity(0, 0))
-
-
-def test_sixty_late_calls_of_six_sentences(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sixty_late_calls_of_six_sentences(start: Callable[..., LoopServer]) -> None:
     """On the clock of the model's thread their deadlines have passed: they are refused in the queue, not by gRPC."""
-    with monkeypatch.context() as patch:
-        patch.setattr(server.server.embedder.worker, "_clock", lambda: time.monotonic() + 3600)
-        stub = server.stub()
-        calls: list[Any] = [stub.Embed.future(SIX, timeout=30) for _ in range(60)]
-        for call in calls:
-            assert refusal(call.exception(20))[1] == "DEADLINE_EXCEEDED"
-        late = list(stub.EmbedStream(iter([start_message(), *(item(i, tokens("a")) for i in range(20))]), timeout=30))
-        assert len(late) == 20
-        check_nothing_is_left(server)
+    ahead_s = 3600.0
+    server = start(worker={"clock": lambda: time.monotonic() + ahead_s})
+    stub = server.stub()
+    calls: list[Any] = [stub.Embed.future(SIX, timeout=30) for _ in range(60)]
+    for call in calls:
+        assert refusal(call.exception(20))[1] == "DEADLINE_EXCEEDED"
+    late = list(stub.EmbedStream(iter([start_message(), *(item(i, tokens("a")) for i in range(20))]), timeout=30))
+    assert len(late) == 20
+    server.check_nothing_is_left()
+    ahead_s = 0.0
     assert len(server.stub().Embed(SIX).results) == 6
 
 
 def test_calls_and_streams_that_are_cancelled_at_any_moment(
-    server: RunningServer, caplog: pytest.LogCaptureFixture
+    server: LoopServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     chance = random.Random(7)
     stub = server.stub()
@@ -66,49 +50,26 @@ def test_calls_and_streams_that_are_cancelled_at_any_moment(
         if chance.random() < 0.5:
             time.sleep(chance.random() * 0.01)  # so that any step of the call may be the one that is interrupted
         call.cancel()
-    check_nothing_is_left(server)
+    server.check_nothing_is_left()
     assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
 
 
-def test_an_engine_that_fails_now_and_then(
-    start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_fails_now_and_then(start: Callable[..., LoopServer]) -> None:
     chance = random.Random(3)
-    quick = partial(InferenceWorker, timing=WorkerTiming(probe_s=0.01))
-    monkeypatch.setattr("bilm_server.app.InferenceWorker", quick)
-    server = start()
-    advance, join = RecurrentEngine.advance, RecurrentEngine.join
-    leave, probe = RecurrentEngine.drop, RecurrentEngine.warm_up
+    server = start(worker={"timing": WorkerTiming(probe_s=0.01)})
 
     def sometimes(share: float) -> None:
         if chance.random() < share:
             raise RuntimeError("simulated")
 
-    def failing_advance(engine: RecurrentEngine[Sentence]) -> list[EngineResult[Sentence]]:
-        sometimes(0.1)
-        return advance(engine)
-
-    def failing_join(engine: RecurrentEngine[Sentence], sentences: Sequence[Sentence]) -> None:
-        sometimes(0.02)
-        join(engine, sentences)
-        sometimes(0.02)  # it is in, and nobody knows
-
-    def failing_leave(engine: RecurrentEngine[Sentence], sentences: Sequence[Sentence]) -> None:
-        sometimes(0.3)
-        leave(engine, sentences)
-
-    def failing_probe(engine: RecurrentEngine[Sentence]) -> None:
-        sometimes(0.1)
-        probe(engine)
-
-    with monkeypatch.context() as patch:
-        for name, function in {
-            "advance": failing_advance,
-            "join": failing_join,
-            "drop": failing_leave,
-            "warm_up": failing_probe,
-        }.items():
-            patch.setattr(RecurrentEngine, name, function)
+    hooks: dict[str, Callable[..., None]] = {
+        "advance": lambda: sometimes(0.1),
+        "join": lambda _: sometimes(0.02),
+        "joined": lambda: sometimes(0.02),  # it is in, and nobody knows
+        "drop": lambda: sometimes(0.3),
+        "warm_up": lambda: sometimes(0.1),
+    }
+    with server.engine.hooked(**hooks):
         stub = server.stub()
         calls: list[Any] = []
         for number in range(60):
@@ -124,6 +85,6 @@ def test_an_engine_that_fails_now_and_then(
         for call in calls:
             if not call.cancelled():
                 call.exception()
-    wait_until(lambda: server.server.embedder.worker.healthy)
+    wait_until(lambda: server.worker.healthy, "the model works again", 20)
     assert len(server.stub().Embed(SIX).results) == 6
-    check_nothing_is_left(server)
+    server.check_nothing_is_left()

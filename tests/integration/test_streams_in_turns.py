@@ -10,8 +10,9 @@ import pytest
 from bilm_api.v1 import embed_pb2_grpc
 from bilm_client import AsyncClient, Client
 
-from tests.integration.integration_support import TINY, RunningServer, running, tokens
+from tests.integration.integration_support import tokens
 from tests.integration.test_stream import item, start_message
+from tests.support.servers import LoopServer, serving
 
 N_ITEMS = 8
 ITEM_TOKENS = 1000
@@ -23,8 +24,8 @@ OPTIONS: dict[str, Any] = {"timeout_s": LIMIT_S, "channel_options": OWN_SMALL_WI
 
 
 @pytest.fixture(scope="module")
-def small_room() -> Iterator[RunningServer]:
-    with running("--model", TINY, *LIMITS) as server:
+def small_room() -> Iterator[LoopServer]:
+    with serving(*LIMITS) as server:
         yield server
 
 
@@ -33,7 +34,7 @@ def documents(n_streams: int, n_tokens: int = ITEM_TOKENS) -> list[list[list[str
 
 
 @pytest.mark.parametrize("n_streams", [2, 3, 10])
-def test_streams_of_one_client(small_room: RunningServer, n_streams: int) -> None:
+def test_streams_of_one_client(small_room: LoopServer, n_streams: int) -> None:
     with Client(small_room.target, **OPTIONS) as client:
         streams = [client.embed_stream(document) for document in documents(n_streams)]
         found = list(zip(*streams, strict=True))
@@ -42,7 +43,7 @@ def test_streams_of_one_client(small_room: RunningServer, n_streams: int) -> Non
 
 
 @pytest.mark.parametrize("n_streams", [2, 10])
-async def test_streams_of_one_asynchronous_client(small_room: RunningServer, n_streams: int) -> None:
+async def test_streams_of_one_asynchronous_client(small_room: LoopServer, n_streams: int) -> None:
     async with AsyncClient(small_room.target, **OPTIONS) as client:
         streams = [client.embed_stream(document) for document in documents(n_streams)]
         for _ in range(N_ITEMS):
@@ -51,7 +52,7 @@ async def test_streams_of_one_asynchronous_client(small_room: RunningServer, n_s
         assert [await anext(stream, None) for stream in streams] == [None] * n_streams
 
 
-async def test_streams_of_several_clients(small_room: RunningServer) -> None:
+async def test_streams_of_several_clients(small_room: LoopServer) -> None:
     """Both kinds, in one thread: what one client holds, another one waits for."""
     with ExitStack() as stack:
         clients = [stack.enter_context(Client(small_room.target, **OPTIONS)) for _ in range(3)]
@@ -64,7 +65,7 @@ async def test_streams_of_several_clients(small_room: RunningServer) -> None:
                 await anext(other)
 
 
-def test_a_stream_that_nobody_reads_holds_nothing_up(small_room: RunningServer) -> None:
+def test_a_stream_that_nobody_reads_holds_nothing_up(small_room: LoopServer) -> None:
     """The client receives what it asked for; the server holds nothing of it."""
     with Client(small_room.target, **OPTIONS) as client:
         unread = client.embed_stream([["w"] * ITEM_TOKENS] * 64)
@@ -76,7 +77,7 @@ def test_a_stream_that_nobody_reads_holds_nothing_up(small_room: RunningServer) 
 
 
 @pytest.mark.parametrize("n_streams", [2, 3])
-def test_streams_of_a_caller_that_reads_nothing_ahead(small_room: RunningServer, n_streams: int) -> None:
+def test_streams_of_a_caller_that_reads_nothing_ahead(small_room: LoopServer, n_streams: int) -> None:
     """As callers in other languages may: flow control holds the results of one stream while another is read."""
     messages = [start_message(), *(item(number, tokens(*["w"] * ITEM_TOKENS)) for number in range(N_ITEMS))]
     with ExitStack() as stack:
@@ -90,7 +91,7 @@ def test_streams_of_a_caller_that_reads_nothing_ahead(small_room: RunningServer,
                 assert next(stream).rows.last
 
 
-def test_the_window_counts_tokens(small_room: RunningServer) -> None:
+def test_the_window_counts_tokens(small_room: LoopServer) -> None:
     """A stream asks for no more than its memory shall hold, and for one sentence at least."""
     read = 0
 
@@ -108,7 +109,7 @@ def test_the_window_counts_tokens(small_room: RunningServer) -> None:
             assert read == N_ITEMS
 
 
-async def test_an_asynchronous_stream_is_received_while_its_loop_does_other_things(small_room: RunningServer) -> None:
+async def test_an_asynchronous_stream_is_received_while_its_loop_does_other_things(small_room: LoopServer) -> None:
     async with AsyncClient(small_room.target, **OPTIONS) as client:
         unread = client.embed_stream([["w"] * ITEM_TOKENS] * 16)
         await anext(unread)

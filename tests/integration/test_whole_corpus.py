@@ -9,11 +9,17 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.integration.batch_support import SENTENCES, embed, embedding, journal_of, server_process, wait_for_size
+from tests.integration.batch_support import SENTENCES, embed, embedding, journal_of, wait_for_size
+from tests.support.server_processes import ProcessServer
 
 pytestmark = pytest.mark.slow
 
 MIDDLE_BYTES = 200 * 2**20  # of about 750 MB
+
+
+def shipped(listen: str) -> ProcessServer:
+    """Return a server on the model that ships."""
+    return ProcessServer("--model", "", listen=listen)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,7 @@ def listen() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(listen: str, text: Path) -> Path:
     output = text.with_name("uninterrupted.hdf5")
-    with server_process(listen):
+    with shipped(listen):
         assert embed(listen, text, output) == 0
     return output
 
@@ -52,7 +58,7 @@ def assert_same_content(found: Path, expected: Path, text: Path) -> None:
 
 def test_a_killed_client_resumes(listen: str, text: Path, uninterrupted: Path) -> None:
     output = text.with_name("killed-client.hdf5")
-    with server_process(listen):
+    with shipped(listen):
         with embedding(listen, text, output) as process:
             wait_for_size(journal_of(output), MIDDLE_BYTES, process)
             process.send_signal(signal.SIGKILL)
@@ -65,13 +71,12 @@ def test_a_killed_client_resumes(listen: str, text: Path, uninterrupted: Path) -
 def test_a_killed_server_is_started_again(listen: str, text: Path, uninterrupted: Path, patience_s: str) -> None:
     """Without patience the run stops and is resumed; with it, it outlives the restart."""
     output = text.with_name(f"killed-server-{patience_s}.hdf5")
-    with server_process(listen) as server, embedding(listen, text, output, "--patience-s", patience_s) as process:
+    with shipped(listen) as server, embedding(listen, text, output, "--patience-s", patience_s) as process:
         wait_for_size(journal_of(output), MIDDLE_BYTES, process)
         server.kill()
-        server.wait()
         if patience_s == "0":
             assert process.wait(120) == 1
-        with server_process(listen):
+        with shipped(listen):
             if patience_s == "0":
                 assert embed(listen, text, output, "--resume") == 0
             else:

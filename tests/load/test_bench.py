@@ -18,7 +18,7 @@ from bilm_bench.settings import load_settings
 from bilm_client import Sentence
 from bilm_client.testing.server import ServerProcess
 
-from tests.integration.integration_support import TINY, RunningServer, running
+from tests.support.servers import TINY, LoopServer, serving
 
 LINES = (
     "A short one .",
@@ -29,8 +29,8 @@ LINES = (
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running("--model", TINY) as server:
+def server() -> Iterator[LoopServer]:
+    with serving() as server:
         yield server
 
 
@@ -56,7 +56,7 @@ def assert_all_right(report: dict[str, Any]) -> None:
     assert figures["health"]["not_serving"] == 0
 
 
-def test_an_open_loop_with_every_answer_verified(server: RunningServer, text: Path) -> None:
+def test_an_open_loop_with_every_answer_verified(server: LoopServer, text: Path) -> None:
     code, report = bench(server.target, text, "--rate", "80", "--step-s", "1.5", "--verify", "--connections", "3")
     assert code == DONE
     assert_all_right(report)
@@ -65,7 +65,7 @@ def test_an_open_loop_with_every_answer_verified(server: RunningServer, text: Pa
     assert figures["tokens_per_s"] / figures["sentences_per_s"] == pytest.approx(25 / 4, rel=0.3)
 
 
-def test_a_closed_loop_with_raw_text_and_other_outputs(server: RunningServer, text: Path) -> None:
+def test_a_closed_loop_with_raw_text_and_other_outputs(server: LoopServer, text: Path) -> None:
     flags = ("--raw", "--layers", "top", "--pool", "mean", "--dtype", "bfloat16", "--verify", "--tolerance", "1e-5")
     load = ("--loop", "closed", "--callers", "4", "--sentences-per-call", "3", "--step-s", "1.5")
     code, report = bench(server.target, text, *load, *flags)
@@ -75,7 +75,7 @@ def test_a_closed_loop_with_raw_text_and_other_outputs(server: RunningServer, te
     assert max(sample["in_flight"] for sample in report["samples"]) <= 4
 
 
-def test_a_ramp(server: RunningServer, text: Path) -> None:
+def test_a_ramp(server: LoopServer, text: Path) -> None:
     code, report = bench(server.target, text, "--ramp", "20:100:3", "--step-s", "1")
     assert code == DONE
     assert_all_right(report)
@@ -85,7 +85,7 @@ def test_a_ramp(server: RunningServer, text: Path) -> None:
     assert sum(step["calls"] for step in report["steps"]) == report["figures"]["calls"]
 
 
-def test_a_short_soak(server: RunningServer, text: Path) -> None:
+def test_a_short_soak(server: LoopServer, text: Path) -> None:
     flags = ("--soak", "2s", "--sample-s", "0.2", "--rate", "40", "--server-pid", str(os.getpid()))
     code, report = bench(server.target, text, *flags, "--fail-on", "server.descriptors_per_hour>1e9")
     assert code == DONE
@@ -97,7 +97,7 @@ def test_a_short_soak(server: RunningServer, text: Path) -> None:
 def test_refusals_come_with_a_pushback(text: Path) -> None:
     limits = ("--max-tokens-per-request", "30", "--max-waiting-tokens", "30")  # one call of four sentences
     load = ("--loop", "closed", "--callers", "12", "--sentences-per-call", "4", "--step-s", "2", "--verify")
-    with running("--model", TINY, *limits) as server:
+    with serving(*limits) as server:
         code, report = bench(server.target, text, *load)
     figures = report["figures"]
     assert code == DONE  # a refusal is no wrong answer

@@ -25,8 +25,8 @@ from google.protobuf.message import DecodeError
 
 from tests.security.fuzz_frames import KINDS, Case
 from tests.security.fuzz_http2 import Connection, Reply, messages
-from tests.security.security_support import LISTENS_ANEW_S, MIB, TcpServer, Watch, resident_bytes
-from tests.support.processes import ROOT, module_command
+from tests.security.security_support import LISTENS_ANEW_S, Watch, WatchedServer
+from tests.support.processes import MIB, ROOT, module_command, resident_bytes
 
 # What would look like a leak is kept small: what is remembered of words, oneDNN's kernels for each number of rows (it
 # keeps 1,024), and what glibc keeps of the memory that was freed, in as many arenas as there are threads
@@ -79,7 +79,7 @@ def new_case(seed: int, kind: int, number: int) -> Case:
 def fuzz_server(seed: int, rounds: range, end_s: float, failures: Path | None = None) -> Report:
     """Sends inputs of each kind in turn, until the rounds or the time are over (`end_s`: of `time.monotonic`)."""
     report = Report()
-    with TcpServer(*SERVER_FLAGS, environment=SERVER_ENVIRONMENT) as server:
+    with WatchedServer(*SERVER_FLAGS, environment=SERVER_ENVIRONMENT, fresh=True) as server:
         watch, warm_bytes, samples = Watch(server), 0, list[int]()
         for number in rounds:
             if time.monotonic() >= end_s or not server.alive:
@@ -89,9 +89,9 @@ def fuzz_server(seed: int, rounds: range, end_s: float, failures: Path | None = 
                 _try(server, case, report, (function.__name__, number))
             if number % _WATCH_ROUNDS == 0:
                 _watch(watch, report, number)
-                samples.append(resident_bytes(server.process_id) if server.alive else 0)
+                samples.append(resident_bytes(server.pid) if server.alive else 0)
             if number - rounds.start == min(_WARM_ROUNDS, len(rounds) // 2):
-                warm_bytes = resident_bytes(server.process_id)
+                warm_bytes = resident_bytes(server.pid)
         _watch(watch, report, rounds.stop)
         if server.alive:
             _compare_resources(server, watch, warm_bytes, report)
@@ -102,7 +102,7 @@ def fuzz_server(seed: int, rounds: range, end_s: float, failures: Path | None = 
     return report
 
 
-def _try(server: TcpServer, case: Case, report: Report, name: tuple[str, int]) -> None:
+def _try(server: WatchedServer, case: Case, report: Report, name: tuple[str, int]) -> None:
     """One input on a connection of its own."""
     lines = len(server.bad_lines)
     end_s = time.monotonic() + LISTENS_ANEW_S
@@ -165,8 +165,8 @@ def _watch(watch: Watch, report: Report, number: int) -> None:
     report.complaints += [("before", number, text) for text in watch.complaints() if not text.startswith("in the log")]
 
 
-def _compare_resources(server: TcpServer, watch: Watch, warm_bytes: int, report: Report) -> None:
-    descriptors, resident = watch.settled_descriptors(), resident_bytes(server.process_id)
+def _compare_resources(server: WatchedServer, watch: Watch, warm_bytes: int, report: Report) -> None:
+    descriptors, resident = watch.settled_descriptors(), resident_bytes(server.pid)
     report.figures += [
         f"descriptors of the server: {watch.first_descriptors} before, {descriptors} after",
         f"resident memory: {watch.first_bytes // MIB} MiB before, {warm_bytes // MIB} warm, {resident // MIB} after",

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -25,53 +26,29 @@ from tests.security.fuzz_http2 import (
 from tests.security.security_support import (
     EMBED_PATH,
     HEALTH_PATH,
-    MIB,
     MODEL_PATH,
     PLAIN,
     STREAM_PATH,
-    TcpServer,
     Watch,
+    WatchedServer,
     known_sentences,
-    resident_bytes,
 )
+from tests.support.faulty_server import BROKEN, FAILING_TOKENS, UNFIT_TOKENS
+from tests.support.processes import MIB, resident_bytes
 
 CANARY = "Kanarienvogel7391"
 _TIMEOUT_S = 60.0
 _INVALID, _EXHAUSTED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED
 
-# A server whose engine fails, as it is told by the number of tokens of a sentence
-_FAILING_SERVER = """
-import sys
-from bilm_server import main
-from bilm_model.engine.engine import RecurrentEngine
-
-join, advance, failing = RecurrentEngine.join, RecurrentEngine.advance, []
-
-def failing_join(engine, sentences):
-    if any(len(sentence.tokens) == 13 for sentence in sentences):
-        raise RuntimeError("the test lets joining fail")
-    failing.extend(1 for sentence in sentences if len(sentence.tokens) == 17)
-    join(engine, sentences)
-
-def failing_advance(engine):
-    if failing:
-        failing.clear()
-        raise RuntimeError("the test lets a round fail")
-    return advance(engine)
-
-RecurrentEngine.join, RecurrentEngine.advance = failing_join, failing_advance
-sys.exit(main.main())
-"""
-
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[TcpServer]:
-    with TcpServer("--log-level", "debug") as server:
+def server() -> Iterator[WatchedServer]:
+    with WatchedServer("--log-level", "debug") as server:
         yield server
 
 
 @pytest.fixture
-def channel(server: TcpServer) -> Iterator[grpc.Channel]:
+def channel(server: WatchedServer) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(server.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         yield channel
 
@@ -90,7 +67,7 @@ def _as_it_is(data: bytes) -> bytes:
     return data
 
 
-def exchange(server: TcpServer, data: bytes, expected: tuple[int, ...]) -> Reply:
+def exchange(server: WatchedServer, data: bytes, expected: tuple[int, ...]) -> Reply:
     with Connection(server.address, _TIMEOUT_S) as connection:
         return connection.exchange(opening() + data, expected)
 
@@ -105,7 +82,7 @@ def padded_request(n_bytes: int) -> bytes:
     return padded
 
 
-def test_message_size(server: TcpServer, channel: grpc.Channel) -> None:
+def test_message_size(server: WatchedServer, channel: grpc.Channel) -> None:
     assert ending(channel, EMBED_PATH, padded_request(MAX_REQUEST_BYTES))[0] is grpc.StatusCode.OK
     code, text = ending(channel, EMBED_PATH, padded_request(MAX_REQUEST_BYTES + 1))
     assert (code, "larger than max" in text) == (_EXHAUSTED, True)
@@ -115,12 +92,12 @@ def test_message_size(server: TcpServer, channel: grpc.Channel) -> None:
     assert raised.value.code() is _EXHAUSTED
 
 
-def test_a_compressed_message_is_no_larger_than_a_plain_one(server: TcpServer, channel: grpc.Channel) -> None:
+def test_a_compressed_message_is_no_larger_than_a_plain_one(server: WatchedServer, channel: grpc.Channel) -> None:
     """100 MiB in 100 KiB: refused before they are in memory."""
-    before = resident_bytes(server.process_id)
+    before = resident_bytes(server.pid)
     code, _ = ending(channel, EMBED_PATH, bytes(100 * MIB), compression=grpc.Compression.Gzip)
     assert code is _EXHAUSTED
-    assert resident_bytes(server.process_id) - before < 64 * MIB
+    assert resident_bytes(server.pid) - before < 64 * MIB
 
 
 @pytest.mark.parametrize(
@@ -134,7 +111,7 @@ def test_a_compressed_message_is_no_larger_than_a_plain_one(server: TcpServer, c
     ],
     ids=["small", "beyond 16 KiB", "1 MB", "many", "many empty"],
 )
-def test_metadata_size(server: TcpServer, metadata: list[tuple[str, str]], code: grpc.StatusCode) -> None:
+def test_metadata_size(server: WatchedServer, metadata: list[tuple[str, str]], code: grpc.StatusCode) -> None:
     with grpc.insecure_channel(server.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         assert ending(channel, MODEL_PATH, b"", metadata=metadata)[0] is code
         assert ending(channel, MODEL_PATH, b"")[0] is grpc.StatusCode.OK
@@ -142,7 +119,7 @@ def test_metadata_size(server: TcpServer, metadata: list[tuple[str, str]], code:
 
 @pytest.mark.parametrize("path", [EMBED_PATH, MODEL_PATH, HEALTH_PATH])
 @pytest.mark.parametrize("data", [b"", b"\0", message(bytes(100))[:50]], ids=["no message", "a byte", "half a message"])
-def test_a_call_without_a_whole_message_gets_a_status(server: TcpServer, path: str, data: bytes) -> None:
+def test_a_call_without_a_whole_message_gets_a_status(server: WatchedServer, path: str, data: bytes) -> None:
     start = header_frames(1, header_block(call_headers(path.encode())))
     reply = exchange(server, start + data_frames(1, data), (1,))
     assert reply.statuses[1][0] == _INVALID.value[0]
@@ -150,7 +127,7 @@ def test_a_call_without_a_whole_message_gets_a_status(server: TcpServer, path: s
 
 def test_a_path_that_is_not_utf_8() -> None:
     """One such call ends the accepting of calls in grpc.aio 1.85: the server must be there again."""
-    with TcpServer() as server:
+    with WatchedServer() as server:
         watch = Watch(server)
         for path in (b"/" + CANARY.encode() + b"\xff", b"\xff"):
             exchange(server, call(1, path, b""), (1,))
@@ -159,7 +136,7 @@ def test_a_path_that_is_not_utf_8() -> None:
 
 
 @pytest.mark.parametrize("path", [EMBED_PATH, MODEL_PATH, HEALTH_PATH])
-def test_a_message_that_does_not_parse(server: TcpServer, channel: grpc.Channel, path: str) -> None:
+def test_a_message_that_does_not_parse(server: WatchedServer, channel: grpc.Channel, path: str) -> None:
     assert ending(channel, path, b"\xff\xff\xff")[0] is _INVALID
 
 
@@ -197,7 +174,7 @@ def _requests() -> Iterator[bytes]:
     yield embed_pb2.EmbedRequest(options=PLAIN, sentences=sentences[:1] * 2000).SerializeToString()
     many = embed_pb2.Sentence(tokens=embed_pb2.Tokens(tokens=[CANARY] * 20_000))
     yield embed_pb2.EmbedRequest(options=PLAIN, sentences=[many]).SerializeToString()
-    for n_tokens in (13, 17):  # where the engine fails
+    for n_tokens in (UNFIT_TOKENS, FAILING_TOKENS):
         failing = embed_pb2.Sentence(tokens=embed_pb2.Tokens(tokens=[CANARY] * n_tokens))
         yield embed_pb2.EmbedRequest(options=PLAIN, sentences=[failing]).SerializeToString()
     yield good.SerializeToString()[:-3] + b"\xff"
@@ -236,7 +213,7 @@ def _stream_endings(channel: grpc.Channel) -> Iterator[str]:
             yield f"{error.details()} {error.trailing_metadata()}"
 
 
-def _raw_endings(server: TcpServer) -> Iterator[str]:
+def _raw_endings(server: WatchedServer) -> Iterator[str]:
     canary, embed = CANARY.encode(), EMBED_PATH.encode()
     odd = (b"grpc-timeout", b"grpc-encoding", b"user-agent", b":authority", b"content-type", b"te", b"\xff" + canary)
     blocks = [header_block(call_headers(embed, (name, canary))) for name in odd]
@@ -248,9 +225,10 @@ def _raw_endings(server: TcpServer) -> Iterator[str]:
     yield str(exchange(server, call(1, embed, canary), (1,)))
 
 
-def test_what_callers_send_is_in_no_log_and_no_error() -> None:
+def test_what_callers_send_is_in_no_log_and_no_error(tmp_path: Path) -> None:
     """At the most talkative level, through every door, with an engine that fails in both ways."""
-    with TcpServer("--log-level", "debug", program=("-c", _FAILING_SERVER)) as server:
+    options = {"module": "tests.support.faulty_server", "environment": {BROKEN: str(tmp_path / "broken")}}
+    with WatchedServer("--log-level", "debug", **options) as server:
         watch = Watch(server)
         with grpc.insecure_channel(server.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
             endings = [*_unary_endings(channel), *_stream_endings(channel)]

@@ -24,7 +24,7 @@ from bilm_model.weights.options import read_options
 from safetensors.torch import save
 
 from tests.security.fuzz_messages import damage
-from tests.security.security_support import MIB
+from tests.support.processes import MIB
 
 # Loads what it is told, in what memory it has when it has loaded the good model, and some more
 _WORKER = """

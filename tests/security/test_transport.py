@@ -24,8 +24,9 @@ from bilm_server.security.auth import Authenticator, Caller
 from bilm_server.served_model import load_served_model
 from grpc_health.v1 import health_pb2
 
-from tests.integration.integration_support import PLAIN, TINY, health_stub, running, tokens
+from tests.integration.integration_support import PLAIN, health_stub, tokens
 from tests.security.tls_support import Authority, Identity, replace
+from tests.support.servers import TINY, serving
 
 TOKEN, OTHER_TOKEN, THIRD_TOKEN = "a-0123456789abcdef", "b-0123456789abcdef", "c-0123456789abcdef"
 NEW_TOKEN = "new-0123456789abcdef"
@@ -51,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tls(authority: Authority, folder: Path) -> Iterator[str]:
     """A server with TLS."""
     certificate, key = authority.issue("server").write(folder, "tls")
-    with serving("--tls-cert", certificate, "--tls-key", key) as target:
+    with serving_at("--tls-cert", certificate, "--tls-key", key) as target:
         yield target
 
 
@@ -60,7 +61,7 @@ def mutual(authority: Authority, folder: Path) -> Iterator[str]:
     """A server with mutual TLS."""
     certificate, key = authority.issue("server").write(folder, "mutual")
     flags = ("--tls-client-ca", authority.write(folder))
-    with serving("--tls-cert", certificate, "--tls-key", key, *flags) as target:
+    with serving_at("--tls-cert", certificate, "--tls-key", key, *flags) as target:
         yield target
 
 
@@ -74,7 +75,7 @@ def with_tokens(token_file: Path) -> Iterator[str]:
     """A server that wants tokens, in plaintext."""
     replace(token_file, TOKENS)
     replace(token_file.with_name("callers.toml"), b'[[callers]]\nname = "team-b"\nrights = ["no-log"]\n')
-    with serving("--token-file", token_file, "--config", token_file.with_name("callers.toml")) as target:
+    with serving_at("--token-file", token_file, "--config", token_file.with_name("callers.toml")) as target:
         yield target
 
 
@@ -83,13 +84,13 @@ def limited(folder: Path) -> Iterator[str]:
     """A server with limits of single callers: one call at a time, 100 tokens/s, 400 of them in the bucket."""
     replace(folder / "limited", TOKENS)
     limits: Flags = ("--caller-max-calls", "1", "--caller-tokens-per-s", "100", "--max-tokens-per-request", "200")
-    with serving("--token-file", folder / "limited", *limits) as target:
+    with serving_at("--token-file", folder / "limited", *limits) as target:
         yield target
 
 
 @contextmanager
-def serving(*flags: str | Path) -> Iterator[str]:
-    with running("--model", TINY, *map(str, flags)) as server:
+def serving_at(*flags: str | Path) -> Iterator[str]:
+    with serving(*map(str, flags)) as server:
         yield server.target
 
 

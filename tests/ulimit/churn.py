@@ -18,7 +18,8 @@ from bilm_client.aio import AsyncClient
 from bilm_client.errors import UnavailableError
 from bilm_client.policy import RetryPolicy
 
-from tests.ulimit.ulimit_support import OWN_CONNECTION, Holding, channel, check, descriptors, resident_bytes, wait_until
+from tests.support.processes import descriptors, resident_bytes, wait_until
+from tests.ulimit.ulimit_support import OWN_CONNECTION, Holding, channel, check
 
 WARM_UP_SHARE = 5
 """One cycle in so many is a warm-up."""

@@ -8,20 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import MIB, descriptors, resident_bytes, wait_until
+from tests.support.server_processes import ProcessServer, limited
 from tests.ulimit.ulimit_support import (
     LIMIT,
     MAX_MORE_DESCRIPTORS,
-    MIB,
     Holding,
-    LimitedServer,
     churn,
-    descriptors,
     growth_complaints,
-    limited,
     limited_server,
-    resident_bytes,
+    max_connections,
     table_row,
-    wait_until,
 )
 
 MAX_MORE_BYTES = 8 * MIB  # of 500 MiB; what leaks with each cycle shows in the 5,000 of the slow runs
@@ -32,10 +29,10 @@ RETRY_CYCLES = [60, pytest.param(1000, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[LimitedServer]:
+def server() -> Iterator[ProcessServer]:
     with limited_server("--log-level", "info") as server:
-        churn("one_shot_checks", server.target, server.process.pid, 50)  # so that both sides have met before
-        churn("sync_clients", server.target, server.process.pid, 50)
+        churn("one_shot_checks", server.target, server.pid, 50)  # so that both sides have met before
+        churn("sync_clients", server.target, server.pid, 50)
         yield server
 
 
@@ -56,56 +53,56 @@ def check_flat(name: str, held: list[Holding]) -> None:
 
 @pytest.mark.parametrize("cycles", CYCLES)
 @pytest.mark.parametrize("address", ["target", "health_target"])
-def test_one_shot_health_checks(server: LimitedServer, address: str, cycles: int) -> None:
-    held = churn("one_shot_checks", getattr(server, address), server.process.pid, cycles)
+def test_one_shot_health_checks(server: ProcessServer, address: str, cycles: int) -> None:
+    held = churn("one_shot_checks", getattr(server, address), server.pid, cycles)
     check_flat(f"health checks, a channel each ({address})", held)
 
 
 @pytest.mark.parametrize("cycles", CYCLES)
 @pytest.mark.parametrize("kind", ["sync_clients", "async_clients", "sync_streams"])
-def test_clients_that_open_and_close(server: LimitedServer, kind: str, cycles: int) -> None:
-    check_flat(kind.replace("_", " "), churn(kind, server.target, server.process.pid, cycles))
+def test_clients_that_open_and_close(server: ProcessServer, kind: str, cycles: int) -> None:
+    check_flat(kind.replace("_", " "), churn(kind, server.target, server.pid, cycles))
 
 
 @pytest.mark.parametrize("cycles", RETRY_CYCLES)
 @pytest.mark.parametrize("kind", ["sync_retries", "async_retries"])
-def test_retries_against_a_dead_server(server: LimitedServer, dead_target: str, kind: str, cycles: int) -> None:
-    check_flat(f"{kind.replace('_', ' ')}, server dead", churn(kind, dead_target, server.process.pid, cycles))
+def test_retries_against_a_dead_server(server: ProcessServer, dead_target: str, kind: str, cycles: int) -> None:
+    check_flat(f"{kind.replace('_', ' ')}, server dead", churn(kind, dead_target, server.pid, cycles))
 
 
 @pytest.mark.parametrize("runs", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_the_health_command(server: LimitedServer, runs: int) -> None:
-    before = descriptors(server.process.pid), resident_bytes(server.process.pid)
+def test_the_health_command(server: ProcessServer, runs: int) -> None:
+    before = descriptors(server.pid), resident_bytes(server.pid)
     for _ in range(runs):
         command = [sys.executable, "-m", "bilm_client.cli.health_check", "--target", server.target, "--timeout-s", "10"]
-        done = subprocess.run(limited(command), capture_output=True, text=True, timeout=240, check=True)
+        done = subprocess.run(limited(command, LIMIT), capture_output=True, text=True, timeout=240, check=True)
         assert done.stdout.strip() == "SERVING"
-    wait_until(lambda: descriptors(server.process.pid) <= before[0] + MAX_MORE_DESCRIPTORS, "connections are closed")
-    assert resident_bytes(server.process.pid) - before[1] <= MAX_MORE_BYTES
+    wait_until(lambda: descriptors(server.pid) <= before[0] + MAX_MORE_DESCRIPTORS, "connections are closed")
+    assert resident_bytes(server.pid) - before[1] <= MAX_MORE_BYTES
 
 
-def test_the_measuring_sees_clients_that_are_not_closed(server: LimitedServer) -> None:
-    before = descriptors(server.process.pid)
-    held = churn("leak", server.target, server.process.pid, 100)
+def test_the_measuring_sees_clients_that_are_not_closed(server: ProcessServer) -> None:
+    before = descriptors(server.pid)
+    held = churn("leak", server.target, server.pid, 100)
     print(table_row("never closed", held))
     leaked = held[2].cycles - held[1].cycles
     assert held[2].client_descriptors - held[1].client_descriptors >= leaked
     assert held[2].server_descriptors - held[1].server_descriptors >= leaked
     complaints = growth_complaints(held[1], held[2], MAX_MORE_BYTES)
     assert [line.partition(":")[0] for line in complaints if "descriptors" in line] == ["client", "server"]
-    wait_until(lambda: descriptors(server.process.pid) <= before + MAX_MORE_DESCRIPTORS, "their process has ended")
+    wait_until(lambda: descriptors(server.pid) <= before + MAX_MORE_DESCRIPTORS, "their process has ended")
 
 
-def test_more_leaks_than_fit_are_refused_and_do_not_harm_the_server(server: LimitedServer) -> None:
+def test_more_leaks_than_fit_are_refused_and_do_not_harm_the_server(server: ProcessServer) -> None:
     """The client runs out, not the server: 200 fit neither below its own limit nor below the server's."""
     with pytest.raises(AssertionError, match=r"Unavailable|Too many open files"):
-        churn("leak", server.target, server.process.pid, LIMIT)
-    assert churn("one_shot_checks", server.target, server.process.pid, 5)[-1].cycles == 5
+        churn("leak", server.target, server.pid, LIMIT)
+    assert churn("one_shot_checks", server.target, server.pid, 5)[-1].cycles == 5
 
 
-def test_the_server_says_that_few_connections_fit(server: LimitedServer) -> None:
-    (warning,) = [line for line in server.log if "connections fit" in line]
+def test_the_server_says_that_few_connections_fit(server: ProcessServer) -> None:
+    (warning,) = [line for line in server.lines if "connections fit" in line]
     assert f"ulimit -n is {LIMIT}" in warning
     assert "set it to 1024 or more" in warning
-    assert 64 <= server.connections < LIMIT
-    assert Path(f"/proc/{server.process.pid}/limits").read_text().split("Max open files")[1].split()[0] == str(LIMIT)
+    assert 64 <= max_connections(server) < LIMIT
+    assert Path(f"/proc/{server.pid}/limits").read_text().split("Max open files")[1].split()[0] == str(LIMIT)

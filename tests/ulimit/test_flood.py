@@ -11,18 +11,17 @@ from bilm_client.errors import UnavailableError
 from bilm_client.policy import RetryPolicy
 from grpc_health.v1 import health_pb2
 
+from tests.support.processes import descriptors, wait_until
+from tests.support.server_processes import ProcessServer
 from tests.ulimit.ulimit_support import (
     HELLO,
     LIMIT,
     OWN_CONNECTION,
     SETTINGS_ACK,
     Flood,
-    LimitedServer,
     channel,
     check,
-    descriptors,
     limited_server,
-    wait_until,
 )
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -41,7 +40,7 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[LimitedServer]:
+def server() -> Iterator[ProcessServer]:
     """One whose waits are of a second or so."""
     with limited_server(**SHORT_WAITS) as server:
         yield server
@@ -52,7 +51,7 @@ def one_shot_check(target: str) -> int:
         return check(connection)
 
 
-def is_full(server: LimitedServer) -> bool:
+def is_full(server: ProcessServer) -> bool:
     try:
         return one_shot_check(server.target) != SERVING
     except grpc.RpcError:
@@ -60,8 +59,8 @@ def is_full(server: LimitedServer) -> bool:
 
 
 @pytest.mark.parametrize("says", WAYS.values(), ids=WAYS.keys())
-def test_a_flood_of_idle_connections(server: LimitedServer, says: bytes) -> None:
-    before = descriptors(server.process.pid)
+def test_a_flood_of_idle_connections(server: ProcessServer, says: bytes) -> None:
+    before = descriptors(server.pid)
     with (
         Client(server.target, channel_options=OWN_CONNECTION) as caller,
         channel(server.target) as checker,
@@ -72,14 +71,14 @@ def test_a_flood_of_idle_connections(server: LimitedServer, says: bytes) -> None
         flood.open(LIMIT * 2, says)
         wait_until(lambda: is_full(server), "the limit is reached")
         check_at_the_limit(server, caller, checker)
-        assert descriptors(server.process.pid) < LIMIT
+        assert descriptors(server.pid) < LIMIT
         wait_until(lambda: flood.alive() == 0, "the flood has ended", 50)  # by gRPC's defaults 60 s or more
         assert one_shot_check(server.target) == SERVING
         caller.embed([["after"]])
-    wait_until(lambda: descriptors(server.process.pid) <= before + 2, "all connections are closed")
+    wait_until(lambda: descriptors(server.pid) <= before + 2, "all connections are closed")
 
 
-def check_at_the_limit(server: LimitedServer, caller: Client, checker: grpc.Channel) -> None:
+def check_at_the_limit(server: ProcessServer, caller: Client, checker: grpc.Channel) -> None:
     """Who was there and who asks the health listener are answered; who comes anew is told at once."""
     for _ in range(10):
         assert one_shot_check(server.health_target) == SERVING
@@ -93,7 +92,7 @@ def check_at_the_limit(server: LimitedServer, caller: Client, checker: grpc.Chan
         late.embed([["late"]])  # at its deadline it would be another error
 
 
-def test_a_late_caller_is_let_in_by_its_retries(server: LimitedServer) -> None:
+def test_a_late_caller_is_let_in_by_its_retries(server: ProcessServer) -> None:
     patient = RetryPolicy(max_attempts=5, initial_backoff_s=1.0, max_backoff_s=1.0)
     with Flood(server.port) as flood:
         flood.open(LIMIT)
@@ -102,19 +101,19 @@ def test_a_late_caller_is_let_in_by_its_retries(server: LimitedServer) -> None:
             assert len(late.embed([["late"]])) == 1
 
 
-def test_checkers_that_never_close_find_their_connections_closed(server: LimitedServer) -> None:
+def test_checkers_that_never_close_find_their_connections_closed(server: ProcessServer) -> None:
     """Twice as many as the health listener has room for, forty a second where the age is one second."""
-    before, most = descriptors(server.process.pid), 0
+    before, most = descriptors(server.pid), 0
     with ExitStack() as kept:
         for _ in range(128):
             assert check(kept.enter_context(channel(server.health_target))) == SERVING
-            most = max(most, descriptors(server.process.pid) - before)
+            most = max(most, descriptors(server.pid) - before)
             time.sleep(1 / 40)  # the rate is what matters
         assert most < 64
-        wait_until(lambda: descriptors(server.process.pid) <= before + 2, "their connections are closed")
+        wait_until(lambda: descriptors(server.pid) <= before + 2, "their connections are closed")
 
 
-def test_a_flood_of_the_health_listener_ends_soon_and_leaves_callers_alone(server: LimitedServer) -> None:
+def test_a_flood_of_the_health_listener_ends_soon_and_leaves_callers_alone(server: ProcessServer) -> None:
     with Client(server.target, channel_options=OWN_CONNECTION) as caller:
         with Flood(int(server.health_target.rpartition(":")[2])) as flood:
             flood.open(200)
@@ -125,7 +124,7 @@ def test_a_flood_of_the_health_listener_ends_soon_and_leaves_callers_alone(serve
         assert len(caller.embed([["after"]])) == 1
 
 
-def test_the_health_listener_serves_nothing_else(server: LimitedServer) -> None:
+def test_the_health_listener_serves_nothing_else(server: ProcessServer) -> None:
     with (
         Client(server.health_target, channel_options=OWN_CONNECTION) as client,
         pytest.raises(Exception, match="Method not found") as error,
@@ -142,12 +141,12 @@ def test_connections_that_answer_pings_end_by_age_without_a_lost_call() -> None:
         Client(server.target, retry=RetryPolicy(max_attempts=1), channel_options=OWN_CONNECTION) as caller,
         ExitStack() as kept,
     ):
-        before = descriptors(server.process.pid)
+        before = descriptors(server.pid)
         caller.embed([["first"]])
         for _ in range(39):
             check(kept.enter_context(channel(server.target)))
         assert is_full(server)
-        wait_until(lambda: descriptors(server.process.pid) <= before + 2, "idle connections are closed")
+        wait_until(lambda: descriptors(server.pid) <= before + 2, "idle connections are closed")
         assert one_shot_check(server.target) == SERVING
         ends_s = time.monotonic() + 2 * age_s
         while time.monotonic() < ends_s:  # through two ages, without retry

@@ -4,128 +4,41 @@ import json
 import re
 import socket
 import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.support.processes import ROOT, module_command
+from tests.support.processes import MIB, ROOT, module_command
+from tests.support.server_processes import ProcessServer, limited
+from tests.ulimit import impatient_server
 
 LIMIT = 256
 """Of descriptors, for servers and clients."""
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 """Channels of a process to the same address share a connection otherwise, and a leak goes unseen."""
-MIB = 2**20
-
-_START_S = 240.0
-_WAIT_S = 60.0
-# The same server with shorter waits: what takes minutes otherwise
-_IMPATIENT = (
-    "import sys, bilm_server.protocols.grpc.connections as d, bilm_server.main as m; {}; sys.exit(m.main(sys.argv[1:]))"
-)
 
 
-@dataclass(frozen=True)
-class LimitedServer:
-    """A server to try.
-
-    Attributes:
-        process: it, with its standard error piped.
-        target: where it serves.
-        health_target: where it answers for its health alone.
-        log: lines that it has written, growing.
-    """
-
-    process: "subprocess.Popen[str]"
-    target: str
-    health_target: str
-    log: list[str]
-
-    @property
-    def port(self) -> int:
-        return int(self.target.rpartition(":")[2])
-
-    @property
-    def connections(self) -> int:
-        """How many it says fit."""
-        return next(int(found[1]) for line in self.log if (found := re.search(r"only (\d+) connections fit", line)))
-
-
-@contextmanager
-def limited_server(*flags: str, limit: int = LIMIT, **waits_ms: int) -> Iterator[LimitedServer]:
-    """A server that is SERVING.
+def limited_server(*flags: str, **waits_ms: int) -> ProcessServer:
+    """Return a server with a health listener, under a limit of descriptors; enter it to start it.
 
     Args:
-        flags: further ones.
-        limit: of descriptors.
-        waits_ms: constants of bilm_server.protocols.grpc.connections to replace.
+        flags: Further ones.
+        waits_ms: Constants of bilm_server.protocols.grpc.connections to replace: what takes minutes otherwise.
     """
-    changes = ", ".join(f"setattr(d, {name!r}, {value})" for name, value in waits_ms.items()) or "None"
-    listen = ["--listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0", "--drain-delay-s", "0"]
-    command = [sys.executable, "-c", _IMPATIENT.format(changes), "--model", "random:tiny", *listen, *flags]
-    process = subprocess.Popen(limited(command, limit), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    log: list[str] = []
-    serving = threading.Event()
-    reader = threading.Thread(target=_read, args=(process.stderr, log, serving))  # for as long as it writes
-    reader.start()
-    try:
-        assert serving.wait(_START_S), "".join(log)
-        assert process.poll() is None, "".join(log)
-        text = "".join(log)
-        yield LimitedServer(process, _found(r"listening on (\S+)", text), _found(r"health alone on (\S+)", text), log)
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
-        process.stderr.close()
+    listen = ("--health-listen", "127.0.0.1:0")
+    environment = {impatient_server.WAITS: json.dumps(waits_ms)}
+    module = impatient_server.__name__ if waits_ms else "bilm_server.main"
+    return ProcessServer(*listen, *flags, max_descriptors=LIMIT, module=module, environment=environment)
 
 
-def limited(command: list[str], limit: int = LIMIT) -> list[str]:
-    """The command that runs another under a limit of descriptors."""
-    return ["sh", "-c", f'ulimit -n {limit} && exec "$@"', "sh", *command]
-
-
-def _read(lines: Any, log: list[str], serving: threading.Event) -> None:
-    for line in lines:
-        log.append(line)
-        if "health: SERVING" in line:
-            serving.set()
-    serving.set()  # it ended
-
-
-def _found(pattern: str, text: str) -> str:
-    found = re.search(pattern, text)
-    assert found, text
-    return found[1]
+def max_connections(server: ProcessServer) -> int:
+    """Return how many connections the server says fit."""
+    return next(int(found[1]) for line in server.lines if (found := re.search(r"only (\d+) connections fit", line)))
 
 
 # ---- what a process holds ----
-
-
-def descriptors(process_id: int) -> int:
-    return len(list(Path(f"/proc/{process_id}/fd").iterdir()))
-
-
-def resident_bytes(process_id: int) -> int:
-    text = Path(f"/proc/{process_id}/status").read_text(encoding="ascii")
-    return int(_found(r"VmRSS:\s+(\d+) kB", text)) * 1024
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = _WAIT_S) -> float:
-    """Seconds until `condition`: what another process does has no event here."""
-    begun_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begun_s < timeout_s, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.01)
-    return time.monotonic() - begun_s
 
 
 @dataclass(frozen=True)
@@ -167,7 +80,7 @@ def growth_complaints(middle: Holding, end: Holding, max_more_bytes: int) -> lis
 def churn(kind: str, target: str, server_process_id: int, cycles: int) -> list[Holding]:
     """Run `churn`; what was held after the warm-up, in the middle and at the end."""
     command = module_command("tests.ulimit.churn", kind, target, str(server_process_id), str(cycles))
-    done = subprocess.run(limited(command), cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
+    done = subprocess.run(limited(command, LIMIT), cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [Holding(**json.loads(line)) for line in done.stdout.splitlines()]
 
