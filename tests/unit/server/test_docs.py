@@ -53,3 +53,11 @@ def test_a_picture_was_made_of_its_source_and_has_a_link(source: Path) -> None:
     svg = source.with_suffix(".svg").read_text(encoding="utf-8")
     assert re.findall(r"<!--(.*?)-->", svg, re.S) == [f" source: {render.source_hash(source)} "], "make diagrams"
     assert f"(diagrams/{source.stem}.svg)" in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    tracked = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/bilm_*/**/*.py")]
+    named = re.findall(r"`([a-z_0-9]+(?:/[a-z_0-9]+)+\.py)`", page.read_text(encoding="utf-8"))
+    missing = [name for name in named if not (ROOT / name).exists() and not any(f"/{name}" in path for path in tracked)]
+    assert missing == []
