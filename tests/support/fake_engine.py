@@ -8,6 +8,7 @@ import numpy as np
 from bilm_model.config import BilmConfig
 from bilm_model.engine.types import (
     Capacity,
+    Engine,
     EngineDescription,
     EngineResult,
     EngineSentence,
@@ -150,7 +151,7 @@ def _vectors(sentence: EngineSentence) -> NDArray[np.generic]:
     return vectors.astype(_ITEM_TYPES[sentence.output.data_type])
 
 
-def fake_model(engine: FakeEngine[Any] | None = None) -> ServedModel:
+def fake_model(engine: Engine[Any] | None = None) -> ServedModel:
     """Return a served model named "fake" on an engine, or on a new one."""
     return ServedModel(
         name="fake",
