@@ -1,0 +1,189 @@
+"""Results as messages; the expected ones are written out field by field."""
+
+import numpy as np
+import pytest
+from bilm_api.constants import Reason
+from bilm_api.v1 import embed_pb2
+from bilm_model.engine.types import DataType, OutputSpec
+from bilm_model.scalar_mix import Selection
+from bilm_server.errors import RefusalError
+from bilm_server.inference.types import Call, Result, Sentence
+from bilm_server.protocols.embed_v1.responses import STREAM_MESSAGE_BYTES, WireFormat
+from bilm_server.protocols.grpc.status import status_of
+from google.protobuf.duration_pb2 import Duration
+from numpy.typing import NDArray
+
+from tests.support.fake_engine import CONFIG, FakeEngine, fake_model
+
+ALL, POOLED = OutputSpec(Selection()), OutputSpec(Selection("top", "mean"), "float16")
+MODEL = fake_model()
+WIRE = WireFormat(MODEL, omit_tokens=False)
+LARGE = 2**20
+
+
+def sentence(*tokens: str, output: OutputSpec = ALL, return_state: bool = False) -> Sentence:
+    ends = tuple(range(1, len(tokens) + 1))
+    return Sentence(
+        Call(), None, output, tokens=tokens, starts=tuple(end - 1 for end in ends), ends=ends, return_state=return_state
+    )
+
+
+def result(vectors: NDArray[np.generic], state: int | None = None) -> Result:
+    return Result(vectors, state, queue_s=0.25, inference_s=1.5)
+
+
+def numbers(n_tokens: int) -> NDArray[np.float32]:
+    shape = (CONFIG.layer_count, n_tokens, CONFIG.width)
+    return np.arange(np.prod(shape), dtype="<f4").reshape(shape)
+
+
+def usage(tokens: int, queue_ms: int = 250, inference_ms: int = 1500) -> embed_pb2.Usage:
+    return embed_pb2.Usage(
+        queue_time=Duration(seconds=0, nanos=queue_ms * 1_000_000),
+        inference_time=Duration(seconds=inference_ms // 1000, nanos=inference_ms % 1000 * 1_000_000),
+        tokens=tokens,
+        model_version=MODEL.version,
+    )
+
+
+def test_a_response_holds_every_sentence_in_its_place() -> None:
+    refusal = RefusalError(Reason.TOKEN_EMPTY, "token 0 is empty")
+    first, last = sentence("a", "bc"), sentence("d", return_state=True)
+    found = WIRE.build([first, sentence(""), last], [result(numbers(2)), refusal, result(numbers(1), 7)], 100)
+    assert found == embed_pb2.EmbedResponse(
+        results=[
+            embed_pb2.EmbedResult(
+                embedding=embed_pb2.Embedding(
+                    tokens=["a", "bc"],
+                    token_starts=[0, 1],
+                    token_ends=[1, 2],
+                    tensor=embed_pb2.Tensor(
+                        data=numbers(2).tobytes(), shape=[3, 2, 4], data_type=embed_pb2.DATA_TYPE_FLOAT32
+                    ),
+                )
+            ),
+            embed_pb2.EmbedResult(error=status_of(refusal)),
+            embed_pb2.EmbedResult(
+                embedding=embed_pb2.Embedding(
+                    tokens=["d"],
+                    token_starts=[0],
+                    token_ends=[1],
+                    tensor=embed_pb2.Tensor(
+                        data=numbers(1).tobytes(), shape=[3, 1, 4], data_type=embed_pb2.DATA_TYPE_FLOAT32
+                    ),
+                    state=(7).to_bytes(8, "little"),
+                )
+            ),
+        ],
+        usage=usage(3),
+    )
+
+
+def test_a_large_response_is_serialised() -> None:
+    arguments = [sentence("a")], [result(numbers(1))]
+    plain, data = WIRE.build(*arguments, 100), WIRE.build(*arguments, LARGE)
+    assert isinstance(data, bytes)
+    assert embed_pb2.EmbedResponse.FromString(data) == plain
+
+
+def test_a_response_without_any_result_says_that_it_cost_nothing() -> None:
+    found = WIRE.build([sentence("")], [RefusalError(Reason.TOKEN_EMPTY, "token 0 is empty")], 0)
+    assert isinstance(found, embed_pb2.EmbedResponse)
+    assert found.usage == usage(0, 0, 0)
+    assert found.usage.HasField("queue_time")
+
+
+def test_tokens_can_be_omitted_and_their_offsets_stay() -> None:
+    found = WireFormat(MODEL, omit_tokens=True).build([sentence("a", "b")], [result(numbers(2))], 0)
+    assert isinstance(found, embed_pb2.EmbedResponse)
+    embedding = found.results[0].embedding
+    assert not embedding.tokens
+    assert list(embedding.token_starts) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("data_type", "on_the_wire", "dtype"),
+    [
+        ("float32", embed_pb2.DATA_TYPE_FLOAT32, "<f4"),
+        ("float16", embed_pb2.DATA_TYPE_FLOAT16, "<f2"),
+        ("bfloat16", embed_pb2.DATA_TYPE_BFLOAT16, "<i2"),
+    ],
+)
+def test_numbers_keep_their_bytes(data_type: DataType, on_the_wire: embed_pb2.DataType, dtype: str) -> None:
+    vectors = np.arange(12, dtype=dtype).reshape(3, 1, 4)
+    found = WIRE.build([sentence("a", output=OutputSpec(Selection(), data_type))], [result(vectors)], 0)
+    assert isinstance(found, embed_pb2.EmbedResponse)
+    tensor = found.results[0].embedding.tensor
+    assert (tensor.data, tensor.data_type) == (vectors.tobytes(), on_the_wire)
+
+
+def test_no_response_is_larger_than_its_bound() -> None:
+    for tokens in ((), ("",), ("ä" * 300,), ("a",) * 500, ("🙂",) * 300):
+        asked, found = sentence(*tokens, return_state=True), result(numbers(len(tokens)), 2**60)
+        bound = WIRE.overhead_bytes(asked) + numbers(len(tokens)).nbytes + 8
+        message = WIRE.build([asked], [found], 0)
+        assert isinstance(message, embed_pb2.EmbedResponse)
+        assert message.results[0].ByteSize() + 10 <= bound
+
+
+# ---- streams ----
+
+
+def rows(asked: Sentence, found: Result, **how: bool) -> list[embed_pb2.EmbedStreamResponse]:
+    return list(WIRE.rows(9, asked, found, with_state=how.get("with_state", False)))
+
+
+def test_a_small_result_is_one_message() -> None:
+    asked = sentence("a", "b", return_state=True)
+    (message,) = rows(asked, result(numbers(2), 5), with_state=True)
+    whole = WIRE.build([asked], [result(numbers(2), 5)], 0)
+    assert isinstance(whole, embed_pb2.EmbedResponse)
+    assert message == embed_pb2.EmbedStreamResponse(
+        id=9,
+        rows=embed_pb2.EmbeddingRows(embedding=whole.results[0].embedding, first_row=0, total_rows=2, last=True),
+        usage=usage(2),
+    )
+
+
+def test_a_state_that_only_the_next_sentence_needs_is_not_sent() -> None:
+    (message,) = rows(sentence("a", return_state=True), result(numbers(1), 5))
+    assert not message.rows.embedding.state
+
+
+def test_a_large_result_comes_in_ranges_of_rows() -> None:
+    row_bytes = 3 * 4 * 4
+    n_tokens = 2 * (STREAM_MESSAGE_BYTES // row_bytes) + 1
+    asked, vectors = sentence(*["a"] * n_tokens), numbers(n_tokens)
+    messages = rows(asked, result(vectors, 5), with_state=True)
+    step = STREAM_MESSAGE_BYTES // row_bytes
+    assert [message.rows.first_row for message in messages] == [0, step, 2 * step]
+    assert {message.rows.total_rows for message in messages} == {n_tokens}
+    assert [message.rows.last for message in messages] == [False, False, True]
+    assert [message.HasField("usage") for message in messages] == [False, False, True]
+    assert [bool(message.rows.embedding.state) for message in messages] == [False, False, True]
+    parts = [
+        np.frombuffer(message.rows.embedding.tensor.data, "<f4").reshape(message.rows.embedding.tensor.shape)
+        for message in messages
+    ]
+    assert np.array_equal(np.concatenate(parts, axis=1), vectors)
+    assert sum(len(message.rows.embedding.tokens) for message in messages) == n_tokens
+
+
+def test_a_pooled_result_is_one_row_with_all_its_tokens() -> None:
+    asked = sentence(*["a"] * 100_000, output=POOLED)
+    (message,) = rows(asked, result(np.ones(4, "<f2")))
+    assert (message.rows.first_row, message.rows.total_rows, message.rows.last) == (0, 1, True)
+    assert list(message.rows.embedding.tensor.shape) == [4]
+    assert len(message.rows.embedding.tokens) == 100_000
+
+
+def test_a_sentence_without_tokens_has_no_rows_and_an_end() -> None:
+    (message,) = rows(sentence(), result(numbers(0)))
+    assert (message.rows.first_row, message.rows.total_rows, message.rows.last) == (0, 0, True)
+    assert list(message.rows.embedding.tensor.shape) == [3, 0, 4]
+
+
+def test_a_model_without_states_sends_none() -> None:
+    wire = WireFormat(fake_model(FakeEngine(codec=None)), omit_tokens=False)
+    (message,) = wire.rows(1, sentence("a"), result(numbers(1)), with_state=True)
+    assert not message.rows.embedding.state
