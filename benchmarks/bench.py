@@ -31,7 +31,7 @@ _SMOKE_CROWD = Crowd(size="tiny", rows=4, long_tokens=200, calls=10, full_s=0.3)
 
 
 def main() -> None:
-    """Runs the sections."""
+    """Run the sections."""
     arguments = _arguments()
     sentences = read_sentences(32 if arguments.smoke else SENTENCES)
     effort = Effort(arguments.rounds, arguments.window_s, arguments.singles)

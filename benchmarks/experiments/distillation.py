@@ -40,7 +40,7 @@ _PER_CALL, _WARM_S = 32, 4.0
 def compare_speed(
     report: Findings, models: Mapping[str, Bilm], sentences: Sentences, effort: Effort, options: EngineOptions
 ) -> None:
-    """The engine on each model with all rows taken, and on one sentence at a time; their caches know the words.
+    """Measure each model's engine with all rows taken, and on one sentence at a time; caches know the words.
 
     Args:
         report: receives the figures.
@@ -70,7 +70,7 @@ def compare_speed(
 def compare_service(
     report: Findings, models: Mapping[str, str], n_sentences: int, effort: Effort, arguments: tuple[str, ...]
 ) -> None:
-    """Each model behind a server of its own: many callers, and one sentence at a time; mean-pooled.
+    """Measure each model behind its own server: many callers, and one sentence at a time; mean-pooled.
 
     Args:
         report: receives the figures.

@@ -45,7 +45,7 @@ Generators = Mapping[str, LoadGenerator]
 
 
 def main() -> None:
-    """Runs everything."""
+    """Run everything."""
     arguments = _arguments()
     size, n_sentences = arguments.size, 64 if arguments.size == "tiny" else 1024
     sentences, cores = read_sentences(n_sentences), torch.get_num_threads()
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def compare(report: Findings, generators: Generators, step_s: float, rounds: int) -> None:
-    """Capacity, load by load, and what each sustains."""
+    """Measure capacity, load by load, and what each contestant sustains."""
     capacity = {name: _capacity(generator, step_s) for name, generator in generators.items()}
     sweep = _sweep(generators, capacity, step_s)
     report.detail("capacity_sentences_per_s", capacity)
@@ -96,7 +96,7 @@ def compare(report: Findings, generators: Generators, step_s: float, rounds: int
 
 
 def _check(generators: Generators) -> float:
-    """All contestants must give the same vectors; the largest difference to ours."""
+    """Check that all contestants return the same vectors; return the largest difference to ours."""
     largest = 0.0
     for index in range(3):
         vectors = {name: generator.ask("show", index=index)["vectors"] for name, generator in generators.items()}
@@ -113,7 +113,7 @@ def _capacity(generator: LoadGenerator, step_s: float) -> float:
 
 
 def _sweep(generators: Generators, capacity: dict[str, float], step_s: float) -> dict[str, list[dict[str, Any]]]:
-    """Higher and higher load, the contestants in turn, each until it has lost."""
+    """Raise the load, the contestants in turn, each until it has lost."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in generators}
     for number, share in enumerate(_LOADS):
         for name, generator in generators.items():
@@ -132,7 +132,7 @@ def _held(step: dict[str, Any]) -> bool:
 
 
 def _bounds(steps: list[dict[str, Any]]) -> tuple[float, float]:
-    """Loads between which a contestant's limit lies, with room for the machine's moods."""
+    """Return loads between which a contestant's limit lies, with room for the machine's moods."""
     held = [step["offered_per_s"] for step in steps if _held(step)]
     lost = [step["offered_per_s"] for step in steps if not _held(step)]
     low = max(held, default=min(lost, default=1.0) / 4)
@@ -142,7 +142,7 @@ def _bounds(steps: list[dict[str, Any]]) -> tuple[float, float]:
 def _sustained(
     generator: LoadGenerator, bounds: tuple[float, float], step_s: float, searched: list[dict[str, Any]]
 ) -> float:
-    """The highest load that held, halving the (relative) distance step by step."""
+    """Return the highest load that held, halving the (relative) distance step by step."""
     low, high = bounds
     held: list[float] = []
     lost: list[float] = []

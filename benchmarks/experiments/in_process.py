@@ -64,7 +64,7 @@ class Effort:
 
 
 def throughput(report: Findings, size: str, sentences: Sentences, effort: Effort, cores: int) -> None:
-    """The engine against the baseline and the roofline, in every precision and with every cache; a sentence alone."""
+    """Measure the engine against baseline and roofline, in every precision, with every cache; a sentence alone."""
     config = SIZES[size]
     with BaselineAtItsBest(size, BASELINE_BATCHES[size], sentences, cores) as baseline:
         engines = {(precision, cache): _engine(size, precision, cache, sentences) for precision, cache in _variants()}
@@ -107,7 +107,7 @@ def throughput(report: Findings, size: str, sentences: Sentences, effort: Effort
 def alone(
     report: Findings, engines: dict[str, CellularBatch], sentences: Sentences, effort: Effort, cores: int
 ) -> None:
-    """One sentence alone against the baseline: one process with all cores, a batch of one."""
+    """Measure one sentence alone against the baseline: one process with all cores, a batch of one."""
     sentence = sentence_of(ALONE_TOKENS, sentences)
     with Baseline("original", 1, cores) as team:
         contestants: dict[str, Contestant] = {
@@ -128,7 +128,7 @@ def alone(
 
 
 def in_flight(report: Findings, sentences: Sentences, effort: Effort) -> None:
-    """How much of the throughput is left with few sentences in flight."""
+    """Measure how much of the throughput is left with few sentences in flight."""
     counts = (*IN_FLIGHT_TARGETS, 32)
     loads = {}
     for count in counts:
@@ -151,7 +151,7 @@ def in_flight(report: Findings, sentences: Sentences, effort: Effort) -> None:
 
 
 def default_model_singles(report: Findings, sentences: Sentences, effort: Effort) -> None:
-    """The model that ships, as it ships, one sentence at a time."""
+    """Measure the model that ships, as it ships, one sentence at a time."""
     engine = CellularBatch(load_model("").bilm, torch.device("cpu"))
     engine.warm_up()
     singles = sentences[: effort.singles]
@@ -167,7 +167,7 @@ def default_model_singles(report: Findings, sentences: Sentences, effort: Effort
 
 
 def run_seconds(engine: CellularBatch, sentence: Sequence[str]) -> float:
-    """One sentence from tokens to layers."""
+    """Return the seconds of one sentence from tokens to layers."""
     begun_s = time.perf_counter()
     engine.run([PlainSentence(tuple(sentence))])
     return time.perf_counter() - begun_s
@@ -213,7 +213,7 @@ def _report_speedups(report: Findings, size: str, found: dict[str, list[float]])
 
 
 def _report_roofline(report: Findings, size: str, precision: str, steps_per_s: list[float], roof: list[float]) -> None:
-    """Of the engine with a warm cache: the cells' products are all that it multiplies then."""
+    """Report the engine with a warm cache: the cells' products are all that it multiplies then."""
     per_row = multiply_adds(SIZES[size])
     share = ratio([per_row * rate for rate in steps_per_s], roof).times(100)
     what = f"{size} {precision}, {ROWS} rows in flight: share of the roofline"

@@ -54,7 +54,7 @@ Sentences = Sequence[Sequence[str]]
 
 
 def added_latency(report: Findings, source: str, sentences: Sentences, effort: Effort) -> None:
-    """One sentence at a time, in process and through the server, in turns: the same sentences."""
+    """Measure one sentence at a time, in process and through the server, in turns."""
     name = source.rpartition(":")[2] or "default"
     engine = CellularBatch(load_model(source).bilm, torch.device("cpu"))
     engine.warm_up()
@@ -117,7 +117,7 @@ class Crowd:
 
 
 def short_among_long(report: Findings, sentences: Sentences, crowd: Crowd) -> None:
-    """Short sentences that arrive while more long ones are queued than there are rows."""
+    """Measure short sentences that arrive while more long ones are queued than there are rows."""
     full = [_full(crowd, sentences)]
     with ServerProcess(f"random:{crowd.size}", crowd.arguments) as server, Client(server.target) as client:
         short = [[sentence_of(crowd.short_tokens, sentences[number % len(sentences) :])] for number in range(50)]
@@ -167,7 +167,7 @@ def _report_short(report: Findings, crowd: Crowd, full: list[Work], alone: list[
 
 
 def start_to_serving(report: Findings, effort: Effort, sizes: Sequence[str] = ("default", "original")) -> None:
-    """From the process's start until its health says SERVING; the weights lie in a file, in the page cache."""
+    """Measure from the process's start until it is SERVING; the weights are a file in the page cache."""
     with tempfile.TemporaryDirectory(prefix="bilm-bench-") as folder:
         sources = {size: _weights(size, Path(folder)) for size in sizes}
         found: dict[str, list[float]] = {size: [] for size in sizes}
@@ -183,7 +183,7 @@ def start_to_serving(report: Findings, effort: Effort, sizes: Sequence[str] = ("
 
 
 def client_import(report: Findings, effort: Effort) -> None:
-    """Computing time of the client's import, in a new process each round."""
+    """Measure the processor time of the client's import, in a new process each round."""
     seconds = [_import_s() for _ in range(effort.rounds)]
     report.detail("import", seconds)
     report.add(
@@ -238,7 +238,7 @@ def _short_calls(client: Client, short: list[list[list[str]]], crowd: Crowd) -> 
 
 
 def _full(crowd: Crowd, sentences: Sentences) -> Work:
-    """The engine of the server with all rows taken by long sentences, in process."""
+    """Return the engine of the server with all rows taken by long sentences, in process."""
     engine = new_engine(crowd.size, EngineOptions(max_rows=crowd.rows))
     show_all_words(engine, sentences)
     load = SteadyLoad(engine, [sentence_of(crowd.long_tokens, sentences)] * crowd.rows, crowd.rows)
@@ -247,7 +247,7 @@ def _full(crowd: Crowd, sentences: Sentences) -> Work:
 
 
 def _one(values: Sequence[float], percent: float) -> Spread:
-    """A percentile of a single run."""
+    """Return a percentile of a single run."""
     return Spread.of([percentile(values, percent)])
 
 
@@ -259,7 +259,7 @@ def _timed_ms(engine: CellularBatch, tokens: Sequence[str], make_bytes: Callable
 
 
 def _weights(size: str, folder: Path) -> str:
-    """The model as --model takes it."""
+    """Return the model as --model takes it."""
     if size == "default":
         return ""
     path = folder / f"{size}.safetensors"

@@ -68,7 +68,7 @@ CASES = (
 def served_throughput(
     report: Findings, sentences: Sequence[Sequence[str]], effort: Effort, cases: Sequence[ServedCase] = CASES
 ) -> None:
-    """Each case through a server and in process, in turns."""
+    """Measure each case through a server and in process, in turns."""
     for size in dict.fromkeys(case.size for case in cases):
         with ServerProcess(f"random:{size}", SERVER_ARGUMENTS) as server:
             _compare(report, server, [case for case in cases if case.size == size], sentences, effort)
@@ -98,7 +98,7 @@ def _compare(
 
 
 def _in_process(case: ServedCase, sentences: Sequence[Sequence[str]], effort: Effort) -> Contestant:
-    """The same engine, as many sentences in flight as the server can have, the same selection and number format."""
+    """Return the throughput of the same engine with as many sentences in flight, the same selection and format."""
     engine = new_engine(case.size, EngineOptions())
     show_all_words(engine, sentences)
     load = SteadyLoad(engine, sentences, min(_MAX_ROWS, CALLERS * case.per_call), finish(case.pool, case.dtype))
@@ -107,7 +107,7 @@ def _in_process(case: ServedCase, sentences: Sequence[Sequence[str]], effort: Ef
 
 
 def finish(pool: Pooling, dtype: str) -> Callable[[EmbeddedSentence], bytes]:
-    """What the server makes of a sentence, up to the bytes."""
+    """Return what the server makes of a sentence, up to the bytes."""
     selection, torch_dtype = Selection("all", pool), getattr(torch, dtype)
     return lambda embedded: selection(embedded.layers).to(torch_dtype).contiguous().numpy().tobytes()
 
@@ -124,7 +124,7 @@ class _Served:
     profiles: list[dict[str, float]] = field(default_factory=list)
 
     def tokens_per_s(self) -> float:
-        """Of a round."""
+        """Return the throughput of a round."""
         before = thread_cpu_s(self.process_id)
         answer = self.generator.closed(CALLERS, self.case.per_call, self.case.warm_s, self.effort.window_s)
         after = thread_cpu_s(self.process_id)
@@ -133,7 +133,7 @@ class _Served:
         return float(answer["tokens"] / answer["seconds"])
 
     def forget(self) -> None:
-        """The rounds so far don't count."""
+        """Forget the rounds so far."""
         self.answers.clear()
         self.profiles.clear()
 
@@ -169,7 +169,7 @@ def _report(report: Findings, served: _Served, served_rates: list[float], in_pro
 
 
 def thread_cpu_s(process_id: int) -> dict[str, float]:
-    """Seconds of processor time of each thread of a process; the first thread runs the event loop."""
+    """Return seconds of processor time of each thread of a process; the first thread runs the event loop."""
     found = {}
     for task in Path(f"/proc/{process_id}/task").iterdir():
         try:

@@ -102,7 +102,7 @@ class Contestant:
         self._steps, self._device = steps, device
 
     def tokens_per_s(self) -> float:
-        """Of a round; a token counts once for both directions."""
+        """Measure a round; a token counts once for both directions."""
         n_tokens, begun = 0, time.perf_counter()
         for pair in islice(self._windows, self._steps):
             learnt = self._learner.learn(pair, self._states)
@@ -113,7 +113,7 @@ class Contestant:
         return n_tokens / (time.perf_counter() - begun)
 
     def first_loss(self) -> float:
-        """Of the first window, in nats a token; without dropout."""
+        """Return the loss of the first window, in nats a token; without dropout."""
         self._objective.eval()
         with torch.no_grad():
             sums, counts, _ = self._objective(next(self._windows), self._states, None)
@@ -122,7 +122,7 @@ class Contestant:
 
 
 def main() -> None:
-    """Runs everything."""
+    """Run everything."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads or default_threads())
     device = resolve_device(arguments.device)

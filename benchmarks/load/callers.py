@@ -28,13 +28,13 @@ class LoadCaller(Protocol):
     """Connections to one server."""
 
     def prepare(self, sentences: Sentences) -> Any:
-        """The request that embeds these sentences; made beforehand, so that its cost isn't the server's."""
+        """Return the request that embeds these sentences; made beforehand, so that its cost isn't the server's."""
         ...
 
     async def call(self, request: Any) -> NDArray[np.float32]:
-        """Sends a request, waits for the answer; the first sentence's vectors, flat. Raises CallFailedError."""
+        """Send a request and return the first sentence's vectors, flat. Raises CallFailedError."""
         ...
 
     async def close(self) -> None:
-        """Ends the connections."""
+        """End the connections."""
         ...

@@ -33,11 +33,11 @@ class Generator:
         self._next = 0
 
     async def show(self, index: int) -> Reply:
-        """The vectors of one sentence."""
+        """Return the vectors of one sentence."""
         return {"vectors": (await self._caller.call(self._request(index, 1)[0])).tolist()}
 
     async def singles(self, first: int, count: int) -> Reply:
-        """One sentence after another: the latency of each."""
+        """Return the latency of one sentence after another."""
         latencies_ms = []
         for index in range(first, first + count):
             request, _ = self._request(index, 1)
@@ -47,7 +47,7 @@ class Generator:
         return {"latencies_ms": latencies_ms}
 
     async def closed(self, callers: int, per_call: int, warm_s: float, seconds: float) -> Reply:
-        """So many callers, each of whom calls again as soon as the answer is there.
+        """Run callers that each call again as soon as the response is there.
 
         What ends in the window counts. The first calls are of all sizes, so that the callers don't go on in step.
         """
@@ -72,7 +72,7 @@ class Generator:
         return {**done, "seconds": seconds, "generator_cores": cores}
 
     async def open(self, rate: float, seconds: float, seed: int, max_in_flight: int) -> Reply:
-        """Calls that come when they come (Poisson), however slow the answers are.
+        """Send calls at the moments of a Poisson process, however slow the responses are.
 
         A latency counts from the moment for which the call was meant. With too many calls under way it is given up.
         """
@@ -129,7 +129,7 @@ class Generator:
         return index
 
     def _request(self, index: int, size: int) -> tuple[Any, int]:
-        """The request for so many sentences from there on, and its tokens."""
+        """Return the request for so many sentences from there on, and its tokens."""
         index %= len(self._sentences)
         if (index, size) not in self._requests:
             part = [self._sentences[(index + offset) % len(self._sentences)] for offset in range(size)]
@@ -175,7 +175,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Runs until the standard input ends."""
+    """Run until the standard input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--protocol", choices=("bilm", "triton"), required=True)
     parser.add_argument("--target", required=True)

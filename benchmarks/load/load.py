@@ -53,7 +53,7 @@ class LoadGenerator:
         self._process.communicate()  # its standard input ends, and so does it
 
     def ask(self, do: str, **wish: float) -> dict[str, Any]:
-        """Has it do something, and waits for the answer.
+        """Send a request, and wait for its response.
 
         Raises:
             GeneratorError: if nothing came of it.
@@ -72,14 +72,14 @@ class LoadGenerator:
         return reply
 
     def closed(self, callers: int, per_call: int, warm_s: float, seconds: float) -> dict[str, Any]:
-        """Callers that wait for their answers; see `Generator.closed`."""
+        """Run callers that wait for their responses; see `Generator.closed`."""
         return self.ask("closed", callers=callers, per_call=per_call, warm_s=warm_s, seconds=seconds)
 
     def open(self, rate: float, seconds: float, seed: int, max_in_flight: int) -> dict[str, Any]:
-        """Callers that don't; see `Generator.open`."""
+        """Run calls that don't wait; see `Generator.open`."""
         return self.ask("open", rate=rate, seconds=seconds, seed=seed, max_in_flight=max_in_flight)
 
     def singles(self, first: int, count: int) -> list[float]:
-        """Latencies in ms, one call after another."""
+        """Return latencies in ms, one call after another."""
         latencies: list[float] = self.ask("singles", first=first, count=count)["latencies_ms"]
         return latencies

@@ -14,7 +14,7 @@ _ENDS = (".", "?", "!")
 
 
 def read_sentences(n_sentences: int) -> list[list[str]]:
-    """The first sentences of `DATA`, which has white space between its tokens."""
+    """Return the first sentences of `DATA`, which has white space between its tokens."""
     sentences: list[list[str]] = []
     sentence: list[str] = []
     for token in DATA.read_text(encoding="utf-8").split():
@@ -28,11 +28,11 @@ def read_sentences(n_sentences: int) -> list[list[str]]:
 
 
 def sentence_of(n_tokens: int, sentences: Sequence[Sequence[str]]) -> list[str]:
-    """One sentence of exactly so many tokens, of running text."""
+    """Return one sentence of exactly so many tokens, of running text."""
     words: Iterator[str] = cycle(token for sentence in sentences for token in sentence)
     return [next(words) for _ in range(n_tokens)]
 
 
 def distinct_words(sentences: Sequence[Sequence[str]]) -> list[str]:
-    """Every word once, in order of appearance."""
+    """Return every word once, in order of appearance."""
     return list(dict.fromkeys(token for sentence in sentences for token in sentence))

@@ -80,7 +80,7 @@ class SteadyLoad:
         self._tokens_per_step = n_tokens / (n_tokens + _BOUNDARIES * len(sentences))
 
     def measure(self, seconds: float) -> Work:
-        """Works for about so long."""
+        """Work for about so long."""
         self._round()  # fills the rows, and wakes the cores up
         stats, rounds = self._engine.stats, 0
         steps, ticks, begun_s = stats.steps, stats.ticks, time.perf_counter()
@@ -103,31 +103,31 @@ class SteadyLoad:
 
 
 def as_engine_sentences(sentences: Sequence[Sequence[str]]) -> list[PlainSentence]:
-    """As the engine takes them."""
+    """Return sentences as the engine takes them."""
     return [PlainSentence(tuple(tokens)) for tokens in sentences]
 
 
 def new_engine(size: str, options: EngineOptions) -> CellularBatch:
-    """An engine on random weights, the same for each size."""
+    """Return an engine on random weights, the same for each size."""
     engine = CellularBatch(random_bilm(SIZES[size]), torch.device("cpu"), options)  # the engine takes the network over
     engine.warm_up()
     return engine
 
 
 def show_all_words(engine: CellularBatch, sentences: Sequence[Sequence[str]]) -> None:
-    """Lets an engine's caches see every word."""
+    """Let an engine's caches see every word."""
     words = distinct_words(sentences)
     parts = [words[first : first + _WARM_UP_WORDS] for first in range(0, len(words), _WARM_UP_WORDS)]
     engine.run(as_engine_sentences(parts))
 
 
 def token_cache_mib(config: BilmConfig, n_words: int) -> int:
-    """Room for the vectors (P) of so many words."""
+    """Return the size of a cache for the vectors (P) of so many words."""
     return _mib(n_words * config.projection_dim)
 
 
 def input_cache_mib(config: BilmConfig, n_words: int) -> int:
-    """Room for layer 1's input halves (2 directions, 4·C) of so many words."""
+    """Return the size of a cache for layer 1's input projections (2 directions, 4·C) of so many words."""
     return max(_LEAST_INPUT_CACHE_MIB, _mib(n_words * 2 * 4 * config.cell_dim))
 
 

@@ -80,7 +80,7 @@ class Baseline:
             worker.join()
 
     def seconds(self, sentences: Sentences, batch: int) -> float:
-        """How long the team takes, in batches in order of arrival."""
+        """Return how long the team takes, in batches in order of arrival."""
         batches = [sentences[first : first + batch] for first in range(0, len(sentences), batch)]
         begun_s = time.perf_counter()
         for number, pipe in enumerate(self._pipes):
@@ -90,7 +90,7 @@ class Baseline:
         return time.perf_counter() - begun_s
 
     def layers(self, sentences: Sentences) -> list[Tensor]:
-        """What it computes, as one batch."""
+        """Return the layers, computed as one batch."""
         self._pipes[0].send(("show", [sentences]))
         return [torch.from_numpy(layers) for layers in self._pipes[0].recv()]
 
@@ -131,7 +131,7 @@ class BaselineAtItsBest:
         return self._team
 
     def tokens_per_s(self) -> float:
-        """Of the best layout, on the next sentences."""
+        """Measure the best layout on the next sentences."""
         count = max(_PROBE_SENTENCES, self.best.sentences_at_a_time)
         part = [self._sentences[(self._position + i) % len(self._sentences)] for i in range(count)]
         self._position += count
@@ -147,7 +147,7 @@ class BaselineAtItsBest:
 
 
 def check_against(engine: CellularBatch, team: Baseline, sentences: Sentences) -> float:
-    """The baseline must compute what the engine computes, or its time means nothing; the largest difference."""
+    """Check that the baseline computes what the engine does; return the largest difference."""
     part = sentences[:_CHECKED_SENTENCES]
     embedded = engine.run(as_engine_sentences(part))
     largest = 0.0
@@ -159,7 +159,7 @@ def check_against(engine: CellularBatch, team: Baseline, sentences: Sentences) -
 
 
 def _work(pipe: Any, size: str, threads: int) -> None:
-    """A process of a team: until the other end closes the pipe."""
+    """Run a process of a team until the other end closes the pipe."""
     torch.set_num_threads(threads)
     network = PublishedOrder(random_bilm(SIZES[size]))
     pipe.send("ready")

@@ -33,7 +33,7 @@ class PublishedOrder:
 
     @torch.inference_mode()
     def run(self, sentences: Sequence[Sequence[str]]) -> list[Tensor]:
-        """Embeds one batch: the layers (L + 1, T of the sentence, 2·P) of each sentence."""
+        """Embed one batch: the layers (L + 1, T of the sentence, 2·P) of each sentence."""
         marked = [with_boundaries(tokens) for tokens in sentences]
         # longest first, so that the sentences which reach a place are the first rows
         order = sorted(range(len(marked)), key=lambda b: -len(marked[b]))
@@ -94,7 +94,7 @@ class PublishedOrder:
         return y
 
     def cells(self, direction: int) -> list[Parameters]:
-        """The layers of a direction, 0 forward, 1 backward."""
+        """Return the layers of a direction, 0 forward, 1 backward."""
         return self._directions[direction]
 
     def step(self, x: Tensor, h: Tensor, c: Tensor, cell: Parameters) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ class Shape:
 
 
 def lstm_shapes(config: BilmConfig, *, without_first_input: bool = False) -> list[Shape]:
-    """The products of the cells, layers and directions together: input and state (P -> 4·C), projection (C -> P)."""
+    """Return the cells' products, layers and directions together: input and state (P -> 4·C), projection (C -> P)."""
     cells = 2 * config.n_layers
     n_gates = 2 * cells - (2 if without_first_input else 0)
     shapes = [Shape(config.projection_dim, 4 * config.cell_dim, n_gates)]
@@ -43,7 +43,7 @@ def lstm_shapes(config: BilmConfig, *, without_first_input: bool = False) -> lis
 
 
 def multiply_adds(config: BilmConfig, *, without_first_input: bool = False) -> int:
-    """Of a token or boundary in the LSTMs; the token's vector comes from the cache."""
+    """Return the multiply-adds of a token or boundary in the LSTMs; the token's vector comes from the cache."""
     return sum(shape.multiply_adds for shape in lstm_shapes(config, without_first_input=without_first_input))
 
 
@@ -62,7 +62,7 @@ class Roofline:
 
     @torch.inference_mode()
     def multiply_adds_per_s(self) -> float:
-        """The rate of the fastest ways, each shape weighted by its share of a token's multiply-adds."""
+        """Return the rate of the fastest ways, each shape weighted by its share of a token's multiply-adds."""
         seconds = 0.0
         for shape, ways in self._ways.items():
             rates = {way: _rate(product) * ROWS * shape.n_in * shape.n_out for way, product in ways.items()}
@@ -90,7 +90,7 @@ def _ways(shape: Shape, dtype: torch.dtype) -> dict[str, Product]:
 
 
 def _rate(product: Product) -> float:
-    """Calls a second."""
+    """Return the calls a second."""
     product()
     calls, begun_s = 0, time.perf_counter()
     while (seconds := time.perf_counter() - begun_s) < _SLICE_S or calls < 3:

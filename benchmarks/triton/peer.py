@@ -31,7 +31,7 @@ _pooled = Selection("all", "mean")
 
 
 def main() -> None:
-    """Serves until it is terminated."""
+    """Serve until it is terminated."""
     arguments = _arguments()
     config = SIZES[arguments.size]
     triton = import_module("pytriton.triton")
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _inference(order: str, size: str) -> Any:
-    """What pytriton calls with a batch, in a thread of the instance's own."""
+    """Return what pytriton calls with a batch, in the instance's own thread."""
     thread = threading.local()
 
     def infer(sentence: NDArray[Any]) -> dict[str, NDArray[np.float32]]:

@@ -121,7 +121,7 @@ class TritonServer:
 def best_setting(
     settings: Sequence[TritonSetting], start: Callable[[TritonSetting], TritonServer], callers: int, seconds: float
 ) -> tuple[TritonSetting, dict[str, float]]:
-    """The setting with which most sentences a second come through, and what all of them gave."""
+    """Return the setting with which most sentences a second come through, and what all of them gave."""
     found: dict[TritonSetting, float] = {}
     for setting in settings:
         with start(setting) as generator:
@@ -146,7 +146,7 @@ def _library_folder(python: str) -> str:
 
 
 def _free_ports() -> int:
-    """The first of several free ports in a row."""
+    """Return the first of several free ports in a row."""
     while True:
         with ExitStack() as stack:
             first = stack.enter_context(socket.socket())

@@ -168,7 +168,7 @@ _CLASSES: dict[grpc.StatusCode, type[ServiceError]] = {
 
 
 def service_error(call: _Call) -> ServiceError:
-    """The exception for a call that failed; takes a grpc.RpcError of either API, or the call itself."""
+    """Return the exception for a call that failed; takes a grpc.RpcError of either API, or the call itself."""
     code = call.code()
     reason, metadata = _error_info(_details_of(call))
     pushback_ms = _pushback_ms(call.trailing_metadata() or ())
@@ -179,14 +179,14 @@ def service_error(call: _Call) -> ServiceError:
 
 
 def sentence_error(status: status_pb2.Status, index: int) -> SentenceError:
-    """The exception for a sentence's `google.rpc.Status`."""
+    """Return the exception for a sentence's `google.rpc.Status`."""
     reason, _ = _error_info(status)
     code = _CODE_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
     return SentenceError(status.message, index=index, reason=reason, code=code)
 
 
 def version_changed(expected: str, found: str) -> ModelVersionChangedError:
-    """The exception for a model version that changed from `expected` to `found` during a call."""
+    """Return the exception for a model version that changed from `expected` to `found` during a call."""
     return ModelVersionChangedError(
         f"the model's version changed during the call: expected {expected!r}, found {found!r}",
         code=grpc.StatusCode.FAILED_PRECONDITION,

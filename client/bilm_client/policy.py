@@ -65,7 +65,7 @@ class RetryPolicy:
         _check_positive("throttle_ratio", self.throttle_ratio)
 
     def service_config(self) -> str:
-        """The gRPC service config, as JSON: retry of the unary calls of the service, and nothing for Health."""
+        """Return the gRPC service config, as JSON: retry of the unary calls of the service, and nothing for Health."""
         config: dict[str, object] = {
             "retryThrottling": {"maxTokens": self.throttle_tokens, "tokenRatio": self.throttle_ratio}
         }
@@ -84,7 +84,7 @@ class RetryPolicy:
         }
 
     def backoff_s(self, failures: int, uniform: float) -> float:
-        """Seconds to wait after the `failures`-th failure in a row (from 1); `uniform` in [0, 1) is the jitter."""
+        """Return the wait in s after the `failures`-th failure in a row (from 1); `uniform` in [0, 1) is the jitter."""
         backoff_s = self.initial_backoff_s * self.backoff_multiplier ** (failures - 1)
         return min(backoff_s, self.max_backoff_s) * (0.8 + 0.4 * uniform)
 
@@ -114,7 +114,7 @@ DEFAULT_KEEPALIVE = Keepalive()
 
 
 def is_resumable(error: ServiceError) -> bool:
-    """Whether a stream that broke with `error` may be resumed on another connection."""
+    """Return whether a stream that broke with `error` may be resumed on another connection."""
     if error.pushback_ms is not None and error.pushback_ms < 0:
         return False
     match error.code:
@@ -130,5 +130,5 @@ def is_resumable(error: ServiceError) -> bool:
 
 
 def broke_off(error: ServiceError) -> bool:
-    """Whether a unary call's connection was lost on the way, after gRPC's own retries; not whether there was none."""
+    """Return whether a unary call lost its connection on the way, after gRPC's own retries; not if there was none."""
     return not error.reason and is_resumable(error) and _NO_CONNECTION not in error.message

@@ -56,7 +56,7 @@ class Limits:
 
     @classmethod
     def from_proto(cls, limits: pb.Limits) -> Self:
-        """The value object for the message."""
+        """Return the value object for the message."""
         return cls(
             max_sentences_per_request=limits.max_sentences_per_request,
             max_tokens_per_request=limits.max_tokens_per_request,
@@ -103,7 +103,7 @@ class ModelInfo:
 
     @classmethod
     def from_proto(cls, response: pb.GetModelResponse) -> Self:
-        """The value object for the message."""
+        """Return the value object for the message."""
         return cls(
             name=response.name,
             version=response.version,

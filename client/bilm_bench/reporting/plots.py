@@ -13,7 +13,7 @@ _MINUTES_FROM_S = 600.0
 
 
 def throughput_against_load(report: Report) -> str | None:
-    """What was answered of what was offered, or by how many callers."""
+    """Plot what was answered of what was offered, or by how many callers."""
     steps = report["steps"]
     if len(steps) < _LEAST_STEPS:
         return None
@@ -36,7 +36,7 @@ def throughput_against_load(report: Report) -> str | None:
 
 
 def latency_against_load(report: Report) -> str | None:
-    """Percentiles of accepted calls."""
+    """Plot percentiles of accepted calls."""
     steps = report["steps"]
     if len(steps) < _LEAST_STEPS:
         return None
@@ -62,7 +62,7 @@ _LATENCIES = (
 
 
 def latency_over_time(report: Report) -> str | None:
-    """Of accepted calls, by when they ended."""
+    """Plot latencies of accepted calls, by when they ended."""
     samples = report["samples"][1:]
     if len(samples) < _LEAST_SAMPLES:
         return None
@@ -78,7 +78,7 @@ def latency_over_time(report: Report) -> str | None:
 
 
 def calls_over_time(report: Report) -> str | None:
-    """What became of the calls, by when they ended."""
+    """Plot how calls ended, by when."""
     samples = report["samples"][1:]
     if len(samples) < _LEAST_SAMPLES:
         return None
@@ -94,7 +94,7 @@ def calls_over_time(report: Report) -> str | None:
 
 
 def resources_over_time(report: Report) -> str | None:
-    """Memory and descriptors of both sides."""
+    """Plot memory and descriptors of both sides."""
     samples = report["samples"]
     if len(samples) < _LEAST_SAMPLES:
         return None

@@ -18,12 +18,12 @@ _PERCENTILES = ("p50_ms", "p90_ms", "p99_ms", "p999_ms", "max_ms")
 
 
 def summary(report: Report) -> str:
-    """A run, on a page of text."""
+    """Return a run as a page of text."""
     return "\n".join((*_head(report), "", *_table(report), "", *_rest(report["figures"]), *_verdict(report)))
 
 
 def step_line(step: Step, counters: StepCounters, loop: str) -> str:
-    """A step that has just ended, on a line."""
+    """Return a step that has just ended as a line."""
     found = step_metrics(counters)
     accepted, refused = found["accepted"], found["refused"]
     return (
@@ -34,12 +34,12 @@ def step_line(step: Step, counters: StepCounters, loop: str) -> str:
 
 
 def load_name(load: float, loop: str) -> str:
-    """What a step's load is called."""
+    """Return what a step's load is called."""
     return f"{short(load)} sentences/s" if loop == "open" else f"{load:.0f} callers"
 
 
 def describe_load(report: Report) -> str:
-    """The kind of load, in words."""
+    """Return the kind of load, in words."""
     choices = report["choices"]
     if choices["loop"] == "open":
         return "open loop (Poisson)"
@@ -47,7 +47,7 @@ def describe_load(report: Report) -> str:
 
 
 def describe_calls(report: Report) -> str:
-    """What the calls ask for, in words."""
+    """Return what the calls ask for, in words."""
     choices, text = report["choices"], report["text"]
     per_call = choices["sentences_per_call"]
     return (
@@ -67,7 +67,7 @@ def _head(report: Report) -> Iterator[str]:
 
 
 def _table(report: Report) -> Iterator[str]:
-    """Steps and, of more than one, their sum; latencies are of accepted calls, from the moment they were meant for."""
+    """Yield a line for each step and, of several, their sum; latencies are of accepted calls."""
     rows = [_row(step) for step in report["steps"]]
     if len(rows) != 1:
         rows.append(_row(report["figures"]))

@@ -74,7 +74,7 @@ class HealthProbe:
         return call
 
     def _note(self, call: Any, meant_s: float) -> None:
-        """In gRPC's thread."""
+        """Note a check that has ended, in gRPC's thread."""
         took_s = time.monotonic() - meant_s
         with self._lock:
             if self._ended.is_set():

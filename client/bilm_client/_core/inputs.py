@@ -100,7 +100,7 @@ def parse_sentence(sentence: Sentence, name: str, state: bytes = b"", return_sta
 
 
 def check_state(name: str, state: bytes | None) -> bytes:
-    """The state as bytes, b"" for None.
+    """Return the state as bytes, b"" for None.
 
     Raises:
         TypeError: It is something else.

@@ -70,7 +70,7 @@ class EmbedJob:
             self.settle(index, _too_large(self.inputs[index], index, info))
 
     def take(self) -> range | None:
-        """The next part to send, or None: wait for an answer first, or nothing is left."""
+        """Return the next part to send, or None: wait for a response first, or nothing is left."""
         # Until the first answer has told the version, a second request could be answered by another one.
         at_most = PARTS_IN_FLIGHT if self._version else 1
         if not self._parts or self._in_flight >= at_most:
@@ -79,7 +79,7 @@ class EmbedJob:
         return self._parts.popleft()
 
     def request(self, part: range) -> pb.EmbedRequest:
-        """The message for a part."""
+        """Return the message for a part."""
         inputs = [self.inputs[index] for index in part]
         # The client knows tokens that it sent, so the server need not send them back.
         omit_tokens = all(source.tokens is not None for source in inputs)
@@ -93,7 +93,7 @@ class EmbedJob:
         return request
 
     def succeed(self, part: range, response: pb.EmbedResponse) -> None:
-        """Take the answer of a part.
+        """Take the response of a part.
 
         Raises:
             SentenceError: A sentence failed, with on_error="raise".
@@ -137,7 +137,7 @@ class EmbedJob:
         self._outcomes[index] = outcome
 
     def results(self) -> list[Outcome]:
-        """One outcome for each sentence, in order."""
+        """Return one outcome for each sentence, in order."""
         return [self._outcomes[index] for index in range(len(self.inputs))]
 
     def _cut(self, part: range) -> None:
@@ -168,7 +168,7 @@ def embed_job(settings: Settings, sentences: str | Iterable[Sentence], arguments
 
 
 def agreed_version(expected: str, found: str) -> str:
-    """The version that all answers share; `expected` is "" before the first.
+    """Return the version that all answers share; `expected` is "" before the first.
 
     Raises:
         ModelVersionChangedError: They differ.
@@ -179,7 +179,7 @@ def agreed_version(expected: str, found: str) -> str:
 
 
 def at_index(outcome: Outcome, index: int) -> Outcome:
-    """The outcome of a sentence that was number `index` of the call, whatever its number on its way."""
+    """Return the outcome of a sentence that was number `index` of the call, whatever its number on its way."""
     if isinstance(outcome, SentenceError):
         return type(outcome)(outcome.message, index=index, reason=outcome.reason, code=outcome.code)
     return outcome

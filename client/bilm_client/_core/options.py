@@ -58,7 +58,7 @@ class ScalarMix:
             raise ValueError(f"weights and gamma must be finite, got {self.weights} and {self.gamma}")
 
     def to_proto(self) -> pb.ScalarMix:
-        """The message for the value object."""
+        """Return the message for the value object."""
         return pb.ScalarMix(weights=self.weights, gamma=self.gamma, layer_norm=self.layer_norm)
 
 
@@ -117,11 +117,11 @@ class Options:
         return _DATA_TYPES[self.dtype]
 
     def layers_returned(self, layer_count: int) -> int:
-        """Layers in a tensor, of the `layer_count` that the model has."""
+        """Return layers in a tensor, of the `layer_count` that the model has."""
         return layer_count if self.layers == "all" else 1
 
     def to_proto(self, *, omit_tokens: bool = False) -> pb.EmbedOptions:
-        """The message for the value object."""
+        """Return the message for the value object."""
         return pb.EmbedOptions(
             layers=_LAYERS[self.layers],
             mix=None if self.mix is None else self.mix.to_proto(),

@@ -32,7 +32,7 @@ class RequestCost:
         )
 
     def fits(self, limit: "RequestCost") -> bool:
-        """Whether no limit is exceeded."""
+        """Return whether no limit is exceeded."""
         return (
             self.sentences <= limit.sentences
             and self.tokens <= limit.tokens
@@ -57,7 +57,7 @@ class Plan:
 
 
 def request_limit(info: ModelInfo) -> RequestCost:
-    """What one Embed may take at most."""
+    """Return what one Embed may take at most."""
     limits = info.limits
     return RequestCost(
         limits.max_sentences_per_request,
@@ -68,7 +68,7 @@ def request_limit(info: ModelInfo) -> RequestCost:
 
 
 def cost_of(source: Input, options: Options, info: ModelInfo) -> RequestCost:
-    """What one sentence takes; for text, from the estimate of its tokens."""
+    """Return what one sentence takes; for text, from the estimate of its tokens."""
     tokens = source.token_estimate
     rows = 1 if options.pooled else tokens
     tensor_bytes = rows * options.layers_returned(info.layer_count) * info.width * options.item_bytes

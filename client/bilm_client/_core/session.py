@@ -106,7 +106,7 @@ class ResumableSession:
         return _item_message(item)
 
     def opening(self) -> list[pb.EmbedStreamRequest]:
-        """The first messages of a new stream: the options, and every sentence that it has to see."""
+        """Return the first messages of a new stream: the options, and every sentence that it has to see."""
         start = pb.StreamStart(
             model=self._model,
             expected_model_version=self._version,
@@ -138,7 +138,7 @@ class ResumableSession:
             self._settle(item, outcome)
 
     def take(self) -> Outcome | None:
-        """The next result in input order, or None if it isn't there yet.
+        """Return the next result in input order, or None if it isn't there yet.
 
         Raises:
             SentenceError: The sentence failed, with on_error="raise".
@@ -156,7 +156,7 @@ class ResumableSession:
         return outcome
 
     def broken(self, error: ServiceError) -> float:
-        """Seconds to wait before the next connection.
+        """Return seconds to wait before the next connection.
 
         Raises:
             ServiceError: `error`, where another attempt can't help or none is left.

@@ -167,11 +167,11 @@ class _Mailbox:
             self._loop.call_soon_threadsafe(self._put, delivery)
 
     def take(self) -> Delivery | None:
-        """The oldest delivery, or None."""
+        """Return the oldest delivery, or None."""
         return self._deliveries.popleft() if self._deliveries else None
 
     def arrival(self) -> "asyncio.Future[None]":
-        """A future that is done once there is a delivery."""
+        """Return a future that is done once there is a delivery."""
         if self._arrival is None or self._arrival.done():
             self._arrival = self._loop.create_future()
             if self._deliveries:

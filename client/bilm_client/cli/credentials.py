@@ -15,7 +15,7 @@ class CredentialsError(Exception):
 def channel_credentials(
     *, tls: bool = False, ca_file: Path | None = None, cert_file: Path | None = None, key_file: Path | None = None
 ) -> grpc.ChannelCredentials | None:
-    """Credentials of a channel; None: plaintext, which is what nothing but defaults asks for.
+    """Return credentials of a channel; None: plaintext, where no argument is given.
 
     Args:
         tls: Connect by TLS; any of the files implies it.
@@ -39,7 +39,7 @@ def channel_credentials(
 
 
 def read_token(path: Path | None) -> str | None:
-    """The bearer token that a file holds, with nothing but white space around it; None for no file.
+    """Return the bearer token that a file holds, with nothing but white space around it; None for no file.
 
     Raises:
         CredentialsError: The file can't be read, or holds something else.

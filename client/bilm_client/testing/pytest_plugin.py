@@ -9,6 +9,6 @@ from bilm_client.testing.server import RunningServer, ServerProcess
 
 @pytest.fixture(scope="session")
 def bilm_server() -> Iterator[RunningServer]:
-    """A real server on a tiny random model, one for the whole session; connect to its `.target`."""
+    """Start a real server on a tiny random model, one for the whole session; connect to its `.target`."""
     with ServerProcess() as server:
         yield server

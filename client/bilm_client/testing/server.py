@@ -118,7 +118,7 @@ def wait_until_serving(target: str, process: "subprocess.Popen[Any]", timeout_s:
 
 
 def _is_serving(stub: Any, timeout_s: float) -> bool:
-    """Whether the server is or becomes SERVING in `timeout_s` seconds; returns early only if it does."""
+    """Return whether the server is or becomes SERVING in `timeout_s` seconds; returns early only if it does."""
     try:
         for response in stub.Watch(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True):
             if response.status == health_pb2.HealthCheckResponse.SERVING:

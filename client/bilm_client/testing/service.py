@@ -53,7 +53,7 @@ class FakeService:
         self.failures = dict(failures or {})
 
     def get_model(self) -> pb.GetModelResponse:
-        """What the service serves."""
+        """Return what the service serves."""
         return pb.GetModelResponse(
             name=MODEL_NAME,
             version=MODEL_VERSION,
@@ -78,13 +78,13 @@ class FakeService:
         )
 
     def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
-        """One result for each sentence."""
+        """Return one result for each sentence."""
         results = [self.embed_sentence(sentence, request.options) for sentence in request.sentences]
         tokens = sum(len(_split(sentence)[0]) for sentence in request.sentences)
         return pb.EmbedResponse(results=results, usage=pb.Usage(tokens=tokens, model_version=MODEL_VERSION))
 
     def embed_sentence(self, sentence: pb.Sentence, options: pb.EmbedOptions) -> pb.EmbedResult:
-        """The embedding of a sentence, or its error; options that aren't set mean what they mean to a server."""
+        """Return a sentence's embedding or error; options that aren't set mean what they mean to a server."""
         try:
             return pb.EmbedResult(embedding=self._embedding(sentence, _with_defaults(options)))
         except SentenceFailure as failure:
@@ -136,7 +136,7 @@ class FakeStream:
         self._state = b""
 
     def answer(self, item: pb.StreamItem) -> pb.EmbedStreamResponse:
-        """The whole result of an item."""
+        """Return the whole result of an item."""
         sentence, asked = pb.Sentence(), item.sentence.return_state
         sentence.CopyFrom(item.sentence)
         sentence.state = item.sentence.state or self._state
@@ -170,7 +170,7 @@ def _row_count(embedding: pb.Embedding, options: pb.EmbedOptions) -> int:
 
 
 def error_status(reason: str, message: str, code: int = _INVALID_ARGUMENT) -> status_pb2.Status:
-    """A status as the server makes it, with the reason among the details."""
+    """Return a status as the server makes it, with the reason among the details."""
     detail = AnyMessage()
     detail.Pack(error_details_pb2.ErrorInfo(domain=ERROR_DOMAIN, reason=reason))
     return status_pb2.Status(code=code, message=message, details=[detail])
