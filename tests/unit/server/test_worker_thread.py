@@ -74,8 +74,9 @@ async def test_an_idle_engine_is_checked_and_tried_again_when_it_fails() -> None
     async with running(engine) as worker:
         await until(lambda: engine.checks > 2)
         assert worker.healthy
-        engine.broken = 2
+        engine.broken = 10**9  # a failure that ends by itself may be over before it is seen
         await until(lambda: not worker.healthy)
+        engine.broken = 0
         await until(lambda: worker.healthy)
 
 
