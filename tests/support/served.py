@@ -45,7 +45,7 @@ class Anybody:
 
 
 @dataclass
-class Served:
+class RunningService:
     """A service that runs.
 
     Attributes:
@@ -62,7 +62,7 @@ class Served:
 @asynccontextmanager
 async def serving(
     engine: FakeEngine[Sentence], *, stall_s: float = 60.0, options: tuple[tuple[str, int], ...] = (), **settings: Any
-) -> AsyncIterator[Served]:
+) -> AsyncIterator[RunningService]:
     """Yield a service on an engine.
 
     Args:
@@ -80,7 +80,7 @@ async def serving(
         await server.start()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
-                yield Served(embedder, embed_pb2_grpc.EmbedServiceStub(channel), ended)
+                yield RunningService(embedder, embed_pb2_grpc.EmbedServiceStub(channel), ended)
         finally:
             engine.go_on.set()
             await server.stop(0)

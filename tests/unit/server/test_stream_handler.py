@@ -24,7 +24,7 @@ from tests.support.served import tokens
 Response = embed_pb2.EmbedStreamResponse
 
 
-class Client:
+class StreamClient:
     """Sends what the test says, and keeps what it gets; `reads` cleared, it reads nothing more."""
 
     def __init__(self) -> None:
@@ -61,11 +61,11 @@ class Client:
         return [response.id for response in self.responses]
 
 
-class Open:
+class HandledStream:
     """A stream under way."""
 
     def __init__(self, embedder: Embedder, stall_s: float) -> None:
-        self.embedder, self.client, self.record = embedder, Client(), CallRecord("EmbedStream", "peer")
+        self.embedder, self.client, self.record = embedder, StreamClient(), CallRecord("EmbedStream", "peer")
         handler = StreamHandler(embedder, Call(), self.client.write, stall_s)
         with entered(self.record):
             self.task = asyncio.create_task(handler.run(aiter(self.client)))
@@ -81,9 +81,11 @@ class Open:
 
 
 @asynccontextmanager
-async def stream(engine: FakeEngine[Sentence], *, stall_s: float = 60.0, **settings: Any) -> AsyncIterator[Open]:
+async def stream(
+    engine: FakeEngine[Sentence], *, stall_s: float = 60.0, **settings: Any
+) -> AsyncIterator[HandledStream]:
     async with embedding(engine, **settings) as embedder:
-        found = Open(embedder, stall_s)
+        found = HandledStream(embedder, stall_s)
         try:
             yield found
         finally:

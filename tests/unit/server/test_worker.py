@@ -149,14 +149,14 @@ async def test_the_speed_is_that_of_the_steps_and_not_of_sentences_that_ended() 
     """Long sentences: none ends for a thousand rounds, each of which advances two of them by 25 steps in 0.5 s."""
     now_s = [0.0]
 
-    class Slow(FakeEngine[Sentence]):
+    class SlowEngine(FakeEngine[Sentence]):
         def advance(self) -> list[EngineResult[Sentence]]:
             now_s[0] += 0.5
             found = super().advance()
             self.stats.steps += 24 * self.groups[-1]
             return found
 
-    found = DrivenWorker(Slow(rounds=1000), lambda: now_s[0])
+    found = DrivenWorker(SlowEngine(rounds=1000), lambda: now_s[0])
     futures = [found.submit(Call(), "a") for _ in range(2)]
     for _ in range(900):
         found.worker.step()
