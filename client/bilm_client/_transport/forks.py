@@ -8,7 +8,7 @@ from contextlib import contextmanager
 _FORK_TIMEOUT_S = 2.0
 
 
-class CallGate:
+class ForkGate:
     """Lets a fork wait for the calls that are under way, and calls that come then for the fork; neither for ever."""
 
     def __init__(self) -> None:
@@ -51,5 +51,5 @@ class CallGate:
         os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork, after_in_child=self._reset)
 
 
-CALL_GATE = CallGate()
-CALL_GATE.register()
+FORK_GATE = ForkGate()
+FORK_GATE.register()

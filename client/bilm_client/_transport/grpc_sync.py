@@ -13,7 +13,7 @@ from bilm_client._core.settings import Deadline, Settings
 from bilm_client._transport.base import Deliver
 from bilm_client._transport.channels import sync_channel
 from bilm_client._transport.connection import GrpcConnection
-from bilm_client._transport.forks import CALL_GATE
+from bilm_client._transport.forks import FORK_GATE
 from bilm_client._transport.grpc_common import call_arguments, failed_health_status, health_status
 from bilm_client._transport.link import Link
 from bilm_client.errors import BilmError, ClientClosedError, ServiceError, service_error
@@ -37,7 +37,7 @@ class GrpcSyncTransport:
 
     def calls(self) -> AbstractContextManager[None]:
         """Hold off forks for as long as the context lasts."""
-        return CALL_GATE.call()
+        return FORK_GATE.call()
 
     def embed(self, request: pb.EmbedRequest, deadline: Deadline) -> "FutureEmbed":
         """Start an Embed call."""
@@ -82,7 +82,7 @@ class GrpcSyncTransport:
 
     def _unary(self, method: Any, request: Any, deadline: Deadline) -> Any:
         try:
-            with CALL_GATE.call():
+            with FORK_GATE.call():
                 return method(request, **call_arguments(self._settings, deadline))
         except (grpc.RpcError, ValueError) as error:
             raise self._translated(error) from error
