@@ -146,7 +146,7 @@ def test_every_alert_is_in_the_runbook_and_the_other_way_round() -> None:
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL))
     assert list(sections) == ALERTS
     for section in sections.values():
-        assert re.findall(r"^\*\*(\w+)\.\*\*", section, flags=re.MULTILINE) == ["Meaning", "Check", "Mend"]
+        assert re.findall(r"^\*\*(\w+)\.\*\*", section, flags=re.MULTILINE) == ["Meaning", "Check", "Fix"]
     assert re.findall(r"runbook: docs/runbook.md#(\w+)", RULES) == [alert.lower() for alert in ALERTS]
 
 
