@@ -32,7 +32,7 @@ class ServedModel:
     """One model and what belongs to it.
 
     Attributes:
-        name: as requests may give it.
+        name: that requests may give.
         version: a hash of weights and options.
         config: its structure.
         parameter_count: its size.
@@ -68,7 +68,7 @@ class ServedModel:
 
 
 def load_served_model(config: ServerConfig, bfloat16: ProductPath | None = None) -> ServedModel:
-    """Loads what the configuration names.
+    """Load what the configuration names.
 
     In a thread that ends with it: OpenMP keeps a team of workers for each thread that has computed anything, and once
     there are more of them than cores, all of them sleep where they would spin. Measured on two cores: a sentence takes

@@ -61,8 +61,8 @@ _REQUESTS: tuple[tuple[type[Message], Callable[[], Message]], ...] = (
 class FieldCheck:
     """Sends requests through everything that stands between the wire and the engine."""
 
-    def __init__(self, model: ServedModel) -> None:
-        self._model, self._preprocessing = model, Preprocessing(model, _LIMITS)
+    def __init__(self, model: ServedModel, preprocessing: type[Preprocessing]) -> None:
+        self._model, self._preprocessing = model, preprocessing(model, _LIMITS)
 
     def __call__(self, data: bytes) -> str:
         """Checks one input; returns what came of it: "malformed", a reason, or "prepared".
@@ -111,9 +111,9 @@ class FieldCheck:
             assert 0 < int(bytes_ids(read_bytes(token)).max()) <= 261
 
 
-def new_check() -> FieldCheck:
+def new_check(preprocessing: type[Preprocessing] = Preprocessing) -> FieldCheck:
     """A check on the smallest model."""
-    return FieldCheck(load_served_model(load_config(["--model", "random:tiny", "--device", "cpu"])))
+    return FieldCheck(load_served_model(load_config(["--model", "random:tiny", "--device", "cpu"])), preprocessing)
 
 
 def input_of(rng: random.Random) -> bytes:

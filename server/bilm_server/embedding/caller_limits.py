@@ -1,4 +1,4 @@
-"""What one caller may have of the server: calls at a time, and tokens per second on average."""
+"""Limits of one caller: calls at a time, and tokens per second on average."""
 
 import asyncio
 import math
@@ -75,7 +75,7 @@ class CallerLimits:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         max_callers: int = _MAX_CALLERS,
     ) -> None:
-        """Keeps its arguments.
+        """Set the limits.
 
         Args:
             tokens_per_s: on average; 0: no limit.
@@ -96,7 +96,7 @@ class CallerLimits:
 
     @contextmanager
     def call(self, caller: str) -> Iterator[None]:
-        """Counts a call for as long as the context lasts.
+        """Count a call for as long as the context lasts.
 
         Raises:
             RefusalError: CALLER_LIMIT, if the caller has as many already; with the time that it takes until one of them
@@ -121,7 +121,7 @@ class CallerLimits:
             account.mean_call_s += _DURATION_WEIGHT * (self._clock() - begun_s - account.mean_call_s)
 
     def charge(self, caller: str, tokens: int) -> None:
-        """Takes the tokens of an `Embed` out of the caller's bucket.
+        """Take the tokens of an `Embed` out of the caller's bucket.
 
         Raises:
             RefusalError: CALLER_LIMIT, if they aren't there; with the time after which they will be.
@@ -163,7 +163,7 @@ class CallerLimits:
             self.correct(caller, charge.tokens - tokens)
 
     async def acquire(self, caller: str, tokens: int) -> None:
-        """Takes the tokens of a stream's item, once they are there; first come, first served among a caller's items."""
+        """Take the tokens of a stream's item, once they are there; first come, first served among a caller's items."""
         if not self._tokens_per_s:
             return
         account = self._account(caller)

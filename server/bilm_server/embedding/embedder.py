@@ -44,7 +44,16 @@ class ResponseFormat(Protocol[R_co]):
 
 
 class Embedder:
-    """Embeds sentences by one model; used from the event loop only."""
+    """Embeds sentences by one model; used from the event loop only.
+
+    Attributes:
+        model: what embeds.
+        worker: runs its engine.
+        limits: of single requests.
+        conversions: threads for what would hold the event loop.
+        admission: of calls.
+        stream_admission: of streams' items.
+    """
 
     def __init__(
         self,
@@ -162,7 +171,7 @@ class Embedder:
         if n_bytes > self.limits.response_bytes:
             raise RefusalError(
                 Reason.RESPONSE_TOO_LARGE,
-                f"the answer would have about {n_bytes} bytes, more than {self.limits.response_bytes}: send fewer "
+                f"the response would have about {n_bytes} bytes, more than {self.limits.response_bytes}: send fewer "
                 "sentences, ask for less of them (layers, pooling, data_type), or use EmbedStream",
             )
         return Cost(sum(len(sentence.tokens) for sentence in sentences), n_bytes)
