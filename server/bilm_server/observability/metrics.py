@@ -111,13 +111,14 @@ class _OpenCalls(Collector):
     """Calls begun and not ended, counted at each scrape: a call's model is known only some time after its begin."""
 
     def __init__(self, models: Sequence[str]) -> None:
-        self._models = (*models, NO_MODEL)
+        self._shown = {(method, model) for method in METHODS for model in (*models, NO_MODEL)}
         self.calls: set[CallRecord] = set()
 
     def collect(self) -> Iterator[Metric]:
-        counts = Counts({(method, model): 0 for method in METHODS for model in self._models})
-        counts.update((call.method, call.model) for call in self.calls.copy())
+        """Yield the gauge; labels that a scrape has shown stay, at 0."""
+        counts = Counts((call.method, call.model) for call in self.calls.copy())
+        self._shown |= counts.keys()
         family = GaugeMetricFamily("bilm_requests_in_flight", "Calls begun and not ended.", labels=["method", "model"])
-        for labels, count in counts.items():
-            family.add_metric(labels, count)
+        for labels in sorted(self._shown):
+            family.add_metric(labels, counts[labels])
         yield family

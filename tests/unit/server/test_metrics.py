@@ -117,6 +117,14 @@ def test_a_call_without_a_code_is_counted() -> None:
     assert values(metrics.registry)["bilm_requests_total{code=UNKNOWN,method=GetModel,model=}"] == 1
 
 
+def test_a_method_that_was_in_flight_at_a_scrape_is_shown_with_0_later() -> None:
+    metrics = new_metrics()
+    metrics.begin(call := a_call("unknown", Code.UNIMPLEMENTED))
+    assert values(metrics.registry)["bilm_requests_in_flight{method=unknown,model=}"] == 1
+    metrics.end(call)
+    assert values(metrics.registry)["bilm_requests_in_flight{method=unknown,model=}"] == 0
+
+
 def test_rounds_have_their_rows() -> None:
     metrics = new_metrics()
     for rows in (1, 2, 100):
