@@ -110,7 +110,7 @@ class Preprocessing:
         return refusals
 
     def prepare(self, sentence: Sentence) -> None:
-        """Check a sentence and cut it into tokens.
+        """Check a sentence, once, and cut it into tokens.
 
         Raises:
             RefusalError: what is wrong with this sentence.
@@ -126,6 +126,7 @@ class Preprocessing:
         _check_tokens(sentence, self.limits.sentence_tokens)
         sentence.truncated = any(map(is_truncated, sentence.tokens))
         self._decode_state(sentence)
+        sentence.content, sentence.state_bytes = None, b""  # they can keep a whole message in memory
 
     def computed_bytes(self, sentence: Sentence) -> int:
         """Return the bytes of a prepared sentence's vectors and of the state that it asks for."""

@@ -65,9 +65,9 @@ class Sentence:
 
     Attributes:
         call: the RPC that it belongs to.
-        content: text to tokenise, or tokens; None where the request has neither.
+        content: text to tokenise, or tokens; None where the request has neither, and once it is prepared.
         output: what to return for it.
-        state_bytes: encoded state to continue from; empty: none.
+        state_bytes: encoded state to continue from; empty: none, or prepared.
         return_state: whether the state after it is needed.
         tokens: to compute, without boundaries.
         starts: byte offsets of the tokens, where the content is text.

@@ -343,14 +343,15 @@ async def test_a_sentence_waits_for_room_and_takes_its_tokens_back_when_it_is_ca
     async with embedding(engine, max_tokens=10, caller_limits=limits) as embedder:
         with a_call():
             stream, other = embedder.stream(), embedder.stream()
-            (first, second, third) = new(["a"] * 8, ["b"] * 8, ["c"] * 8)
+            (first, last) = new(["a"] * 8, ["c"] * 8)
             with await other.admit(first, 10, overhead):
                 for _ in range(9):
+                    (second,) = new(["b"] * 8)
                     waiting = asyncio.create_task(stream.admit(second, 10, overhead))
                     await until(lambda: embedder.stream_admission.waiting == 1)
                     waiting.cancel()
                     await asyncio.wait([waiting])
-                waiting = asyncio.create_task(stream.admit(third, 10, overhead))
+                waiting = asyncio.create_task(stream.admit(last, 10, overhead))
                 await until(lambda: embedder.stream_admission.waiting == 1)
             (await waiting).release()
 

@@ -101,6 +101,13 @@ def test_tokens_stay_as_they_are() -> None:
     assert asked.state == 7
 
 
+def test_what_was_sent_is_let_go_once_it_is_prepared() -> None:
+    asked = sentence(["a"], state_bytes=CountCodec().encode(7))
+    preprocessing().prepare(asked)
+    assert (asked.content, asked.state_bytes) == (None, b"")
+    assert (asked.tokens, asked.state) == (("a",), 7)
+
+
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
