@@ -70,7 +70,7 @@ class CellularBatch:
         self._known: Tensor | None = None
         self.stats = EngineStats()
         self._counters = self.stats
-        self.reset()
+        self._start_empty()
 
     @property
     def backend(self) -> str:
@@ -216,9 +216,12 @@ class CellularBatch:
 
     def reset(self) -> None:
         """Drop everything in flight and all cached vectors; the counters continue."""
+        self._backend.forget(self._table.entries)
+        self._start_empty()
+
+    def _start_empty(self) -> None:
         self._flight = Flight(self.max_rows, self.max_tokens)
         self._table = TokenTable(self.max_tokens, self._n_cached, self._counters.cache)
-        self._backend.forget(np.arange(self._table.capacity))
 
     def _run_round(self, tickets: Sequence[Ticket]) -> None:
         remaining = [ticket.remaining for ticket in tickets]

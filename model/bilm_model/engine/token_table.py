@@ -15,7 +15,8 @@ _EVICTED_SHARE = 16
 class TokenTable:
     """Entries by the bytes of a token that the model reads.
 
-    Entries of tokens in flight are pinned. Of the others, the most recently used stay, at most `n_cached`.
+    Entries of tokens in flight are pinned. Of the others, the most recently used stay, at most `n_cached`. An entry
+    costs nothing before its first use: a table may have room for millions.
     """
 
     def __init__(self, n_in_flight: int, n_cached: int, stats: CacheStats | None = None) -> None:
@@ -30,8 +31,8 @@ class TokenTable:
         self.stats = CacheStats() if stats is None else stats
         self._n_cached = n_cached
         self._entry_of: dict[bytes, int] = {}
-        self._keys: list[bytes] = [b""] * self.capacity
-        self._free = list(range(self.capacity))[::-1]
+        self._keys: list[bytes] = []  # of the entries that have been used
+        self._free: list[int] = []  # of those
         self._pins = np.zeros(self.capacity, dtype=np.int32)
         self._known = np.zeros(self.capacity, dtype=bool)
         self._used = np.zeros(self.capacity, dtype=np.int64)
@@ -41,12 +42,21 @@ class TokenTable:
     @property
     def n_cached(self) -> int:
         """Tokens kept although no sentence in flight has them."""
-        return int(self._idle.sum())
+        return int(self._idle[: len(self._keys)].sum())
 
     @property
     def n_available(self) -> int:
         """Entries that new tokens can have: free ones, and those of cached tokens."""
-        return len(self._free) + self.n_cached
+        return self._n_free + self.n_cached
+
+    @property
+    def entries(self) -> Indices:
+        """All entries that have ever been used."""
+        return np.arange(len(self._keys))
+
+    @property
+    def _n_free(self) -> int:
+        return self.capacity - len(self._keys) + len(self._free)
 
     def enter(self, tokens: Sequence[str]) -> Indices:
         """The entries (T,) of a sentence's tokens, pinned until `leave`.
@@ -57,8 +67,8 @@ class TokenTable:
         """
         keys = [read_bytes(token) for token in tokens]
         n_new = len({key for key in keys if key not in self._entry_of})
-        if n_new > len(self._free):
-            raise ValueError(f"{n_new} new tokens don't fit: {len(self._free)} entries free")
+        if n_new > self._n_free:
+            raise ValueError(f"{n_new} new tokens don't fit: {self._n_free} entries free")
         entries = np.array([self._find(key) for key in keys], dtype=np.int64)
         self.stats.misses += n_new
         self.stats.hits += len(keys) - n_new
@@ -90,13 +100,19 @@ class TokenTable:
 
     def _find(self, key: bytes) -> int:
         entry = self._entry_of.get(key)
-        if entry is None:
-            entry = self._entry_of[key] = self._free.pop()
+        if entry is not None:
+            return entry
+        if self._free:
+            entry = self._free.pop()
             self._keys[entry] = key
+        else:
+            entry = len(self._keys)
+            self._keys.append(key)
+        self._entry_of[key] = entry
         return entry
 
     def _evict(self) -> Indices:
-        idle = np.flatnonzero(self._idle)
+        idle = np.flatnonzero(self._idle[: len(self._keys)])
         if len(idle) <= self._n_cached:
             return idle[:0]
         n_evicted = len(idle) - self._n_cached + self._n_cached // _EVICTED_SHARE
@@ -109,40 +125,58 @@ class TokenTable:
 
 
 class InputPlaces:
-    """Which entries' input halves are kept, and where: the most recently used, at most `capacity`."""
+    """Which entries' input halves are kept, and where: the most recently used, at most `capacity`.
+
+    A place costs nothing before its first use, as an entry of a table.
+    """
 
     def __init__(self, n_entries: int, capacity: int) -> None:
         self.capacity = capacity
-        self._place = np.full(n_entries, -1, dtype=np.int64)
-        self._entry = np.full(capacity, -1, dtype=np.int64)
+        self._place_after = np.zeros(n_entries, dtype=np.int64)  # one more than an entry's place; 0: it has none
+        self._entry = np.zeros(capacity, dtype=np.int64)
         self._used = np.zeros(capacity, dtype=np.int64)
+        self._free: list[int] = []  # of the places that have been used
+        self._n_touched = 0
         self._clock = 0
 
     def take(self, entries: Indices) -> tuple[Indices, Indices]:
-        """Makes room for different entries, at most `capacity`.
+        """Make room for different entries, at most `capacity`.
 
         Returns:
             Those that are to be computed, and their places.
         """
         self._clock += 1
-        places = self._place[entries]
+        places = self.places(entries)
         self._used[places[places >= 0]] = self._clock
         missing = entries[places < 0]
         if len(missing) == 0:
             return missing, missing
-        free = np.argpartition(self._used, len(missing) - 1)[: len(missing)]
-        former = self._entry[free]
-        self._place[former[former >= 0]] = -1
-        self._entry[free], self._place[missing], self._used[free] = missing, free, self._clock
-        return missing, free
+        taken = self._take_free(len(missing))
+        n_more = len(missing) - len(taken)
+        if n_more:
+            oldest = np.argpartition(self._used, n_more - 1)[:n_more]
+            self._place_after[self._entry[oldest]] = 0
+            taken = np.concatenate([taken, oldest])
+        self._entry[taken], self._place_after[missing], self._used[taken] = missing, taken + 1, self._clock
+        return missing, taken
+
+    def _take_free(self, n: int) -> Indices:
+        """Return up to n places that no entry has, marked as used now."""
+        n_new = min(max(0, n - len(self._free)), self.capacity - self._n_touched)
+        new = np.arange(self._n_touched, self._n_touched + n_new)
+        self._n_touched += n_new
+        freed, self._free = self._free[:n], self._free[n:]
+        taken = np.concatenate([np.array(freed, dtype=np.int64), new])
+        self._used[taken] = self._clock
+        return taken
 
     def places(self, entries: Indices) -> Indices:
-        """Where these entries' halves are, taken before."""
-        return self._place[entries]
+        """Return where these entries' halves are, taken before; −1: nowhere."""
+        places: Indices = self._place_after[entries] - 1
+        return places
 
     def forget(self, entries: Indices) -> None:
-        """Entries that will stand for something else."""
-        places = self._place[entries]
-        places = places[places >= 0]
-        self._entry[places], self._used[places] = -1, 0
-        self._place[entries] = -1
+        """Give up the places of entries that will stand for something else."""
+        places = np.unique(self.places(entries))
+        self._free += places[places >= 0].tolist()
+        self._place_after[entries] = 0
