@@ -3,11 +3,14 @@
 import random
 from dataclasses import replace
 from typing import get_args
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from bilm_model.bilm import random_bilm
+from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.config import SIZES, BilmConfig
+from bilm_model.engine.backend import Backend, Memory
+from bilm_model.engine.backends import new_backend
 from bilm_model.engine.cellular import CellularBatch
 from bilm_model.engine.flight import Ticket
 from bilm_model.engine.options import EngineOptions
@@ -23,6 +26,7 @@ CONFIGS = {
     "tanh": replace(SIZES["tiny"], activation="tanh", n_layers=3, residual="none"),
     "input to input": replace(SIZES["tiny"], n_layers=3, residual="input_to_input"),
 }
+BACKENDS: WeakKeyDictionary[CellularBatch, Backend] = WeakKeyDictionary()
 SENTENCE = st.lists(st.text(min_size=1, max_size=60), max_size=12)
 
 
@@ -30,7 +34,14 @@ def engine_of(
     config: BilmConfig, precision: Precision, products: ProductPath | None = None, **room: int
 ) -> CellularBatch:
     options = replace(EngineOptions(precision, products=products), **room)  # type: ignore[arg-type]
-    engine = CellularBatch(random_bilm(config), torch.device("cpu"), options)
+    made: list[Backend] = []
+
+    def noted(bilm: Bilm, memory: Memory, options: EngineOptions) -> Backend:
+        made.append(new_backend(bilm, memory, options))
+        return made[-1]
+
+    engine = CellularBatch(random_bilm(config), torch.device("cpu"), options, noted)
+    BACKENDS[engine] = made[0]
     if "prepacked" not in engine.backend:
         pytest.skip(f"without prepacked products only 1e-5 is promised: {engine.backend}")
     return engine
@@ -65,7 +76,7 @@ def run_at_random(
                 order[i] = engine.join(sentences[i])
         if engine.free_rows and engine.free_tokens >= 42 and waiting and chance.random() < 0.3:
             passing.append(engine.join(PlainSentence([f"p{i}" for i in range(40)])))
-        engine._backend.block_rows = chance.choice((1, 7, 10_000))  # chunks of one tick, of some, of many
+        BACKENDS[engine].block_rows = chance.choice((1, 7, 10_000))  # chunks of one tick, of some, of many
         for ticket, embedded in engine.advance():
             results[ticket] = embedded
         for ticket in [ticket for ticket in passing if ticket not in results and chance.random() < 0.5]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ import torch
 from bilm_model.bilm import Bilm, BilmState, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import BilmConfig, Residual
-from bilm_model.engine import cellular as engine_module
+from bilm_model.engine.backend import Memory
+from bilm_model.engine.backends import MAX_TICKS
 from bilm_model.engine.cellular import CellularBatch
-from bilm_model.engine.cuda import backend as cuda
 from bilm_model.engine.cuda.backend import CudaBackend, n_slices, row_bucket
 from bilm_model.engine.cuda.fastest import fastest_steps
 from bilm_model.engine.cuda.inputs import distinct
@@ -62,26 +63,30 @@ def engine_of(
     steps: Steps | None = None,
     bilm: Bilm | None = None,
     prepare: bool = True,
+    block_rows: int | None = None,
 ) -> CellularBatch:
     """An engine on this back end, whatever the device."""
     options = options or EngineOptions()
     options = replace(options, input_cache_mib=options.input_cache_mib or 0)  # as on a GPU
-    with pytest.MonkeyPatch.context() as patch:
+    made: list[CudaBackend] = []
 
-        def new_backend(bilm: Bilm, memory: Any, max_rows: int, input_cache_bytes: int, _: object) -> CudaBackend:
-            return CudaBackend(bilm, memory, max_rows, 32, input_cache_bytes=input_cache_bytes, steps=steps)
+    def new_backend(bilm: Bilm, memory: Memory, options: EngineOptions) -> CudaBackend:
+        assert options.max_rows is not None
+        cache_bytes, n_rows = options.input_cache_bytes, options.max_rows
+        backend = CudaBackend(
+            bilm, memory, n_rows, MAX_TICKS, input_cache_bytes=cache_bytes, steps=steps, block_rows=block_rows
+        )
+        made.append(backend)
+        return backend
 
-        patch.setattr(engine_module, "_new_backend", new_backend)
-        engine = CellularBatch(bilm or bilm_of(config), device, options)
+    engine = CellularBatch(bilm or bilm_of(config), device, options, new_backend)
+    BACKENDS[engine] = made[0]
     if prepare:
-        backend_of(engine).prepare()
+        made[0].prepare()
     return engine
 
 
-def backend_of(engine: CellularBatch) -> CudaBackend:
-    backend = engine._backend
-    assert isinstance(backend, CudaBackend)
-    return backend
+BACKENDS: WeakKeyDictionary[CellularBatch, CudaBackend] = WeakKeyDictionary()
 
 
 def random_sentences(n: int, config: BilmConfig, max_tokens: int = 40, seed: int = 3) -> list[PlainSentence]:
@@ -130,17 +135,13 @@ def worst_cosine(found: Sequence[EmbeddedSentence], expected: Sequence[EmbeddedS
 # ---- on CPU tensors ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[(8192, 8), (1, 0), (40, 0)], ids=["long rounds", "a tick a round", "short rounds"])
-def _rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    min_block_rows, ticks_when_full = request.param
-    monkeypatch.setattr(cuda, "_MIN_BLOCK_ROWS", max(min_block_rows, 7))
-    monkeypatch.setattr(cuda, "_TICKS_WHEN_FULL", ticks_when_full)
+ROUNDS = pytest.mark.parametrize("block_rows", [None, 7, 40], ids=["long rounds", "a tick a round", "short rounds"])
 
 
-@pytest.mark.usefixtures("_rounds")
+@ROUNDS
 @pytest.mark.parametrize("config", [*CONFIGS.values(), SLICED], ids=[*CONFIGS.keys(), "sliced"])
-def test_agrees_with_the_reference(config: BilmConfig) -> None:
-    engine = engine_of(config, options=EngineOptions(max_rows=7))
+def test_agrees_with_the_reference(config: BilmConfig, block_rows: int | None) -> None:
+    engine = engine_of(config, options=EngineOptions(max_rows=7), block_rows=block_rows)
     assert worst_error(engine, config, random_sentences(30, config)) < TOLERANCE
 
 
@@ -174,7 +175,7 @@ def test_bfloat16_products_stay_close(kind: str) -> None:
 def test_those_who_are_not_in_flight_are_left_alone() -> None:
     """Rows of a bucket that nobody has, and rows that have ended, keep their state: 5 rows are computed as 8."""
     engine = engine_of(SLICED, options=EngineOptions(max_rows=8))
-    memory = backend_of(engine).memory
+    memory = BACKENDS[engine].memory
     memory.c.fill_(7.0)
     memory.h.fill_(7.0)
     tickets = [engine.join(PlainSentence(["a"] * n)) for n in (1, 1, 3, 4, 5)]
@@ -188,9 +189,9 @@ def test_those_who_are_not_in_flight_are_left_alone() -> None:
 def test_a_stretch_of_ticks_is_put_together_from_graphs() -> None:
     config, sentences = CONFIGS["as published"], random_sentences(30, CONFIGS["as published"])
     engine = engine_of(config, options=EngineOptions(max_rows=7))
-    backend, replayed = backend_of(engine), set()
+    backend, replayed = BACKENDS[engine], set()
 
-    class Graph:
+    class FakeGraph:
         def __init__(self, layer: int, bucket: int, n_ticks: int) -> None:
             self.key = (layer, bucket, n_ticks)
 
@@ -198,24 +199,23 @@ def test_a_stretch_of_ticks_is_put_together_from_graphs() -> None:
             layer, bucket, n_ticks = self.key
             replayed.add(self.key)
             for _ in range(n_ticks):
-                backend._tick(layer, bucket)
+                backend.tick(layer, bucket)
 
     keys = list(itertools.product(range(2), (1, 2, 4, 7), (1, 4, 16)))
-    backend._graphs = {key: Graph(*key) for key in keys}  # type: ignore[misc]
+    backend.graphs = {key: FakeGraph(*key) for key in keys}
     assert worst_error(engine, config, sentences) < TOLERANCE
     assert len(replayed) > len(keys) // 2
 
 
-@pytest.mark.usefixtures("_rounds")
+@ROUNDS
 @pytest.mark.parametrize("name", ["as published", "three layers, input to input"])
-def test_input_halves_can_be_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_halves_can_be_kept(name: str, block_rows: int | None) -> None:
     config = CONFIGS[name]
     # So few entries that they are given up all the time
     options = EngineOptions(max_rows=3, max_tokens=100, token_cache_mib=0, input_cache_mib=1)
-    engine = engine_of(config, options=options)
+    engine = engine_of(config, options=options, block_rows=block_rows)
     for seed in range(3):
         assert worst_error(engine, config, random_sentences(20, config, seed=seed)) < TOLERANCE
-    monkeypatch.setattr(cuda, "_MIN_BLOCK_ROWS", 8192)
     with pytest.raises(ConfigError, match="input_cache_mib: expected 0 or at least 20 for this model, found 1"):
         engine_of(config, options=replace(options, max_tokens=65_536))
 
@@ -334,7 +334,8 @@ def test_gpu_input_halves_can_be_kept(name: str) -> None:
 @needs_gpu
 @pytest.mark.parametrize("residual", get_args(Residual))
 def test_gpu_a_round_waits_for_nothing(residual: Residual) -> None:
-    backend = backend_of(engine_of(replace(SLICED, residual=residual), GPU))
+    engine = engine_of(replace(SLICED, residual=residual), GPU)
+    backend = BACKENDS[engine]
     with torch.inference_mode():
         backend.encode(np.arange(3), character_ids(["a", "b", "c"]))
         torch.cuda.synchronize()

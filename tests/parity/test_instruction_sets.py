@@ -30,6 +30,7 @@ ALL = (
     "tests/unit/model/test_machines.py",
     "tests/unit/model/test_product_paths.py",
     "tests/unit/model/test_products.py",
+    "tests/unit/training/test_machines.py",
     "tests/unit/training/test_unrolled.py",
 )
 """Tests whose numbers depend on the instructions."""

@@ -1,9 +1,10 @@
 """Runs side by side: `bilm-train compare`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
+from types import ModuleType
 from typing import Literal
 
 from bilm_system.files import write_bytes, write_text
@@ -18,10 +19,22 @@ _NOTHING = "–"
 Table = list[list[str]]  # the first row is the head
 
 
-def compare(runs: Sequence[Path], out: Path | None = None) -> str:
-    """Tables of runs for a terminal; with `out`, also as compare.md in that folder, with plots beside it.
+def load_plots() -> ModuleType:
+    """Return the module of the plots, the only one that needs matplotlib."""
+    from bilm_training.runs import compare_plots  # noqa: PLC0415 - see above
+
+    return compare_plots
+
+
+def compare(runs: Sequence[Path], out: Path | None = None, load_plots: Callable[[], ModuleType] = load_plots) -> str:
+    """Return tables of runs for a terminal; with `out`, also as compare.md in that folder, with plots beside it.
 
     A run may still be going on or have been interrupted; what it doesn't have yet is left blank.
+
+    Args:
+        runs: their folders.
+        out: the folder for the page.
+        load_plots: returns what draws, for the page only.
 
     Raises:
         RunError: naming every folder that is no run, or what is damaged in one.
@@ -31,7 +44,7 @@ def compare(runs: Sequence[Path], out: Path | None = None) -> str:
     tables, notes = _tables(found), _notes(found)
     parts = [*map(_plain, tables), "\n".join(notes)]
     if out is not None:
-        parts.append(f"written to {_write(found, tables, notes, out)}")
+        parts.append(f"written to {_write(found, tables, notes, out, load_plots)}")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -160,9 +173,15 @@ def _markdown(table: Table) -> str:
 # ---- the folder ---------------------------------------------------------------------------------------------------
 
 
-def _write(runs: Sequence[FinishedRun], tables: Sequence[Table], notes: Sequence[str], out: Path) -> Path:
+def _write(
+    runs: Sequence[FinishedRun],
+    tables: Sequence[Table],
+    notes: Sequence[str],
+    out: Path,
+    load_plots: Callable[[], ModuleType],
+) -> Path:
     try:
-        from bilm_training.runs import compare_plots  # noqa: PLC0415 -- only this needs matplotlib
+        compare_plots = load_plots()
     except ModuleNotFoundError as error:
         raise RunError(f"{error}: plots need matplotlib; leave --out away, or pip install matplotlib") from error
     images = {

@@ -172,7 +172,7 @@ def test_the_check_at_the_start() -> None:
 def test_the_kernels_compile_for_a_gpu(dtype: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """For the H100's architecture, with accesses as wide as there are."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
-    from bilm_model.engine.cuda.triton_steps import _gates, _outputs
+    from bilm_model.engine.cuda.triton_steps import gates_kernel, outputs_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -181,7 +181,7 @@ def test_the_kernels_compile_for_a_gpu(dtype: str, tmp_path_factory: pytest.Temp
     pointers |= dict.fromkeys(("c", "parts", "h", "x", "outputs"), "*fp32") | dict.fromkeys(in_dtype, f"*{dtype}")
     constants = {"N_COLUMNS": 6, "PLACES": 0, "BLOCK": 256}
     sizes = {"n_cells", "n_slice_cells", "n_components"}
-    for kernel in (_gates, _outputs):
+    for kernel in (gates_kernel, outputs_kernel):
         names = kernel.arg_names
         scalar = {name: "fp32" if name == "clip" else "i32" for name in names} | dict.fromkeys(constants, "constexpr")
         source = ASTSource(

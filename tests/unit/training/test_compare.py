@@ -1,10 +1,9 @@
 import json
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 from bilm_model.bilm import random_bilm
@@ -248,12 +247,12 @@ def test_what_is_damaged_is_named(tmp_path: Path, name: str, content: str, reaso
         compare([folder.path])
 
 
-def test_only_the_plots_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_plots_need_matplotlib(tmp_path: Path) -> None:
     folder = _run(tmp_path / "run", model=False)
-    without: dict[str, Any] = dict.fromkeys(("matplotlib", "bilm_training.runs.compare_plots"))
-    for name in without:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delattr("bilm_training.runs.compare_plots")
-    assert "55.0" in compare([folder.path])
-    with pytest.raises(RunError, match="pip install matplotlib"):
-        compare([folder.path], tmp_path / "out")
+
+    def without_matplotlib() -> ModuleType:
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+
+    assert "55.0" in compare([folder.path], load_plots=without_matplotlib)
+    with pytest.raises(RunError, match="No module named 'matplotlib': .* pip install matplotlib"):
+        compare([folder.path], tmp_path / "out", without_matplotlib)

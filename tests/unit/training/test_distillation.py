@@ -215,6 +215,7 @@ def test_the_teacher_is_neither_trained_nor_saved(recipe: Recipe, tmp_path: Path
     assert objective.get_extra_state() == {"teacher": objective.teacher.version}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_with_the_same_losses(recipe: Recipe, tmp_path: Path) -> None:
     optimisation = recipe.optimisation.model_copy(update={"dropout": 0.1})
     recipe = recipe.model_copy(update={"optimisation": optimisation})

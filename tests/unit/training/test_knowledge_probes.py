@@ -10,8 +10,7 @@ from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import SIZES
 from bilm_model.errors import ModelError
 from bilm_training.errors import CorpusError
-from bilm_training.evaluation.knowledge import linear
-from bilm_training.evaluation.knowledge.linear import LinearProbe
+from bilm_training.evaluation.knowledge.linear import WORDS_C, LinearProbe, fit
 from bilm_training.evaluation.knowledge.neighbours import Neighbour, Query, WordNeighbours
 from bilm_training.evaluation.knowledge.probes import probe
 from bilm_training.evaluation.knowledge.report import Knowledge, Neighbourhood
@@ -52,20 +51,18 @@ def test_word_identity_knows_each_words_most_frequent_tag_and_guesses_the_rest()
     assert fitted.accuracy(["dgo", "unheard-of"], np.array(["NOUN", "NOUN"])) == 1
 
 
-def test_counting_equal_rows_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_TOLERANCE", 1e-7)
+def test_counting_equal_rows_once_changes_nothing() -> None:
     words, tags = ["a", "b", "b", "b", "c"] * 9, np.array(["X", "X", "Y", "Y", "Y"] * 9)
-    fitted = LinearProbe.on_words(words, tags)
+    fitted = LinearProbe.on_words(words, tags, tolerance=1e-7)
     one_hot = fitted.features.transform(np.array(words, dtype=object).reshape(-1, 1))
-    one_by_one, _ = linear._fit(linear._WORDS_C, one_hot, tags)
+    one_by_one, _ = fit(WORDS_C, one_hot, tags, tolerance=1e-7)
     np.testing.assert_allclose(fitted.regression.coef_, one_by_one.coef_, atol=2e-3)
 
 
-def test_a_probe_that_stops_early_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_stops_early_says_so() -> None:
     words, tags = ["a", "b", "c"] * 5, np.array(["X", "Y", "Z"] * 5)
     assert LinearProbe.on_words(words, tags).converged
-    monkeypatch.setattr(linear, "_MAX_ITERATIONS", 1)
-    assert not LinearProbe.on_words(words, tags).converged
+    assert not LinearProbe.on_words(words, tags, max_iterations=1).converged
 
 
 def test_vectors_are_the_reference_networks() -> None:

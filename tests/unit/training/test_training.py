@@ -39,6 +39,8 @@ from tests.unit.training.training_support import (
 )
 
 STEPS = 3 * EPOCH_STEPS
+SLOW = pytest.mark.slow
+"""Of tests that train a whole run; a quick one of the same kind stands beside each."""
 
 
 def assert_same_run(uninterrupted: Path) -> None:
@@ -230,10 +232,12 @@ def killed_in_checkpoint(number: int) -> RunWriters:
 @pytest.mark.parametrize(
     ("writers", "last_step"),
     [
-        pytest.param(RunWriters(new_log=partial(ActingLog, before_epoch=kill)), 12, id="between best and epoch"),
-        pytest.param(killed_in_checkpoint(1), None, id="in the very first checkpoint"),
+        pytest.param(
+            RunWriters(new_log=partial(ActingLog, before_epoch=kill)), 12, id="between best and epoch", marks=SLOW
+        ),
+        pytest.param(killed_in_checkpoint(1), None, id="in the very first checkpoint", marks=SLOW),
         pytest.param(killed_in_checkpoint(3), 6, id="in a checkpoint"),
-        pytest.param(killed_in_checkpoint(4), 12, id="in the checkpoint between epochs"),
+        pytest.param(killed_in_checkpoint(4), 12, id="in the checkpoint between epochs", marks=SLOW),
     ],
 )
 def test_a_kill_at_any_moment_is_gone_on_from(
@@ -252,8 +256,11 @@ def test_a_kill_at_any_moment_is_gone_on_from(
 
 @pytest.mark.parametrize(
     ("step", "number", "code"),
-    [(10, signal.SIGTERM, 130), (EPOCH_STEPS, signal.SIGINT, 130), (STEPS, signal.SIGTERM, 0)],
-    ids=["in an epoch", "between epochs", "after the last step"],
+    [
+        pytest.param(10, signal.SIGTERM, 130, id="in an epoch"),
+        pytest.param(EPOCH_STEPS, signal.SIGINT, 130, id="between epochs", marks=SLOW),
+        pytest.param(STEPS, signal.SIGTERM, 0, id="after the last step", marks=SLOW),
+    ],
 )
 def test_a_stopped_run_goes_on_where_it_was(  # noqa: PLR0917
     uninterrupted: Path,
@@ -298,7 +305,9 @@ def test_a_full_disk_at_the_first_checkpoint(here: Path, capsys: pytest.CaptureF
     assert sorted(path.name for path in RUN.path.iterdir()) == ["config.toml", "lock", "vocabulary.txt"]
 
 
-@pytest.mark.parametrize(("step", "full"), [(EPOCH_STEPS + 4, RUN.checkpoint), (EPOCH_STEPS - 1, RUN.best)])
+@pytest.mark.parametrize(
+    ("step", "full"), [(EPOCH_STEPS + 4, RUN.checkpoint), pytest.param(EPOCH_STEPS - 1, RUN.best, marks=SLOW)]
+)
 def test_a_full_disk_stops_a_run_that_then_goes_on(
     uninterrupted: Path,
     here: Path,

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -65,6 +66,13 @@ def n_slices(n_rows: int, n_cells: int, n_components: int, n_multiprocessors: in
     return n
 
 
+class Graph(Protocol):
+    """Some ticks of a layer, captured."""
+
+    def replay(self) -> None:
+        """Execute them."""
+
+
 @dataclass(frozen=True, eq=False)
 class _CudaCell:
     """One layer, both directions.
@@ -101,7 +109,11 @@ class _CudaCell:
 
 
 class CudaBackend:
-    """See `backend.Backend`. On CPU tensors it runs without graphs, for tests."""
+    """See `backend.Backend`. On CPU tensors it runs without graphs, for tests.
+
+    Attributes:
+        graphs: captured ticks, by layer, bucket and number of ticks; empty before `prepare`.
+    """
 
     def __init__(
         self,
@@ -112,6 +124,7 @@ class CudaBackend:
         *,
         input_cache_bytes: int = 0,
         steps: Steps | None = None,
+        block_rows: int | None = None,
     ) -> None:
         """Moves the biLM to the memory's device and takes its parameters.
 
@@ -122,6 +135,7 @@ class CudaBackend:
             max_ticks: ticks of a round at most.
             input_cache_bytes: for layer 1's input halves; 0: none are kept.
             steps: the arithmetic; None: the fastest that works.
+            block_rows: steps of a round at most; None: enough to hide the time that Python takes for it.
 
         Raises:
             ConfigError: if that isn't enough for one round.
@@ -132,7 +146,7 @@ class CudaBackend:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         config = self._config = bilm.to(self._device).config
         self.memory = memory
-        self.block_rows = max(_MIN_BLOCK_ROWS, _TICKS_WHEN_FULL * max_rows)
+        self.block_rows = block_rows or max(_MIN_BLOCK_ROWS, _TICKS_WHEN_FULL * max_rows)
         self._encoder = WindowEncoder(bilm.encoder, config, PlainProduct, TorchElementwise())
         self._cells = [_CudaCell.of(bilm, layer) for layer in range(config.n_layers)]
         self._buckets = sorted({min(row_bucket(n), max_rows) for n in range(1, max_rows + 1)})
@@ -143,14 +157,14 @@ class CudaBackend:
         self._first: FirstInputs = CachedInputs(first, input_cache_bytes) if input_cache_bytes else first
         with self._on_device():
             self._steps = steps or fastest_steps(self._device)
-        self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, int, int], Graph] = {}
 
     @property
     def name(self) -> str:
         """See `Backend`."""
         is_cuda = self._device.type == "cuda"
         gpu = f" {torch.cuda.get_device_name(self._device)}" if is_cuda else ""
-        way = f"{len(self._graphs)} captured graphs" if self._graphs else "without graphs"
+        way = f"{len(self.graphs)} captured graphs" if self.graphs else "without graphs"
         return f"{self._device}{gpu} (torch {torch.__version__}, {way}, {self._steps.name})"
 
     @property
@@ -159,7 +173,7 @@ class CudaBackend:
         return {
             "products": ProductPath.PLAIN.value,
             "elementwise": self._steps.path,
-            "recurrence": "graphs" if self._graphs else "ticks",
+            "recurrence": "graphs" if self.graphs else "ticks",
         }
 
     @torch.inference_mode()
@@ -168,25 +182,25 @@ class CudaBackend:
 
         To be called while nothing is in flight. Without it everything works, slowly.
         """
-        if self._device.type != "cuda" or self._graphs:
+        if self._device.type != "cuda" or self.graphs:
             return
         self._schedule.clear()
-        graphs = {}
+        graphs: dict[tuple[int, int, int], Graph] = {}
         stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             for bucket, layer in itertools.product(reversed(self._buckets), range(len(self._cells))):
                 self._schedule.clock.zero_()
-                self._tick(layer, bucket)  # compiles, and lets cuBLAS allocate, which a capture doesn't allow
+                self.tick(layer, bucket)  # compiles, and lets cuBLAS allocate, which a capture doesn't allow
                 for n_ticks in _GRAPH_TICKS:
                     graph = torch.cuda.CUDAGraph()
                     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     for _ in range(n_ticks):
-                        self._tick(layer, bucket)
+                        self.tick(layer, bucket)
                     graph.capture_end()
                     graphs[layer, bucket, n_ticks] = graph
         stream.synchronize()
-        self._graphs = graphs
+        self.graphs = graphs
 
     def encode(self, entries: Indices, ids: CharacterIds) -> None:
         """See `Backend`."""
@@ -233,14 +247,14 @@ class CudaBackend:
             yield bucket, len(list(ticks))
 
     def _run_ticks(self, layer: int, bucket: int, n_ticks: int) -> None:
-        if not self._graphs:
+        if not self.graphs:
             for _ in range(n_ticks):
-                self._tick(layer, bucket)
+                self.tick(layer, bucket)
             return
         for of_graph in _GRAPH_TICKS:
             n_replays, n_ticks = divmod(n_ticks, of_graph)
             for _ in range(n_replays):
-                self._graphs[layer, bucket, of_graph].replay()
+                self.graphs[layer, bucket, of_graph].replay()
 
     def _fill_halves(self, cell: _CudaCell, n_steps: int) -> None:
         """A later layer's input halves: forward's steps, then backward's."""
@@ -248,8 +262,8 @@ class CudaBackend:
         for d, out in enumerate(self._buffers.halves[: 2 * n_steps].split(n_steps)):
             multiply_inputs(x[d], cell.input_weights[d], cell.input_biases[d], out)
 
-    def _tick(self, layer: int, bucket: int) -> None:
-        """The next tick of a layer; what it is about stands in the schedule."""
+    def tick(self, layer: int, bucket: int) -> None:
+        """Execute the next tick of a layer; what it is about stands in the schedule."""
         cell, config, memory, buffers = self._cells[layer], self._config, self.memory, self._buffers
         gates_h, m, parts = buffers.of(bucket)
         torch.bmm(buffers.h_next[:, :bucket], cell.recurrent, out=gates_h)

@@ -39,7 +39,7 @@ def _clip(x, bound):
 
 
 @triton.jit(do_not_specialize=["column", "n_bucket", "n_slices", "n_slots"])
-def _gates(  # noqa: PLR0917
+def gates_kernel(  # noqa: PLR0917
     clock,
     begins,
     slots,
@@ -58,6 +58,7 @@ def _gates(  # noqa: PLR0917
     N_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One step of the cells of the rows that run; see `Steps.gates`."""
     row, part, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     direction, piece = part // n_slices, part % n_slices
     tick = tl.load(clock)
@@ -85,7 +86,7 @@ def _gates(  # noqa: PLR0917
 @triton.jit(
     do_not_specialize=["adds", "returns_sum", "n_bucket", "n_slices", "n_slots", "n_rows", "n_steps", "n_places"]
 )
-def _outputs(  # noqa: PLR0917
+def outputs_kernel(  # noqa: PLR0917
     clock,
     begins,
     slots,
@@ -109,6 +110,7 @@ def _outputs(  # noqa: PLR0917
     N_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """The step's outputs, everywhere that they are needed; see `Steps.outputs`."""
     row, direction, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     tick = tl.load(clock + 1)
     if row + direction + block == 0:
@@ -147,7 +149,7 @@ class TritonSteps:
     ) -> None:
         """See `Steps`."""
         (_, n_slots, n_cells), (n_parts, n_bucket, n_slice_cells) = c.shape, m.shape
-        _gates[(n_bucket, n_parts, triton.cdiv(n_slice_cells, _BLOCK))](
+        gates_kernel[(n_bucket, n_parts, triton.cdiv(n_slice_cells, _BLOCK))](
             *_of(schedule),
             *(gates_h, gates_x, c, m, clip),
             *(column, n_bucket, n_parts // 2, n_slots, n_cells, n_slice_cells),
@@ -171,7 +173,7 @@ class TritonSteps:
     ) -> None:
         """See `Steps`."""
         n_parts, n_bucket, n_components = parts.shape
-        _outputs[(n_bucket, 2, triton.cdiv(n_components, _BLOCK))](
+        outputs_kernel[(n_bucket, 2, triton.cdiv(n_components, _BLOCK))](
             *_of(schedule),
             *(parts, h, h_next, x, outputs, clip),
             *(int(residual != "none"), int(residual == "published"), n_bucket, n_parts // 2),
