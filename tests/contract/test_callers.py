@@ -14,7 +14,8 @@ import google.rpc.status_pb2
 import numpy as np
 import pytest
 from bilm_client import Client
-from bilm_client.testing.server import ServerProcess
+
+from tests.support.server_processes import ProcessServer
 
 ROOT = Path(__file__).parents[2]
 PROTO_INCLUDES = [str(ROOT / "proto"), str(Path(google.rpc.status_pb2.__file__).parents[2])]
@@ -22,7 +23,7 @@ PROTO_INCLUDES = [str(ROOT / "proto"), str(Path(google.rpc.status_pb2.__file__).
 
 @pytest.fixture(scope="module")
 def target() -> Iterator[str]:
-    with ServerProcess() as server:
+    with ProcessServer() as server:
         yield server.target
 
 

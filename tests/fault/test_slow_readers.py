@@ -36,7 +36,6 @@ LIMITS = (
     f"--stream-stall-s={STALL_S}",
     f"--max-tokens-per-sentence={ITEM_TOKENS}",
     f"--max-stream-tokens={ROOM_TOKENS}",
-    "--log-level=warning",
 )
 # Without probing the bandwidth, gRPC buffers 64 KiB for a caller that doesn't read: less than one item's result
 OWN_SMALL_WINDOW = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import grpc
 import pytest
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
-from bilm_client.testing.server import ServerProcess
 
 from tests.integration.integration_support import tokens
+from tests.support.processes import resident_bytes
+from tests.support.server_processes import ProcessServer
 
 MIB = 2**20
 ALL_LAYERS = embed_pb2.EmbedOptions(
@@ -19,14 +19,6 @@ ALL_LAYERS = embed_pb2.EmbedOptions(
     omit_tokens=True,
 )
 REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT)
-
-
-def resident_bytes(pid: int, field: str) -> int:
-    """VmRSS, or VmHWM: the most that it has been."""
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"/proc has no {field}")
 
 
 def documents(n_documents: int, n_tokens: int) -> Iterator[embed_pb2.EmbedStreamRequest]:
@@ -55,10 +47,10 @@ def test_a_hundred_long_sentences_at_once(n_tokens: int, in_flight: int, answers
     }
     flags = [part for name, value in limits.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     with (
-        ServerProcess(model="random:small", arguments=(*flags, "--log-level", "warning")) as server,
+        ProcessServer("--model", "random:small", *flags, fresh=True) as server,
         grpc.insecure_channel(server.target, options=[("grpc.max_receive_message_length", -1)]) as channel,
     ):
-        before = resident_bytes(server.process_id, "VmRSS")
+        before = resident_bytes(server.pid, "VmRSS")
         stub = embed_pb2_grpc.EmbedServiceStub(channel)
         streams = [stub.EmbedStream(documents(10, n_tokens)) for _ in range(10)]
         unary = [
@@ -70,7 +62,7 @@ def test_a_hundred_long_sentences_at_once(n_tokens: int, in_flight: int, answers
                 assert sorted(done) == list(range(10))
         codes = {call.code() for call in unary}
         assert codes <= {grpc.StatusCode.OK, *REFUSALS}
-        grown = resident_bytes(server.process_id, "VmHWM") - before
+        grown = resident_bytes(server.pid, "VmHWM") - before
     # As the README has it; `small` has 3 layers of 256 numbers
     engine = in_flight * 5 * 128 * 4 + (2048 + n_tokens) * 2 * 3 * 256 * 4 + (1 + 64) * MIB
     answers = 2 * 2 * answers_mib * MIB

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from bilm_client import Client
 from bilm_client.batch.main import main
-from bilm_client.testing.server import ServerProcess
 from bilm_model import pretrained
 from bilm_model.weights.loading import load
+
+from tests.support.server_processes import ProcessServer
 
 CARD = pretrained.DEFAULT.with_suffix(".md")
 
 
 @pytest.fixture(scope="module")
 def target() -> Iterator[str]:
-    with ServerProcess(model="") as server:
+    with ProcessServer("--model", "") as server:
         yield server.target
 
 

@@ -16,9 +16,9 @@ from bilm_bench.reporting.summary import summary
 from bilm_bench.run import measure
 from bilm_bench.settings import load_settings
 from bilm_client import Sentence
-from bilm_client.testing.server import ServerProcess
 
-from tests.support.servers import TINY, LoopServer, serving
+from tests.support.server_processes import ProcessServer
+from tests.support.servers import LoopServer, serving
 
 LINES = (
     "A short one .",
@@ -109,14 +109,14 @@ def test_refusals_come_with_a_pushback(text: Path) -> None:
 
 
 def test_a_server_that_dies_in_mid_run_is_counted(text: Path) -> None:
-    with ServerProcess(TINY) as server:
-        alive = [server.process_id]
+    with ProcessServer() as server:
+        alive = [server.pid]
 
         def kill_once(_step: object, _counters: object) -> None:
             while alive:
                 os.kill(alive.pop(), signal.SIGKILL)
 
-        flags = ("--ramp", "40,40", "--step-s", "1.5", "--server-pid", str(server.process_id), "--connections", "2")
+        flags = ("--ramp", "40,40", "--step-s", "1.5", "--server-pid", str(server.pid), "--connections", "2")
         settings = load_settings(["--target", server.target, "--text", str(text), "--warm-up-s", "0.2", *flags])
         sentences: list[Sentence] = [line.split() for line in LINES]
         measured = asyncio.run(measure(settings, sentences, kill_once))  # after the first step

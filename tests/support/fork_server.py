@@ -223,7 +223,9 @@ def _prepare() -> None:
     from bilm_server.served_model import load_served_model
 
     torch.set_num_threads(1)
-    load_served_model(load_config(["--model", "random:tiny", "--threads", "1"])).engine.warm_up()
+    load_served_model(
+        load_config(["--model", "random:tiny", "--input-cache-mib", "1", "--threads", "1"])
+    ).engine.warm_up()
 
 
 def _run(request: ForkRequest) -> Any:

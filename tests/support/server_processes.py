@@ -15,7 +15,7 @@ from bilm_client.testing.server import ServerStartError, wait_until_serving
 
 from tests.support.fork_server import ForkedProcess, ForkRequest, fork_server
 from tests.support.processes import free_port
-from tests.support.servers import NO_DELAY, TINY
+from tests.support.servers import with_defaults
 
 START_TIMEOUT_S = 240.0
 _STOP_TIMEOUT_S = 60.0
@@ -30,7 +30,8 @@ class ProcessServer:
     Args:
         flags: Further ones of `bilm-serve`.
         listen: Where; "": a free port of the loopback, kept over restarts.
-        log: A file that its output is appended to; None: `lines` has it. Without `lines` the port is chosen beforehand.
+        log: A file that its output is appended to; None: `lines` has it. Without `lines` the port is chosen beforehand;
+            with them its log level must be info or debug, for `start` waits for a line.
         max_descriptors: Its limit of open files; None: the present one.
         module: Whose `main` it runs.
         environment: Further variables.
@@ -166,7 +167,7 @@ class ProcessServer:
             self.wait()
 
     def _launched(self, output: int) -> "subprocess.Popen[bytes] | ForkedProcess":
-        flags = ["--model", TINY, "--listen", self._listen or "127.0.0.1:0", *NO_DELAY, *self._flags]
+        flags = with_defaults(self._flags, self._listen or "127.0.0.1:0")
         if not self._command:
             request = ForkRequest(self._module, flags, self._environment, str(Path.cwd()), self._max_descriptors)
             return fork_server().fork(request, output)

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,11 +27,19 @@ from bilm_server.served_model import ServedModel, load_served_model
 from tests.support.hooked_engine import HookedEngine
 
 TINY = "random:tiny"
-NO_DELAY = ("--drain-delay-s", "0")
+_NO_DELAY = ("--drain-delay-s", "0")
 """No balancer has to notice that a server ends."""
+_SMALL_CACHE = ("--input-cache-mib", "4")
+"""The default, 256 MiB, has more than a million places for a tiny model: to find one for a new token takes 40 ms."""
 _CALL_TIMEOUT_S = 30.0
 _QUIET_TIMEOUT_S = 20.0
 _LOOK_INTERVAL_S = 0.002
+
+
+def with_defaults(flags: Sequence[str], listen: str = "127.0.0.1:0") -> list[str]:
+    """Return flags of `bilm-serve` for a server on a tiny model, unless they name another one."""
+    model = () if "--model" in flags else ("--model", TINY, *_SMALL_CACHE)
+    return [*model, "--listen", listen, *_NO_DELAY, *flags]
 
 
 class LoopServer:
@@ -54,7 +62,7 @@ class LoopServer:
         tokenizer: Callable[[Tokenizer], Tokenizer] | None = None,
         worker: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self.config: ServerConfig = load_config(["--model", TINY, "--listen", "127.0.0.1:0", *NO_DELAY, *flags])
+        self.config: ServerConfig = load_config(with_defaults(flags))
         model = load_served_model(self.config, bfloat16)
         self.engine: HookedEngine[Any] = HookedEngine(model.engine)
         changed = model.tokenizer if tokenizer is None else tokenizer(model.tokenizer)
