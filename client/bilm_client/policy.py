@@ -10,7 +10,7 @@ from bilm_client.errors import ServiceError
 
 SERVICE_NAME = "bilm_api.v1.EmbedService"
 # EmbedStream is missing on purpose: the client resumes streams by itself, and two layers that retry multiply.
-_RETRIED_METHODS = ("Embed", "GetModel")
+RETRIED_METHODS = ("Embed", "GetModel")
 # A wait that gRPC rounds to 0 ms hangs the call until its deadline (grpcio 1.85.1: half of the retries at 1 ms).
 _MIN_BACKOFF_S = 0.01
 # gRPC's words for a server that can't be reached at all; its own retries were for that.
@@ -70,7 +70,7 @@ class RetryPolicy:
             "retryThrottling": {"maxTokens": self.throttle_tokens, "tokenRatio": self.throttle_ratio}
         }
         if self.max_attempts > 1:
-            names = [{"service": SERVICE_NAME, "method": method} for method in _RETRIED_METHODS]
+            names = [{"service": SERVICE_NAME, "method": method} for method in RETRIED_METHODS]
             config["methodConfig"] = [{"name": names, "retryPolicy": self._grpc_policy()}]
         return json.dumps(config)
 

@@ -3,8 +3,8 @@
 import dataclasses
 
 from bilm_api.v1 import embed_pb2 as pb
-from bilm_client._core.options import _DATA_TYPES, _LAYERS, _POOLING
-from bilm_client.policy import _RETRIED_METHODS, SERVICE_NAME
+from bilm_client._core.options import DATA_TYPES, LAYERS, POOLING
+from bilm_client.policy import RETRIED_METHODS, SERVICE_NAME
 from bilm_client.results import Limits, ModelInfo
 from google.protobuf.descriptor import EnumDescriptor
 
@@ -15,9 +15,9 @@ def _choices(enum: EnumDescriptor) -> set[int]:
 
 def test_every_choice_has_a_name() -> None:
     enums = pb.DESCRIPTOR.enum_types_by_name
-    assert set(_LAYERS.values()) == _choices(enums["Layers"])
-    assert set(_POOLING.values()) == _choices(enums["Pooling"])
-    assert set(_DATA_TYPES.values()) == _choices(enums["DataType"])
+    assert set(LAYERS.values()) == _choices(enums["Layers"])
+    assert set(POOLING.values()) == _choices(enums["Pooling"])
+    assert set(DATA_TYPES.values()) == _choices(enums["DataType"])
 
 
 def test_model_info_has_every_field() -> None:
@@ -28,4 +28,4 @@ def test_model_info_has_every_field() -> None:
 def test_retry_names_methods_that_exist() -> None:
     service = pb.DESCRIPTOR.services_by_name["EmbedService"]
     assert service.full_name == SERVICE_NAME
-    assert set(_RETRIED_METHODS) < set(service.methods_by_name)
+    assert set(RETRIED_METHODS) < set(service.methods_by_name)

@@ -15,14 +15,14 @@ PoolName = Literal["none", "mean", "max"]
 DTypeName = Literal["float32", "float16", "bfloat16"]
 OnError = Literal["raise", "return"]
 
-_LAYERS = {
+LAYERS = {
     "all": pb.LAYERS_ALL,
     "top": pb.LAYERS_TOP,
     "average": pb.LAYERS_AVERAGE,
     "mix": pb.LAYERS_MIX,
 }
-_POOLING = {"none": pb.POOLING_NONE, "mean": pb.POOLING_MEAN, "max": pb.POOLING_MAX}
-_DATA_TYPES = {
+POOLING = {"none": pb.POOLING_NONE, "mean": pb.POOLING_MEAN, "max": pb.POOLING_MAX}
+DATA_TYPES = {
     "float32": pb.DATA_TYPE_FLOAT32,
     "float16": pb.DATA_TYPE_FLOAT16,
     "bfloat16": pb.DATA_TYPE_BFLOAT16,
@@ -74,9 +74,9 @@ class Options:
     on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
-        _choose("layers", self.layers, _LAYERS)
-        _choose("pool", self.pool, _POOLING)
-        _choose("dtype", self.dtype, _DATA_TYPES)
+        _choose("layers", self.layers, LAYERS)
+        _choose("pool", self.pool, POOLING)
+        _choose("dtype", self.dtype, DATA_TYPES)
         _choose("on_error", self.on_error, _ON_ERROR)
         if not isinstance(self.mix, ScalarMix | None):
             raise TypeError(f"mix must be a ScalarMix, got {type(self.mix).__name__}")
@@ -114,7 +114,7 @@ class Options:
     @property
     def data_type(self) -> pb.DataType:
         """The number format on the wire."""
-        return _DATA_TYPES[self.dtype]
+        return DATA_TYPES[self.dtype]
 
     def layers_returned(self, layer_count: int) -> int:
         """Return layers in a tensor, of the `layer_count` that the model has."""
@@ -123,9 +123,9 @@ class Options:
     def to_proto(self, *, omit_tokens: bool = False) -> pb.EmbedOptions:
         """Return the message for the value object."""
         return pb.EmbedOptions(
-            layers=_LAYERS[self.layers],
+            layers=LAYERS[self.layers],
             mix=None if self.mix is None else self.mix.to_proto(),
-            pooling=_POOLING[self.pool],
+            pooling=POOLING[self.pool],
             l2_normalize=self.l2_normalize,
             data_type=self.data_type,
             omit_tokens=omit_tokens,
