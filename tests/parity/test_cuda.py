@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pytest
 import torch
-from bilm_model.bilm import Bilm, BilmState, random_bilm
+from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import BilmConfig, Residual
 from bilm_model.engine.backend import Memory
@@ -43,6 +43,15 @@ TOLERANCE = 1e-5
 SLICED = BilmConfig(char_dim=4, filters=((1, 6), (3, 10)), projection_dim=16, cell_dim=1024)
 """Its projection is a product of several slices of the cells."""
 WIDE = BilmConfig(char_dim=8, filters=((1, 64), (3, 192)), projection_dim=64, cell_dim=512, n_highway=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks of these sizes take longest to wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def bilm_of(config: BilmConfig) -> Bilm:
@@ -106,13 +115,19 @@ def random_sentences(n: int, config: BilmConfig, max_tokens: int = 40, seed: int
     ]
 
 
-def reference(bilm: Bilm, sentence: PlainSentence) -> EmbeddedSentence:
+def references(bilm: Bilm, sentences: Sequence[PlainSentence]) -> list[EmbeddedSentence]:
     """By the plain network in float64."""
-    parts = None if sentence.state is None else [torch.from_numpy(part).double()[:, :, None] for part in sentence.state]
-    state = None if parts is None else BilmState(*parts)
-    ids = torch.from_numpy(character_ids(with_boundaries(sentence.tokens))).long()
-    layers, after = bilm(ids, [len(ids)], state)
-    return EmbeddedSentence(layers, after.h[:, :, 0], after.c[:, :, 0])
+    tokens = [with_boundaries(sentence.tokens) for sentence in sentences]
+    state = bilm.zero_state(len(sentences))
+    for n, sentence in enumerate(sentences):
+        if sentence.state is not None:
+            state.h[:, :, n], state.c[:, :, n] = map(torch.from_numpy, sentence.state)
+    ids = torch.from_numpy(character_ids([token for each in tokens for token in each])).long()
+    lengths = [len(each) for each in tokens]
+    layers, after = bilm(ids, lengths, state)
+    return [
+        EmbeddedSentence(found, after.h[:, :, n], after.c[:, :, n]) for n, found in enumerate(layers.split(lengths, 1))
+    ]
 
 
 def error(found: EmbeddedSentence, expected: EmbeddedSentence) -> float:
@@ -124,7 +139,7 @@ def error(found: EmbeddedSentence, expected: EmbeddedSentence) -> float:
 def worst_error(engine: CellularBatch, config: BilmConfig, sentences: Sequence[PlainSentence]) -> float:
     bilm = bilm_of(config).double()
     found = engine.run(sentences)
-    return max(error(each, reference(bilm, sentence)) for each, sentence in zip(found, sentences, strict=True))
+    return max(error(*pair) for pair in zip(found, references(bilm, sentences), strict=True))
 
 
 def worst_cosine(found: Sequence[EmbeddedSentence], expected: Sequence[EmbeddedSentence]) -> float:
