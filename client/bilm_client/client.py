@@ -97,7 +97,7 @@ class TransportClient:
             mix: The scalar mix, with layers="mix" only.
             l2_normalize: Scale each vector to length 1.
             on_error: "raise" the SentenceError of a sentence that fails, or "return" it in the sentence's place.
-            states: A state (or None) for each sentence, to go on from.
+            states: A state (or None) for each sentence, to continue from.
             return_states: Return the state after each sentence.
             timeout_s: Seconds for the whole call; None: the client's default.
 
@@ -160,10 +160,10 @@ class TransportClient:
             l2_normalize: As for `embed`.
             on_error: As for `embed`; a raised error ends the stream.
             return_states: Return the state after each sentence.
-            carry_state: Each sentence goes on from the state after the one before it.
-            initial_state: The state that the first one goes on from, with `carry_state`.
+            carry_state: Each sentence continues from the state after the one before it.
+            initial_state: The state that the first one continues from, with `carry_state`.
             return_state_every: With `carry_state`, the results n, 2n, … bring their state; after a break the client
-                goes on from the last one, and holds the sentences since then to read them again.
+                continues from the last one, and holds the sentences since then to read them again.
             window: Sentences that are under way at once, counted until their result is taken.
             window_tokens: Tokens under way from which on no further sentence is read; text is counted by an estimate.
             timeout_s: Longest wait for a next result in seconds, through breaks; None: the client's default. The stream

@@ -43,7 +43,7 @@ class ForkedError(BilmError):
 
 
 class MalformedResponseError(BilmError):
-    """The server's answer breaks the contract: a shape, a count or an order is wrong."""
+    """The server's response breaks the contract: a shape, a count or an order is wrong."""
 
 
 class SentenceError(BilmError):
@@ -82,7 +82,7 @@ class ServiceError(BilmError):
         message: What went wrong, for people to read.
         metadata: Details of the reason, as the server's ErrorInfo gives them.
         pushback_ms: Milliseconds that the server asks to wait before another attempt; negative: don't try again;
-            None: it said nothing.
+            None: it gave no time.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class ModelVersionChangedError(ModelVersionError):
 
 
 class _Call(Protocol):
-    """What a finished call or its exception tells, sync or async."""
+    """A finished call or its exception, sync or async."""
 
     def code(self) -> grpc.StatusCode: ...
     def details(self) -> str | None: ...

@@ -95,7 +95,7 @@ class Keepalive:
 
     Attributes:
         time_s: Seconds between pings; the server refuses to be pinged more often than every 20 s.
-        timeout_s: Seconds to wait for the answer before the connection counts as dead.
+        timeout_s: Seconds to wait for the response before the connection counts as dead.
 
     Raises:
         ValueError: A number isn't positive and finite.

@@ -22,7 +22,7 @@ class Embedding:
         truncated: Whether a token had more bytes than the model reads.
         offsets: (first byte, byte after the last) of each token in the UTF-8 of the text; None where the input was
             tokens.
-        state: The model's state after the sentence, to go on from; None where it wasn't asked for.
+        state: The model's state after the sentence, to continue from; None where it wasn't asked for.
         model_version: The version of the model that made the vectors.
     """
 

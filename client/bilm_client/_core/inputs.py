@@ -24,7 +24,7 @@ class Input:
         text: The text, or None where the sentence came as tokens.
         tokens: The tokens, or None where the sentence came as text.
         text_bytes: UTF-8 bytes of either.
-        state: The state to go on from, or b"".
+        state: The state to continue from, or b"".
         return_state: Whether the caller wants the state after the sentence.
     """
 

@@ -1,4 +1,4 @@
-"""One `embed` call as a state machine without I/O: which request next, and what its answer means."""
+"""One `embed` call as a state machine without I/O: which request next, and what its response means."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -52,7 +52,7 @@ class EmbedJob:
 
     @property
     def version(self) -> str:
-        """The model version that answers must have; "" as long as any will do."""
+        """The model version that responses must have; "" as long as any will do."""
         return self._version
 
     def plan(self, info: ModelInfo) -> None:
@@ -71,7 +71,7 @@ class EmbedJob:
 
     def take(self) -> range | None:
         """Return the next part to send, or None: wait for a response first, or nothing is left."""
-        # Until the first answer has told the version, a second request could be answered by another one.
+        # Until the first response brings the version, a second request could be computed by another one.
         at_most = PARTS_IN_FLIGHT if self._version else 1
         if not self._parts or self._in_flight >= at_most:
             return None
@@ -98,7 +98,7 @@ class EmbedJob:
         Raises:
             SentenceError: A sentence failed, with on_error="raise".
             ModelVersionChangedError: Another version answered than before.
-            MalformedResponseError: The answer breaks the contract.
+            MalformedResponseError: The response breaks the contract.
         """
         self._in_flight -= 1
         self._version = agreed_version(self._version, response.usage.model_version)
@@ -110,8 +110,8 @@ class EmbedJob:
     def fail(self, part: range, error: ServiceError) -> None:
         """Take the failure of a part: one that was too much is cut in two, or goes by stream.
 
-        So does one whose connection broke in the middle of the answer: gRPC retries no call that has got a part of its
-        answer already, and a stream outlives its connections.
+        So does one whose connection broke in the middle of the response: gRPC retries no call that has got a part of
+        its response already, and a stream outlives its connections.
 
         Raises:
             ServiceError: `error`, where cutting can't help.
@@ -168,7 +168,7 @@ def embed_job(settings: Settings, sentences: str | Iterable[Sentence], arguments
 
 
 def agreed_version(expected: str, found: str) -> str:
-    """Return the version that all answers share; `expected` is "" before the first.
+    """Return the version that all responses share; `expected` is "" before the first.
 
     Raises:
         ModelVersionChangedError: They differ.

@@ -193,14 +193,14 @@ class ResumableSession:
         if isinstance(outcome, Embedding):
             outcome = self._keep_state(item, outcome)
         elif item.done:
-            raise outcome  # the state that later sentences go on from can't be restored
+            raise outcome  # the state that later sentences continue from can't be restored
         if item.done:
             return
         item.done, item.outcome = True, outcome
         item.failed = isinstance(outcome, SentenceError)
         self._owes_state |= self._carry and item.failed and item.asks_state
         self._done += 1
-        self._failures = 0  # only a first result is progress: reading again what was known could go on for ever
+        self._failures = 0  # only a first result is progress: reading again what was known could continue for ever
 
     def _keep_state(self, item: _Item, embedding: Embedding) -> Embedding:
         if self._carry and embedding.state is not None:

@@ -15,7 +15,7 @@ from bilm_client.policy import DEFAULT_KEEPALIVE, DEFAULT_RETRY, Keepalive, Retr
 _MIB = 1024 * 1024
 # The slack keeps a server that counts a little differently from costing a call.
 _MAX_RECEIVE_BYTES = MAX_RESPONSE_BYTES + _MIB
-# By gRPC's default of two minutes a client goes on failing long after its server is back.
+# By gRPC's default of two minutes a client keeps failing long after its server is back.
 _MAX_RECONNECT_BACKOFF_MS = 5_000
 
 

@@ -1,6 +1,6 @@
 """One stream of EmbedStream over a synchronous channel, for both clients.
 
-gRPC writes from a thread of its own, and a reader thread delivers what comes; both end with the connection. The
+gRPC writes from its own thread, and a reader thread delivers what comes; both end with the connection. The
 asynchronous client goes this way too: where a write meets the end of a call, grpc.aio (1.85.1) reports the write's
 failure as the call's status, INTERNAL, and the server's own status is lost; measured for one refused stream in five.
 

@@ -35,7 +35,7 @@ class ForkGate:
             self._changed.wait_for(lambda: not self._under_way, _FORK_TIMEOUT_S)
 
     def after_fork(self) -> None:
-        """Let calls go on, in the parent."""
+        """Let calls continue, in the parent."""
         with self._changed:
             self._forking = False
             self._changed.notify_all()

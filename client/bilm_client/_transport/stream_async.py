@@ -163,7 +163,7 @@ class _Mailbox:
 
     def deliver(self, delivery: Delivery) -> None:
         """Put something in, from any thread."""
-        with suppress(RuntimeError):  # the loop has closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop has closed: nothing waits any more
             self._loop.call_soon_threadsafe(self._put, delivery)
 
     def take(self) -> Delivery | None:

@@ -106,23 +106,23 @@ def _check(check: Callable[[], health_pb2.HealthCheckResponse]) -> int:
 
 def _watch(watch: Callable[..., Iterator[health_pb2.HealthCheckResponse]]) -> int:
     last = UNREACHABLE
-    connected = True  # a loss is told once, however often the connection is tried again
+    connected = True  # a loss is reported once, however often the connection is tried again
     pause = threading.Event()
     try:
         while True:
             try:
                 for response in watch(wait_for_ready=not connected):
                     connected, last = True, _exit_code(response.status)
-                    _tell(_Status.Name(response.status))
+                    _print_line(_Status.Name(response.status))
                     if is_lost():
                         return last
             except grpc.RpcError as error:
                 last = UNREACHABLE
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                    _tell(f"UNREACHABLE {error.code().name}")
+                    _print_line(f"UNREACHABLE {error.code().name}")
                     return last
                 if connected:
-                    _tell(f"UNREACHABLE {error.code().name}")
+                    _print_line(f"UNREACHABLE {error.code().name}")
                 connected = False
             if is_lost():
                 return last
@@ -135,7 +135,7 @@ def _exit_code(status: int) -> int:
     return SERVING if status == health_pb2.HealthCheckResponse.SERVING else NOT_SERVING
 
 
-def _tell(text: str) -> None:
+def _print_line(text: str) -> None:
     print(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {text}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""A real server in a process of its own, on a tiny random model, for tests."""
+"""A real server in its own process, on a tiny random model, for tests."""
 
 import subprocess
 import sys

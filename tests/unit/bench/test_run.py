@@ -306,7 +306,7 @@ def test_a_soak_samples_both_sides_and_gives_slopes(scripted: Scripted, bench: B
     assert all(later["at_s"] > earlier["at_s"] for earlier, later in pairwise(samples))
 
 
-class _Page(BaseHTTPRequestHandler):
+class _MetricsPage(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         page = b"# HELP process_open_fds of us\nprocess_open_fds 17.0\nprocess_resident_memory_bytes 2.097152e+06\n"
         self.send_response(200 if self.path == "/metrics" else 404)
@@ -319,7 +319,7 @@ class _Page(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def metrics_url() -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), _Page)
+    server = HTTPServer(("127.0.0.1", 0), _MetricsPage)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}/metrics"

@@ -89,15 +89,15 @@ async def test_leaving_a_stream_cancels_it_and_its_threads_end(
 
 
 async def test_an_error_of_asynchronous_input_reaches_the_caller(scripted: Scripted) -> None:
-    class ReadError(Exception):
+    class AsyncReadError(Exception):
         pass
 
     async def source() -> AsyncIterator[str]:
         yield "a"
-        raise ReadError
+        raise AsyncReadError
 
     async with AsyncClient(scripted.target) as client:
-        with pytest.raises(ReadError):
+        with pytest.raises(AsyncReadError):
             [one async for one in client.embed_stream(source())]
         with pytest.raises(TypeError, match="must be an iterable of sentences, got int"):
             client.embed_stream(7)  # type: ignore[call-overload]
