@@ -5,7 +5,7 @@
 # PIP_FIND_LINKS, …) say where packages come from.
 
 PYTHON ?= python3
-WORKERS ?= 3
+WORKERS ?= $(shell expr $$(nproc 2> /dev/null || echo 2) + 1)
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
@@ -34,10 +34,10 @@ test: $(VENV)/.dev $(PROTO_VENV)/.installed
 	+$(MAKE) --no-print-directory --jobs 2 check tests
 
 # OpenMP's threads sleep instead of spinning while they wait for one another: spinning takes the cores from other workers.
-# Three workers on two cores: one of them usually waits for a server, a time-out or a network. In the order of the
-# folders: the files of `fault` and `integration` take longest, and none of them should be left to one worker at the end.
+# A worker more than cores: one of them usually waits for a server, a time-out or a network. A worker that has done its
+# share takes over half of the longest one that is left.
 tests: $(VENV)/.dev
-	OMP_WAIT_POLICY=passive $(LIMITED) 60m $(BIN)/pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(LIMITED) 60m $(BIN)/pytest -m "not slow" --numprocesses $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.dev
 	$(LIMITED) 4h $(BIN)/pytest -m slow

@@ -13,6 +13,7 @@ from pathlib import Path
 import google.rpc.status_pb2
 import numpy as np
 import pytest
+from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_client import Client
 
 from tests.support.server_processes import ProcessServer
@@ -35,6 +36,7 @@ def _install(command: list[str], **environment: str) -> None:
         pytest.skip(f"{command[0]} could not install what the test needs: {found.stderr.strip().splitlines()[-1:]}")
 
 
+@pytest.mark.slow
 def test_javascript_with_nothing_but_the_proto_file(target: str, tmp_path: Path) -> None:
     if not (shutil.which("node") and shutil.which("npm")):
         pytest.skip("needs node and npm")
@@ -64,6 +66,16 @@ def _lowest_versions() -> list[str]:
     return [re.sub(r"^([a-z-]+)>=([0-9.]+).*$", r"\1==\2", line) for line in project["dependencies"]]
 
 
+def test_the_floors_are_what_the_generated_code_asks_for() -> None:
+    versions = dict(line.split("==") for line in _lowest_versions())
+    generated = Path(embed_pb2_grpc.__file__).read_text(encoding="utf-8")
+    assert f"GRPC_GENERATED_VERSION = '{versions['grpcio']}'" in generated
+    runtime = re.search(r"PUBLIC,\s+(\d+),\s+(\d+),\s+(\d+),", Path(embed_pb2.__file__).read_text(encoding="utf-8"))
+    assert runtime is not None
+    assert ".".join(runtime.groups()) == versions["protobuf"]
+
+
+@pytest.mark.slow
 def test_the_oldest_libraries_that_we_support(target: str, tmp_path: Path) -> None:
     requirements = _lowest_versions()
     assert all(re.fullmatch(r"[a-z-]+==[0-9.]+", line) for line in requirements)

@@ -47,6 +47,7 @@ def check_callers(load: Load) -> None:
     assert load.calls > 100
 
 
+@pytest.mark.slow
 def test_a_killed_replica(behind: Cluster) -> None:
     with behind.load() as load:
         name = victim_of(load)
@@ -59,6 +60,7 @@ def test_a_killed_replica(behind: Cluster) -> None:
     assert out_s < OUT_S
 
 
+@pytest.mark.slow
 def test_a_hung_replica(behind: Cluster) -> None:
     with behind.load() as load:
         name = victim_of(load)
@@ -100,6 +102,7 @@ class OpenStream:
         return code
 
 
+@pytest.mark.slow
 def test_a_drained_replica(behind: Cluster) -> None:
     with behind.load() as load:
         stream = OpenStream(behind.haproxy.target)
@@ -143,6 +146,7 @@ def envoy(behind: Cluster) -> Iterator[Envoy]:
             envoy.stop()
 
 
+@pytest.mark.slow
 def test_envoy_with_a_hung_and_a_drained_replica(behind: Cluster, envoy: Envoy) -> None:
     with behind.load(envoy.target) as load:
         name = victim_of(load)

@@ -266,6 +266,7 @@ def prometheus(replica: Replica, tmp_path_factory: pytest.TempPathFactory) -> It
         prometheus.stop()
 
 
+@pytest.mark.slow
 def test_prometheus_counts_what_the_server_counts(prometheus: Prometheus, replica: Replica) -> None:
     calls = 'bilm_requests_total{method="Embed",code="OK",model="tiny"}'
     before = prometheus.value(calls)
@@ -278,6 +279,7 @@ def test_prometheus_counts_what_the_server_counts(prometheus: Prometheus, replic
     )
 
 
+@pytest.mark.slow
 def test_prometheus_evaluates_every_panel(prometheus: Prometheus, replica: Replica) -> None:
     for code, reason in ((Code.OK, ""), (Code.RESOURCE_EXHAUSTED, "OVERLOADED")):
         serve_a_call(replica.metrics, code, reason)
@@ -289,6 +291,7 @@ def test_prometheus_evaluates_every_panel(prometheus: Prometheus, replica: Repli
     prometheus.wait(lambda: all(prometheus.get("query", query=each)["result"] for each in wanted), "data everywhere")
 
 
+@pytest.mark.slow
 def test_prometheus_evaluates_every_rule(prometheus: Prometheus, replica: Replica) -> None:
     def rules() -> list[dict[str, Any]]:
         return [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]

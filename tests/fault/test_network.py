@@ -203,6 +203,7 @@ def lossy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["lost packets", "packet resets"])
 def test_lost_packets_cost_no_call(lossy: dict[str, dict[str, Any]], fault: str) -> None:
     found = lossy[fault]
@@ -212,6 +213,7 @@ def test_lost_packets_cost_no_call(lossy: dict[str, dict[str, Any]], fault: str)
     assert found["slowest_s"] < found["limit_s"] + MARGIN_S
 
 
+@pytest.mark.slow
 def test_a_dead_network_is_told_by_a_status(lossy: dict[str, dict[str, Any]]) -> None:
     found = lossy["dead"]
     assert found["wrong"] == []
@@ -222,6 +224,7 @@ def test_a_dead_network_is_told_by_a_status(lossy: dict[str, dict[str, Any]]) ->
     assert lossy["healed"]["right"] > 0
 
 
+@pytest.mark.slow
 def test_lost_packets_leave_nothing_behind(lossy: dict[str, dict[str, Any]]) -> None:
     held = lossy["held"]
     assert held["descriptors_after"] <= held["descriptors_before"] + 2

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -48,12 +48,18 @@ def embed(target: str, text: Path, output: Path, *flags: str) -> int:
     return main([str(text), str(output), "--target", target, *flags])
 
 
-@contextmanager
-def embedding(target: str, text: Path, output: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    """`bilm-embed` in a process of its own."""
+def embed_command(target: str, text: Path, output: Path, *flags: str) -> list[str]:
     command = [sys.executable, "-W", "error", "-m", "bilm_client.batch", str(text), str(output), "--target", target]
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    with started([*command, *flags], **pipes, text=True) as process:
+    return [*command, *flags]
+
+
+@contextmanager
+def embedding(
+    target: str, text: Path, output: Path, *flags: str, stdin: IO[bytes] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """`bilm-embed` in a process of its own."""
+    pipes = {"stdin": stdin, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    with started(embed_command(target, text, output, *flags), **pipes, text=True) as process:
         yield process
 
 

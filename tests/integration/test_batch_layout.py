@@ -1,13 +1,11 @@
 """What `bilm-embed` makes of which input: the layout of `allennlp elmo`, and what it refuses."""
 
-import io
 import json
 import os
-import sys
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -22,6 +20,9 @@ from tests.integration.batch_support import (
     assert_same,
     datasets,
     embed,
+    embed_command,
+    embedding,
+    ended,
     journal_of,
     part_of,
     run_of,
@@ -203,10 +204,10 @@ def test_line_ends_and_white_space(server: LoopServer, text: Path, tmp_path: Pat
     assert_same(datasets(output), {str(i): embedding.vectors for i, embedding in enumerate(expected)}, 1e-6)
 
 
-def test_standard_input(server: LoopServer, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input(server: LoopServer, tmp_path: Path, text: Path) -> None:
     by_name, by_stream = tmp_path / "name.hdf5", tmp_path / "stream.hdf5"
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(text.read_bytes())))
-    assert embed(server.target, Path("-"), by_stream) == 0
+    with text.open("rb") as stream, embedding(server.target, Path("-"), by_stream, stdin=stream) as process:
+        assert ended(process) == (0, "")
     assert embed(server.target, text, by_name) == 0
     assert datasets(by_stream).keys() == datasets(by_name).keys() == LENGTHS.keys()
     assert run_of(by_stream) == run_of(by_name)
@@ -238,12 +239,11 @@ def test_an_input_that_cannot_be_read(tmp_path: Path, name: str, capsys: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_standard_input_that_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "stdin", None)  # as Python has it, then
-    assert main(["-", str(tmp_path / "out.npz")]) == REFUSED
-    assert capsys.readouterr().err == "bilm-embed: input: -: standard input is closed\n"
+def test_standard_input_that_is_closed(tmp_path: Path) -> None:
+    command = embed_command(NOWHERE, Path("-"), tmp_path / "out.npz")
+    closed = ["sh", "-c", 'exec "$@" <&-', "sh", *command]
+    done = subprocess.run(closed, capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode, done.stderr) == (REFUSED, "bilm-embed: input: -: standard input is closed\n")
 
 
 def test_the_input_is_not_written_over(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import h5py
 import pytest
@@ -89,16 +90,18 @@ def interrupt(server: LoopServer, text: Path, output: Path) -> Callable[..., Non
     """Leaves a journal behind, by a disk that is full when the output is written."""
 
     def run(*flags: str) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "fsync", no_space)
+        with full_disk():
             assert embed(server.target, text, output, *FLAGS, *flags) == STOPPED
         assert journal_of(output).exists()
 
     return run
 
 
-def no_space(file: int) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Let whatever is written to a disk find no space there."""
+    with mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+        yield
 
 
 def wait_for_line(process: subprocess.Popen[str], words: str) -> None:
@@ -370,11 +373,9 @@ def test_an_output_that_cannot_be_written_is_made_later(
     server: LoopServer,
     text: Path,
     output: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", no_space)
+    with full_disk():
         assert embed(server.target, text, output) == STOPPED
     errors = capsys.readouterr().err
     assert os.strerror(errno.ENOSPC) in errors
@@ -535,8 +536,7 @@ def test_errors_of_an_earlier_run_stop_one_that_has_no_list(
 ) -> None:
     text.write_bytes(b"good\n\xff\ngood\n")
     listed = ("--errors", str(tmp_path / "errors"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", no_space)
+    with full_disk():
         assert embed(server.target, text, output, *listed) == STOPPED
     assert embed(server.target, text, output, "--resume") == STOPPED
     assert "line 2: LINE_INVALID" in capsys.readouterr().err

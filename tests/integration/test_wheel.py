@@ -98,6 +98,7 @@ def test_the_wheel_has_the_data_files_too(wheel: Path) -> None:
     assert wheel.stat().st_size < 20 * 2**20
 
 
+@pytest.mark.slow
 def test_the_client_alone_is_light(light: Environment) -> None:
     code = "import bilm_client, json, sys; print(json.dumps([bilm_client.__file__, sorted(sys.modules)]))"
     place, modules = json.loads(light.python(code))
@@ -108,6 +109,7 @@ def test_the_client_alone_is_light(light: Environment) -> None:
     assert not {"torch", "h5py", "pydantic", "pydantic-settings", "tqdm", "safetensors"} & names
 
 
+@pytest.mark.slow
 def test_the_batch_program_says_what_it_lacks(light: Environment) -> None:
     done = subprocess.run([light.bin / "bilm-embed", "in", "out.npz"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -132,6 +134,7 @@ def serving(environment: Environment, folder: Path) -> Iterator[str]:
             assert code == 0, log.read()
 
 
+@pytest.mark.slow
 def test_it_serves_and_embeds(full: Environment) -> None:
     with tempfile.TemporaryDirectory(prefix="bilm-") as name:  # short: a Unix socket's path has to be
         folder = Path(name)

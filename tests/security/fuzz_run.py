@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,8 @@ _MAX_GROWTH_BYTES = 96 * MIB
 _OURS = re.compile(r"internal error; the server's log|Unexpected <class")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _BROKEN = {grpc.StatusCode.UNKNOWN.value[0], grpc.StatusCode.INTERNAL.value[0]}
+
+Judge = Callable[[Case, Reply], Iterable[str]]
 
 
 @dataclass
@@ -76,8 +78,18 @@ def new_case(seed: int, kind: int, number: int) -> Case:
     return function(random.Random(f"{seed}:{function.__name__}:{number}"))
 
 
-def fuzz_server(seed: int, rounds: range, end_s: float, failures: Path | None = None) -> Report:
-    """Sends inputs of each kind in turn, until the rounds or the time are over (`end_s`: of `time.monotonic`)."""
+def fuzz_server(
+    seed: int, rounds: range, end_s: float, failures: Path | None = None, judge: Judge | None = None
+) -> Report:
+    """Send inputs of each kind in turn.
+
+    Args:
+        seed: Of the inputs.
+        rounds: Their numbers.
+        end_s: When to stop at the latest, on `time.monotonic`.
+        failures: A file for what was found.
+        judge: Says what is wrong with a reply; None: `complaints`.
+    """
     report = Report()
     with WatchedServer(*SERVER_FLAGS, environment=SERVER_ENVIRONMENT, fresh=True) as server:
         watch, warm_bytes, samples = Watch(server), 0, list[int]()
@@ -86,7 +98,7 @@ def fuzz_server(seed: int, rounds: range, end_s: float, failures: Path | None = 
                 break
             for kind, function in enumerate(KINDS):
                 case = new_case(seed, kind, number)
-                _try(server, case, report, (function.__name__, number))
+                _try(server, case, report, (function.__name__, number), judge or complaints)
             if number % _WATCH_ROUNDS == 0:
                 _watch(watch, report, number)
                 samples.append(resident_bytes(server.pid) if server.alive else 0)
@@ -102,7 +114,7 @@ def fuzz_server(seed: int, rounds: range, end_s: float, failures: Path | None = 
     return report
 
 
-def _try(server: WatchedServer, case: Case, report: Report, name: tuple[str, int]) -> None:
+def _try(server: WatchedServer, case: Case, report: Report, name: tuple[str, int], judge: Judge) -> None:
     """One input on a connection of its own."""
     lines = len(server.bad_lines)
     end_s = time.monotonic() + LISTENS_ANEW_S
@@ -122,8 +134,8 @@ def _try(server: WatchedServer, case: Case, report: Report, name: tuple[str, int
     report.complaints += [(*name, text) for text in found]
 
 
-def judge(case: Case, reply: Reply) -> Iterator[str]:
-    """What is wrong with a reply."""
+def complaints(case: Case, reply: Reply) -> Iterator[str]:
+    """Say what is wrong with a reply."""
     if not reply.closed:
         yield f"the connection is still open {_TIMEOUT_S:g} s later"
     for stream in set(case.expected) - reply.ended:

@@ -15,7 +15,7 @@ from bilm_server.inference.types import Sentence
 from tests.security.fuzz_fields import input_of, new_check
 from tests.security.fuzz_frames import KINDS, Case
 from tests.security.fuzz_http2 import Reply
-from tests.security.fuzz_run import Report, fuzz_server, judge, new_case
+from tests.security.fuzz_run import Report, complaints, fuzz_server, new_case
 
 _ROUNDS, _INPUTS_IN_PROCESS = 6, 400
 
@@ -81,11 +81,12 @@ def test_an_input_can_be_made_again(function: Callable[[random.Random], Case]) -
     ids=["open", "no status", "unknown", "internal"],
 )
 def test_a_bad_reply_is_seen(reply: Reply, complaint: str) -> None:
-    assert complaint in "".join(judge(Case(b"", (1,)), reply))
+    assert complaint in "".join(complaints(Case(b"", (1,)), reply))
 
 
-def test_findings_are_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tests.security.fuzz_run.judge", lambda case, reply: ["found"])
+def test_findings_are_saved(tmp_path: Path) -> None:
     path = tmp_path / "failures.jsonl"
-    found = fuzz_server(seed=7, rounds=range(1), end_s=time.monotonic() + 300, failures=path)
+    found = fuzz_server(
+        seed=7, rounds=range(1), end_s=time.monotonic() + 300, failures=path, judge=lambda *_: ["found"]
+    )
     assert len(found.complaints) == len(path.read_text(encoding="utf-8").splitlines()) == len(KINDS)
