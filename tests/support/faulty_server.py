@@ -72,10 +72,10 @@ def load_faulty_model(config: ServerConfig) -> ServedModel:
     return replace(model, engine=engine)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run `bilm-serve`."""
     vars(bilm_server.main)["load_served_model"] = load_faulty_model
-    return bilm_server.main.main()
+    return bilm_server.main.main(argv)
 
 
 if __name__ == "__main__":

@@ -234,8 +234,7 @@ def _run(request: ForkRequest) -> Any:
     os.chdir(request.folder)
     if request.max_descriptors is not None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (request.max_descriptors,) * 2)
-    sys.argv = ["bilm-serve", *request.arguments]
-    return importlib.import_module(request.module).main()
+    return importlib.import_module(request.module).main(list(request.arguments))
 
 
 def _main() -> Any:

@@ -11,12 +11,12 @@ WAITS = "BILM_TEST_WAITS_MS"
 """The variable with the constants of bilm_server.protocols.grpc.connections to replace, as a JSON object."""
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run `bilm-serve`."""
     waits_ms = json.loads(os.environ[WAITS])
     assert waits_ms.keys() <= vars(connections).keys()
     vars(connections).update(waits_ms)
-    return bilm_server.main.main()
+    return bilm_server.main.main(argv)
 
 
 if __name__ == "__main__":
