@@ -40,7 +40,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """The logistic function.
+    """Return the logistic function.
 
     `torch.sigmoid` rounds the last few elements of an array differently from the rest, so that a row's bits would
     depend on how many rows there are; `torch.tanh` doesn't.

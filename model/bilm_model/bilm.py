@@ -41,7 +41,7 @@ class Bilm(nn.Module):
 
     @classmethod
     def parameter_shapes(cls, config: BilmConfig) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter of such a biLM, by name; nothing is allocated."""
+        """Return the shape of every parameter of such a biLM, by name; nothing is allocated."""
         with torch.device("meta"):
             return {name: tuple(parameter.shape) for name, parameter in cls(config).named_parameters()}
 
@@ -54,12 +54,12 @@ class Bilm(nn.Module):
         return bilm.requires_grad_(False).eval()
 
     def forward(self, ids: Tensor, lengths: list[int], state: BilmState | None = None) -> tuple[Tensor, BilmState]:
-        """Embeds sentences laid end to end.
+        """Embed sentences laid end to end.
 
         Args:
             ids: (N, 50) character ids, boundaries included, sentence after sentence.
             lengths: rows of each sentence, N together; a sentence may have none.
-            state: to go on from; None: zero.
+            state: to continue from; None: zero.
 
         Returns:
             The layers, (L + 1, N, 2·P), boundaries included; and the state after each sentence.
@@ -78,13 +78,13 @@ class Bilm(nn.Module):
         return torch.cat(columns, dim=-1), BilmState(h, c)
 
     def zero_state(self, n_sentences: int) -> BilmState:
-        """The state before any text."""
+        """Return the state before any text."""
         shape = (self.config.n_layers, 2, n_sentences)
         zeros = self.encoder.char_cnn.embedding.new_zeros
         return BilmState(zeros(*shape, self.config.projection_dim), zeros(*shape, self.config.cell_dim))
 
     def lstms(self, direction: int) -> list[ClippedProjectedLstm]:
-        """The LSTM layers of a direction, 0 forward, 1 backward."""
+        """Return the LSTM layers of a direction, 0 forward, 1 backward."""
         return list(cast(Direction, self.directions[direction]).layers)  # type: ignore[arg-type]
 
     @property
@@ -98,7 +98,7 @@ class Bilm(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters()) - self.config.char_dim
 
     def to_bfloat16_products(self) -> "Bilm":
-        """Rounds the weights of all products to bfloat16, in place; see `affine`."""
+        """Round the weights of all products to bfloat16, in place; see `affine`."""
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() > 1 and not name.endswith("embedding"):
@@ -108,7 +108,7 @@ class Bilm(nn.Module):
 
 @torch.no_grad()
 def initialize(bilm: Bilm, generator: torch.Generator) -> Bilm:
-    """Fills a biLM with random weights, in place, as bilm-tf starts its training.
+    """Fill a biLM with random weights, in place, as bilm-tf starts its training.
 
     Uniform over ±√(3 / fan-in) for every matrix (variance 1 / fan-in), zero biases, −2 for the highways' gates so that
     they begin by carrying their input on.

@@ -47,7 +47,7 @@ _BOUNDARY_ROWS = {
 
 
 def token_bytes(token: str) -> bytes:
-    """The UTF-8 bytes of a token.
+    """Return the UTF-8 bytes of a token.
 
     Raises:
         CharacterError: if the token is empty, or holds half of a surrogate pair and so has no UTF-8 form.
@@ -61,13 +61,13 @@ def token_bytes(token: str) -> bytes:
 
 
 def is_truncated(token: str) -> bool:
-    """Whether the token has more bytes than are read."""
+    """Return whether the token has more bytes than are read."""
     # No character takes more than 4 bytes: most tokens needn't be encoded to know.
     return len(token) * 4 > MAX_TOKEN_BYTES and len(token_bytes(token)) > MAX_TOKEN_BYTES
 
 
 def read_bytes(token: str) -> bytes:
-    """The bytes of a token that the model reads: two tokens that share them have the same vector.
+    """Return the bytes of a token that the model reads: two tokens that share them have the same vector.
 
     Raises:
         CharacterError: as `token_bytes`.
@@ -76,7 +76,7 @@ def read_bytes(token: str) -> bytes:
 
 
 def bytes_ids(data: bytes) -> CharacterIds:
-    """The character ids (MAX_CHARACTERS,) of a token, from the bytes that are read of it.
+    """Return the character ids (MAX_CHARACTERS,) of a token, from the bytes that are read of it.
 
     A token longer than `MAX_TOKEN_BYTES` has been cut there, in the middle of a character if need be, as the published
     models were trained. "<S>" and "</S>" are the sentence boundaries.
@@ -92,7 +92,7 @@ def bytes_ids(data: bytes) -> CharacterIds:
 
 
 def token_ids(token: str) -> CharacterIds:
-    """The character ids (MAX_CHARACTERS,) of one token.
+    """Return the character ids (MAX_CHARACTERS,) of one token.
 
     Raises:
         CharacterError: as `token_bytes`.
@@ -101,7 +101,7 @@ def token_ids(token: str) -> CharacterIds:
 
 
 def character_ids(tokens: Iterable[str]) -> CharacterIds:
-    """The character ids (tokens, MAX_CHARACTERS) of several tokens.
+    """Return the character ids (tokens, MAX_CHARACTERS) of several tokens.
 
     Raises:
         CharacterError: as `token_bytes`.
@@ -116,7 +116,7 @@ def with_boundaries(tokens: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_ids(ids: CharacterIds) -> None:
-    """Makes sure that every id has a row in the embedding.
+    """Make sure that every id has a row in the embedding.
 
     On a GPU an index error is an assertion of the device that ends the process's use of it: so look here, on the host.
 

@@ -119,7 +119,7 @@ SIZES = {
 
 
 def from_options(options: Mapping[str, Any]) -> BilmConfig:
-    """Reads published options (the content of an `options.json`).
+    """Read published options (the content of an `options.json`).
 
     Raises:
         ConfigError: if a key is missing or has a value that can't be served; the message names it.
@@ -149,7 +149,7 @@ def from_options(options: Mapping[str, Any]) -> BilmConfig:
 
 
 def to_options(config: BilmConfig) -> dict[str, Any]:
-    """Writes published options: what `from_options` reads.
+    """Write published options: what `from_options` reads.
 
     `lstm.residual` is there for "input_to_input" only: what the published options can say is said by them alone, and
     such models keep their version, which is a hash of the options, too.
@@ -194,7 +194,7 @@ def _section(options: Mapping[str, Any], name: str, prefix: str = "") -> Mapping
 
 def _float(section: Mapping[str, Any], key: str) -> float:
     value = _value(section, key)
-    # bool is an int to Python, not to whoever wrote the options
+    # To Python, a bool is an int; to the options' author it isn't
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{key}: expected a number, found {value!r}")
     return float(value)

@@ -11,7 +11,7 @@ from bilm_model.errors import ModelError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a user names.
+    """Return the device that a user names.
 
     Args:
         name: "cpu", "cuda", "cuda:N", or "auto": the first CUDA device where there is one, else the CPU.

@@ -41,7 +41,7 @@ class LayerMix:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a caller wants of a sentence's layers.
+    """What to return of a sentence's layers.
 
     Attributes:
         layers: all of them, the last, their mean, or a mix.
@@ -54,7 +54,7 @@ class Selection:
     l2_normalize: bool = False
 
     def __call__(self, layers: Tensor) -> Tensor:
-        """The wanted vectors.
+        """Return the wanted vectors.
 
         Args:
             layers: (L, T + 2, D) with the boundaries, or (L, 0, D) for a sentence without tokens.

@@ -24,7 +24,7 @@ class TrainStepResult:
     Attributes:
         sums: (2,) float64 on the CPU, the loss of each direction, summed over tokens.
         counts: (2,) their numbers.
-        states: to go on from.
+        states: to continue from.
         gradient_norm: Euclidean, before it was clipped.
         learning_rate: of this step.
     """
@@ -71,7 +71,7 @@ class Learner:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, _schedule(optimisation, total_steps))
 
     def learn(self, pair: WindowPair, states: States) -> TrainStepResult:
-        """Makes a step.
+        """Make a step.
 
         Raises:
             DivergedError: if the loss or the gradient is no number; nothing was changed by this step.
@@ -97,11 +97,11 @@ class Learner:
         return nullcontext() if self.products is None else bfloat16_products(self._device.type, self.products)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on beside the objective's parameters and random numbers."""
+        """Return what the next step depends on beside the objective's parameters and random numbers."""
         return {"optimiser": self._optimiser.state_dict(), "schedule": self._schedule.state_dict()}
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Take over what `state_dict` gave."""
         self._optimiser.load_state_dict(content["optimiser"])
         self._schedule.load_state_dict(content["schedule"])
 

@@ -112,7 +112,7 @@ def _train(trainer: Trainer) -> int:
 
 
 def new_objective(recipe: Recipe, vocabulary: Vocabulary, device: torch.device) -> Objective:
-    """The untrained biLM of a recipe, with what it is trained under; seeds torch's random numbers.
+    """Return the untrained biLM of a recipe, with what it is trained under; seeds torch's random numbers.
 
     Raises:
         ModelError: if the recipe's teacher can't be had, or doesn't go with the student.
@@ -150,7 +150,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if folder is not None:
             merged = _with_earlier(found, folder).to_dict()
             write_text(folder.eval, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
-    finally:  # of figures that can't be written, this is left
+    finally:  # where the file can't be written, this is left
         print(found.markdown())
     if folder is not None:
         print(f"written to {folder.eval}")
@@ -177,7 +177,7 @@ def _neighbourhood(bilm: Bilm, text: Path, arguments: argparse.Namespace, device
 
 
 def _with_earlier(found: Knowledge, folder: RunFolder) -> Knowledge:
-    """What this evaluation didn't measure stays as an earlier one found it."""
+    """Return what was found, with what only an earlier evaluation has measured."""
     if not folder.eval.exists():
         return found
     earlier = read_knowledge(folder.eval)

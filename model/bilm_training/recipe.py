@@ -120,7 +120,7 @@ class Recipe(_Section):
 
 
 def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe.
+    """Read a recipe.
 
     Args:
         source: a preset's name or a TOML file. Paths in it are relative to where the command runs.
@@ -140,7 +140,7 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _place(loc: Sequence[int | str]) -> Sequence[str]:
-    """What is about the recipe as a whole has no place."""
+    """Return the place of a value; nothing for what is about the recipe as a whole."""
     return (".".join(map(str, loc)),) if loc else ()
 
 
@@ -196,5 +196,5 @@ def _value(text: str) -> Any:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The whole recipe, every default written out; `read_recipe` reads it back."""
+    """Return the whole recipe, every default written out; `read_recipe` reads it back."""
     return tomli_w.dumps(TypeAdapter(Recipe).dump_python(recipe, mode="json", exclude_none=True))

@@ -1,4 +1,4 @@
-"""The training loop: windows, steps, checkpoints; a run that was killed goes on as if it hadn't been."""
+"""The training loop: windows, steps, checkpoints; a run that was killed continues as if it hadn't been."""
 
 import hashlib
 import math
@@ -176,7 +176,7 @@ class Trainer:
         )
 
     def run(self) -> bool:
-        """Trains to the end -> True, or until `stop` is set -> False.
+        """Train to the end, or until `stop` is set; return whether the end was reached.
 
         Raises:
             DivergedError: if the loss is no number any more; the last checkpoint is from before that.
@@ -315,6 +315,6 @@ class Trainer:
 
 
 def _resolved(recipe: Recipe, device: torch.device, bfloat16: ProductPath | None) -> Recipe:
-    """The recipe with the precision that "auto" stands for on a device."""
+    """Return the recipe with the precision that "auto" stands for on a device."""
     precision = resolve_precision(recipe.optimisation.precision, device, bfloat16)
     return recipe.model_copy(update={"optimisation": recipe.optimisation.model_copy(update={"precision": precision})})

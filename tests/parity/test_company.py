@@ -53,7 +53,7 @@ def same_bits(found: EmbeddedSentence, expected: EmbeddedSentence) -> bool:
 
 
 def random_sentences(engine: CellularBatch, chance: random.Random) -> list[PlainSentence]:
-    """Of all lengths, from a small vocabulary, some with a state to go on from."""
+    """Of all lengths, from a small vocabulary, some with a state to continue from."""
     words = [f"{'w' * chance.randrange(9)}{i}" for i in range(70)]
     texts = [chance.choices(words, k=chance.choice((0, 1, 5, 24, 70))) for _ in range(40)]
     states = [engine.run([PlainSentence(["state", str(i)])])[0] for i in range(3)]
@@ -89,7 +89,7 @@ ROOMS = {
     "as it comes": {"input_cache_mib": 0},
     "one row": {"max_rows": 1},
     "few rows, no cache": {"max_rows": 3, "max_tokens": 150, "token_cache_mib": 0},
-    "input halves kept": {"max_rows": 20, "input_cache_mib": 400},
+    "input projections kept": {"max_rows": 20, "input_cache_mib": 400},
 }
 
 

@@ -99,7 +99,7 @@ BACKENDS: WeakKeyDictionary[CellularBatch, CudaBackend] = WeakKeyDictionary()
 
 
 def random_sentences(n: int, config: BilmConfig, max_tokens: int = 40, seed: int = 3) -> list[PlainSentence]:
-    """Of all lengths, every third with a state to go on from."""
+    """Of all lengths, every third with a state to continue from."""
     shuffler, numbers = random.Random(seed), np.random.default_rng(seed)
     words = [f"{'w' * shuffler.randrange(9)}{i}" for i in range(50)] + ["<S>", "대한민국", "x" * 60]
 
@@ -224,7 +224,7 @@ def test_a_stretch_of_ticks_is_put_together_from_graphs() -> None:
 
 @ROUNDS
 @pytest.mark.parametrize("name", ["as published", "three layers, input to input"])
-def test_input_halves_can_be_kept(name: str, block_rows: int | None) -> None:
+def test_input_projections_can_be_kept(name: str, block_rows: int | None) -> None:
     config = CONFIGS[name]
     # So few entries that they are given up all the time
     options = EngineOptions(max_rows=3, max_tokens=100, token_cache_mib=0, input_cache_mib=1)
@@ -338,7 +338,7 @@ def test_gpu_bfloat16_products_stay_close() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("name", ["as published", "three layers, input to input"])
-def test_gpu_input_halves_can_be_kept(name: str) -> None:
+def test_gpu_input_projections_can_be_kept(name: str) -> None:
     config = CONFIGS[name]
     options = EngineOptions(max_rows=9, max_tokens=1000, token_cache_mib=0, input_cache_mib=16)
     engine = engine_of(config, GPU, options)

@@ -31,14 +31,14 @@ class ClippedProjectedLstm(nn.Module):
             self.projection = Affine(config.cell_dim, config.projection_dim, bias=False)
 
     def folded_input_bias(self) -> Tensor:
-        """The input half's bias (4·C) with the forget gate's constant in it: for arithmetic that doesn't add it."""
+        """Return the input projection's bias (4·C), the forget gate's constant included."""
         assert self.input.bias is not None  # noqa: S101 - the constructor gave it one
         bias = self.input.bias.detach().clone()
         bias.chunk(4)[2].add_(FORGET_BIAS)
         return bias
 
     def forward(self, x: Tensor, packing: Packing, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs the layer over all steps.
+        """Run the layer over all steps.
 
         Args:
             x: (N, I), packed.
@@ -49,7 +49,7 @@ class ClippedProjectedLstm(nn.Module):
         Returns:
             The outputs (N, P), packed; h and c after each sentence's last step.
         """
-        # The input's half of the gates is known for all steps at once: one product reads the weights once.
+        # The input projections are known for all steps at once: one product reads the weights once.
         gates_x = torch.split(self.input(x), list(packing.step_sizes))
         outputs = []
         for gates, n_rows in zip(gates_x, packing.step_sizes, strict=True):
@@ -59,7 +59,7 @@ class ClippedProjectedLstm(nn.Module):
         return torch.cat(outputs) if outputs else x.new_zeros(0, h.shape[-1]), h, c
 
     def step(self, gates_x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """One step: the input's half of the gates (R, 4·C), h (R, P), c (R, C) -> the next h and c."""
+        """One step: the input projection (R, 4·C), h (R, P), c (R, C) -> the next h and c."""
         i, j, f, o = (gates_x + self.recurrent(h)).chunk(4, dim=-1)
         c = sigmoid(f + FORGET_BIAS) * c + sigmoid(i) * torch.tanh(j)
         c = c.clamp(-self.cell_clip, self.cell_clip)

@@ -32,7 +32,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Packing":
-        """Packs sentences of these lengths (each at least 0)."""
+        """Pack sentences of these lengths (each at least 0)."""
         length = np.asarray(lengths, dtype=np.int64)
         start = np.concatenate([[0], np.cumsum(length)[:-1]])
         order = np.argsort(-length, kind="stable")
@@ -50,5 +50,5 @@ class Packing:
         return torch.argsort(self.order)
 
     def directions(self) -> tuple[Tensor, Tensor]:
-        """The places in the flat layout, for the forward and for the backward direction."""
+        """Return the places in the flat layout, for the forward and for the backward direction."""
         return self.forward, self.backward

@@ -33,7 +33,7 @@ class Memory:
 
     @classmethod
     def of(cls, config: BilmConfig, device: torch.device, n_slots: int, n_places: int, n_entries: int) -> "Memory":
-        """Allocates; on a CPU the system gives pages only as they are written to."""
+        """Allocate; on a CPU the system gives pages only as they are written to."""
         pair = (config.n_layers, 2)
         return cls(
             vectors=torch.empty(n_entries, config.projection_dim, device=device),
@@ -48,7 +48,7 @@ class Backend(Protocol):
 
     memory: Memory
     block_rows: int
-    """Rows that fill a block of input halves."""
+    """Rows that fill a block of input projections."""
 
     @property
     def name(self) -> str:
@@ -59,16 +59,16 @@ class Backend(Protocol):
         """Which of several implementations each part runs on; keys and values are the metric's labels."""
 
     def prepare(self) -> None:
-        """Does once what takes long; called in the thread that will compute, while nothing is in flight."""
+        """Do once what takes long; called in the thread that will compute, while nothing is in flight."""
 
     def encode(self, entries: Indices, ids: CharacterIds) -> None:
-        """Computes token vectors: character ids (N, 50) into `memory.vectors` at different entries (N,)."""
+        """Compute token vectors: character ids (N, 50) into `memory.vectors` at different entries (N,)."""
 
     def forget(self, entries: Indices) -> None:
         """These entries will stand for other tokens."""
 
     def run(self, plan: RoundPlan, entries: Indices) -> None:
-        """Executes a round.
+        """Execute a round.
 
         Args:
             plan: what.

@@ -108,7 +108,7 @@ class CellularBatch:
         return len(self._flight.tickets) + len(self._flight.waiting_to_leave)
 
     def warm_up(self) -> None:
-        """Runs a real batch, so that the first caller doesn't pay for what is done once.
+        """Run a real batch, so that the first request doesn't pay for what is done once.
 
         To be called first in the thread that will use the engine, while nothing is in flight; what an error left
         there is dropped.
@@ -128,7 +128,7 @@ class CellularBatch:
         self.reset()
 
     def check(self) -> None:
-        """Runs a sentence whose vectors are known from the first warm-up, while nothing else is in flight.
+        """Run a sentence whose vectors are known from the first warm-up, while nothing else is in flight.
 
         Raises:
             ModelError: if other vectors come out than came then, beyond rounding.
@@ -140,7 +140,7 @@ class CellularBatch:
             raise ModelError("a sentence has other vectors than it had at the start")
 
     def run(self, sentences: Sequence[EngineSentence]) -> list[EmbeddedSentence]:
-        """Embeds sentences, any number of them, while nothing else is in flight.
+        """Embed sentences, any number of them, while nothing else is in flight.
 
         Raises:
             CharacterError: if a token is empty or not valid Unicode.
@@ -186,7 +186,7 @@ class CellularBatch:
 
     @torch.inference_mode()
     def advance(self) -> list[tuple[Ticket, EmbeddedSentence]]:
-        """Execute a round: all sentences in flight go on; return those that have ended.
+        """Execute a round: advance all sentences in flight; return those that have ended.
 
         After an exception the vectors of what is in flight are undefined: drop each sentence by `leave`, or all of them
         by `warm_up`.
@@ -231,7 +231,7 @@ class CellularBatch:
             self._encode(self._table.missing(entries))
             self._backend.run(plan, entries)
         except BaseException:
-            self._backend.forget(np.unique(entries))  # layer 1's input halves may be noted and not computed
+            self._backend.forget(np.unique(entries))  # layer 1's input projections may be noted and not computed
             raise
         self._counters.ticks += len(plan.sizes)
         self._counters.steps += sum(plan.sizes)
@@ -272,14 +272,14 @@ class CellularBatch:
                 raise ValueError(f"state: {name} has shape {part.shape} (expected {expected})")
 
     def _state_of(self, sentence: EngineSentence) -> tuple[Tensor | float, Tensor | float]:
-        """What to write into a slot: h and c, or zeros."""
+        """Return what to write into a slot: h and c, or zeros."""
         if sentence.state is None:
             return 0.0, 0.0
         h, c = (to_device(part.copy(), self._device) for part in sentence.state)  # they may be read-only
         return h, c
 
     def _collect(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, EmbeddedSentence]]:
-        """The results of sentences that have just ended, copied out of the engine's memory."""
+        """Return the results of sentences that have just ended, copied out of the engine's memory."""
         memory, P = self._backend.memory, self._config.projection_dim
         places, entries, slots = (
             to_device(array, self._device)
@@ -315,7 +315,7 @@ class CellularBatch:
 
 
 def _to_collect(done: Sequence[Ticket]) -> list[Ticket]:
-    """Whose results to copy out now: the first's to have joined, and short ones' as long as they are few."""
+    """Return whose results to copy out now: the first's to have joined, and short ones' as long as they are few."""
     if not done:
         return []
     first, *others = done

@@ -32,7 +32,7 @@ class WindowEncoder:
     def __init__(
         self, encoder: TokenEncoder, config: BilmConfig, new_product: NewProduct, elementwise: Elementwise
     ) -> None:
-        """Takes the parameters, each in its format and on its device."""
+        """Take the parameters, each in its format and on its device."""
         self._activation = config.activation
         self._elementwise = elementwise
         cnn = encoder.char_cnn
@@ -69,7 +69,7 @@ class WindowEncoder:
         return (x if self._projection is None else self._projection(x.to(dtype)).float())[:n_tokens]
 
     def _windows(self, ids: CharacterIds) -> tuple[Tensor, Windows]:
-        """The characters (padded W, K) of all windows, and whose they are."""
+        """Return the characters (padded W, K) of all windows, and whose they are."""
         n_windows = _count_windows(ids)
         first = np.concatenate([[0], np.cumsum(n_windows)])
         token = np.repeat(np.arange(len(ids)), n_windows)

@@ -25,7 +25,7 @@ class EngineOptions:
         max_rows: sentences computed at a time; None: 128 on a CPU, 1024 on a GPU.
         max_tokens: tokens and boundaries of the sentences in flight; each takes (L - 1)·D·4 bytes for its outputs.
         token_cache_mib: for vectors of tokens that no sentence in flight has; 0: none are kept.
-        input_cache_mib: for layer 1's input halves of the gates; 0: none are kept; None: 256 on a CPU, 0 on a GPU,
+        input_cache_mib: for layer 1's input projections; 0: none are kept; None: 256 on a CPU, 0 on a GPU,
             where computing them again is as fast as looking them up.
         products: how a CPU computes products; None: the fastest way that works here, see `cpu_path`.
     """
@@ -49,7 +49,7 @@ class EngineOptions:
 
     @property
     def input_cache_bytes(self) -> int:
-        """Return the size of layer 1's cache of input halves; 0 where nothing is said of it."""
+        """Return the size of layer 1's cache of input projections; 0 where it isn't set."""
         return (self.input_cache_mib or 0) * _MIB
 
     def n_cached(self, config: BilmConfig) -> int:

@@ -76,12 +76,12 @@ class RoundPlan:
 
 
 def ticks_of_round(remaining: Sequence[int], block_rows: int, max_ticks: int) -> int:
-    """How many ticks to do together, for rows with so many steps left: many for few rows, few for many.
+    """Return how many ticks to do together, for rows with so many steps left: many for few rows, few for many.
 
-    The input halves of a round are computed in one block: with few rows it takes many ticks to fill a block, and only
-    a full one makes up for reading the weights; with many rows, more ticks would only keep newcomers waiting. A round
-    ends early when rows would have nothing to do, for which others may be waiting; of more than 32 rows a few may be
-    idle, since a round has its price, too.
+    The input projections of a round are computed in one block: with few rows it takes many ticks to fill a block, and
+    only a full one makes up for reading the weights; with many rows, more ticks would only keep sentences that join
+    waiting. A round ends early when rows would have nothing to do, for which others may be waiting; of more than 32
+    rows a few may be idle, since a round has its price, too.
     """
     n_ticks = max(1, min(max_ticks, block_rows // len(remaining)))
     n_idle = max(0, len(remaining) - _ROWS_NEVER_IDLE) // _IDLE_SHARE

@@ -25,7 +25,7 @@ class TokenTable:
         Args:
             n_in_flight: tokens of the sentences in flight at most.
             n_cached: of the cache at most.
-            stats: counters to go on counting in; None: new ones.
+            stats: counters to continue; None: new ones.
         """
         self.capacity = n_in_flight + n_cached
         self.stats = CacheStats() if stats is None else stats
@@ -59,7 +59,7 @@ class TokenTable:
         return self.capacity - len(self._keys) + len(self._free)
 
     def enter(self, tokens: Sequence[str]) -> Indices:
-        """The entries (T,) of a sentence's tokens, pinned until `leave`.
+        """Return the entries (T,) of a sentence's tokens, pinned until `leave`.
 
         Raises:
             CharacterError: if a token is empty or not valid Unicode.
@@ -79,14 +79,14 @@ class TokenTable:
         return entries
 
     def leave(self, entries: Indices) -> Indices:
-        """Unpins what `enter` gave; returns the entries that stand for nothing any more."""
+        """Unpin what `enter` gave; return the entries that stand for nothing any more."""
         np.subtract.at(self._pins, entries, 1)
         self._used[entries] = self._clock
         self._idle[entries] = self._pins[entries] == 0
         return self._evict()
 
     def missing(self, entries: Indices) -> Indices:
-        """The different ones of these entries that have no vector: compute them, then call `encoded`."""
+        """Return the different ones of these entries that have no vector: compute them, then call `encoded`."""
         distinct = np.unique(entries)
         return distinct[~self._known[distinct]]
 
@@ -95,7 +95,7 @@ class TokenTable:
         self._known[entries] = True
 
     def key(self, entry: int) -> bytes:
-        """The bytes of an entry's token, as many as the model reads."""
+        """Return the bytes of an entry's token, as many as the model reads."""
         return self._keys[entry]
 
     def _find(self, key: bytes) -> int:
@@ -125,7 +125,7 @@ class TokenTable:
 
 
 class InputPlaces:
-    """Which entries' input halves are kept, and where: the most recently used, at most `capacity`.
+    """Which entries' input projections are kept, and where: the most recently used, at most `capacity`.
 
     A place costs nothing before its first use, as an entry of a table.
     """
@@ -171,7 +171,7 @@ class InputPlaces:
         return taken
 
     def places(self, entries: Indices) -> Indices:
-        """Return where these entries' halves are, taken before; −1: nowhere."""
+        """Return where these entries' projections are, taken before; −1: nowhere."""
         places: Indices = self._place_after[entries] - 1
         return places
 

@@ -19,18 +19,18 @@ class HostCopy:
     """A device's tensor on its way to the host, beside what the device does next."""
 
     def __init__(self, tensor: Tensor) -> None:
-        """Starts the copy; a tensor on the CPU is there already. What was asked of the device before comes first."""
+        """Start the copy; a tensor on the CPU is there already. What was asked of the device before comes first."""
         self._host = tensor
         self._arrived: torch.cuda.Event | None = None
         if tensor.is_cuda:
             self._host, self._arrived = _start(tensor)
 
     def done(self) -> bool:
-        """Whether the copy has arrived."""
+        """Return whether the copy has arrived."""
         return self._arrived is None or self._arrived.query()
 
     def array(self) -> NDArray[np.generic]:
-        """The copy; waits for it.
+        """Return the copy; waits for it.
 
         Raises:
             TypeError: for bfloat16, which numpy doesn't have: copy `tensor.view(torch.int16)`.
@@ -47,7 +47,7 @@ def _start(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     with torch.cuda.stream(stream):
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         host.copy_(tensor, non_blocking=True)
-        # blocking: whoever waits sleeps, instead of asking again and again
+        # blocking: a thread that waits sleeps, instead of asking again and again
         arrived = torch.cuda.Event(blocking=True)
         arrived.record(stream)
     # The tensor's memory must not be given to others before the copy is over

@@ -27,7 +27,7 @@ class TokenEncoder(nn.Module):
         return self.after_cnn(self.char_cnn(ids))
 
     def after_cnn(self, x: Tensor) -> Tensor:
-        """What the convolutions gave (N, F) -> (N, P)."""
+        """Return the token vectors (N, P) for what the convolutions gave, (N, F)."""
         for highway in self.highways:
             x = highway(x)
         return x if self.projection is None else cast(Tensor, self.projection(x))

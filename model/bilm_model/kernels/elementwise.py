@@ -34,7 +34,7 @@ class CellWork:
     Attributes:
         gates_x: (any, 4·C) what inputs add to the gates, biases and the forget gate's +1 included.
         index: (N,) int64, the row of `gates_x` for each step.
-        h: (≥ R, P) float32 recurrent outputs before the round; whoever does the work may change them.
+        h: (≥ R, P) float32 recurrent outputs before the round; may be changed.
         c: (any, C) float32 cells, changed in place.
         slots: (R,) int64, the row of `c` for each row.
         sizes: rows at each tick, never growing.

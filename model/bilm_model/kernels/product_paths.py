@@ -111,7 +111,7 @@ class Facts:
     Attributes:
         packed: formats in which prepacked products work.
         steady: those of them in which a row's bits don't depend on the number of rows.
-        rates: of the products that would be used; None where bfloat16 products are missing, or nobody needs to know.
+        rates: of the products that would be used; None where bfloat16 products are missing, or the rates aren't needed.
     """
 
     packed: frozenset[torch.dtype]

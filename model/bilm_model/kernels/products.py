@@ -18,7 +18,7 @@ _BLOCK_ROWS = 64
 
 
 def padded_rows(n_rows: int) -> int:
-    """How many rows to compute for so many.
+    """Return how many rows to compute for so many.
 
     oneDNN compiles a kernel for each number of rows that it meets and keeps a thousand of them, at several hundred
     kilobytes each. So beyond 64 rows numbers are rounded up, by an eighth at most: kernels stay few, and are soon warm.
@@ -40,7 +40,7 @@ class NewProduct(Protocol):
     """Makes a `Product` of a weight (out, in), a bias (out) and a clip."""
 
     def __call__(self, weight: Tensor, bias: Tensor | None = None, clip: float | None = None) -> Product:
-        """The weight's format is the product's."""
+        """Return a product in the weight's format."""
 
 
 class PackedProduct:

@@ -36,7 +36,7 @@ def _main(argv: list[str] | None) -> int:
 
 
 def convert(model: LoadedModel, output: Path, dtype: str, *, overwrite: bool = False) -> str:
-    """Writes a model, as one safetensors file or as a folder of published files; returns the version written.
+    """Write a model, as one safetensors file or as a folder of published files; return the version written.
 
     A model with the residual "input_to_input" becomes no published files: the published options can't say it, and
     other tools would compute something else from them without a word.

@@ -68,7 +68,7 @@ _KERNEL, _EMBEDDING = _Kernel((2, 1, 0)), _Embedding((0, 1))
 
 
 def names(config: BilmConfig) -> Iterator[tuple[str, str, _Axes]]:
-    """The table: (key in the file, name of ours, axes) for every parameter of such a biLM."""
+    """Return a table of (key in the file, name of ours, axes) for every parameter of such a biLM."""
     yield "char_embed", "encoder.char_cnn.embedding", _EMBEDDING
     for k in range(len(config.filters)):
         yield f"CNN/W_cnn_{k}", f"encoder.char_cnn.kernels.{k}", _KERNEL
@@ -90,7 +90,7 @@ def names(config: BilmConfig) -> Iterator[tuple[str, str, _Axes]]:
 
 
 def read(path: Path, config: BilmConfig) -> dict[str, Tensor]:
-    """Reads a published weight file.
+    """Read a published weight file.
 
     Returns:
         float32 tensors by our parameters' names.
@@ -118,7 +118,7 @@ def check(path: Path, config: BilmConfig) -> None:
 
 
 def write(path: Path, config: BilmConfig, tensors: dict[str, Tensor]) -> None:
-    """Writes float32 tensors, by our parameters' names, as a published weight file.
+    """Write float32 tensors, by our parameters' names, as a published weight file.
 
     The file says nothing of how the layers are joined: other tools take that from the options, which have no word for
     the residual "input_to_input". `convert` refuses such a model.
@@ -137,7 +137,7 @@ def write(path: Path, config: BilmConfig, tensors: dict[str, Tensor]) -> None:
 
 
 # W_0 holds the input's and the recurrent half of the gates, one above the other; ours are two matrices, because the
-# two halves are computed at different times.
+# two projections are computed at different times.
 
 
 def _joined_shape(shapes: dict[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
@@ -204,7 +204,7 @@ def _read_dataset(dataset: h5py.Dataset, path: Path, key: str) -> Tensor:
 
 
 def _check_storage(dataset: h5py.Dataset, path: Path, key: str) -> None:
-    """Makes sure that the numbers are in the file, one after another.
+    """Make sure that the numbers are in the file, one after another.
 
     Elsewhere (another file, another dataset), in pieces or compressed, a small file could be any number of bytes, and
     read from wherever it says; published files are plain.
@@ -225,7 +225,7 @@ _MAX_OBJECTS, _MAX_DEPTH = 10_000, 10
 
 
 def _stored_keys(file: h5py.File, path: Path, config: BilmConfig) -> list[str]:
-    """The keys of all objects in the groups that hold a biLM's weights, none of them behind a soft or external link.
+    """Return the keys of all objects in the groups with a biLM's weights, none of them behind a soft or external link.
 
     Without h5py's `visititems`, which goes down as deep as the file says, on the C stack.
     """

@@ -65,7 +65,7 @@ class ModelHeader:
 
 
 def load(source: str, options: Path | None = None) -> LoadedModel:
-    """Loads a model.
+    """Load a model.
 
     Args:
         source: a `.safetensors` file of ours; a folder with a published `options.json` and `weights.hdf5`; a published
@@ -152,7 +152,7 @@ def _refuse_options(options: Path | None, model: str) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """What the operating system says of a path becomes a `WeightsError` of one line."""
+    """Turn what the operating system says of a path into a `WeightsError` of one line."""
     try:
         yield
     except FileNotFoundError as error:
@@ -164,7 +164,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _name(path: Path) -> str:
-    """The name of a folder, or of a file without the ending that says its form: `elmo_5.5B` ends in no form."""
+    """Return the name of a folder, or of a file without the ending that says its form: `elmo_5.5B` ends in no form."""
     name = path.name if path.name.strip(".") else path.resolve().name
     suffix = Path(name).suffix
     return name.removesuffix(suffix) if suffix.lower() in _SUFFIXES and not path.is_dir() else name
@@ -214,7 +214,7 @@ def _form(path: Path) -> _Form:
 
 
 def _only(folder: Path, name: str, suffix: str) -> Path:
-    """The file of this name, or the only one that ends so (published files come as elmo_…_weights.hdf5)."""
+    """Return the file of this name, or the only one that ends so (published files come as elmo_…_weights.hdf5)."""
     if (folder / name).exists():
         return folder / name
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() == suffix)

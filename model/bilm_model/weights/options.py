@@ -1,4 +1,4 @@
-"""Options from a file that nobody vouches for: read within bounds, so that they can't ask for memory or time.
+"""Options from an untrusted file: read within bounds, so that they can't ask for memory or time.
 
 Everything is refused before anything is built: a layer that is only described costs a few bytes of JSON.
 """
@@ -25,7 +25,7 @@ _MAX_MESSAGE_LENGTH = 500
 
 
 def read_options(path: Path) -> BilmConfig:
-    """Reads an `options.json`.
+    """Read an `options.json`.
 
     Raises:
         ConfigError: if the file can't be read, is too large, isn't JSON, or describes no biLM or one beyond bounds.
@@ -41,7 +41,7 @@ def read_options(path: Path) -> BilmConfig:
 
 
 def parse_options(text: str) -> BilmConfig:
-    """Reads the text of an `options.json`.
+    """Read the text of an `options.json`.
 
     Raises:
         ConfigError: if it isn't JSON, or describes no biLM or one beyond bounds.
@@ -59,7 +59,7 @@ def parse_options(text: str) -> BilmConfig:
 
 
 def check_size(config: BilmConfig) -> None:
-    """Makes sure that such a biLM can be built.
+    """Make sure that such a biLM can be built.
 
     Raises:
         ConfigError: if it has too many parts or parameters.

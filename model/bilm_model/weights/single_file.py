@@ -30,7 +30,7 @@ _MAX_HEADER_BYTES = 2**20
 
 
 def read(path: Path) -> tuple[BilmConfig, dict[str, Tensor], str]:
-    """Reads a file.
+    """Read a file.
 
     Returns:
         The structure, float32 tensors by our parameters' names, and the version.
@@ -61,7 +61,7 @@ def read_config(path: Path) -> BilmConfig:
 
 
 def write(path: Path, config: BilmConfig, tensors: Mapping[str, Tensor], dtype: str = "float32") -> str:
-    """Writes float32 tensors, rounded to `dtype` ("float32" or "float16"); returns the version of what was written.
+    """Write float32 tensors, rounded to `dtype` ("float32" or "float16"); return the version of what was written.
 
     Raises:
         WeightsError: if a value is too large for the format.

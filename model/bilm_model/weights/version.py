@@ -12,7 +12,7 @@ _VERSION_LENGTH = 16
 
 
 def content_version(config: BilmConfig, tensors: Mapping[str, Tensor]) -> str:
-    """The first 16 hexadecimal digits of a SHA-256 over the options and all weights as float32.
+    """Return the first 16 hexadecimal digits of a SHA-256 over the options and all weights as float32.
 
     The same for the same model in either file format; another where float16 has rounded the weights.
     """

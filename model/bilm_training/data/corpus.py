@@ -35,7 +35,7 @@ class Corpus:
     Attributes:
         path: the file.
         n_tokens: words and boundaries.
-        digest: hash of the text, less a byte order mark, which is no part of it: a run goes on with the text that it
+        digest: hash of the text, less a byte order mark, which is no part of it: a run continues with the text that it
             began with, or not at all.
     """
 
@@ -48,7 +48,7 @@ class Corpus:
 
     @classmethod
     def open(cls, path: Path, counts: Counter[str] | None = None, max_counted: int = 10_000_000) -> "Corpus":
-        """Goes through a file once: checks it, notes where its lines are, and counts its words if asked to.
+        """Go through a file once: check it, note where its lines are, and count its words if asked to.
 
         Args:
             path: UTF-8, a sentence or paragraph a line. LF ends a line; any other line break is white space.
@@ -116,7 +116,7 @@ def _text_start(path: Path, data: bytes | mmap.mmap) -> int:
 
 
 def _blocks(data: bytes | mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
-    """Where blocks of whole lines begin and end, from the byte on at which the text does."""
+    """Yield where blocks of whole lines begin and end, from the byte on at which the text does."""
     while start < len(data):
         newline = data.find(b"\n", start + _BLOCK_BYTES)
         end = len(data) if newline < 0 else newline + 1
@@ -125,7 +125,7 @@ def _blocks(data: bytes | mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
 
 
 def _lines(path: Path, data: bytes | mmap.mmap, start: int, block: bytes) -> list[list[str]]:
-    """The words of each line of a block."""
+    """Return the words of each line of a block."""
     try:
         lines = block.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -137,7 +137,7 @@ def _lines(path: Path, data: bytes | mmap.mmap, start: int, block: bytes) -> lis
 
 
 def _count(counts: Counter[str], words: list[str], max_counted: int) -> None:
-    """Adds words; when there are too many different ones, those seen once, then twice, and so on, become "<unk>".
+    """Add words; when there are too many different ones, those seen once, then twice, and so on, become "<unk>".
 
     Source: `ReduceVocab` of word2vec.
     """

@@ -99,7 +99,7 @@ class Streams:
         return -(-self.length // self.n_steps)
 
     def check(self) -> None:
-        """Makes sure that every word has a class, before hours of training.
+        """Make sure that every word has a class, before hours of training.
 
         Raises:
             CorpusError: as `windows`.
@@ -109,7 +109,7 @@ class Streams:
                 pass
 
     def windows(self, first: int = 0, epoch: int = 1) -> Iterator[WindowPair]:
-        """The windows in order, each going on where the one before it ended.
+        """Yield the windows in order, each continuing where the one before it ended.
 
         Args:
             first: number of the first one, from 0.
@@ -138,7 +138,7 @@ class Streams:
         return WindowPair(_type_ids(types), *windows, start)
 
     def _read(self, rows: Sequence[list[str]], seed: Sequence[int]) -> Sequence[Sequence[str]]:
-        """What is read of each stream: all but the last token, which is only predicted."""
+        """Return what is read of each stream: all but the last token, which is only predicted."""
         read = [row[:-1] for row in rows]
         return with_typos(read, self.typos, seed) if self.typos else read
 
@@ -150,7 +150,7 @@ class Streams:
     def _targets(
         self, rows: Sequence[list[str]], begin: str, before: Sequence[int]
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Each row's classes, and which count: what begins a sentence doesn't, nor what lies before a row's share."""
+        """Return each row's classes, and which count: not what begins a sentence or lies before a row's share."""
         try:
             targets = [[self.vocabulary.target(token) for token in row[1:]] for row in rows]
         except CorpusError as error:

@@ -11,12 +11,12 @@ _MARKS = (BEGIN_TOKEN, END_TOKEN, "<unk>")
 
 
 def is_word(token: str) -> bool:
-    """Whether there is a letter in it; the rest, punctuation, numbers and marks, gets no typos."""
+    """Return whether there is a letter in it; the rest, punctuation, numbers and marks, gets no typos."""
     return token not in _MARKS and any(character.isalpha() for character in token)
 
 
 def with_typos(sentences: Sequence[Sequence[str]], share: float, seed: int | Sequence[int]) -> list[tuple[str, ...]]:
-    """The sentences with a typo in a share of their words, drawn at random; the same for the same seed.
+    """Return the sentences with a typo in a share of their words, drawn at random; the same for the same seed.
 
     Exactly round(share · words) words of all sentences together get one, which always changes the word. Its kind is
     drawn uniformly from those that apply to the word; letters are drawn as often as they occur in the sentences.

@@ -33,7 +33,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, counts: Counter[str], max_words: int | None = None) -> "Vocabulary":
-        """The most frequent words, equally frequent ones in alphabetical order.
+        """Return the most frequent words, equally frequent ones in alphabetical order.
 
         With fewer words than the text has, or where rare ones were lost in counting, "<unk>" stands for the others.
         """
@@ -45,7 +45,7 @@ class Vocabulary:
 
     @classmethod
     def from_text(cls, text: str) -> "Vocabulary":
-        """Reads what `to_text` wrote."""
+        """Read what `to_text` wrote."""
         return cls(tuple(text.splitlines()))
 
     def to_text(self) -> str:
@@ -53,7 +53,7 @@ class Vocabulary:
         return "".join(f"{word}\n" for word in self.words)
 
     def target(self, word: str) -> int:
-        """The class of a word.
+        """Return the class of a word.
 
         Raises:
             CorpusError: if the word is unknown to a vocabulary without "<unk>".

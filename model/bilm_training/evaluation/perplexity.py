@@ -31,14 +31,14 @@ class Perplexity:
 
 
 def perplexity(objective: Objective, streams: Streams) -> Perplexity:
-    """Measures; see `mean_losses`."""
+    """Measure; see `mean_losses`."""
     forward, backward, tokens = mean_losses(objective, streams)
     return Perplexity(of_nats(forward), of_nats(backward), tokens)
 
 
 @torch.no_grad()
 def mean_losses(objective: Objective, streams: Streams) -> tuple[float, float, int]:
-    """The mean loss per token of each direction, in nats, and the number of tokens.
+    """Return the mean loss per token of each direction, in nats, and the number of tokens.
 
     The state is carried from window to window; there is no dropout, and nothing in reduced precision.
     """

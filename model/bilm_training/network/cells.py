@@ -18,10 +18,10 @@ class CellArithmetic(Protocol):
     """One tick of a cell, for all streams. Every tensor is contiguous and written in place where it says so."""
 
     def forward(self, gates: Tensor, recurrent: Tensor, c_before: Tensor, c: Tensor, m: Tensor, *, clip: float) -> None:
-        """Computes the cells and what they put out.
+        """Compute the cells and what they put out.
 
         Args:
-            gates: (B, 4·C) the inputs' half; becomes the gates, activated.
+            gates: (B, 4·C) the input projections; becomes the gates, activated.
             recurrent: (B, 4·C) the recurrent half.
             c_before: (B, C) cells before the tick.
             c: (B, C) receives the cells after it, clipped.
@@ -30,7 +30,7 @@ class CellArithmetic(Protocol):
         """
 
     def backward(self, gates: Tensor, c_before: Tensor, c: Tensor, dm: Tensor, dc: Tensor, *, clip: float) -> None:
-        """Computes the gradients.
+        """Compute the gradients.
 
         Args:
             gates: (B, 4·C) as `forward` left them; become the gradient by the gates before activation.

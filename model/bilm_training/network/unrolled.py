@@ -1,7 +1,7 @@
 """An LSTM layer over a whole window, with its gradient: what training spends its time on.
 
 The numbers of `ClippedProjectedLstm` in another order of work. Whatever doesn't wait for the step before is one
-product over all steps: the inputs' half of the gates, the inputs' gradient, the gradients of all weights. Only the
+product over all steps: the input projections, the inputs' gradient, the gradients of all weights. Only the
 recurrent products and the gates go step by step. Autograd would keep, and go back through, a dozen tensors a step.
 
 Legend: S steps, B streams, I input, P projection, C cells.
@@ -22,7 +22,7 @@ from bilm_training.network.cells import CellArithmetic, cell_arithmetic
 def unrolled(
     lstm: ClippedProjectedLstm, x: Tensor, h: Tensor, c: Tensor, bfloat16: ProductPath | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a layer over a window of streams that all go on to its end.
+    """Run a layer over a window of streams that all run to its end.
 
     Gradients reach x and the layer's parameters, not the state: backpropagation is truncated at the window's beginning.
 
@@ -164,8 +164,8 @@ def _inputs_half(x: Tensor, weight: Tensor, bias: Tensor, products: _Products) -
     """(S, B, I) -> (S, B, 4·C), in the format of x."""
     if products.dtype == x.dtype:
         return torch.addmm(bias, x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
-    halves = products.multiply(x.flatten(0, 1), weight.t()).to(x.dtype)
-    return halves.add_(bias).view(*x.shape[:2], -1)
+    projections = products.multiply(x.flatten(0, 1), weight.t()).to(x.dtype)
+    return projections.add_(bias).view(*x.shape[:2], -1)
 
 
 def _weight_gradient(d_out: Tensor, x: Tensor, products: _Products) -> Tensor:

@@ -42,7 +42,7 @@ class DistillationObjective(nn.Module):
     variances: Tensor
 
     def __init__(self, student: Bilm, teacher: LoadedModel, variances: Tensor, maps: str, dropout: float) -> None:
-        """Puts the parts together.
+        """Put the parts together.
 
         Args:
             student: to be trained.
@@ -64,17 +64,17 @@ class DistillationObjective(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def zero_state(self, n_streams: int) -> tuple[BilmState, ...]:
-        """The student's and the teacher's before any text."""
+        """Return the student's and the teacher's before any text."""
         return self.bilm.zero_state(n_streams), self.teacher.bilm.zero_state(n_streams)
 
     def metric(self, mean_loss: float) -> float:
-        """The loss itself: the share that isn't explained."""
+        """Return the loss itself: the share that isn't explained."""
         return mean_loss
 
     def forward(
         self, pair: WindowPair, states: tuple[BilmState, ...], bfloat16: ProductPath | None = None
     ) -> tuple[Tensor, Tensor, tuple[BilmState, ...]]:
-        """Runs one window of each direction.
+        """Run one window of each direction.
 
         Args:
             pair: the windows.
@@ -104,11 +104,11 @@ class DistillationObjective(nn.Module):
         return (torch.stack(errors) / self.variances[d]).mean()
 
     def get_extra_state(self) -> dict[str, str]:
-        """What the state has beside tensors."""
+        """Return what the state has beside tensors."""
         return {"teacher": self.teacher.version}
 
     def set_extra_state(self, state: dict[str, str]) -> None:
-        """Makes sure that the teacher is still the same.
+        """Make sure that the teacher is still the same.
 
         Raises:
             WeightsError: if it isn't.
@@ -121,9 +121,9 @@ class DistillationObjective(nn.Module):
 
 
 def new_distillation(recipe: Recipe, vocabulary: Vocabulary, device: torch.device) -> DistillationObjective:
-    """The untrained student of a recipe, with its teacher; seeds torch's random numbers.
+    """Return the untrained student of a recipe, with its teacher; seeds torch's random numbers.
 
-    The variances are measured on the validation text, so that figures on it are shares of a variance and two students
+    The variances are measured on the validation text, so that metrics on it are shares of a variance and two students
     are measured by the same; a state that is loaded afterwards brings its own.
 
     Raises:
@@ -159,7 +159,7 @@ def _check(distillation: Distillation, student: BilmConfig, loaded: LoadedModel)
 
 @torch.no_grad()
 def layer_variances(teacher: Bilm, streams: Streams, n_tokens: int = _MEASURED_TOKENS) -> Tensor:
-    """How much a teacher's vectors differ: the mean squared distance from their mean, over tokens of running text.
+    """Return the variance of a teacher's vectors: the mean squared distance from their mean, over running text.
 
     Args:
         teacher: what is measured.

@@ -40,7 +40,7 @@ class BilmObjective(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def zero_state(self, n_streams: int) -> tuple[BilmState]:
-        """The state before any text."""
+        """Return the state before any text."""
         return (self.bilm.zero_state(n_streams),)
 
     def metric(self, mean_loss: float) -> float:
@@ -50,7 +50,7 @@ class BilmObjective(nn.Module):
     def forward(
         self, pair: WindowPair, states: tuple[BilmState, ...], bfloat16: ProductPath | None = None
     ) -> tuple[Tensor, Tensor, tuple[BilmState]]:
-        """Runs one window of each direction.
+        """Run one window of each direction.
 
         Args:
             pair: the windows.
@@ -120,7 +120,7 @@ def _new_softmax(softmax: Softmax, n_in: int, n_classes: int) -> nn.Module:
 
 
 def check_targets(pair: WindowPair, n_classes: int) -> None:
-    """Makes sure that the softmax has every target.
+    """Make sure that the softmax has every target.
 
     On a GPU a bad one is an assertion of the device, which names no place and ends the process's use of it.
 
@@ -141,7 +141,7 @@ def check_targets(pair: WindowPair, n_classes: int) -> None:
 def window_layers(
     bilm: Bilm, pair: WindowPair, state: BilmState, dropout: nn.Module, bfloat16: ProductPath | None = None
 ) -> tuple[list[list[Tensor]], BilmState]:
-    """What a biLM makes of a window.
+    """Return what a biLM makes of a window.
 
     Dropout stands where bilm-tf has it: before each LSTM layer, the residual included.
 
@@ -178,7 +178,7 @@ def _direction(
 
 
 def _token_vectors(bilm: Bilm, pair: WindowPair) -> tuple[Tensor, list[Tensor]]:
-    """Each different token is encoded once: the vectors (U, P), and which of them stands at each place (S, B)."""
+    """Encode each different token once; return the vectors (U, P), and which of them stands at each place (S, B)."""
     check_ids(pair.types)
     device = bilm.encoder.char_cnn.embedding.device
     widest = max(width for width, _ in bilm.config.filters)

@@ -62,7 +62,7 @@ def _tables(runs: Sequence[FinishedRun]) -> list[Table]:
 
 
 def _by_kind(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[FinishedRun]]:
-    """Those that learnt words, and those that learnt a teacher's vectors."""
+    """Return those that learnt words, and those that learnt a teacher's vectors."""
     return [run for run in runs if not run.student], [run for run in runs if run.student]
 
 
@@ -102,12 +102,12 @@ def _run_cells(run: FinishedRun) -> list[str]:
 
 def _valid_cells(run: FinishedRun, factor: int = 1) -> list[str]:
     top = run.best
-    figures = (top.valid_forward, top.valid_backward, top.valid_mean) if top else (math.nan,) * 3
-    return [_number(factor * figure, 1) for figure in figures]
+    metrics = (top.valid_forward, top.valid_backward, top.valid_mean) if top else (math.nan,) * 3
+    return [_number(factor * metric, 1) for metric in metrics]
 
 
 def _tested(run: FinishedRun) -> dict[tuple[str, int], float]:
-    """The mean perplexity on each text, by its name and number of tokens."""
+    """Return the mean perplexity on each text, by its name and number of tokens."""
     found = run.knowledge.perplexity if run.knowledge else {}
     return {(name, measured.tokens): measured.mean for name, measured in found.items()}
 

@@ -44,12 +44,12 @@ def perplexity(runs: Sequence[FinishedRun]) -> bytes | None:
 
 
 def unexplained(runs: Sequence[FinishedRun]) -> bytes | None:
-    """The share of a teacher's variance that its student doesn't explain, against steps and against minutes."""
+    """Draw the share of a teacher's variance that its student doesn't explain, against steps and minutes."""
     return _learning({n: run for n, run in enumerate(runs) if run.student}, "unexplained, %", 100)
 
 
 def _learning(runs: Mapping[int, FinishedRun], label: str, factor: int) -> bytes | None:
-    """The validation text's figure over the epochs, times a factor; runs by the number that their colour has."""
+    """Draw the metric of the validation text over the epochs, times a factor; each run's number gives its colour."""
     curves = {
         n: [epoch for epoch in run.epochs if math.isfinite(epoch.valid_mean)] for n, run in runs.items() if run.best
     }
@@ -183,7 +183,7 @@ def _draw_mark(axes: Axes, x: float, width: float, found: ProbeScore) -> None:
 
 
 def _bottom(found: Collection[TreebankReport]) -> int:
-    """The ten below all that is drawn: from 0 on, all bars would look the same."""
+    """Return the ten below all that is drawn: from 0 on, all bars would look the same."""
     shown = [value for probe in found for layer in probe.model for value in (layer.accuracy, layer.accuracy_with_typos)]
     shown += [layer.accuracy for probe in found for layer in probe.random]
     shown += [probe.word_identity.accuracy for probe in found]

@@ -29,7 +29,7 @@ class FinishedRun:
     Attributes:
         name: of the folder, with as many of its parents as set it apart from the others.
         folder: the run's.
-        student: whether it learnt a teacher's vectors; its figures on the validation text are no perplexities then,
+        student: whether it learnt a teacher's vectors; its metrics on the validation text are no perplexities then,
             see `EpochRecord`.
         config: None before there is a model.
         epochs: those finished.
@@ -53,7 +53,7 @@ class FinishedRun:
 
     @property
     def best(self) -> EpochRecord | None:
-        """The epoch with the lowest figure on the validation text."""
+        """The epoch with the lowest metric on the validation text."""
         finite = [epoch for epoch in self.epochs if math.isfinite(epoch.valid_mean)]
         return min(finite, key=lambda epoch: epoch.valid_mean, default=None)
 
@@ -71,7 +71,7 @@ class FinishedRun:
 
 
 def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
-    """Reads each folder once, in their order.
+    """Read each folder once, in their order.
 
     Raises:
         RunError: naming every folder that is no run, or what is damaged in one.
@@ -90,7 +90,7 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as no other path ends in."""
+    """Return the last parts of each path, as many as no other path ends in."""
     names = []
     for path in paths:
         n = 1

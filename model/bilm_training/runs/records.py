@@ -133,7 +133,7 @@ def _number(values: dict[str, Any], name: str, whole: bool) -> Any:
     value = values[name]
     if value is None and not whole:
         return math.nan
-    # bool is an int to Python, not to whoever reads the log
+    # To Python, a bool is an int; to a reader of the log it isn't
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         raise ValueError(f"{name}: expected a {'whole ' if whole else ''}number, found {value!r}")
     return value if whole else float(value)

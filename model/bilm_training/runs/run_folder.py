@@ -4,7 +4,7 @@
 config.toml         the effective configuration
 vocabulary.txt      the words of the softmax, one a line
 checkpoint.pt       the last checkpoint
-best.pt             the parameters with the best figure on the validation text so far, the softmax included
+best.pt             the parameters that are best on the validation text so far, the softmax included
 model.safetensors   the biLM of best.pt, ready to serve
 steps.jsonl         a StepRecord a line
 epochs.jsonl        an EpochRecord a line
@@ -49,7 +49,7 @@ class RunFolder:
 
     @classmethod
     def of_run(cls, path: Path) -> Self:
-        """The folder of a run that has been started.
+        """Return the folder of a run that has been started.
 
         Raises:
             RunError: if there is no such folder, or no run in it.
@@ -63,7 +63,7 @@ class RunFolder:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Keeps other processes from training into the folder, which is made where it is missing.
+        """Keep other processes from training into the folder, which is made where it is missing.
 
         A process that is killed leaves it free. If the body fails before it has written anything, a folder that was
         missing is missing again.
@@ -88,7 +88,7 @@ class RunFolder:
                     self.path.rmdir()
 
     def read_steps(self) -> Iterator[StepRecord]:
-        """All steps, line by line; none if the log isn't there.
+        """Yield all steps, line by line; none if the log isn't there.
 
         Raises:
             RunError: at a line that is no record, unless it is half a line at the end.
@@ -96,5 +96,5 @@ class RunFolder:
         return (record for _, record in read_records(self.steps, StepRecord))
 
     def read_epochs(self) -> Iterator[EpochRecord]:
-        """All finished epochs; otherwise like `read_steps`."""
+        """Yield all finished epochs; otherwise like `read_steps`."""
         return (record for _, record in read_records(self.epochs, EpochRecord))

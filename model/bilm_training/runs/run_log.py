@@ -18,11 +18,11 @@ if TYPE_CHECKING:  # a run that is only read needs no TensorBoard
 
 @dataclass(eq=False)
 class RunLog:
-    """Appends to a run's logs, as a context manager; entering it cuts off what lies beyond the step to go on from.
+    """Appends to a run's logs, as a context manager; entering it cuts off what lies beyond the step to continue from.
 
     Attributes:
         folder: of the run; it must be there.
-        last_step: that of the checkpoint that the run goes on from; 0: a new run.
+        last_step: that of the checkpoint that the run continues from; 0: a new run.
 
     Raises:
         RunError: on entering, if a log is damaged or TensorBoard is not installed.
@@ -51,17 +51,17 @@ class RunLog:
         self._opened.__exit__(*error)
 
     def step(self, record: StepRecord) -> None:
-        """Adds a step."""
+        """Append a step."""
         append_record(self._steps, self.folder.steps, record)
         self._draw(record)
 
     def epoch(self, record: EpochRecord) -> None:
-        """Adds an epoch."""
+        """Append an epoch."""
         append_record(self._epochs, self.folder.epochs, record)
         self._draw(record)
 
     def sync(self) -> None:
-        """Returns when all lines are on the disk; to be called before a checkpoint, which must not be ahead of them."""
+        """Write all lines to the disk; to be called before a checkpoint, which must not be ahead of them."""
         for file, path in ((self._steps, self.folder.steps), (self._epochs, self.folder.epochs)):
             with naming(path):
                 os.fsync(file.fileno())

@@ -222,7 +222,7 @@ class FailingBackend(CpuBackend):
         super().run(plan, entries)
         if self.failure == "run":
             assert self.input_cache is not None
-            self.input_cache.halves[...] = float("nan")  # as if they had been noted and not computed
+            self.input_cache.projections[...] = float("nan")  # as if they had been noted and not computed
             raise RuntimeError("simulated")
         if self.failure == "other vectors":
             self.memory.outputs.mul_(3.0)

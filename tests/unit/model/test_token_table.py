@@ -81,7 +81,7 @@ def test_a_bad_token_changes_nothing(bad: str) -> None:
 
 
 @given(st.lists(st.sets(st.integers(0, 19), min_size=1, max_size=6), max_size=40), st.randoms())
-def test_input_halves_are_where_they_were_put(rounds: list[set[int]], chance: random.Random) -> None:
+def test_input_projections_are_where_they_were_put(rounds: list[set[int]], chance: random.Random) -> None:
     places = InputPlaces(20, 6)
     held: dict[int, int] = {}
     for wanted in rounds:

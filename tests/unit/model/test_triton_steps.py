@@ -85,7 +85,7 @@ def test_gates(steps: Steps, dtype: torch.dtype, n_cells: int, n_slices: int, si
 
 
 @pytest.mark.parametrize("column", [FIRST_INPUTS, LATER_INPUTS])
-def test_each_direction_reads_its_own_input_halves(steps: Steps, column: int) -> None:
+def test_each_direction_reads_its_own_input_projections(steps: Steps, column: int) -> None:
     s = Setting((2, 2), n_bucket=2)
     gates_x = s.numbers(2 * 4, 4 * 3)
     c, m = torch.zeros(2, 6, 3), torch.zeros(2, 2, 3)

@@ -35,8 +35,8 @@ _MIN_PARALLEL = 2**20
 gain little, and lose a lot when something else runs on one of their cores. The bits are the same."""
 
 _BLOCK_BYTES, _BLOCK_ROWS = 8 * 2**20, 256
-"""Of a block of input halves at most: it should still be in the last-level cache when the ticks read it, and more rows
-would make newcomers wait without making products faster."""
+"""Of a block of input projections at most: it should still be in the last-level cache when the ticks read it, and more
+rows would make sentences that join wait longer without making products faster."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class CpuBackend:
     """See `backend.Backend`.
 
     Attributes:
-        input_cache: layer 1's input halves of the most recently used tokens; None: none are kept.
+        input_cache: layer 1's input projections of the most recently used tokens; None: none are kept.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class CpuBackend:
             bilm: its products in the format that they are to be computed in.
             memory: on the CPU.
             max_rows: rows of a round at most.
-            input_cache_bytes: for layer 1's input halves; 0: none are kept.
+            input_cache_bytes: for layer 1's input projections; 0: none are kept.
             products: how products are computed; None: the fastest way that works here.
             new_recurrence: makes a cell's kernel for few rows.
 
@@ -164,7 +164,7 @@ class CpuBackend:
     def _run(self, plan: RoundPlan, entries: Indices) -> None:
         slots, last = torch.from_numpy(plan.slots), torch.from_numpy(plan.last)
         if self.input_cache is not None:
-            self.input_cache.fill(entries, self._input_halves)
+            self.input_cache.fill(entries, self._input_projections)
         xs: list[Tensor | None] = [None, None]
         for layer in range(self._config.n_layers):
             for d, y in enumerate(self._run_layer(layer, plan, entries, xs)):
@@ -173,7 +173,7 @@ class CpuBackend:
                 self.memory.outputs[layer, d].index_copy_(0, torch.from_numpy(plan.places[d]), output)
 
     def _with_residual(self, y: Tensor, x: Tensor | None, entries: Indices) -> tuple[Tensor, Tensor]:
-        """What a layer returns and what the next one reads, (N, P) each, of what its cells give and what it has read.
+        """Return a layer's output and the next layer's input, (N, P) each, from its cells' output and its input.
 
         The recurrence sees neither.
         """
@@ -186,7 +186,7 @@ class CpuBackend:
     def _run_layer(
         self, layer: int, plan: RoundPlan, entries: Indices, xs: Sequence[Tensor | None]
     ) -> Iterator[Tensor]:
-        """What both directions' cells give (N, P) float32, for what they read; None: the tokens."""
+        """Return what both directions' cells give (N, P) float32, for what they read; None: the tokens."""
         cells = [self._cells[d][layer] for d in range(2)]
         if not all(cell.alone is not None and cell.alone.takes(plan.sizes[0]) for cell in cells):
             for d, (cell, x) in enumerate(zip(cells, xs, strict=True)):  # one after the other: see the module
@@ -213,7 +213,7 @@ class CpuBackend:
 
     @contextmanager
     def _threads(self, n_rows: int, width: int) -> Iterator[None]:
-        """Decides how many threads products of so many rows get, as wide as that on their wider side."""
+        """Decide how many threads products of so many rows get, as wide as that on their wider side."""
         parallel = n_rows * width * self._config.projection_dim >= _MIN_PARALLEL
         before = torch.get_num_threads()
         torch.set_num_threads(self._n_threads if parallel else 1)
@@ -223,7 +223,7 @@ class CpuBackend:
             torch.set_num_threads(before)
 
     def _run_cell(self, cell: _CpuCell, work: CellWork) -> Tensor:
-        """All ticks of a cell -> what it gives (N, P) float32."""
+        """Execute all ticks of a cell; return what it gives, (N, P) float32."""
         outputs, first, h = [], 0, work.h.to(self._dtype)
         for n_rows in work.sizes:
             n_padded = padded_rows(n_rows)
@@ -236,14 +236,14 @@ class CpuBackend:
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).float()
 
     def _first_inputs(self, direction: int, entries: Indices) -> tuple[Tensor, Tensor]:
-        """Layer 1's input halves, each different token's once, and the index (N,) of each step's."""
+        """Layer 1's input projections, each different token's once, and the index (N,) of each step's."""
         if self.input_cache is not None:
-            return self.input_cache.halves[direction], torch.from_numpy(self.input_cache.places.places(entries))
+            return self.input_cache.projections[direction], torch.from_numpy(self.input_cache.places.places(entries))
         distinct, index = np.unique(entries, return_inverse=True)
-        return self._input_halves(direction, distinct), torch.from_numpy(index)
+        return self._input_projections(direction, distinct), torch.from_numpy(index)
 
-    def _input_halves(self, direction: int, entries: Indices) -> Tensor:
-        """Layer 1's input halves (padded U, 4·C) of these tokens."""
+    def _input_projections(self, direction: int, entries: Indices) -> Tensor:
+        """Layer 1's input projections (padded U, 4·C) of these tokens."""
         x = self.memory.vectors[torch.from_numpy(_padded(entries))]
         return self._cells[direction][0].input(x.to(self._dtype))
 

@@ -1,4 +1,4 @@
-"""The cache of layer 1's input halves of the gates, which depend on the token alone.
+"""The cache of layer 1's input projections, which depend on the token alone.
 
 Legend: U different tokens, C cells.
 """
@@ -15,19 +15,19 @@ from bilm_model.engine.token_table import InputPlaces
 from bilm_model.errors import ConfigError
 
 Compute = Callable[[int, Indices], Tensor]
-"""A direction's input halves (≥ U, 4·C) of these tokens."""
+"""A direction's input projections (≥ U, 4·C) of these tokens."""
 
 
 @dataclass(frozen=True, eq=False)
 class InputCache:
-    """Layer 1's input halves of the most recently used tokens.
+    """Layer 1's input projections of the most recently used tokens.
 
     Attributes:
-        halves: (2, places, 4·C).
+        projections: (2, places, 4·C).
         places: whose they are.
     """
 
-    halves: Tensor
+    projections: Tensor
     places: InputPlaces
 
     @classmethod
@@ -37,7 +37,7 @@ class InputCache:
         Args:
             n_entries: of the table of token vectors.
             n_gates: 4·C.
-            dtype: of the halves.
+            dtype: of the projections.
             n_bytes: to use at most.
             round_rows: that one round needs.
 
@@ -56,5 +56,5 @@ class InputCache:
         """Compute what is missing of these entries."""
         missing, places = self.places.take(np.unique(entries))
         if len(missing):
-            for direction, halves in enumerate(self.halves):
-                halves[torch.from_numpy(places)] = compute(direction, missing)[: len(missing)]
+            for direction, projections in enumerate(self.projections):
+                projections[torch.from_numpy(places)] = compute(direction, missing)[: len(missing)]

@@ -167,7 +167,7 @@ class Recurrence:
         return cls(recurrent, projection, config)
 
     def takes(self, n_rows: int) -> bool:
-        """Whether this is faster for so many rows."""
+        """Return whether this is faster for so many rows."""
         return n_rows * step_size(self._config) <= _MAX_STEP
 
     def arguments(self, work: CellWork, outputs: Tensor, ticks: Tensor) -> "ctypes.Array[ctypes.c_int64]":
@@ -181,7 +181,7 @@ class Recurrence:
 
 
 def run_together(cells: Sequence[tuple[Recurrence, CellWork]]) -> list[Tensor]:
-    """Runs different cells, each on a thread if there are enough -> what each gives (N, P)."""
+    """Run different cells, each on a thread if there are enough; return what each gives, (N, P)."""
     outputs = [work.h.new_empty(len(work.index), work.h.shape[1]) for _, work in cells]
     ticks = [torch.tensor(work.sizes) for _, work in cells]
     jobs = [cell.arguments(work, out, n) for (cell, work), out, n in zip(cells, outputs, ticks, strict=True)]

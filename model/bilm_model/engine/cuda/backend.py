@@ -6,7 +6,7 @@ What decides the shape of it, at original size in bfloat16 on a GPU of the H100 
   outputs), and several ticks to a graph. The projection has so few results (2·512) that a few of the 132
   multiprocessors would read all of its weights: its cells are cut into slices, which are products of their own.
 - Many rows: a step of a layer is 0.11 µs of products at 700 TFLOP/s and as much for 350 KB of gates and cells. So:
-  gates in bfloat16, all that is between two products in one kernel, and biases in the input halves' products.
+  gates in bfloat16, all that is between two products in one kernel, and biases in the input projections' products.
 - Python takes a millisecond for a round of a thousand rows: a round must be long enough to hide it.
 
 Legend: R rows, N steps of the round, P projection, C cells, K slices of the cells, U different tokens, S slots.
@@ -46,7 +46,7 @@ _MIN_SLICE = 256
 
 
 def row_bucket(n_rows: int) -> int:
-    """How many rows to compute for so many.
+    """Return how many rows to compute for so many.
 
     To 64 rows the time is that of reading the weights, and powers of two will do; beyond, steps of a quarter of the
     power of two below.
@@ -126,14 +126,14 @@ class CudaBackend:
         steps: Steps | None = None,
         block_rows: int | None = None,
     ) -> None:
-        """Moves the biLM to the memory's device and takes its parameters.
+        """Move the biLM to the memory's device and take its parameters.
 
         Args:
             bilm: its products in the format that they are to be computed in.
             memory: on the device to use.
             max_rows: rows of a round at most.
             max_ticks: ticks of a round at most.
-            input_cache_bytes: for layer 1's input halves; 0: none are kept.
+            input_cache_bytes: for layer 1's input projections; 0: none are kept.
             steps: the arithmetic; None: the fastest that works.
             block_rows: steps of a round at most; None: enough to hide the time that Python takes for it.
 
@@ -152,8 +152,8 @@ class CudaBackend:
         self._buckets = sorted({min(row_bucket(n), max_rows) for n in range(1, max_rows + 1)})
         self._schedule = Schedule(self._device, max_ticks, max_rows, self.block_rows)
         self._buffers = _Buffers(self._cells[0], self._device, self._buckets, self.block_rows)
-        cell, halves = self._cells[0], self._buffers.halves
-        first = RoundInputs(cell.input_weights, cell.input_biases, memory.vectors, halves)
+        cell, projections = self._cells[0], self._buffers.projections
+        first = RoundInputs(cell.input_weights, cell.input_biases, memory.vectors, projections)
         self._first: FirstInputs = CachedInputs(first, input_cache_bytes) if input_cache_bytes else first
         with self._on_device():
             self._steps = steps or fastest_steps(self._device)
@@ -178,7 +178,7 @@ class CudaBackend:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Captures the graphs, all of them: a capture takes milliseconds, and doesn't bear company.
+        """Capture all graphs: a capture takes milliseconds, and nothing else may run on the device meanwhile.
 
         To be called while nothing is in flight. Without it everything works, slowly.
         """
@@ -219,19 +219,19 @@ class CudaBackend:
             slots = self._schedule.slots[:n_rows]
             for layer, cell in enumerate(self._cells):
                 if layer:
-                    self._fill_halves(cell, n_steps)
+                    self._fill_projections(cell, n_steps)
                 self._buffers.h_next[:, :n_rows] = self.memory.h[layer].index_select(1, slots)
                 self._schedule.clock.zero_()
                 for bucket, n_ticks in self._stretches(plan.sizes):
                     self._run_ticks(layer, bucket, n_ticks)
 
     def _begin(self, plan: RoundPlan, entries: Indices) -> None:
-        """Sends what the round is about, and fills the first layer's input halves."""
+        """Send what the round is about, and fill the first layer's input projections."""
         first_inputs, missing = self._first.plan(entries)
         if self._config.residual != "input_to_input":
             self._first.fill(self._schedule.send(plan, first_inputs, missing))
             return
-        # Here the first layer's kernel needs, step by step, the tokens that its input halves came of
+        # Here the first layer's kernel needs, step by step, the tokens that its input projections came of
         sent = self._schedule.send(plan, first_inputs, np.concatenate([entries.ravel(), missing]))
         tokens, words = sent.split([entries.size, len(missing)])
         n_steps = entries.shape[1]
@@ -256,10 +256,10 @@ class CudaBackend:
             for _ in range(n_replays):
                 self.graphs[layer, bucket, of_graph].replay()
 
-    def _fill_halves(self, cell: _CudaCell, n_steps: int) -> None:
-        """A later layer's input halves: forward's steps, then backward's."""
+    def _fill_projections(self, cell: _CudaCell, n_steps: int) -> None:
+        """A later layer's input projections: forward's steps, then backward's."""
         x = self._buffers.x[:, :n_steps].to(cell.recurrent.dtype)
-        for d, out in enumerate(self._buffers.halves[: 2 * n_steps].split(n_steps)):
+        for d, out in enumerate(self._buffers.projections[: 2 * n_steps].split(n_steps)):
             multiply_inputs(x[d], cell.input_weights[d], cell.input_biases[d], out)
 
     def tick(self, layer: int, bucket: int) -> None:
@@ -267,7 +267,7 @@ class CudaBackend:
         cell, config, memory, buffers = self._cells[layer], self._config, self.memory, self._buffers
         gates_h, m, parts = buffers.of(bucket)
         torch.bmm(buffers.h_next[:, :bucket], cell.recurrent, out=gates_h)
-        gates_x, column = (buffers.halves, LATER_INPUTS) if layer else (self._first.halves, FIRST_INPUTS)
+        gates_x, column = (buffers.projections, LATER_INPUTS) if layer else (self._first.projections, FIRST_INPUTS)
         self._steps.gates(self._schedule, column, gates_h, gates_x, memory.c[layer], clip=config.cell_clip, m=m)
         if cell.projection is not None:
             _multiply_exactly(m, cell.projection.view(len(m), m.shape[2], -1), parts)
@@ -287,7 +287,7 @@ class _Buffers:
     """What the kernels of a round pass on to each other, always at the same addresses.
 
     Attributes:
-        halves: (2·N, 4·C) input halves of the gates.
+        projections: (2·N, 4·C) input projections.
         h_next: (2, R, P) recurrent outputs, one row after another.
         x: (2, N, P) float32 what the layer reads, then what the next one reads. What the first layer reads stands here
             only if it is to be added.
@@ -297,12 +297,12 @@ class _Buffers:
         (_, P, n_gates), dtype, max_rows = cell.recurrent.shape, cell.recurrent.dtype, buckets[-1]
         self._n_gates, self._n_components, self._has_projection = n_gates, P, cell.projection is not None
         is_cuda = device.type == "cuda"
-        # On a CPU, where nobody waits for it, as on an H100
+        # On a CPU, where its speed doesn't matter, as on an H100
         n_processors = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 132
         self._slices = {
             bucket: n_slices(bucket, n_gates // 4, P, n_processors) if self._has_projection else 1 for bucket in buckets
         }
-        self.halves = torch.empty(2 * max_steps, n_gates, dtype=dtype, device=device)
+        self.projections = torch.empty(2 * max_steps, n_gates, dtype=dtype, device=device)
         self.h_next = torch.zeros(2, max_rows, P, dtype=dtype, device=device)
         self.x = torch.empty(2, max_steps, P, device=device)
         self._gates_h = torch.empty(2 * max_rows * n_gates, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""The first layer's input halves on a GPU: they depend on the token alone, so each different token's is computed once.
+"""The first layer's input projections on a GPU. They depend on the token alone: each different one is computed once.
 
 Legend: N steps of the round, U different tokens, E entries, P projection, C cells.
 """
@@ -18,16 +18,16 @@ Pair = tuple[Tensor, Tensor]
 
 
 class FirstInputs(Protocol):
-    """Where the first layer's input halves come from."""
+    """Where the first layer's input projections come from."""
 
-    halves: Tensor
+    projections: Tensor
     """(any, 4·C)"""
 
     def plan(self, entries: Indices) -> tuple[Indices, Indices]:
-        """Looks at the entries (2, N) of a round; returns the rows (2, N) of `halves` and what `fill` is to get."""
+        """Look at the entries (2, N) of a round; return the rows (2, N) of `projections` and what `fill` is to get."""
 
     def fill(self, words: Tensor) -> None:
-        """Computes what is missing, from what `plan` has given, on the device."""
+        """Compute what is missing, from what `plan` has given, on the device."""
 
     def forget(self, entries: Indices) -> None:
         """These entries will stand for other tokens."""
@@ -36,9 +36,9 @@ class FirstInputs(Protocol):
 class RoundInputs:
     """Computed anew in each round."""
 
-    def __init__(self, weights: Pair, biases: Pair, vectors: Tensor, halves: Tensor) -> None:
-        """Weights (P, 4·C), biases (4·C,), vectors (E, P); halves (2·N, 4·C) are written to."""
-        self._weights, self._biases, self._vectors, self.halves = weights, biases, vectors, halves
+    def __init__(self, weights: Pair, biases: Pair, vectors: Tensor, projections: Tensor) -> None:
+        """Weights (P, 4·C), biases (4·C,), vectors (E, P); projections (2·N, 4·C) are written to."""
+        self._weights, self._biases, self._vectors, self.projections = weights, biases, vectors, projections
         self._rank_of = np.zeros(len(vectors), dtype=np.int64)
         self._sizes = (0, 0)
 
@@ -50,7 +50,7 @@ class RoundInputs:
 
     def fill(self, words: Tensor) -> None:
         """See `FirstInputs`."""
-        x, outs = self.vectors_of(words), self.halves[: len(words)]
+        x, outs = self.vectors_of(words), self.projections[: len(words)]
         for d, (part, out) in enumerate(zip(x.split(self._sizes), outs.split(self._sizes), strict=True)):
             self.multiply(d, part, out)
 
@@ -63,8 +63,8 @@ class RoundInputs:
         return len(self._vectors)
 
     def vectors_of(self, entries: Tensor) -> Tensor:
-        """The vectors (U, P) of entries (U,), in the product's format."""
-        return self._vectors.index_select(0, entries).to(self.halves.dtype)
+        """Return the vectors (U, P) of entries (U,), in the product's format."""
+        return self._vectors.index_select(0, entries).to(self.projections.dtype)
 
     def multiply(self, direction: int, x: Tensor, out: Tensor) -> None:
         """X (U, P) -> out (U, 4·C)."""
@@ -75,14 +75,14 @@ class CachedInputs:
     """Those of the most recently used tokens are kept."""
 
     def __init__(self, inputs: RoundInputs, n_bytes: int) -> None:
-        """Computes them by `inputs`, whose halves it overwrites.
+        """Compute them by `inputs`, whose projections it overwrites.
 
         Raises:
             ConfigError: if so many bytes aren't enough for a round.
         """
         self._inputs, n_entries = inputs, inputs.n_entries
-        n_round, n_gates = inputs.halves.shape
-        entry_bytes = 2 * n_gates * inputs.halves.element_size()
+        n_round, n_gates = inputs.projections.shape
+        entry_bytes = 2 * n_gates * inputs.projections.element_size()
         self._n_places = min(n_bytes // entry_bytes, n_entries)
         needed = min(n_round, n_entries)
         if self._n_places < needed:
@@ -90,7 +90,7 @@ class CachedInputs:
             raise ConfigError(f"input_cache_mib: expected 0 or at least {mib} for this model, found {n_bytes // 2**20}")
         self._places = InputPlaces(n_entries, self._n_places)
         self._rank_of = np.zeros(n_entries, dtype=np.int64)
-        self.halves = inputs.halves.new_empty(2 * self._n_places, n_gates)
+        self.projections = inputs.projections.new_empty(2 * self._n_places, n_gates)
 
     def plan(self, entries: Indices) -> tuple[Indices, Indices]:
         """See `FirstInputs`."""
@@ -103,10 +103,10 @@ class CachedInputs:
         if len(words) == 0:
             return
         missing, places = words.chunk(2)
-        x, out = self._inputs.vectors_of(missing), self._inputs.halves[: len(missing)]
+        x, out = self._inputs.vectors_of(missing), self._inputs.projections[: len(missing)]
         for d in range(2):
             self._inputs.multiply(d, x, out)
-            self.halves.index_copy_(0, places + d * self._n_places, out)
+            self.projections.index_copy_(0, places + d * self._n_places, out)
 
     def forget(self, entries: Indices) -> None:
         """See `FirstInputs`."""
@@ -123,7 +123,7 @@ def multiply_inputs(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Non
 
 
 def distinct(entries: Indices, scratch: Indices) -> tuple[Indices, Indices]:
-    """The different ones of entries (N,), and for each its place among them; as `np.unique`, six times as fast.
+    """Return the different ones of entries (N,), and for each its place among them; as `np.unique`, six times as fast.
 
     Args:
         entries: below E.

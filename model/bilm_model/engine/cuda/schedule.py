@@ -27,8 +27,8 @@ class Schedule:
             that no kernel changes what it reads.
         begins: (T + 1,) each tick's first step.
         slots: (R,) of the rows.
-        steps: (N, 6) the place of each step's output, and the rows of the input halves that it reads in the first and
-            in later layers, for both directions.
+        steps: (N, 6) the place of each step's output, and the rows of the input projections that it reads in the first
+            and in later layers, for both directions.
     """
 
     def __init__(self, device: torch.device, max_ticks: int, max_rows: int, max_steps: int) -> None:
@@ -48,11 +48,11 @@ class Schedule:
         """Start the one transfer of a round.
 
         Two rounds can be on their way; before it writes a third, this waits until the first has begun: so the device
-        always has work, and a newcomer isn't kept waiting by a long queue of it.
+        always has work, and a sentence that joins isn't kept waiting by a long queue of it.
 
         Args:
             plan: what to do.
-            first_inputs: (2, N) the row of the first layer's input halves for each step.
+            first_inputs: (2, N) the row of the first layer's input projections for each step.
             extra: up to six numbers a step that are needed, too.
 
         Returns:
@@ -89,7 +89,7 @@ class _Page:
 
     def __init__(self, n_words: int, *, pinned: bool) -> None:
         self._host = torch.zeros(n_words, dtype=torch.int64, pin_memory=pinned)
-        # blocking: whoever waits sleeps, instead of asking again and again
+        # blocking: a thread that waits sleeps, instead of asking again and again
         self._read = torch.cuda.Event(blocking=True) if pinned else None
 
     def words(self) -> Indices:

@@ -120,7 +120,7 @@ class TorchSteps:
 
 
 def _rows_and_steps(schedule: Schedule, tick: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-    """The rows (R,), the first instead of those that don't run, and the steps that they make."""
+    """Return the rows (R,), the first instead of those that don't run, and the steps that they make."""
     first, end = (schedule.begins.index_select(0, tick + i) for i in (0, 1))
     rows = torch.arange(n_rows, device=tick.device)
     rows = torch.where(rows < end - first, rows, 0)
@@ -128,7 +128,7 @@ def _rows_and_steps(schedule: Schedule, tick: Tensor, n_rows: int) -> tuple[Tens
 
 
 def check_steps(steps: Steps, device: torch.device) -> None:
-    """Tries both kernels on a few numbers.
+    """Try both kernels on a few numbers.
 
     Raises:
         RuntimeError: if they don't compute what `TorchSteps` does.
@@ -139,7 +139,7 @@ def check_steps(steps: Steps, device: torch.device) -> None:
 
 
 def _sample(steps: Steps, device: torch.device) -> list[Tensor]:
-    """What a step of two rows, in a bucket of four, leaves behind."""
+    """Return what a step of two rows, in a bucket of four, leaves behind."""
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
@@ -156,5 +156,5 @@ def _sample(steps: Steps, device: torch.device) -> list[Tensor]:
     for residual in get_args(Residual):
         steps.outputs(schedule, parts, clip=0.5, residual=residual, h=h, h_next=h_next, x=x, outputs=outputs)
         left += [x.clone(), outputs.clone()]
-    # The other rows' are nobody's
+    # The other rows' belong to no sentence
     return [schedule.clock.float(), m.view(2, 2, 4, 16)[:, :, :2], c, h, h_next[:, :2], *left]

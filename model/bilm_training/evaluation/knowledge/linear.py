@@ -50,7 +50,7 @@ class LinearProbe:
 
     @classmethod
     def on_vectors(cls, vectors: Vectors, tags: Tags) -> "LinearProbe":
-        """Fits tags (N,) of at least two kinds to vectors (N, D), standardised."""
+        """Fit tags (N,) of at least two kinds to vectors (N, D), standardised."""
         features = StandardScaler().fit(vectors)
         return cls(features, *fit(VECTORS_C, features.transform(vectors), tags))
 

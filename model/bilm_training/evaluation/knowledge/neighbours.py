@@ -68,7 +68,7 @@ class WordNeighbours:
 
 
 def read_sentences(path: Path) -> list[Words]:
-    """The sentences of a CoNLL-U file (*.conllu), or of tokenised plain text, a paragraph a line as in WikiText.
+    """Return the sentences of a CoNLL-U file (*.conllu), or of tokenised plain text, a paragraph a line as in WikiText.
 
     A paragraph is cut after ".", "?" and "!" that stand by themselves; headings, lines that begin with " = ", are left
     out.
@@ -105,7 +105,7 @@ def neighbours(
     any_word: bool = False,
     device: str = "auto",
 ) -> tuple[WordNeighbours, ...]:
-    """The nearest occurrences, by cosine, of some occurrences of each word. Deterministic.
+    """Return the nearest occurrences, by cosine, of some occurrences of each word. Deterministic.
 
     Args:
         bilm: in float32; left as it is.

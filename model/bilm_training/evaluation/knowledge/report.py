@@ -49,7 +49,7 @@ class Knowledge:
 
     @classmethod
     def from_dict(cls, content: object) -> "Knowledge":
-        """What `to_dict` gave, through JSON or not.
+        """Return the object that `to_dict` gave, through JSON or not.
 
         Raises:
             ModelError: listing everything that is missing or of another kind.
@@ -69,7 +69,7 @@ class Knowledge:
 
 
 def read_knowledge(path: Path) -> Knowledge:
-    """Reads an eval.json.
+    """Read an eval.json.
 
     Raises:
         ModelError: if it is damaged.

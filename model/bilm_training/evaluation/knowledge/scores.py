@@ -59,5 +59,5 @@ class TreebankReport:
 
 
 def best(scores: Sequence[ProbeScore]) -> ProbeScore:
-    """The most accurate layer; of equal ones the first."""
+    """Return the most accurate layer; of equal ones the first."""
     return max(scores, key=lambda score: score.accuracy)

@@ -35,7 +35,7 @@ class TaggedSentence:
 
 
 def read_conllu(path: Path) -> list[TaggedSentence]:
-    """The sentences of a CoNLL-U file.
+    """Return the sentences of a CoNLL-U file.
 
     Raises:
         CorpusError: if the file can't be read or holds no sentence, or naming its first bad line.
@@ -61,7 +61,7 @@ def read_conllu(path: Path) -> list[TaggedSentence]:
 
 
 def _words_of(line: str, expected_id: int, place: str) -> list[tuple[str, str]]:
-    """The word of a line with its tag; none on a line that stands for no word."""
+    """Return the word of a line with its tag; none on a line that stands for no word."""
     columns = line.split("\t")
     if len(columns) != _COLUMNS:
         raise CorpusError(f"{place}: expected {_COLUMNS} columns parted by tabs, found {len(columns)}")
@@ -77,7 +77,7 @@ def _words_of(line: str, expected_id: int, place: str) -> list[tuple[str, str]]:
 
 
 def read_part(folder: Path, part: str) -> list[TaggedSentence]:
-    """The sentences of a treebank's part, "train", "dev" or "test".
+    """Return the sentences of a treebank's part, "train", "dev" or "test".
 
     Raises:
         CorpusError: if there isn't exactly one such file, or as `read_conllu`.

@@ -24,7 +24,7 @@ class SentenceEmbedder:
     """Embeds sentences with a biLM, which is left as it is."""
 
     def __init__(self, bilm: Bilm, device: str = "auto") -> None:
-        """Copies the biLM into an engine on the device, see `resolve_device`.
+        """Copy the biLM into an engine on the device, see `resolve_device`.
 
         Raises:
             ModelError: if there is no such device here, or the biLM gives values that are not finite numbers.
@@ -35,7 +35,7 @@ class SentenceEmbedder:
         self._engine.warm_up()
 
     def each(self, sentences: Sequence[Sequence[str]], title: str) -> Iterator[Vectors]:
-        """The vectors (L, T, D) of one sentence after another, boundaries left out; a bar on standard error.
+        """Yield the vectors (L, T, D) of one sentence after another, boundaries left out; a bar on standard error.
 
         Raises:
             CharacterError: if a token is empty or not valid Unicode.
@@ -50,7 +50,7 @@ class SentenceEmbedder:
                 bar.update(len(part))
 
     def all(self, sentences: Sequence[Sequence[str]], title: str) -> Vectors:
-        """The vectors (L, N, D) of all tokens, sentence after sentence.
+        """Return the vectors (L, N, D) of all tokens, sentence after sentence.
 
         Raises:
             CharacterError, ValueError: as `each`.
