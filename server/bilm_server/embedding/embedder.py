@@ -179,24 +179,34 @@ class Embedder:
     async def _compute_all(
         self, sentences: Sequence[Sentence], refusals: Sequence[RefusalError | None]
     ) -> list[Result | RefusalError]:
-        """Compute those that aren't refused; raise the first refusal, save INTERNAL, which is the sentence's own."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                running = [
-                    refusal or tasks.create_task(self._compute_own(sentence))
-                    for sentence, refusal in zip(sentences, refusals, strict=True)
-                ]
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
-        return [each if isinstance(each, RefusalError) else each.result() for each in running]
+        """Compute those that aren't refused; raise the first refusal, save INTERNAL, which is the sentence's own.
 
-    async def _compute_own(self, sentence: Sentence) -> Result | RefusalError:
+        The futures are awaited as they are: a task for each sentence would cost more than its response.
+        """
+        found = [refusal or self.worker.submit(sentence) for sentence, refusal in zip(sentences, refusals, strict=True)]
+        futures = [each for each in found if isinstance(each, asyncio.Future)]
         try:
-            return await self.compute(sentence)
-        except RefusalError as error:
-            if error.reason is not Reason.INTERNAL:
-                raise
-            return error
+            await _all_or_refusal(futures)
+        finally:
+            for future in futures:
+                _ = future.cancel() or future.cancelled() or future.exception()  # or asyncio logs it as never retrieved
+        return [each if isinstance(each, RefusalError) else _outcome(each) for each in found]
+
+
+async def _all_or_refusal(futures: Sequence[asyncio.Future[Result]]) -> None:
+    """Wait for all, or raise the first error that isn't a sentence's own."""
+    waiting = set(futures)
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+        errors = [error for future in done if (error := future.exception()) is not None]
+        for error in errors:
+            if not (isinstance(error, RefusalError) and error.reason is Reason.INTERNAL):
+                raise error
+
+
+def _outcome(future: asyncio.Future[Result]) -> Result | RefusalError:
+    error = future.exception()
+    return error if isinstance(error, RefusalError) else future.result()
 
 
 class SentenceStream:
