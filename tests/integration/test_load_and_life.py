@@ -3,8 +3,6 @@
 import asyncio
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -368,30 +366,28 @@ def test_a_drain_waits_neither_for_health_watchers_nor_for_reflection(start: Cal
     stay_open.set()
 
 
-def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bilm_server", *flags], capture_output=True, text=True, timeout=240, check=False
-    )
+def failed_start(*flags: str) -> tuple[int, str]:
+    """Return the exit code of a server that can't start, and what it has written."""
+    server = ProcessServer(*flags)
+    server.launch()
+    return server.wait(), server.text()
 
 
 def test_a_taken_port_is_an_error(server: LoopServer) -> None:
-    found = run("--model", "random:tiny", "--listen", server.target)
-    assert found.returncode == 1
-    assert f"can't listen on {server.target}" in found.stderr
+    code, text = failed_start("--listen", server.target)
+    assert code == 1
+    assert f"can't listen on {server.target}" in text
 
 
 def test_a_model_that_is_not_there_is_an_error() -> None:
-    found = run("--model", "/nowhere/model.safetensors")
-    assert (found.returncode, found.stderr.strip()) == (
-        1,
-        "bilm-serve: /nowhere/model.safetensors: no such file or folder",
-    )
+    found = failed_start("--model", "/nowhere/model.safetensors")
+    assert found == (1, "bilm-serve: /nowhere/model.safetensors: no such file or folder\n")
 
 
 def test_a_device_that_is_not_there_is_an_error() -> None:
-    found = run("--model", "random:tiny", "--device", "cuda:77")
-    assert found.returncode == 1
-    assert "cuda:77" in found.stderr
+    code, text = failed_start("--device", "cuda:77")
+    assert code == 1
+    assert "cuda:77" in text
 
 
 def test_log_lines_can_be_json_and_never_hold_text() -> None:

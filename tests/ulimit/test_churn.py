@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,8 +25,11 @@ from tests.ulimit.ulimit_support import (
 MAX_MORE_BYTES = 8 * MIB  # of 500 MiB; what leaks with each cycle shows in the 5,000 of the slow runs
 """From the middle to the end. A client left open takes 38 KiB, and 20 KiB of the server."""
 
-CYCLES = [200, pytest.param(5000, marks=pytest.mark.slow)]
-RETRY_CYCLES = [60, pytest.param(1000, marks=pytest.mark.slow)]
+MANY, MANY_RETRIES = 5000, 1000
+
+
+def slow(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +55,28 @@ def check_flat(name: str, held: list[Holding]) -> None:
     assert held[2].server_descriptors - held[0].server_descriptors <= MAX_MORE_DESCRIPTORS
 
 
-@pytest.mark.parametrize("cycles", CYCLES)
-@pytest.mark.parametrize("address", ["target", "health_target"])
+@pytest.mark.parametrize(("address", "cycles"), [("target", 200), slow("target", MANY), slow("health_target", MANY)])
 def test_one_shot_health_checks(server: ProcessServer, address: str, cycles: int) -> None:
     held = churn("one_shot_checks", getattr(server, address), server.pid, cycles)
     check_flat(f"health checks, a channel each ({address})", held)
 
 
-@pytest.mark.parametrize("cycles", CYCLES)
-@pytest.mark.parametrize("kind", ["sync_clients", "async_clients", "sync_streams"])
+@pytest.mark.parametrize(
+    ("kind", "cycles"),
+    [
+        ("sync_clients", 200),
+        ("async_clients", 200),
+        *(slow(kind, MANY) for kind in ("sync_clients", "async_clients", "sync_streams")),
+    ],
+)
 def test_clients_that_open_and_close(server: ProcessServer, kind: str, cycles: int) -> None:
     check_flat(kind.replace("_", " "), churn(kind, server.target, server.pid, cycles))
 
 
-@pytest.mark.parametrize("cycles", RETRY_CYCLES)
-@pytest.mark.parametrize("kind", ["sync_retries", "async_retries"])
+@pytest.mark.parametrize(
+    ("kind", "cycles"),
+    [("sync_retries", 60), *(slow(kind, MANY_RETRIES) for kind in ("sync_retries", "async_retries"))],
+)
 def test_retries_against_a_dead_server(server: ProcessServer, dead_target: str, kind: str, cycles: int) -> None:
     check_flat(f"{kind.replace('_', ' ')}, server dead", churn(kind, dead_target, server.pid, cycles))
 
