@@ -1,1 +1,1 @@
-"""The mathematics of bilm-serve: the biLM itself, its weights, its training. Knows torch, no gRPC."""
+"""The mathematics of bilm-serve: the biLM itself, its weights, the engine that runs it. Knows torch, no gRPC."""
