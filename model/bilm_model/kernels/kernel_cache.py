@@ -36,7 +36,8 @@ def compiled(signature: Any, options: dict[str, Any], function: Callable[..., An
         function: what to compile; without a closure, whose content Numba can't compare.
         used: other modules that it calls into.
     """
-    folder = cache_folder(cache_key(function, used))
+    key = cache_key(function, used)
+    folder = None if key is None else cache_folder(key)
     if folder is not None:
         try:
             with _numba_cache(folder):
@@ -77,15 +78,18 @@ def processor() -> tuple[str | None, ...]:
 
 def cache_key(
     function: Callable[..., Any], used: Sequence[ModuleType], compiled_for: tuple[str | None, ...] | None = None
-) -> str:
-    """Return a hash of what the machine code depends on.
+) -> str | None:
+    """Return a hash of what the machine code depends on; None where a module's source isn't there.
 
     Args:
         function: compiled.
         used: modules that it calls into, beside its own.
         compiled_for: see `processor`; None: this one.
     """
-    sources = [inspect.getsource(module) for module in (sys.modules[function.__module__], *used)]
+    try:
+        sources = [inspect.getsource(module) for module in (sys.modules[function.__module__], *used)]
+    except (OSError, TypeError):
+        return None
     versions = (numba.__version__, llvmlite.__version__, sys.version, numba.config.OPT)
     return hashlib.sha256(repr((sources, versions, compiled_for or processor())).encode()).hexdigest()[:32]
 

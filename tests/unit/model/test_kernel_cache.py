@@ -1,6 +1,7 @@
 """Compiled kernels on disk."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -74,6 +75,13 @@ def test_where_nothing_is_said_it_lies_in_the_user_s_cache(
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv(named, str(tmp_path))
     assert cache_folder("key") == tmp_path / below / "bilm-serve-kernels" / "key"
+
+
+def test_without_its_source_nothing_is_kept(folder: Path) -> None:
+    without = ModuleType("made_at_run_time")
+    assert cache_key(add_one, [without]) is None
+    assert compiled(types.int64(types.int64), {}, add_one, without).ctypes(1) == 2
+    assert not folder.exists()
 
 
 def test_sources_and_processors_have_folders_of_their_own() -> None:
