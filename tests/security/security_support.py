@@ -24,7 +24,7 @@ _CORE_LINE = re.compile(r"^[EWI]\d{4} ")
 _CHECK_TIMEOUT_S = 20.0
 # Connections end a moment after their clients have seen the end
 _SETTLE_S = 60.0
-# A call with a path that isn't UTF-8 has the server listen anew (bilm_server.acceptor), which takes some milliseconds;
+# A call with a path that isn't UTF-8 has the server listen anew (protocols.grpc.acceptor), which takes milliseconds;
 # what comes in between is refused, reset or cancelled
 LISTENS_ANEW_S = 30.0
 _LISTENING_ANEW = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
