@@ -172,7 +172,7 @@ def test_windows_without_anything_to_predict_change_nothing(here: Path) -> None:
 HELD_AFTER = """
 import sys, threading
 from bilm_training.main import main
-from bilm_training.trainer import RunWriters
+from bilm_training.runs.run_log import RunLog
 from bilm_training.trainer import RunWriters
 
 class HeldLog(RunLog):
