@@ -14,16 +14,9 @@ from bilm_training.errors import RunError
 from bilm_training.runs.records import EpochRecord, StepRecord
 from bilm_training.runs.run_folder import RunFolder
 from bilm_training.runs.run_log import RunLog
-from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 STEP = StepRecord(1, 1, 5.5, 5.0, 6.0, 1e-3, 0.5, 1000.0, 2.5)
 EPOCH = EpochRecord(1, 2, 5.5, 100.0, 110.0, 1000.0, 5.0)
-
-
-@pytest.fixture(autouse=True)
-def _files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard reads files by name; in those of one second a counter's 10 sorts before its 9."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 @pytest.fixture
@@ -54,6 +47,9 @@ def _run(folder: RunFolder, steps: range, last_step: int = 0) -> None:
 def _curve(folder: RunFolder, tag: str) -> list[tuple[int, float]]:
     from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
+    for path in folder.tensorboard.iterdir():  # read by name; in those of one second a counter's 10 sorts before its 9
+        name, number = path.name.rsplit(".", 1)
+        path.rename(path.with_name(f"{name}.{int(number):06}"))
     events = event_accumulator.EventAccumulator(str(folder.tensorboard))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
