@@ -119,8 +119,16 @@ class Trainer:
         else:  # no word is predicted
             corpus, vocabulary = Corpus.open(recipe.data.train), Vocabulary((END_TOKEN, UNKNOWN))
         recipe = _resolved(recipe, device, bfloat16)
-        how: dict[str, Any] = {"device": device, "bfloat16": bfloat16, "writers": writers}
-        trainer = cls._of(recipe, folder, corpus, vocabulary, new_objective=new_objective, **how)
+        trainer = cls._of(
+            recipe,
+            folder,
+            corpus,
+            vocabulary,
+            new_objective=new_objective,
+            device=device,
+            bfloat16=bfloat16,
+            writers=writers,
+        )
         write_text(folder.vocabulary, vocabulary.to_text())
         write_text(folder.config, to_toml(recipe))
         return trainer
@@ -147,8 +155,16 @@ class Trainer:
         begun = folder.checkpoint.exists() or folder.steps.exists()
         checkpoint = read_checkpoint(folder.checkpoint) if begun else None
         corpus = Corpus.open(recipe.data.train)
-        how: dict[str, Any] = {"device": device, "bfloat16": bfloat16, "writers": writers}
-        trainer = cls._of(recipe, folder, corpus, vocabulary, new_objective=new_objective, **how)
+        trainer = cls._of(
+            recipe,
+            folder,
+            corpus,
+            vocabulary,
+            new_objective=new_objective,
+            device=device,
+            bfloat16=bfloat16,
+            writers=writers,
+        )
         if checkpoint is not None:
             trainer._restore(checkpoint)
         return trainer
