@@ -24,5 +24,5 @@ def start() -> Iterator[Callable[..., LoopServer]]:
 @pytest.fixture(scope="session")
 def golden_server(golden: Path) -> Iterator[LoopServer]:
     """A server on each of the golden models."""
-    with serving("--model", str(golden), "--input-cache-mib", "4") as server:
+    with serving("--model", str(golden)) as server:
         yield server

@@ -320,8 +320,10 @@ def test_a_signal_drains_and_ends_with_0(number: signal.Signals) -> None:
         in_flight = stub.Embed.future(
             embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens(*["w"] * 8000), tokens("b")])
         )
-        updates = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
+        health = health_stub(channel)
+        updates = health.Watch(health_pb2.HealthCheckRequest())
         assert next(updates).status == SERVING
+        health.Check(health_pb2.HealthCheckRequest())  # by then the server, too, is done with the first update
         server.send_signal(number)
         assert next(updates).status == NOT_SERVING
         assert in_flight.result(60).results[1].HasField("embedding")
@@ -357,6 +359,7 @@ def test_a_drain_waits_neither_for_health_watchers_nor_for_reflection(start: Cal
     stub: Any = reflection_pb2_grpc.ServerReflectionStub
     answers = stub(server.channel()).ServerReflectionInfo(questions(), timeout=60)
     next(answers)
+    assert is_alive(server)  # by then the server, too, is done with what both have received
     server.call(server.server.drain)
     for call in (updates, answers):
         with pytest.raises(grpc.RpcError) as error:

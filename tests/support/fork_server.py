@@ -163,6 +163,7 @@ class _Forks:
         for end in (watched, woken):
             end.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal it comes to the tests, too
         signal.set_wakeup_fd(woken.fileno())
         with selectors.DefaultSelector() as selector, watched, woken:
             selector.register(self._control, selectors.EVENT_READ)
@@ -178,6 +179,7 @@ class _Forks:
                         self._kill()
                         return None
                     if not self._fork(*descriptors):
+                        signal.signal(signal.SIGINT, interrupt)
                         return ForkRequest(**json.loads(data))
 
     def _fork(self, output: int, status: int) -> bool:
@@ -223,9 +225,7 @@ def _prepare() -> None:
     from bilm_server.served_model import load_served_model
 
     torch.set_num_threads(1)
-    load_served_model(
-        load_config(["--model", "random:tiny", "--input-cache-mib", "1", "--threads", "1"])
-    ).engine.warm_up()
+    load_served_model(load_config(["--model", "random:tiny", "--threads", "1"])).engine.warm_up()
 
 
 def _run(request: ForkRequest) -> Any:

@@ -63,7 +63,7 @@ class ProcessServer:
         self._environment = {**os.environ, **environment}
         self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
         self._reader: threading.Thread | None = None
-        self._told = threading.Event()
+        self._serves_or_ended = threading.Event()
 
     def __enter__(self) -> Self:
         self.start()
@@ -126,12 +126,12 @@ class ProcessServer:
         """
         if self.log is not None:
             wait_until_serving(self.target, cast(Any, self.process), timeout_s)
-        elif not (self._told.wait(timeout_s) and any(_SERVING in line for line in self.lines)):
+        elif not (self._serves_or_ended.wait(timeout_s) and any(_SERVING in line for line in self.lines)):
             raise ServerStartError(f"the server is not SERVING:\n{self.text()}")
 
     def launch(self) -> None:
         """Start it without waiting."""
-        self._told.clear()
+        self._serves_or_ended.clear()
         if self.log is not None:
             with self.log.open("ab") as output:
                 self._process = self._launched(output.fileno())
@@ -181,8 +181,8 @@ class ProcessServer:
             for line in output:
                 self.lines.append(line.decode(errors="replace"))
                 if _SERVING in self.lines[-1]:
-                    self._told.set()
-        self._told.set()  # it ended
+                    self._serves_or_ended.set()
+        self._serves_or_ended.set()  # it ended
 
     def _found(self, pattern: str) -> str:
         found = re.search(pattern, self.text())
