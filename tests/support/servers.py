@@ -117,13 +117,13 @@ class LoopServer:
     def stub(self) -> embed_pb2_grpc.EmbedServiceStub:
         return embed_pb2_grpc.EmbedServiceStub(self.channel())
 
-    def check_nothing_is_left(self) -> None:
+    def check_nothing_is_left(self, timeout_s: float = _QUIET_TIMEOUT_S) -> None:
         """Wait until nothing waits, nothing is in flight and nothing is reserved.
 
         Raises:
-            AssertionError: Something is still there after 20 s; the message says what.
+            AssertionError: Something is still there after `timeout_s`; the message says what.
         """
-        _wait_for_nothing("the server still holds", self._held)
+        _wait_for_nothing("the server still holds", self._held, timeout_s)
 
     def _held(self) -> dict[str, Any]:
         embedder, worker, engine = self.server.embedder, self.worker, self.engine
@@ -146,8 +146,8 @@ class LoopServer:
         _wait_for_nothing("tasks of a stopped server", lambda: self.call(tasks))
 
 
-def _wait_for_nothing(what: str, found: Callable[[], Any]) -> None:
-    deadline_s = time.monotonic() + _QUIET_TIMEOUT_S
+def _wait_for_nothing(what: str, found: Callable[[], Any], timeout_s: float = _QUIET_TIMEOUT_S) -> None:
+    deadline_s = time.monotonic() + timeout_s
     while left := found():
         assert time.monotonic() < deadline_s, f"{what}: {left}"
         time.sleep(_LOOK_INTERVAL_S)
