@@ -238,6 +238,36 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     write_bytes(path, data)
 
 
+def private_folder(path: Path) -> Path:
+    """Return a folder's real path, which no other user can write to or replace; made with mode 700 where it is missing.
+
+    Raises:
+        PermissionError: Other users can change the folder or one above it; the message names which.
+        OSError: It can't be made or written to.
+    """
+    path = path.absolute()
+    for each in reversed((path, *path.parents)):
+        with contextlib.suppress(FileExistsError):
+            each.mkdir(mode=0o700)
+    found = path.resolve(strict=True)
+    if hasattr(os, "geteuid"):
+        _check_owner(found, {os.geteuid()})
+        for each in found.parents:
+            _check_owner(each, {0, os.geteuid()}, sticky=True)
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "not writable", str(found))
+    return found
+
+
+def _check_owner(folder: Path, owners: set[int], *, sticky: bool = False) -> None:
+    """Check that nobody else can change a folder; in a sticky one others can't touch what isn't theirs."""
+    status = folder.lstat()
+    if status.st_uid not in owners:
+        raise PermissionError(errno.EPERM, "belongs to another user", str(folder))
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (sticky and status.st_mode & stat.S_ISVTX):
+        raise PermissionError(errno.EPERM, "other users can write to it", str(folder))
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -219,12 +219,13 @@ class Engine(Protocol[S]):
         """Drop everything in flight."""
 
     def warm_up(self) -> None:
-        """Reset, and compute something small so that no later sentence pays for what is done once.
+        """Reset, and compute a known sentence, so that no later one pays for what is done once.
 
-        To be called first in the thread that will use the engine.
+        To be called first in the thread that will use the engine, and after a failure to find out whether it still
+        works.
 
         Raises:
-            ModelError: If the results are not finite numbers.
+            ModelError: If the vectors are not finite numbers, or differ from those of the first warm-up beyond rounding.
         """
 
     def check(self) -> None:

@@ -1,17 +1,20 @@
 """Compiled kernels on disk, so that a start needn't compile them again.
 
-Numba's own cache, in a folder for each combination of what compiled code depends on: the sources, the versions, and the
-processor. Numba by itself would neither notice a change in another file that a kernel calls into, nor keep two
-processors apart that write at the same time. Files appear by renaming, and all that are in one folder are the same, so
-processes may share it. They are pickles: a folder that others can write to isn't used.
+Numba's own cache, in a folder for each kernel and each combination of what compiled code depends on: the sources, the
+versions, and the processor. Numba by itself would neither notice a change in another file that a kernel calls into, nor
+keep two processors apart that write at the same time. Files appear by renaming, and all that were ever in one folder
+compute the same, so processes may share it.
+
+The files hold pickles and machine code: what another user wrote would run here, and a damaged byte ends the process. So
+the folder and all above it must be closed to other users, and nothing is read that doesn't have the checksum that was
+written after it.
 """
 
+import functools
 import hashlib
 import inspect
 import logging
 import os
-import shutil
-import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +25,12 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 import numba
+from bilm_system.files import message, private_folder, write_text
 from numba import cfunc
 
 _log = logging.getLogger(__name__)
+
+_CHECKSUM = "checksum"
 
 
 def compiled(signature: Any, options: dict[str, Any], function: Callable[..., Any], *used: ModuleType) -> Any:
@@ -38,36 +44,71 @@ def compiled(signature: Any, options: dict[str, Any], function: Callable[..., An
     """
     key = cache_key(function, used)
     folder = None if key is None else cache_folder(key)
-    if folder is not None:
-        try:
-            with _numba_cache(folder):
-                return cfunc(signature, cache=True, **options)(function)
-        except Exception as error:  # a full disk, a damaged file, …: whatever it is, compiling helps
-            _log.warning("compiled kernels not cached in %s: %s", folder, error)
-            shutil.rmtree(folder, ignore_errors=True)  # the next start writes it anew
-    return cfunc(signature, **options)(function)
+    if folder is None:
+        return cfunc(signature, **options)(function)
+    try:
+        checksum, written = _checksum(folder), _written_checksum(folder)
+        if checksum != written:
+            if written:  # otherwise another process is just writing, or was ended before it had written everything
+                _log.warning("compiled kernel in %s is damaged: removed, compiling it again", folder)
+            _remove_files(folder)
+        with _numba_cache(folder):
+            kernel = cfunc(signature, cache=True, **options)(function)
+        if (found := _checksum(folder)) != checksum:
+            write_text(folder / _CHECKSUM, found)
+    except Exception as error:  # a full disk, a file that can't be read, …: whatever it is, compiling helps
+        _log.warning("compiled kernel not kept in %s: %s", folder, error)
+        return cfunc(signature, **options)(function)
+    return kernel
 
 
 def cache_folder(key: str) -> Path | None:
-    """Return the folder for a key, made if missing; None where there is none that is ours alone.
+    """Return the folder for a key, made if missing; None where there is none that is closed to other users.
 
     It lies below NUMBA_CACHE_DIR or, where that isn't set, below the user's cache folder.
     """
     try:
-        folder = _base() / "bilm-serve-kernels" / key
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
+        root = _root(_base())
+        return None if root is None else private_folder(root / key)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
-        _log.debug("compiled kernels not cached: %s", error)
+        _log.debug("compiled kernel not kept: %s", error)
         return None
-    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    ours = not hasattr(os, "geteuid") or (found.st_uid == os.geteuid() and not others_write)
-    return folder if ours and os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _base() -> Path:
     named = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
     return Path(named) if named else Path.home() / ".cache"
+
+
+@functools.cache
+def _root(base: Path) -> Path | None:
+    try:
+        return private_folder(base / "bilm-serve-kernels")
+    except OSError as error:
+        _log.info("compiled kernels are not kept, so each start compiles them: %s", message(error))
+        return None
+
+
+def _checksum(folder: Path) -> str:
+    """Return a hash of all files that Numba keeps, "" if there are none."""
+    files = _files(folder)
+    contents = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return hashlib.sha256(repr(contents).encode()).hexdigest() if files else ""
+
+
+def _written_checksum(folder: Path) -> str:
+    path = folder / _CHECKSUM
+    return path.read_text(encoding="ascii", errors="replace") if path.exists() else ""
+
+
+def _remove_files(folder: Path) -> None:
+    for path in (*_files(folder), folder / _CHECKSUM):
+        path.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return Numba's files, which it makes in a folder named after the source's place; temporary ones lie beside them."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".nbi", ".nbc"))
 
 
 def processor() -> tuple[str | None, ...]:
@@ -90,8 +131,9 @@ def cache_key(
         sources = [inspect.getsource(module) for module in (sys.modules[function.__module__], *used)]
     except (OSError, TypeError):
         return None
+    kernel = f"{function.__module__}.{function.__qualname__}"
     versions = (numba.__version__, llvmlite.__version__, sys.version, numba.config.OPT)
-    return hashlib.sha256(repr((sources, versions, compiled_for or processor())).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr((kernel, sources, versions, compiled_for or processor())).encode()).hexdigest()[:32]
 
 
 @contextmanager

@@ -38,18 +38,35 @@ def test_what_was_compiled_once_is_read(folder: Path) -> None:
     assert compiled_here().cache_hits == 1
 
 
+@pytest.mark.parametrize("damage", ["cut", "a byte", "a page of zeros", "gone"])
 @pytest.mark.parametrize("suffix", [".nbc", ".nbi"])
-def test_a_damaged_file_is_compiled_again_and_replaced(
-    folder: Path, suffix: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_file_is_never_read(folder: Path, suffix: str, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A changed byte of machine code would end the process, so that no start would succeed any more."""
     compiled_here()
-    for path in files(folder):
-        if path.suffix == suffix:
-            path.write_bytes(path.read_bytes()[:20])
+    (path,) = (path for path in files(folder) if path.suffix == suffix)
+    content = bytearray(path.read_bytes())
+    match damage:
+        case "cut":
+            del content[20:]
+        case "a byte":
+            content[len(content) // 2] ^= 1
+        case "a page of zeros":
+            content[64:4096] = bytes(len(content[64:4096]))
+    path.write_bytes(content)
+    if damage == "gone":
+        path.unlink()
     assert compiled_here().cache_hits == 0
-    assert f"compiled kernels not cached in {folder}" in caplog.text
-    assert compiled_here().cache_hits == 0  # and writes what is then read
+    assert "is damaged: removed, compiling it again" in caplog.text
     assert compiled_here().cache_hits == 1
+
+
+def test_what_was_not_written_to_its_end_is_compiled_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    compiled_here()
+    (path,) = (path for path in files(folder) if path.name == "checksum")
+    path.unlink()
+    assert compiled_here().cache_hits == 0
+    assert compiled_here().cache_hits == 1
+    assert caplog.text == ""
 
 
 def test_without_a_folder_to_write_to_it_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +82,18 @@ def test_a_folder_that_others_can_write_to_is_not_used(folder: Path) -> None:
     assert found.stat().st_mode & 0o777 == 0o700
     found.chmod(0o770)
     assert cache_folder("key") is None
+
+
+def test_nothing_is_read_from_below_a_folder_that_others_can_write_to(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They could put another folder in the place of ours at any time."""
+    folder.mkdir()
+    folder.chmod(0o777)
+    with caplog.at_level("INFO"):
+        assert compiled_here().cache_hits == compiled_here().cache_hits == 0
+    assert f"{folder}: other users can write to it" in caplog.text
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(("named", "below"), [("XDG_CACHE_HOME", ""), ("HOME", ".cache")])

@@ -59,3 +59,46 @@ def test_one_lock_keeps_another_out(tmp_path: Path) -> None:
         assert files.lock(file)
         with pytest.raises(BlockingIOError):
             files.lock(other)
+
+
+def test_a_private_folder_is_made_closed_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        made = files.private_folder(tmp_path / "above" / "ours")
+    finally:
+        os.umask(before)
+    assert made == (tmp_path / "above" / "ours").resolve()
+    assert [path.stat().st_mode & 0o777 for path in (made, made.parent)] == [0o700, 0o700]
+    assert files.private_folder(made) == made
+
+
+@pytest.mark.parametrize("open_one", ["above", "above/ours"])
+def test_a_folder_that_others_can_change_is_not_private(tmp_path: Path, open_one: str) -> None:
+    files.private_folder(tmp_path / "above" / "ours")
+    (tmp_path / open_one).chmod(0o770)
+    with pytest.raises(PermissionError, match="other users can write to it") as caught:
+        files.private_folder(tmp_path / "above" / "ours")
+    assert caught.value.filename == str((tmp_path / open_one).resolve())
+
+
+def test_a_sticky_folder_may_stand_above_a_private_one_and_is_none_itself(tmp_path: Path) -> None:
+    (shared := tmp_path / "shared").mkdir()
+    shared.chmod(0o1777)
+    assert files.private_folder(shared / "ours").is_dir()
+    with pytest.raises(PermissionError, match="other users can write to it"):
+        files.private_folder(shared)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders to another user")
+@pytest.mark.parametrize("foreign", ["above", "above/ours"])
+def test_a_folder_of_another_user_is_not_private(tmp_path: Path, foreign: str) -> None:
+    files.private_folder(tmp_path / "above" / "ours")
+    os.chown(tmp_path / foreign, 65534, -1)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        files.private_folder(tmp_path / "above" / "ours")
+
+
+def test_a_private_folder_cannot_be_made_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory"):
+        files.private_folder(tmp_path / "file" / "ours")
