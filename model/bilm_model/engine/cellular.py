@@ -114,7 +114,7 @@ class CellularBatch:
         there is dropped.
 
         Raises:
-            ModelError: if the results are not finite numbers, or differ from those of the first warm-up beyond rounding.
+            ModelError: if the vectors are not finite numbers, or differ from the first warm-up's beyond rounding.
         """
         self.reset()
         self._backend.prepare()

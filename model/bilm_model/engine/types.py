@@ -225,7 +225,7 @@ class Engine(Protocol[S]):
         works.
 
         Raises:
-            ModelError: If the vectors are not finite numbers, or differ from those of the first warm-up beyond rounding.
+            ModelError: If the vectors are not finite numbers, or differ from the first warm-up's beyond rounding.
         """
 
     def check(self) -> None:

@@ -107,7 +107,7 @@ def _remove_files(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return Numba's files, which it makes in a folder named after the source's place; temporary ones lie beside them."""
+    """Return what Numba keeps: in a folder named after the source's place, with temporary files beside it."""
     return sorted(path for path in folder.rglob("*") if path.suffix in (".nbi", ".nbc"))
 
 

@@ -7,7 +7,7 @@ from bilm_model.engine.types import Engine
 
 from bilm_server.inference.types import Sentence
 
-_log = logging.getLogger("bilm_server.inference.worker")
+_log = logging.getLogger(__name__)
 
 
 class Recovery:
