@@ -226,7 +226,8 @@ def run(script: str, target: str, *, file: str = "") -> None:
     assert done.returncode == 0, done.stderr
 
 
-# The others are variations: of "a client with a stream open" or of "a client that was used"
+# The others are variations: of "a client with a stream open", of "a client that was used", or of "an AsyncClient".
+# "an AsyncClient after all were closed" hangs in one of a hundred forks on a busy machine, while gRPC's poller ends.
 QUICK = (
     "a client that is new",
     "a client that was used",
@@ -235,7 +236,6 @@ QUICK = (
     "closing",
     "threads of the child",
     "an AsyncClient",
-    "an AsyncClient after all were closed",
     "without gRPC's fork support",
 )
 
