@@ -15,6 +15,7 @@ from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.errors import RefusalError
 from bilm_server.observability.alerts import AlertHandler
 from bilm_server.observability.call_record import UNKNOWN_METHOD, CallRecord
+from bilm_server.protocols.grpc.handlers import from_bytes
 from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.grpc.interceptors import CallInterceptor, OpenInterceptor
 from bilm_server.security.auth import Caller
@@ -332,3 +333,33 @@ async def test_the_callers_name_of_a_call_comes_back_with_every_refusal(
         assert (await ends.call()).request_id == expected
     info = error_info(await called(guarded, f"/{OPEN}/Fails", metadata=named))
     assert info.metadata.get("request_id", "") == expected
+
+
+async def test_a_response_is_written_to_its_end_before_a_cancelled_call_ends() -> None:
+    """Behind a message that it is still writing, grpc.aio can send no status."""
+    writing, go_on, written = asyncio.Event(), asyncio.Event(), []
+
+    class SlowContext:
+        async def write(self, response: bytes) -> None:
+            writing.set()
+            await go_on.wait()
+            written.append(response)
+
+    async def requests() -> AsyncIterator[bytes]:
+        yield b"request"
+
+    async def responses(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        yield b"first"
+        yield b"second"
+
+    method = from_bytes(grpc.unary_stream_rpc_method_handler(responses))
+    call = asyncio.ensure_future(method(requests(), SlowContext()))
+    async with asyncio.timeout(20):
+        await writing.wait()
+        call.cancel()
+        await asyncio.sleep(0)
+        assert not call.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    assert written == [b"first"]

@@ -1,5 +1,6 @@
 """Methods as gRPC calls them: handlers take streams of bytes, so that no frame is parsed before its call is let in."""
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -14,6 +15,8 @@ from bilm_server.errors import RefusalError
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
+
+_WRITE_TIMEOUT_S = 1.0
 
 Parse = Callable[[bytes], Any]
 Behavior = Callable[..., Any]
@@ -67,10 +70,24 @@ def _writing(behavior: Behavior) -> Behavior:
             return await responses
         async with aclosing(responses):
             async for response in responses:
-                await context.write(response)
+                await _write(context, response)
         return None
 
     return written
+
+
+async def _write(context: "Context", response: Any) -> None:
+    """Write a response; cancelled, end when it is written, or after a second if its client reads nothing.
+
+    grpc.aio can't send a status behind a message that it is still writing: the call would end without any.
+    """
+    writing = asyncio.ensure_future(context.write(response))
+    writing.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio logs what isn't awaited
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing], timeout=_WRITE_TIMEOUT_S)
+        raise
 
 
 def _parser_of(deserializer: Parse | None) -> Parse:
