@@ -142,13 +142,13 @@ def tanh_ratio(x):  # type: ignore[no-untyped-def]
 
 
 @inner
-def lstm_block(n, gates_h, gates_x, n_cells, c, m, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
-    """N neighbouring cells of a row; their four gates stand `n_cells` apart. Two divisions a cell."""
+def lstm_block(n, gates_h, h_stride, gates_x, x_stride, c, m, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
+    """N neighbouring cells of a row; their four gates stand a stride apart, in both halves. Two divisions a cell."""
     for k in range(n):
         p_i, q_i = tanh_ratio(HALF * (load(gates_h, k) + load(gates_x, k)))
-        p_j, q_j = tanh_ratio(load(gates_h, k + n_cells) + load(gates_x, k + n_cells))
-        p_f, q_f = tanh_ratio(HALF * (load(gates_h, k + 2 * n_cells) + load(gates_x, k + 2 * n_cells)))
-        p_o, q_o = tanh_ratio(HALF * (load(gates_h, k + 3 * n_cells) + load(gates_x, k + 3 * n_cells)))
+        p_j, q_j = tanh_ratio(load(gates_h, k + h_stride) + load(gates_x, k + x_stride))
+        p_f, q_f = tanh_ratio(HALF * (load(gates_h, k + 2 * h_stride) + load(gates_x, k + 2 * x_stride)))
+        p_o, q_o = tanh_ratio(HALF * (load(gates_h, k + 3 * h_stride) + load(gates_x, k + 3 * x_stride)))
         # σ(f)·c + σ(i)·tanh(j), over one denominator
         f_denominator, ij_denominator = TWO * q_f, TWO * q_i * q_j
         kept, new = (q_f + p_f) * load(c, k), (q_i + p_i) * p_j

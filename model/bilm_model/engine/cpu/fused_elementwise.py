@@ -71,6 +71,7 @@ def _lstm(arguments, gates_h, gates_x, m):  # type: ignore[no-untyped-def]
         lstm_block(
             min(block, n_cells - k),
             shifted(gates_h, row * 4 * n_cells + k),
+            n_cells,
             shifted(gates_x, int64s(index)[row] * 4 * n_cells + k),
             n_cells,
             float32s(c + (int64s(slots)[row] * n_cells + k) * 4),

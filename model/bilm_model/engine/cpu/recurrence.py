@@ -97,7 +97,9 @@ def _run_ticks(arguments):  # type: ignore[no-untyped-def]
             _call_multiply(multiply, size, n_gates, h_block, h + row * size * 4, recurrent, gates_h, part)
             its_gates_x = float32s(gates_x + int64s(index)[step] * n_gates * 4)
             its_c = float32s(c + int64s(slots)[row] * n_cells * 4)
-            lstm_block(n_cells, float32s(gates_h), its_gates_x, n_cells, its_c, float32s(m), float32s(clips)[0])
+            lstm_block(
+                n_cells, float32s(gates_h), n_cells, its_gates_x, n_cells, its_c, float32s(m), float32s(clips)[0]
+            )
             if projection != 0:
                 _call_multiply(multiply, n_cells, size, m_block, m, projection, outputs + step * size * 4, part)
                 clip_block(size, its_output, float32s(clips)[1])
