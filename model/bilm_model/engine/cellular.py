@@ -174,11 +174,14 @@ class CellularBatch:
         if not sentence.tokens:
             return self._pass_through(sentence)
         self._flight.check_fits(steps_of(len(sentence.tokens)))
-        h, c = self._state_of(sentence)
+        state = self._state_of(sentence)
         ticket = self._flight.enter(self._table.enter(with_boundaries(sentence.tokens)))
+        if state is None:
+            return ticket
+        ticket.brings_state = True
         try:
-            self._backend.memory.h[:, :, ticket.slot] = h
-            self._backend.memory.c[:, :, ticket.slot] = c
+            for part, states in zip(state, (self._backend.memory.h, self._backend.memory.c), strict=True):
+                states[:, :, ticket.slot] = part
         except BaseException:
             self._leave([ticket])
             raise
@@ -271,10 +274,10 @@ class CellularBatch:
             if part.shape != expected:
                 raise ValueError(f"state: {name} has shape {part.shape} (expected {expected})")
 
-    def _state_of(self, sentence: EngineSentence) -> tuple[Tensor | float, Tensor | float]:
-        """Return what to write into a slot: h and c, or zeros."""
+    def _state_of(self, sentence: EngineSentence) -> tuple[Tensor, Tensor] | None:
+        """Return what to write into a slot: h and c; None where the sentence starts from zeros."""
         if sentence.state is None:
-            return 0.0, 0.0
+            return None
         h, c = (to_device(part.copy(), self._device) for part in sentence.state)  # they may be read-only
         return h, c
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 _ROWS_NEVER_IDLE, _IDLE_SHARE = 32, 12
 
 Indices = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(eq=False)
@@ -22,11 +23,13 @@ class Row:
         slot: where its recurrent state is.
         places: (T,) where the outputs of its tokens and boundaries go.
         done: how many of its T steps it has made.
+        brings_state: whether it continues from what its slot holds, rather than starts from the zero state.
     """
 
     slot: int
     places: Indices
     done: int = 0
+    brings_state: bool = False
 
     @property
     def remaining(self) -> int:
@@ -46,12 +49,15 @@ class RoundPlan:
         sizes: rows at each tick, never growing, N together.
         places: (2, N) where each step's output goes, which is also whose token it reads.
         last: (R,) for each row the index in N of its last step of the round.
+        fresh: (N,) the step is the first of a sentence that starts from the zero state: h = c = 0 are taken instead of
+            what its row holds.
     """
 
     slots: Indices
     sizes: tuple[int, ...]
     places: Indices
     last: Indices
+    fresh: Flags
 
     @classmethod
     def of(cls, rows: Sequence[Row], max_ticks: int) -> "RoundPlan":
@@ -67,11 +73,13 @@ class RoundPlan:
         steps = list(zip(rows, n_steps.tolist(), strict=True))
         forward = np.concatenate([row.places[row.done : row.done + n] for row, n in steps])
         backward = np.concatenate([row.places[::-1][row.done : row.done + n] for row, n in steps])
+        starts = np.array([row.done == 0 and not row.brings_state for row in rows])
         return cls(
             slots=np.array([row.slot for row in rows], dtype=np.int64),
             sizes=tuple(sizes.tolist()),
             places=np.stack([forward[by_tick], backward[by_tick]]),
             last=(np.cumsum(sizes) - sizes)[n_steps - 1] + np.arange(len(rows)),
+            fresh=((ticks == 0) & np.repeat(starts, n_steps))[by_tick],
         )
 
 

@@ -37,6 +37,7 @@ class CellWork:
         h: (≥ R, P) float32 recurrent outputs before the round; may be changed.
         c: (any, C) float32 cells, changed in place.
         slots: (R,) int64, the row of `c` for each row.
+        fresh: (N,) bool, the step starts from h = c = 0, whatever `h` and `c` hold.
         sizes: rows at each tick, never growing.
     """
 
@@ -45,6 +46,7 @@ class CellWork:
     h: Tensor
     c: Tensor
     slots: Tensor
+    fresh: Tensor
     sizes: tuple[int, ...]
 
 
@@ -60,7 +62,16 @@ class Elementwise(Protocol):
         """The same as a label of the metric `bilm_kernel_path`."""
 
     def lstm(
-        self, gates_h: Tensor, gates_x: Tensor, index: Tensor, c: Tensor, slots: Tensor, *, clip: float, out: Tensor
+        self,
+        gates_h: Tensor,
+        gates_x: Tensor,
+        index: Tensor,
+        c: Tensor,
+        slots: Tensor,
+        *,
+        fresh: Tensor,
+        clip: float,
+        out: Tensor,
     ) -> None:
         """One step of R cells.
 
@@ -70,6 +81,7 @@ class Elementwise(Protocol):
             index: (R,) int64, the row of `gates_x` for each row.
             c: (any, C) float32 cells, changed in place.
             slots: (R,) int64, all different, the row of `c` for each row.
+            fresh: (R,) bool, rows whose `gates_h` and `c` count as 0, whatever they hold; both may be changed.
             clip: bound of the cells.
             out: (≥ R, C) gets σ(o)·tanh(c) in its first R rows; the others stay as they are.
         """
@@ -88,12 +100,23 @@ class TorchElementwise:
     path = "torch"
 
     def lstm(
-        self, gates_h: Tensor, gates_x: Tensor, index: Tensor, c: Tensor, slots: Tensor, *, clip: float, out: Tensor
+        self,
+        gates_h: Tensor,
+        gates_x: Tensor,
+        index: Tensor,
+        c: Tensor,
+        slots: Tensor,
+        *,
+        fresh: Tensor,
+        clip: float,
+        out: Tensor,
     ) -> None:
         """See `Elementwise`."""
         n_rows = len(index)
-        i, j, f, o = (gates_h[:n_rows].float() + gates_x[index].float()).chunk(4, dim=-1)
-        cells = (sigmoid(f) * c[slots] + sigmoid(i) * torch.tanh(j)).clamp_(-clip, clip)
+        gates_h = gates_h[:n_rows].float().masked_fill(fresh[:, None], 0.0)
+        i, j, f, o = (gates_h + gates_x[index].float()).chunk(4, dim=-1)
+        before = c[slots].masked_fill_(fresh[:, None], 0.0)
+        cells = (sigmoid(f) * before + sigmoid(i) * torch.tanh(j)).clamp_(-clip, clip)
         c[slots] = cells
         out[:n_rows] = sigmoid(o) * torch.tanh(cells)
 

@@ -49,6 +49,7 @@ def _pointer_to(element: Any) -> Any:
 
 float32s, bfloat16s = _pointer_to(types.float32), _pointer_to(types.uint16)
 int32s, int64s = _pointer_to(types.int32), _pointer_to(types.int64)
+flags = _pointer_to(types.uint8)
 
 
 @intrinsic
@@ -165,6 +166,21 @@ def clip_block(n, x, bound):  # type: ignore[no-untyped-def]
     """Clip n numbers to ±bound, in place; NaN stays NaN."""
     for k in range(n):
         x[k] = bound if x[k] > bound else (-bound if x[k] < -bound else x[k])
+
+
+@inner
+def clear_block(n, target):  # type: ignore[no-untyped-def]
+    """Set n numbers to 0."""
+    for k in range(n):
+        store(target, k, np.float32(0.0))
+
+
+@inner
+def clear_state(n, gates_h, n_cells, c):  # type: ignore[no-untyped-def]
+    """Set what `lstm_block` takes of the step before to 0: n neighbouring cells, and what h adds to their gates."""
+    clear_block(n, c)
+    for gate in range(4):
+        clear_block(n, shifted(gates_h, gate * n_cells))
 
 
 @inner

@@ -241,11 +241,11 @@ def failing_engine(**options: int) -> tuple[CellularBatch, FailingBackend]:
 
 def test_a_state_that_cannot_be_written_leaves_nothing_behind() -> None:
     engine, backend = failing_engine(max_rows=1, max_tokens=20)
-    before = free(engine)
+    state, before = state_of(engine), free(engine)
     whole = backend.memory
     backend.memory = replace(whole, c=cast(torch.Tensor, Full()))
     with pytest.raises(RuntimeError, match="simulated"):
-        engine.join(words(18))
+        engine.join(PlainSentence(words(18).tokens, state))
     backend.memory = whole
     assert free(engine) == before
     assert torch.isfinite(engine.run([words(18)])[0].layers).all()

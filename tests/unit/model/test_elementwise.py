@@ -12,6 +12,11 @@ TORCH = TorchElementwise()
 FUSED = {dtype: FusedElementwise(dtype) for dtype in DTYPES}
 
 
+def rows_from(n_rows: int, *fresh: int) -> torch.Tensor:
+    """Which rows start from the zero state."""
+    return torch.isin(torch.arange(n_rows), torch.tensor(fresh))
+
+
 def numbers(*shape: int, scale: float = 2.0) -> torch.Tensor:
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -28,7 +33,7 @@ def test_lstm(dtype: torch.dtype, n_rows: int, n_cells: int, scale: float) -> No
     outs = [torch.full((n_rows + 1, n_cells), 7.0, dtype=dtype) for _ in range(2)]
     both: tuple[Elementwise, ...] = (TORCH, FUSED[dtype])
     for elementwise, c, out in zip(both, cells, outs, strict=True):
-        elementwise.lstm(gates_h, gates_x, index, c, slots, clip=1.5, out=out)
+        elementwise.lstm(gates_h.clone(), gates_x, index, c, slots, fresh=rows_from(n_rows, 1), clip=1.5, out=out)
     assert torch.allclose(cells[0], cells[1], atol=2e-6)
     assert float(cells[1][slots].abs().max()) <= 1.5
     assert torch.allclose(outs[0].float(), outs[1].float(), atol=3e-6 if dtype == torch.float32 else 0.008)
@@ -36,11 +41,29 @@ def test_lstm(dtype: torch.dtype, n_rows: int, n_cells: int, scale: float) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["fused", "torch"])
+@pytest.mark.parametrize("n_cells", [1, 37, 1100])
+def test_a_fresh_row_has_the_bits_of_a_zero_state(dtype: torch.dtype, kind: str, n_cells: int) -> None:
+    elementwise: Elementwise = FUSED[dtype] if kind == "fused" else TORCH
+    gates_h, gates_x = (numbers(n, 4 * n_cells).to(dtype) for n in (5, 6))
+    c, index, slots = numbers(7, n_cells), torch.tensor([5, 0, 2, 2, 1]), torch.tensor([6, 0, 3, 1, 4])
+    fresh = rows_from(5, 1, 2)
+    zeros_h, zeros_c = gates_h.clone(), c.clone()
+    zeros_h[fresh], zeros_c[slots[fresh]] = 0.0, 0.0
+    gates_h[fresh], c[slots[fresh]] = math.nan, math.nan
+    found, expected = torch.zeros(2, 5, n_cells, dtype=dtype)
+    elementwise.lstm(gates_h, gates_x, index, c, slots, fresh=fresh, clip=1.5, out=found)
+    elementwise.lstm(zeros_h, gates_x, index, zeros_c, slots, fresh=rows_from(5), clip=1.5, out=expected)
+    assert torch.equal(found, expected)
+    assert torch.equal(c, zeros_c)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_a_number_stays_one(dtype: torch.dtype) -> None:
     gates_h = torch.zeros(2, 4 * 8, dtype=dtype)
     gates_h[1, 3] = math.nan
     rows, c, out = torch.arange(2), torch.zeros(2, 8), torch.zeros(2, 8, dtype=dtype)
-    FUSED[dtype].lstm(gates_h, torch.zeros_like(gates_h), rows, c, rows, clip=3.0, out=out)
+    FUSED[dtype].lstm(gates_h, torch.zeros_like(gates_h), rows, c, rows, fresh=rows_from(2), clip=3.0, out=out)
     assert c[1, 3].isnan()
     assert out[1, 3].isnan()
     assert int(out.isnan().sum()) == 1
@@ -80,6 +103,6 @@ def test_without_openmp_one_thread_does_it() -> None:
     rows = torch.arange(130)
     outs, cells = torch.zeros(2, 130, 64), torch.zeros(2, 130, 64)
     for elementwise, c, out in zip((alone, FUSED[torch.float32]), cells, outs, strict=True):
-        elementwise.lstm(numbers(130, 256), numbers(130, 256), rows, c, rows, clip=1.5, out=out)
+        elementwise.lstm(numbers(130, 256), numbers(130, 256), rows, c, rows, fresh=rows_from(130), clip=1.5, out=out)
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(cells[0], cells[1])

@@ -10,7 +10,7 @@ ROWS = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 29)), min_size=1, m
 @given(ROWS, st.integers(1, 40))
 def test_every_row_makes_its_next_steps_in_order(shapes: list[tuple[int, int]], max_ticks: int) -> None:
     rows = [
-        Row(slot, 100 * slot + np.arange(length, dtype=np.int64), min(done, length - 1))
+        Row(slot, 100 * slot + np.arange(length, dtype=np.int64), min(done, length - 1), brings_state=slot % 3 == 0)
         for slot, (length, done) in enumerate(shapes)
     ]
     plan = RoundPlan.of(rows, max_ticks)
@@ -18,12 +18,15 @@ def test_every_row_makes_its_next_steps_in_order(shapes: list[tuple[int, int]], 
     assert len(plan.sizes) <= max_ticks
     forward: dict[int, list[int]] = {row.slot: [] for row in rows}
     backward: dict[int, list[int]] = {row.slot: [] for row in rows}
+    fresh: set[int] = set()
     first = 0
     for size in plan.sizes:
         for r, slot in enumerate(plan.slots[:size].tolist()):
+            fresh |= {int(plan.places[0, first + r])} if plan.fresh[first + r] else set()
             forward[slot].append(int(plan.places[0, first + r]))
             backward[slot].append(int(plan.places[1, first + r]))
         first += size
+    assert fresh == {int(row.places[0]) for row in rows if row.done == 0 and not row.brings_state}
     for r, slot in enumerate(plan.slots.tolist()):
         row = rows[slot]
         n_steps = min(row.remaining, max_ticks)

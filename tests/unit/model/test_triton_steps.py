@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from bilm_model.config import Residual
-from bilm_model.engine.cuda.schedule import FIRST_INPUTS, LATER_INPUTS, Schedule
+from bilm_model.engine.cuda.schedule import FIRST_INPUTS, FRESH, LATER_INPUTS, N_COLUMNS, Schedule
 from bilm_model.engine.cuda.steps import Steps, TorchSteps, check_steps
 from bilm_model.engine.planner import RoundPlan
 from bilm_model.kernels.elementwise import TorchElementwise
@@ -44,6 +44,7 @@ class Setting:
             sizes=tuple(sizes),
             places=np.stack([self.random.permutation(n_places)[:n_steps] for _ in range(2)]),
             last=np.zeros(sizes[0], dtype=np.int64),
+            fresh=np.arange(n_steps) % 4 == 2,
         )
         self.index = self.random.integers(0, 4, (2, n_steps))  # with repeats
         self.schedule = Schedule(CPU, max_ticks=3, max_rows=n_slots, max_steps=n_steps + 5)
@@ -76,12 +77,32 @@ def test_gates(steps: Steps, dtype: torch.dtype, n_cells: int, n_slices: int, si
         slots = torch.from_numpy(s.plan.slots)[: s.n_rows]
         index = torch.from_numpy(s.index[d, s.first :])
         expected = torch.zeros(s.n_rows, n_cells, dtype=dtype)
-        TorchElementwise().lstm(gates_h[d], gates_x, index, expected_c[d], slots, clip=0.75, out=expected)
+        of_rows = (gates_h[d], gates_x, index, expected_c[d], slots)
+        fresh = torch.from_numpy(s.plan.fresh)[s.first :]
+        TorchElementwise().lstm(*of_rows, fresh=fresh, clip=0.75, out=expected)
         assert close(found[d, : s.n_rows], expected, dtype)
     assert close(c, expected_c, torch.float32)
     assert c[0, s.plan.slots[0], 0].isnan()
     assert found[0, 0, 0].isnan()
     assert s.schedule.clock.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_step_has_the_bits_of_a_zero_state(steps: Steps, dtype: torch.dtype) -> None:
+    s = Setting((5, 4), n_bucket=6)
+    n_cells, (row,) = 300, np.flatnonzero(s.plan.fresh[5:])
+    gates_h, gates_x = s.numbers(2, 6, 4 * n_cells, dtype=dtype), s.numbers(4, 4 * n_cells, dtype=dtype)
+    c = s.numbers(2, 6, n_cells)
+    zeros_h, zeros_c = gates_h.clone(), c.clone()
+    zeros_h[:, row], zeros_c[:, s.plan.slots[row]] = 0.0, 0.0
+    gates_h[:, row], c[:, s.plan.slots[row]] = torch.nan, torch.nan
+    found, expected = torch.zeros(2, 2, 6, n_cells, dtype=dtype)
+    for from_h, cells, m in ((gates_h, c, found), (zeros_h, zeros_c, expected)):
+        s.schedule.clock[0] = 1
+        steps.gates(s.schedule, FIRST_INPUTS, from_h, gates_x, cells, clip=0.75, m=m)
+        s.schedule.steps[:, FRESH] = 0
+    assert torch.equal(found[:, :4], expected[:, :4])
+    assert torch.equal(c, zeros_c)
 
 
 @pytest.mark.parametrize("column", [FIRST_INPUTS, LATER_INPUTS])
@@ -179,7 +200,7 @@ def test_the_kernels_compile_for_a_gpu(dtype: str, tmp_path_factory: pytest.Temp
     in_dtype = {"gates_h", "gates_x", "m", "h_next"}
     pointers = dict.fromkeys(("clock", "begins", "slots", "steps"), "*i64")
     pointers |= dict.fromkeys(("c", "parts", "h", "x", "outputs"), "*fp32") | dict.fromkeys(in_dtype, f"*{dtype}")
-    constants = {"N_COLUMNS": 6, "PLACES": 0, "BLOCK": 256}
+    constants = {"FRESH": FRESH, "N_COLUMNS": N_COLUMNS, "PLACES": 0, "BLOCK": 256}
     sizes = {"n_cells", "n_slice_cells", "n_components"}
     for kernel in (gates_kernel, outputs_kernel):
         names = kernel.arg_names

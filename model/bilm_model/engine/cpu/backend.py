@@ -208,6 +208,7 @@ class CpuBackend:
             h=self.memory.h[layer, direction].index_select(0, torch.from_numpy(_padded(plan.slots))),
             c=self.memory.c[layer, direction],
             slots=torch.from_numpy(plan.slots),
+            fresh=torch.from_numpy(plan.fresh),
             sizes=plan.sizes,
         )
 
@@ -228,8 +229,9 @@ class CpuBackend:
         for n_rows in work.sizes:
             n_padded = padded_rows(n_rows)
             gates_h, m = cell.recurrent(h[:n_padded]), self._cells_out[:n_padded]
-            index, slots = work.index[first : first + n_rows], work.slots[:n_rows]
-            self._elementwise.lstm(gates_h, work.gates_x, index, work.c, slots, clip=self._config.cell_clip, out=m)
+            steps, slots = slice(first, first + n_rows), work.slots[:n_rows]
+            gates, c, fresh = (gates_h, work.gates_x, work.index[steps]), work.c, work.fresh[steps]
+            self._elementwise.lstm(*gates, c, slots, fresh=fresh, clip=self._config.cell_clip, out=m)
             h = m.clone() if cell.projection is None else cell.projection(m)
             outputs.append(h[:n_rows])
             first += n_rows

@@ -61,9 +61,9 @@ def _compare(fused: Elementwise, dtype: torch.dtype) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     gates_h, gates_x = (torch.randn(3, 4 * 40, generator=generator).to(dtype) for _ in range(2))
-    index = torch.tensor([2, 0, 1])
+    index, fresh = torch.tensor([2, 0, 1]), torch.tensor([False, True, False])
     found, expected = torch.zeros(2, 3, 40, dtype=dtype)
     for elementwise, out in ((fused, found), (TorchElementwise(), expected)):
-        elementwise.lstm(gates_h, gates_x, index, torch.ones(3, 40), index, clip=3.0, out=out)
+        elementwise.lstm(gates_h, gates_x, index, torch.ones(3, 40), index, fresh=fresh, clip=3.0, out=out)
     if not torch.allclose(found.float(), expected.float(), atol=1e-2 if dtype == torch.bfloat16 else 1e-5):
         raise RuntimeError("they don't compute what they should")

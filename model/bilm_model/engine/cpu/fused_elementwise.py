@@ -15,6 +15,8 @@ from bilm_model.kernels.numba_blocks import (
     TWO,
     Kernel,
     bfloat16s,
+    clear_state,
+    flags,
     float32s,
     inner,
     int32s,
@@ -62,22 +64,18 @@ def _activate(n, peaks, bias, tanh):  # type: ignore[no-untyped-def]
 @inner
 def _lstm(arguments, gates_h, gates_x, m):  # type: ignore[no-untyped-def]
     n_threads, n_rows, n_cells, block = carray(arguments, 4)
-    index, c, slots = carray(arguments, 9)[6:]
-    clip = float32s(arguments[10])[0]
+    index, c, slots, fresh = carray(arguments, 10)[6:]
+    clip = float32s(arguments[11])[0]
     n_blocks = (n_cells + block - 1) // block
     first, end = share(n_rows * n_blocks, n_threads)
     for unit in range(first, end):
         row, k = unit // n_blocks, unit % n_blocks * block
-        lstm_block(
-            min(block, n_cells - k),
-            shifted(gates_h, row * 4 * n_cells + k),
-            n_cells,
-            shifted(gates_x, int64s(index)[row] * 4 * n_cells + k),
-            n_cells,
-            float32s(c + (int64s(slots)[row] * n_cells + k) * 4),
-            shifted(m, row * n_cells + k),
-            clip,
-        )
+        n = min(block, n_cells - k)
+        its_h, its_x = shifted(gates_h, row * 4 * n_cells + k), shifted(gates_x, int64s(index)[row] * 4 * n_cells + k)
+        its_c, its_m = float32s(c + (int64s(slots)[row] * n_cells + k) * 4), shifted(m, row * n_cells + k)
+        if flags(fresh)[row]:
+            clear_state(n, its_h, n_cells, its_c)
+        lstm_block(n, its_h, n_cells, its_x, n_cells, its_c, its_m, clip)
 
 
 @inner
@@ -108,11 +106,11 @@ def _peaks(arguments, responses):  # type: ignore[no-untyped-def]
 
 
 def _lstm_float32(arguments):  # type: ignore[no-untyped-def]
-    _lstm(arguments, float32s(arguments[4]), float32s(arguments[5]), float32s(arguments[9]))
+    _lstm(arguments, float32s(arguments[4]), float32s(arguments[5]), float32s(arguments[10]))
 
 
 def _lstm_bfloat16(arguments):  # type: ignore[no-untyped-def]
-    _lstm(arguments, bfloat16s(arguments[4]), bfloat16s(arguments[5]), bfloat16s(arguments[9]))
+    _lstm(arguments, bfloat16s(arguments[4]), bfloat16s(arguments[5]), bfloat16s(arguments[10]))
 
 
 def _highway_float32(arguments):  # type: ignore[no-untyped-def]
@@ -164,12 +162,21 @@ class FusedElementwise:
         return "fused" if self._parallel else "fused_one_thread"
 
     def lstm(
-        self, gates_h: Tensor, gates_x: Tensor, index: Tensor, c: Tensor, slots: Tensor, *, clip: float, out: Tensor
+        self,
+        gates_h: Tensor,
+        gates_x: Tensor,
+        index: Tensor,
+        c: Tensor,
+        slots: Tensor,
+        *,
+        fresh: Tensor,
+        clip: float,
+        out: Tensor,
     ) -> None:
         """See `Elementwise`."""
         n_rows, n_cells = len(index), c.shape[1]
         bound = ctypes.c_float(clip)
-        addresses = [tensor.data_ptr() for tensor in (gates_h, gates_x, index, c, slots, out)]
+        addresses = [tensor.data_ptr() for tensor in (gates_h, gates_x, index, c, slots, fresh, out)]
         self._run(self._lstm, n_rows * n_cells, n_rows, n_cells, BLOCK, *addresses, ctypes.addressof(bound))
 
     def highway(self, x: Tensor, z: Tensor) -> Tensor:

@@ -23,8 +23,10 @@ from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.kernels.elementwise import CellWork
 from bilm_model.kernels.numba_blocks import (
     CONTRACT,
+    clear_state,
     clip_block,
     copy_block,
+    flags,
     float32s,
     inner,
     int64s,
@@ -88,15 +90,18 @@ def _call_multiply(typing_context, address, n_in, n_out, block, x, weight, out, 
 
 @inner
 def _run_ticks(arguments):  # type: ignore[no-untyped-def]
-    n_ticks, sizes, size, n_cells, h_block, m_block, gates_x, index, slots, c = carray(arguments, 18)[:10]
-    h, outputs, recurrent, projection, gates_h, m, part, clips, multiply = carray(arguments, 19)[10:]
+    n_ticks, sizes, size, n_cells, h_block, m_block, gates_x, index, slots, c = carray(arguments, 20)[:10]
+    fresh, h, outputs, recurrent, projection, gates_h, m, part, clips, multiply = carray(arguments, 20)[10:]
     n_gates, step = 4 * n_cells, 0
     for tick in range(n_ticks):
         for row in range(int64s(sizes)[tick]):
             its_h, its_output = float32s(h + row * size * 4), float32s(outputs + step * size * 4)
-            _call_multiply(multiply, size, n_gates, h_block, h + row * size * 4, recurrent, gates_h, part)
             its_gates_x = float32s(gates_x + int64s(index)[step] * n_gates * 4)
             its_c = float32s(c + int64s(slots)[row] * n_cells * 4)
+            if flags(fresh)[step]:
+                clear_state(n_cells, float32s(gates_h), n_cells, its_c)
+            else:
+                _call_multiply(multiply, size, n_gates, h_block, h + row * size * 4, recurrent, gates_h, part)
             lstm_block(
                 n_cells, float32s(gates_h), n_cells, its_gates_x, n_cells, its_c, float32s(m), float32s(clips)[0]
             )
@@ -175,7 +180,8 @@ class Recurrence:
     def arguments(self, work: CellWork, outputs: Tensor, ticks: Tensor) -> "ctypes.Array[ctypes.c_int64]":
         """Of the kernel, for outputs (N, P) and the rows at each tick."""
         weights = (self._recurrent.transposed, None if self._projection is None else self._projection.transposed)
-        tensors = (work.gates_x, work.index, work.slots, work.c, work.h, outputs, *weights, *self._buffers, self._clips)
+        steps = (work.gates_x, work.index, work.slots, work.c, work.fresh)
+        tensors = (*steps, work.h, outputs, *weights, *self._buffers, self._clips)
         blocks = (self._recurrent.block, 0 if self._projection is None else self._projection.block)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         numbers = (len(ticks), ticks.data_ptr(), self._config.projection_dim, self._config.cell_dim, *blocks)

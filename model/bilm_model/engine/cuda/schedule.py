@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bilm_model.engine.planner import Indices, RoundPlan
 
-PLACES, FIRST_INPUTS, LATER_INPUTS = 0, 2, 4
-"""Columns of `Schedule.steps`, of the forward direction; the backward direction's is the next."""
-N_COLUMNS = 6
+PLACES, FIRST_INPUTS, LATER_INPUTS, FRESH = 0, 2, 4, 6
+"""Columns of `Schedule.steps`: of the forward direction, the backward direction's is the next; `FRESH` is of both."""
+N_COLUMNS = 7
 _MAX_EXTRA = 6
 
 
@@ -27,8 +27,8 @@ class Schedule:
             that no kernel changes what it reads.
         begins: (T + 1,) each tick's first step.
         slots: (R,) of the rows.
-        steps: (N, 6) the place of each step's output, and the rows of the input projections that it reads in the first
-            and in later layers, for both directions.
+        steps: (N, 7) the place of each step's output, and the rows of the input projections that it reads in the first
+            and in later layers, for both directions; then whether it starts from h = c = 0.
     """
 
     def __init__(self, device: torch.device, max_ticks: int, max_rows: int, max_steps: int) -> None:
@@ -73,7 +73,7 @@ class Schedule:
         extra_at = self._steps_at + N_COLUMNS * n_steps
         steps = words[self._steps_at : extra_at].reshape(n_steps, N_COLUMNS)
         later_inputs = np.arange(2 * n_steps).reshape(2, n_steps)
-        steps[:] = np.concatenate([plan.places, first_inputs, later_inputs]).T
+        steps[:] = np.concatenate([plan.places, first_inputs, later_inputs, plan.fresh[None]]).T
         end = extra_at + len(extra)
         words[extra_at:end] = extra
         page.send(self._words[:end])

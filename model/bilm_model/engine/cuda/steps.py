@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilm_model.config import Residual
-from bilm_model.engine.cuda.schedule import FIRST_INPUTS, PLACES, Schedule
+from bilm_model.engine.cuda.schedule import FIRST_INPUTS, FRESH, PLACES, Schedule
 from bilm_model.kernels.elementwise import TorchElementwise
 
 
@@ -31,7 +31,7 @@ class Steps(Protocol):
     def gates(
         self, schedule: Schedule, column: int, gates_h: Tensor, gates_x: Tensor, c: Tensor, *, clip: float, m: Tensor
     ) -> None:
-        """One step of the cells of the rows that run.
+        """One step of the cells of the rows that run; of a fresh step, `gates_h` and `c` count as 0.
 
         Args:
             schedule: which rows these are.
@@ -87,10 +87,12 @@ class TorchSteps:
         rows, steps = _rows_and_steps(schedule, schedule.clock[:1], n_rows)
         schedule.clock[1:].copy_(schedule.clock[:1])
         slots, slices = schedule.slots.index_select(0, rows), m.view(2, -1, n_rows, m.shape[2])
+        fresh = schedule.steps[:, FRESH].index_select(0, steps).bool()
         for d in range(2):
             out = m.new_empty(n_rows, n_cells)
             index = schedule.steps[:, column + d].index_select(0, steps)
-            self._elementwise.lstm(gates_h[d].index_select(0, rows), gates_x, index, c[d], slots, clip=clip, out=out)
+            from_h = gates_h[d].index_select(0, rows)
+            self._elementwise.lstm(from_h, gates_x, index, c[d], slots, fresh=fresh, clip=clip, out=out)
             slices[d] = out.view(n_rows, -1, m.shape[2]).transpose(0, 1)
 
     def outputs(
@@ -148,7 +150,7 @@ def _sample(steps: Steps, device: torch.device) -> list[Tensor]:
     schedule = Schedule(device, max_ticks=2, max_rows=4, max_steps=4)
     schedule.begins.copy_(torch.tensor([0, 2, 4]))
     schedule.slots[:2] = torch.tensor([3, 1])
-    schedule.steps.copy_(torch.tensor([[1, 2, 0, 3, 2, 1], [0, 1, 3, 1, 1, 0]]).repeat(2, 1))
+    schedule.steps.copy_(torch.tensor([[1, 2, 0, 3, 2, 1, 0], [0, 1, 3, 1, 1, 0, 1]]).repeat(2, 1))
     c, m, h, h_next = numbers(2, 4, 32), torch.zeros(4, 4, 16, device=device), numbers(2, 4, 8), numbers(2, 4, 8)
     x, outputs = numbers(2, 4, 8), numbers(2, 4, 8)
     steps.gates(schedule, FIRST_INPUTS, numbers(2, 4, 128), numbers(4, 128), c, clip=0.8, m=m)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bilm_model.config import Residual
-from bilm_model.engine.cuda.schedule import N_COLUMNS, PLACES, Schedule
+from bilm_model.engine.cuda.schedule import FRESH, N_COLUMNS, PLACES, Schedule
 
 _BLOCK = 256
 """Cells of a program: for one warp, 16 bytes of bfloat16 a thread, the widest access there is."""
@@ -55,6 +55,7 @@ def gates_kernel(  # noqa: PLR0917
     n_slots,
     n_cells,
     n_slice_cells,
+    FRESH: tl.constexpr,
     N_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -72,12 +73,16 @@ def gates_kernel(  # noqa: PLR0917
         cell = piece * n_slice_cells + of_slice
         from_h = gates_h + (direction * n_bucket + row) * 4 * n_cells + cell
         from_x = gates_x + tl.load(steps + step * N_COLUMNS + column + direction) * 4 * n_cells + cell
-        i = tl.load(from_h, mask).to(tl.float32) + tl.load(from_x, mask).to(tl.float32)
-        j = tl.load(from_h + n_cells, mask).to(tl.float32) + tl.load(from_x + n_cells, mask).to(tl.float32)
-        f = tl.load(from_h + 2 * n_cells, mask).to(tl.float32) + tl.load(from_x + 2 * n_cells, mask).to(tl.float32)
-        o = tl.load(from_h + 3 * n_cells, mask).to(tl.float32) + tl.load(from_x + 3 * n_cells, mask).to(tl.float32)
+        # Of a fresh step, 0 stands for what the step before left
+        old = of_slice < n_slice_cells * (1 - tl.load(steps + step * N_COLUMNS + FRESH))
+        h_i, h_j = tl.load(from_h, old, other=0.0), tl.load(from_h + n_cells, old, other=0.0)
+        h_f, h_o = tl.load(from_h + 2 * n_cells, old, other=0.0), tl.load(from_h + 3 * n_cells, old, other=0.0)
+        i = h_i.to(tl.float32) + tl.load(from_x, mask).to(tl.float32)
+        j = h_j.to(tl.float32) + tl.load(from_x + n_cells, mask).to(tl.float32)
+        f = h_f.to(tl.float32) + tl.load(from_x + 2 * n_cells, mask).to(tl.float32)
+        o = h_o.to(tl.float32) + tl.load(from_x + 3 * n_cells, mask).to(tl.float32)
         cells = c + (direction * n_slots + slot) * n_cells + cell
-        state = _clip(_sigmoid(f) * tl.load(cells, mask) + _sigmoid(i) * _tanh(j), clip)
+        state = _clip(_sigmoid(f) * tl.load(cells, old, other=0.0) + _sigmoid(i) * _tanh(j), clip)
         tl.store(cells, state, mask)
         out = m + (part * n_bucket + row) * n_slice_cells + of_slice
         tl.store(out, (_sigmoid(o) * _tanh(state)).to(m.dtype.element_ty), mask)
@@ -153,6 +158,7 @@ class TritonSteps:
             *_of(schedule),
             *(gates_h, gates_x, c, m, clip),
             *(column, n_bucket, n_parts // 2, n_slots, n_cells, n_slice_cells),
+            FRESH=FRESH,
             N_COLUMNS=N_COLUMNS,
             BLOCK=_BLOCK,
             num_warps=1,
