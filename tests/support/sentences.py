@@ -3,14 +3,14 @@
 import asyncio
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bilm_api.constants import Reason
 from bilm_model.engine.types import Capacity, OutputSpec
 from bilm_model.scalar_mix import Selection
 from bilm_server.errors import RefusalError
-from bilm_server.inference.types import Call, Result, RoundReport, Sentence
+from bilm_server.inference.types import Call, Outcomes, Result, RoundReport, Sentence
 from bilm_server.inference.worker import InferenceWorker
 
 from tests.support.fake_engine import FakeEngine
@@ -23,10 +23,19 @@ def new_sentence(call: Call, *tokens: str) -> Sentence:
     return Sentence(call, tokens, PLAIN, tokens=tokens)
 
 
-def reasons(futures: list["asyncio.Future[Result]"]) -> set[Reason | None]:
-    """Return how futures that are done ended, None standing for a result."""
-    errors = [future.exception() for future in futures]
-    return {error.reason if isinstance(error, RefusalError) else None for error in errors}
+def reasons(futures: list["asyncio.Future[Outcomes]"]) -> set[Reason | None]:
+    """Return how the sentences of futures that are done ended, None standing for a result."""
+    found: list[Any] = [
+        each for future in futures for each in ([future.exception()] if future.exception() else future.result())
+    ]
+    return {each.reason if isinstance(each, RefusalError) else None for each in found}
+
+
+def result(future: "asyncio.Future[Outcomes]") -> Result:
+    """Return the result of the only sentence of a future."""
+    (found,) = future.result()
+    assert isinstance(found, Result)
+    return found
 
 
 class DrivenWorker:
@@ -43,16 +52,20 @@ class DrivenWorker:
     ) -> None:
         self.engine = engine
         self.worker = InferenceWorker(engine, on_round, now_s)
-        self.futures: list[asyncio.Future[Result]] = []
+        self.futures: list[asyncio.Future[Outcomes]] = []
         self.wrong: list[Any] = []
         self._sentences: weakref.WeakSet[Sentence] = weakref.WeakSet()
 
-    def submit(self, call: Call, *tokens: str) -> "asyncio.Future[Result]":
+    def submit(self, call: Call, *tokens: str) -> "asyncio.Future[Outcomes]":
         """Submit a new sentence."""
+        return self.submit_all(call, [tokens])
+
+    def submit_all(self, call: Call, sentences: Sequence[Sequence[str]]) -> "asyncio.Future[Outcomes]":
+        """Submit new sentences together."""
         asyncio.get_running_loop().set_exception_handler(lambda _, context: self.wrong.append(context))
-        sentence = new_sentence(call, *tokens)
-        self._sentences.add(sentence)
-        future = self.worker.submit(sentence)
+        found = [new_sentence(call, *tokens) for tokens in sentences]
+        self._sentences.update(found)
+        future = self.worker.submit(found)
         self.futures.append(future)
         return future
 

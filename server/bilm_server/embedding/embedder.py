@@ -4,7 +4,6 @@ A protocol makes `Sentence`s of its messages and its messages of `Result`s; it i
 says who calls. Limits, admission, cancellation and accounting are here, for all of them.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Protocol, TypeVar
@@ -25,7 +24,7 @@ from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.embedding.conversions import Conversions
 from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits
 from bilm_server.errors import Code, RefusalError
-from bilm_server.inference.types import Result, Sentence
+from bilm_server.inference.types import Outcome, Result, Sentence
 from bilm_server.inference.worker import InferenceWorker
 from bilm_server.observability.call_record import current_call
 from bilm_server.served_model import ServedModel
@@ -39,7 +38,7 @@ class ResponseFormat(Protocol[R_co]):
     def overhead_bytes(self, sentence: Sentence) -> int:
         """Return an upper bound of what a sentence takes beside its vectors and state."""
 
-    def build(self, sentences: Sequence[Sentence], results: Sequence[Result | RefusalError], n_bytes: int) -> R_co:
+    def build(self, sentences: Sequence[Sentence], results: Sequence[Outcome], n_bytes: int) -> R_co:
         """Build the response, of that many bytes at most; in any thread."""
 
 
@@ -138,7 +137,10 @@ class Embedder:
         Raises:
             RefusalError: what it ended in.
         """
-        return await self.worker.submit(sentence)
+        (outcome,) = await self.worker.submit([sentence])
+        if isinstance(outcome, RefusalError):
+            raise outcome
+        return outcome
 
     def _retry_after_ms(self) -> int:
         """Return when there will be room again: the time that half of what waits takes."""
@@ -178,35 +180,11 @@ class Embedder:
 
     async def _compute_all(
         self, sentences: Sequence[Sentence], refusals: Sequence[RefusalError | None]
-    ) -> list[Result | RefusalError]:
-        """Compute those that aren't refused; raise the first refusal, save INTERNAL, which is the sentence's own.
-
-        The futures are awaited as they are: a task for each sentence would cost more than its response.
-        """
-        found = [refusal or self.worker.submit(sentence) for sentence, refusal in zip(sentences, refusals, strict=True)]
-        futures = [each for each in found if isinstance(each, asyncio.Future)]
-        try:
-            await _all_or_refusal(futures)
-        finally:
-            for future in futures:
-                _ = future.cancel() or future.cancelled() or future.exception()  # or asyncio logs it as never retrieved
-        return [each if isinstance(each, RefusalError) else _outcome(each) for each in found]
-
-
-async def _all_or_refusal(futures: Sequence[asyncio.Future[Result]]) -> None:
-    """Wait for all, or raise the first error that isn't a sentence's own."""
-    waiting = set(futures)
-    while waiting:
-        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
-        errors = [error for future in done if (error := future.exception()) is not None]
-        for error in errors:
-            if not (isinstance(error, RefusalError) and error.reason is Reason.INTERNAL):
-                raise error
-
-
-def _outcome(future: asyncio.Future[Result]) -> Result | RefusalError:
-    error = future.exception()
-    return error if isinstance(error, RefusalError) else future.result()
+    ) -> list[Outcome]:
+        """Compute those that aren't refused; raise the first refusal that isn't a sentence's own."""
+        good = [sentence for sentence, refusal in zip(sentences, refusals, strict=True) if refusal is None]
+        outcomes = iter(await self.worker.submit(good) if good else ())
+        return [refusal or next(outcomes) for refusal in refusals]
 
 
 class SentenceStream:
@@ -277,7 +255,7 @@ class SentenceStream:
             raise
 
 
-def _count(sentences: Sequence[Sentence], results: Sequence[Result | RefusalError]) -> None:
+def _count(sentences: Sequence[Sentence], results: Sequence[Outcome]) -> None:
     call = current_call()
     for sentence, result in zip(sentences, results, strict=True):
         if isinstance(result, RefusalError):

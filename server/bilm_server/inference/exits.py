@@ -7,9 +7,9 @@ from contextlib import suppress
 from bilm_api.constants import Reason
 
 from bilm_server.errors import RefusalError
-from bilm_server.inference.types import Result, Sentence
+from bilm_server.inference.types import Outcome, Outcomes, Sentence
 
-Exit = Result | RefusalError | None
+Exit = Outcome | None
 """None: the sentence was cancelled, so that there is nothing to deliver."""
 
 Refusal = Callable[[], RefusalError]
@@ -37,14 +37,19 @@ def too_large() -> RefusalError:
 
 
 class PendingSentences:
-    """Sentences whose futures aren't done; used from the event loop only, save `deliver` and `call`."""
+    """Sentences whose futures aren't done; used from the event loop only, save `deliver` and `call`.
+
+    Those that are submitted together have one future. It ends in the outcomes of all of them, or in the first refusal
+    that isn't a sentence's own.
+    """
 
     def __init__(self) -> None:
-        self._sentences: set[Sentence] = set()
+        self._sentences: dict[asyncio.Future[Outcomes], Sequence[Sentence]] = {}
+        self._n_open: dict[asyncio.Future[Outcomes], int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __len__(self) -> int:
-        """Sentences that something waits for."""
+        """Futures that something waits for."""
         return len(self._sentences)
 
     def attach(self) -> asyncio.AbstractEventLoop:
@@ -52,32 +57,36 @@ class PendingSentences:
         self._loop = asyncio.get_running_loop()
         return self._loop
 
-    def open(self, sentence: Sentence, on_done: Callable[[Sentence], None]) -> asyncio.Future[Result]:
-        """Give a sentence its future.
+    def open(
+        self, sentences: Sequence[Sentence], on_done: Callable[[Sequence[Sentence]], None]
+    ) -> asyncio.Future[Outcomes]:
+        """Give sentences their future.
 
         Args:
-            sentence: a new one.
+            sentences: new ones, one at least.
             on_done: called when the future is done, whatever did that.
         """
-        future = sentence.future = self.attach().create_future()
-        self._sentences.add(sentence)
+        future: asyncio.Future[Outcomes] = self.attach().create_future()
+        for sentence in sentences:
+            sentence.future = future
+        self._sentences[future], self._n_open[future] = sentences, len(sentences)
 
-        def done(_: object) -> None:
-            self._sentences.discard(sentence)
-            on_done(sentence)
+        def done(future: asyncio.Future[Outcomes]) -> None:
+            del self._sentences[future], self._n_open[future]
+            on_done(sentences)
 
         future.add_done_callback(done)
         return future
 
     def refuse(self, refusal: Refusal) -> None:
         """Refuse all of them."""
-        resolve([(sentence, refusal()) for sentence in tuple(self._sentences)])
+        for future in tuple(self._sentences):
+            _refuse(future, refusal())
 
     def deliver(self, exits: Sequence[tuple[Sentence, Exit]]) -> None:
         """Let the event loop end the futures of sentences that have ended."""
-        found = [(sentence, result) for sentence, result in exits if result is not None]
-        if found:
-            self.call(lambda: resolve(found))
+        if any(outcome is not None for _, outcome in exits):
+            self.call(lambda: self._resolve(exits))
 
     def call(self, callback: Callable[[], None]) -> None:
         """Let the event loop call a function."""
@@ -85,15 +94,22 @@ class PendingSentences:
         with suppress(RuntimeError):  # the loop was closed while the thread hung: nothing waits any more
             self._loop.call_soon_threadsafe(callback)
 
+    def _resolve(self, exits: Sequence[tuple[Sentence, Exit]]) -> None:
+        for sentence, outcome in exits:
+            future = sentence.future
+            if outcome is None or future is None or future.done():
+                continue
+            if isinstance(outcome, RefusalError) and outcome.reason is not Reason.INTERNAL:
+                _refuse(future, outcome)
+                continue
+            sentence.outcome = outcome
+            self._n_open[future] -= 1
+            if not self._n_open[future]:
+                future.set_result([each.outcome for each in self._sentences[future] if each.outcome is not None])
 
-def resolve(exits: Sequence[tuple[Sentence, Result | RefusalError]]) -> None:
-    """End the futures of sentences, on the event loop; those that are done stay as they are."""
-    for sentence, result in exits:
-        future = sentence.future
-        if future is None or future.done():
-            continue
-        if isinstance(result, RefusalError):
-            future.set_exception(result)
-            future.exception()  # marks it as retrieved: a call that ends at its first refusal reads no other
-        else:
-            future.set_result(result)
+
+def _refuse(future: asyncio.Future[Outcomes], refusal: RefusalError) -> None:
+    """End a future, unless it is done."""
+    if not future.done():
+        future.set_exception(refusal)
+        future.exception()  # marks it as retrieved: a call that is over reads none

@@ -9,6 +9,8 @@ import numpy as np
 from bilm_model.engine.types import Capacity, OutputSpec, State
 from numpy.typing import NDArray
 
+from bilm_server.errors import RefusalError
+
 NO_DEADLINE_S = float("inf")
 _NO_NEED = Capacity(0, 0)
 
@@ -55,6 +57,12 @@ class Result:
     inference_s: float
 
 
+Outcome = Result | RefusalError
+"""A refusal that a sentence ends in by itself is INTERNAL; every other one ends those submitted with it, too."""
+
+Outcomes = Sequence[Outcome]
+
+
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Sentence:
     """A sentence; it ends exactly once, in a result, a refusal or a cancellation.
@@ -78,7 +86,8 @@ class Sentence:
         need: capacity that it takes while it is computed.
         arrived_s: when it was submitted, on the worker's clock.
         joined_s: when it joined the engine, on the worker's clock.
-        future: of its result; None before it is submitted.
+        future: of what it and those that were submitted with it end in; None before it is submitted.
+        outcome: what it has ended in; None until the event loop knows, and for a sentence that was cancelled.
     """
 
     call: Call
@@ -95,7 +104,8 @@ class Sentence:
     need: Capacity = _NO_NEED
     arrived_s: float = 0.0
     joined_s: float = 0.0
-    future: "asyncio.Future[Result] | None" = None
+    future: "asyncio.Future[Outcomes] | None" = None
+    outcome: "Outcome | None" = None
 
     @property
     def cancelled(self) -> bool:

@@ -4,16 +4,16 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bilm_model.engine.types import Capacity, Engine
 
 from bilm_server.errors import RefusalError
 from bilm_server.inference.batch import RunningBatch
-from bilm_server.inference.exits import PendingSentences, Refusal, failing, resolve, shutting_down, too_large
+from bilm_server.inference.exits import PendingSentences, Refusal, failing, shutting_down, too_large
 from bilm_server.inference.scheduler import Scheduler
-from bilm_server.inference.types import Result, RoundReport, Sentence, Status
+from bilm_server.inference.types import Outcomes, RoundReport, Sentence, Status
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class InferenceWorker:
 
     @property
     def pending(self) -> int:
-        """Sentences whose futures aren't done."""
+        """Submissions whose futures aren't done."""
         return len(self._pending)
 
     @property
@@ -137,22 +137,26 @@ class InferenceWorker:
                 _log.error("the inference thread doesn't end; it is left behind")
         self._refuse_pending(shutting_down)
 
-    def submit(self, sentence: Sentence) -> asyncio.Future[Result]:
-        """Queue a sentence.
+    def submit(self, sentences: Sequence[Sentence]) -> asyncio.Future[Outcomes]:
+        """Queue sentences of one call, one at least.
 
-        The future ends in a `Result` or a `RefusalError`. Cancelling it takes the sentence out.
+        The future ends in the outcome of each of them, in their order: a `Result`, or an INTERNAL refusal that is the
+        sentence's own. Or it ends in the first other RefusalError. Then, and if it is cancelled, all are taken out.
         """
-        sentence.arrived_s, sentence.need = self._clock(), self._engine.need(len(sentence.tokens))
-        future = self._pending.open(sentence, self._forget)
+        now_s = self._clock()
+        for sentence in sentences:
+            sentence.arrived_s, sentence.need = now_s, self._engine.need(len(sentence.tokens))
+        future = self._pending.open(sentences, self._forget)
         with self._wake:
-            refusal = self._why_not(sentence)
-            if refusal is None:
-                self._scheduler.add(sentence, sentence.call, sentence.need, sentence.call.deadline_s)
-                self._wake.notify()
-            else:
-                sentence.status = Status.ENDED
+            refusal = self._why_not(sentences)
+            for sentence in sentences:
+                if refusal is None:
+                    self._scheduler.add(sentence, sentence.call, sentence.need, sentence.call.deadline_s)
+                else:
+                    sentence.status = Status.ENDED
+            self._wake.notify()
         if refusal is not None:
-            resolve([(sentence, refusal)])
+            future.set_exception(refusal)
         return future
 
     def refuse_pending(self) -> None:
@@ -164,20 +168,20 @@ class InferenceWorker:
             self._batch.end(self._scheduler.drain())
         self._pending.refuse(refusal)
 
-    def _forget(self, sentence: Sentence) -> None:
-        """Take out a sentence whose future is done; if the thread didn't do that, it may still be waiting."""
-        if sentence.status is not Status.WAITING:  # nor will it be again: no need for the lock
+    def _forget(self, sentences: Sequence[Sentence]) -> None:
+        """Take out sentences whose future is done; where the thread didn't do that, they may still be waiting."""
+        waiting = [sentence for sentence in sentences if sentence.status is Status.WAITING]
+        if not waiting:  # nor will one be again: no need for the lock
             return
         with self._wake:
-            if self._scheduler.remove(sentence, sentence.call):
-                self._batch.end([sentence])
+            self._batch.end([sentence for sentence in waiting if self._scheduler.remove(sentence, sentence.call)])
 
-    def _why_not(self, sentence: Sentence) -> RefusalError | None:
+    def _why_not(self, sentences: Sequence[Sentence]) -> RefusalError | None:
         if self._stopping:
             return shutting_down()
         if not self._batch.healthy:
             return failing()
-        return None if self._scheduler.ever_fits(sentence.need) else too_large()
+        return None if all(self._scheduler.ever_fits(sentence.need) for sentence in sentences) else too_large()
 
     # ---- in the thread ----
 

@@ -340,20 +340,20 @@ async def test_a_response_is_written_to_its_end_before_a_cancelled_call_ends() -
     writing, go_on, written = asyncio.Event(), asyncio.Event(), []
 
     class SlowContext:
+        async def read(self) -> bytes:
+            return b"request"
+
         async def write(self, response: bytes) -> None:
             writing.set()
             await go_on.wait()
             written.append(response)
-
-    async def requests() -> AsyncIterator[bytes]:
-        yield b"request"
 
     async def responses(request: bytes, context: Any) -> AsyncIterator[bytes]:
         yield b"first"
         yield b"second"
 
     method = from_bytes(grpc.unary_stream_rpc_method_handler(responses))
-    call = asyncio.ensure_future(method(requests(), SlowContext()))
+    call = asyncio.ensure_future(method(None, SlowContext()))
     async with asyncio.timeout(20):
         await writing.wait()
         call.cancel()

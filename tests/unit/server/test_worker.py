@@ -8,10 +8,10 @@ import pytest
 from bilm_api.constants import Reason
 from bilm_model.engine.types import Capacity, EngineResult
 from bilm_server.errors import RefusalError
-from bilm_server.inference.types import Call, RoundReport, Sentence
+from bilm_server.inference.types import Call, Result, RoundReport, Sentence
 
 from tests.support.fake_engine import FakeEngine
-from tests.support.sentences import DrivenWorker, delivered, reasons
+from tests.support.sentences import DrivenWorker, delivered, reasons, result
 
 ROUNDS = 3
 
@@ -48,7 +48,7 @@ async def test_a_poisoned_sentence_costs_the_others_nothing(n_others: int) -> No
     poisoned = found.submit(Call(), "poison")
     await found.settle()
     assert reasons([poisoned]) == {Reason.INTERNAL}
-    assert [future.result().vectors[0, 0, 0] for future in others] == [65 + number for number in range(n_others)]
+    assert [result(future).vectors[0, 0, 0] for future in others] == [65 + number for number in range(n_others)]
     assert health(found)
     assert len(found.engine.groups) < 16 * (ROUNDS + 7)  # halves, not one by one
     fresh = found.submit(Call(), "z")  # the capacity that the suspects had has come back
@@ -75,7 +75,10 @@ async def test_two_poisoned_sentences_are_both_found() -> None:
     names = ["a", "poison", "b", "c", "poison", "d"]
     futures = [found.submit(Call(), name) for name in names]
     await found.settle()
-    assert [name for name, future in zip(names, futures, strict=True) if future.exception()] == ["poison", "poison"]
+    assert [name for name, future in zip(names, futures, strict=True) if reasons([future]) != {None}] == [
+        "poison",
+        "poison",
+    ]
     found.check_nothing_is_left()
 
 
@@ -164,6 +167,45 @@ async def test_the_speed_is_that_of_the_steps_and_not_of_sentences_that_ended() 
     await found.settle()
     assert reasons(futures) == {None}
     assert found.worker.steps_per_s > 0
+
+
+# ---- sentences that are submitted together ----
+
+
+async def test_sentences_of_one_call_end_together_in_their_order() -> None:
+    found = driven(rows=2, rounds=0)
+    future = found.submit_all(Call(), [["a", "b", "c"], ["poison"], ["d"], ["e", "f"]])
+    await found.step()
+    assert not future.done()
+    await found.settle()
+    first, second, third, fourth = future.result()
+    assert isinstance(second, RefusalError)
+    assert second.reason is Reason.INTERNAL
+    codes = [each.vectors[0, 0, 0] for each in (first, third, fourth) if isinstance(each, Result)]
+    assert codes == [ord("a"), ord("d"), ord("e")]
+    found.check_nothing_is_left()
+
+
+async def test_a_refusal_that_is_not_a_sentences_own_takes_the_others_out_at_once() -> None:
+    now_s = [0.0]
+    found = DrivenWorker(FakeEngine(Capacity(1, 100)), lambda: now_s[0])
+    future = found.submit_all(Call(deadline_s=1.0), [["a", "b", "c"], ["d"], ["e"]])
+    stays = found.submit(Call(), "f")
+    await found.step()
+    now_s[0] = 2.0
+    await found.settle()
+    assert (reasons([future]), reasons([stays])) == ({Reason.DEADLINE_EXCEEDED}, {None})
+    assert found.engine.stats.steps < 3 + 2
+    found.check_nothing_is_left()
+
+
+async def test_of_sentences_one_of_which_never_fits_none_is_computed() -> None:
+    found = driven(rows=2, steps=10)
+    future = found.submit_all(Call(), [["a"], ["a"] * 9])
+    await found.settle()
+    assert reasons([future]) == {Reason.SENTENCE_TOO_LONG}
+    assert found.engine.groups == []
+    found.check_nothing_is_left()
 
 
 # ---- sentences that can't join or leave ----

@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 from bilm_model.engine.types import Capacity
-from bilm_server.inference.types import NO_DEADLINE_S, Call, Result
+from bilm_server.inference.types import NO_DEADLINE_S, Call, Outcomes
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -33,12 +33,16 @@ class WorkerMachine(RuleBasedStateMachine):
     def begin(self, tokens: list[str]) -> None:
         self.submit([tokens], NO_DEADLINE_S)
 
-    @rule(sentences=st.lists(Tokens, min_size=1, max_size=4), wait_s=st.sampled_from([-1.0, 2.0, NO_DEADLINE_S]))
-    def submit(self, sentences: list[list[str]], wait_s: float) -> None:
+    @rule(
+        sentences=st.lists(Tokens, min_size=1, max_size=4),
+        wait_s=st.sampled_from([-1.0, 2.0, NO_DEADLINE_S]),
+        together=st.booleans(),
+    )
+    def submit(self, sentences: list[list[str]], wait_s: float, together: bool = False) -> None:
         async def submit_all() -> None:
             call = Call(self.now_s + wait_s)
-            for tokens in sentences:
-                self.found.submit(call, *tokens)
+            for group in [sentences] if together else [[tokens] for tokens in sentences]:
+                self.found.submit_all(call, group)
 
         self.loop.run_until_complete(submit_all())
 
@@ -79,7 +83,7 @@ class WorkerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            futures: list[asyncio.Future[Result]] = list(self.found.futures)
+            futures: list[asyncio.Future[Outcomes]] = list(self.found.futures)
             if self.stopped:
                 self.found.engine.reset()
             else:

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 from bilm_api.constants import Reason
 from bilm_model.engine.types import Capacity
-from bilm_server.inference.types import NO_DEADLINE_S, Call, Result, RoundReport, Sentence
+from bilm_server.inference.types import NO_DEADLINE_S, Call, Outcomes, RoundReport, Sentence
 from bilm_server.inference.worker import InferenceWorker, WorkerTiming
 
 from tests.support.fake_engine import FakeEngine
@@ -52,18 +52,18 @@ async def in_a_round(engine: FakeEngine[Sentence]) -> None:
     assert await asyncio.to_thread(engine.computing.wait, 60)
 
 
-def submit(worker: InferenceWorker, *tokens: str, times: int = 1) -> list["asyncio.Future[Result]"]:
-    return [worker.submit(new_sentence(Call(), *tokens)) for _ in range(times)]
+def submit(worker: InferenceWorker, *tokens: str, times: int = 1) -> list["asyncio.Future[Outcomes]"]:
+    return [worker.submit([new_sentence(Call(), *tokens)]) for _ in range(times)]
 
 
-async def settled(futures: list["asyncio.Future[Result]"]) -> set[Reason | None]:
+async def settled(futures: list["asyncio.Future[Outcomes]"]) -> set[Reason | None]:
     await asyncio.wait(futures, timeout=60)
     return reasons(futures)
 
 
 async def test_the_thread_holds_no_result_while_it_waits() -> None:
     async with running(FakeEngine()) as worker:
-        result = await worker.submit(new_sentence(Call(), "a"))
+        (result,) = await worker.submit([new_sentence(Call(), "a")])
         kept = weakref.ref(result)
         del result
         await until(lambda: bool(gc.collect() or True) and kept() is None)
@@ -178,14 +178,19 @@ async def test_mixed_rounds_leave_nothing(caplog: pytest.LogCaptureFixture, seed
     chance, now_s = random.Random(seed), [0.0]
     engine: FakeEngine[Sentence] = FakeEngine(Capacity(6, 80))
     words = ("a", "b", "a", "b", "a", "b", "c", "c", "d", "e", "unfit", "poison", "stuck")
-    futures: list[asyncio.Future[Result]] = []
+    futures: list[asyncio.Future[Outcomes]] = []
     async with running(engine, clock=lambda: now_s[0]) as worker:
 
         def ask() -> None:
             call = Call(now_s[0] + chance.choice((-1.0, 2.0, NO_DEADLINE_S, NO_DEADLINE_S)))
-            for _ in range(chance.randint(1, 6)):
-                tokens = chance.choices(words, k=chance.choice((0, 1, 2, 3, 5, 40)))
-                futures.append(worker.submit(new_sentence(call, *tokens)))
+            sentences = [
+                new_sentence(call, *chance.choices(words, k=chance.choice((0, 1, 2, 3, 5, 40))))
+                for _ in range(chance.randint(1, 6))
+            ]
+            n_together = chance.choice((1, len(sentences)))
+            futures.extend(
+                worker.submit(sentences[first : first + n_together]) for first in range(0, len(sentences), n_together)
+            )
 
         def cancel() -> None:
             for future in chance.choices(futures, k=3) if futures else ():

@@ -9,7 +9,7 @@ from bilm_model.engine.types import DataType
 from bilm_server.embedding.conversions import INLINE_BYTES
 from bilm_server.embedding.preprocessing import row_bytes
 from bilm_server.errors import RefusalError
-from bilm_server.inference.types import Result, Sentence
+from bilm_server.inference.types import Outcome, Result, Sentence
 from bilm_server.protocols.grpc.status import status_of
 from bilm_server.served_model import ServedModel
 
@@ -44,7 +44,7 @@ class WireFormat:
         return text + _SENTENCE_OVERHEAD_BYTES + _TOKEN_OVERHEAD_BYTES * len(sentence.tokens)
 
     def build(
-        self, sentences: Sequence[Sentence], results: Sequence[Result | RefusalError], n_bytes: int
+        self, sentences: Sequence[Sentence], results: Sequence[Outcome], n_bytes: int
     ) -> bytes | embed_pb2.EmbedResponse:
         """Return the response to an `Embed`; a large one serialised, as that takes a while."""
         response, computed = embed_pb2.EmbedResponse(), []

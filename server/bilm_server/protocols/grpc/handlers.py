@@ -49,12 +49,13 @@ def from_bytes(handler: "Handler") -> Behavior:
 def _from_stream(behavior: Behavior, parse: Parse) -> Behavior:
     """Return a unary method as one that is fed from a stream of one message.
 
-    grpc.aio leaves a unary call that ends before its message is whole without any status, for ever.
+    grpc.aio leaves a unary call that ends before its message is whole without any status, for ever. The message is read
+    from the context: an iterator that isn't read to its end costs a task to close it.
     """
 
-    async def fed(requests: AsyncIterator[bytes], context: "Context") -> Any:
-        data = await anext(requests, None)
-        if data is None:
+    async def fed(_: AsyncIterator[bytes], context: "Context") -> Any:
+        data = await context.read()
+        if data is grpc.aio.EOF:
             raise RefusalError(Reason.MALFORMED_REQUEST, "the call ended before a whole message came")
         return await behavior(parse(data), context)
 
