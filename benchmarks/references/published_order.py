@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bilm_model.alphabet import MAX_CHARACTERS
 from bilm_model.bilm import Bilm
-from bilm_model.characters import MAX_CHARACTERS, NO_TOKEN, character_ids, with_boundaries
+from bilm_model.characters import NO_TOKEN, character_ids, with_boundaries
 from bilm_model.contexts.direction import Direction
 from bilm_model.contexts.lstm import FORGET_BIAS, ClippedProjectedLstm
 from bilm_model.inputs.token_encoder import TokenEncoder

@@ -10,14 +10,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from bilm_model.alphabet import CHARACTER_COUNT, MAX_CHARACTERS, MAX_TOKEN_BYTES
 from bilm_model.errors import CharacterError
-
-MAX_CHARACTERS = 50
-"""Character ids of a token."""
-MAX_TOKEN_BYTES = MAX_CHARACTERS - 2
-"""Bytes of a token that are read; begin and end of word take the other two places."""
-CHARACTER_COUNT = 262
-"""Different character ids: 256 bytes, five marks, and 0."""
 
 NO_TOKEN = 0
 _BYTE_SHIFT = 1

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from bilm_model.characters import CHARACTER_COUNT, MAX_CHARACTERS
+from bilm_model.alphabet import CHARACTER_COUNT, MAX_CHARACTERS
 from bilm_model.errors import ConfigError
 
 Activation = Literal["relu", "tanh"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bilm_model.device import resolve_device
 from bilm_model.errors import ModelError
-from bilm_model.weights.loading import ModelHeader, inspect
+from bilm_model.weights.header import ModelHeader, inspect
 from bilm_system.control_groups import memory_limit_bytes
 from bilm_system.files import message, reason
 

@@ -21,6 +21,7 @@ from bilm_model.config import SIZES, to_options
 from bilm_model.weights import hdf5, single_file
 from bilm_model.weights.loading import load
 from bilm_model.weights.options import read_options
+from bilm_model.weights.safetensors_header import FORMAT
 from safetensors.torch import save
 
 from tests.security.fuzz_messages import damage
@@ -296,7 +297,7 @@ def test_options(text: str, message: str, folder: Path, loader: Loader) -> None:
     assert (outcome, message in found) == ("refused", True), found
     assert len(found) < 1000
     path = folder.with_name("model.safetensors")
-    path.write_bytes(save({}, metadata={"format": single_file.FORMAT, "options": text, "version": "0"}))
+    path.write_bytes(save({}, metadata={"format": FORMAT, "options": text, "version": "0"}))
     outcome, found = loader.load(path)
     assert outcome == "refused", found
     assert len(found) < 1000
@@ -347,7 +348,7 @@ def test_our_file(content: bytes, message: str, tmp_path: Path, loader: Loader) 
 def test_number_formats_of_our_file(dtype: torch.dtype, good: Path, tmp_path: Path, loader: Loader) -> None:
     tensors = random_bilm(_TINY).state_dict()
     tensors["encoder.projection.bias"] = tensors["encoder.projection.bias"].to(dtype)
-    metadata = {"format": single_file.FORMAT, "options": json.dumps(to_options(_TINY)), "version": "0"}
+    metadata = {"format": FORMAT, "options": json.dumps(to_options(_TINY)), "version": "0"}
     path = tmp_path / "model.safetensors"
     path.write_bytes(save(tensors, metadata=metadata))
     outcome, found = loader.load(path)

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bilm_model.characters import MAX_CHARACTERS, NO_TOKEN, PADDING, CharacterIds
+from bilm_model.alphabet import MAX_CHARACTERS
+from bilm_model.characters import NO_TOKEN, PADDING, CharacterIds
 from bilm_model.config import BilmConfig
 from bilm_model.engine.transfer import to_device
 from bilm_model.inputs.highway import Highway

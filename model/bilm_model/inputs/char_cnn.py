@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilm_model.affine import convolve
-from bilm_model.characters import CHARACTER_COUNT
+from bilm_model.alphabet import CHARACTER_COUNT
 from bilm_model.config import BilmConfig
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from bilm_model.config import BilmConfig, to_options
 from bilm_model.errors import ModelError
 from bilm_model.weights import hdf5, single_file
-from bilm_model.weights.loading import HDF5_SUFFIXES, LoadedModel, load
+from bilm_model.weights.finding import HDF5_SUFFIXES
+from bilm_model.weights.loading import LoadedModel, load
 
 
 def main(argv: list[str] | None = None) -> int:

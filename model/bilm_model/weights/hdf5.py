@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
-import torch
 from bilm_system.files import open_ordinary
-from torch import Tensor
 
-from bilm_model.bilm import Bilm
 from bilm_model.config import BilmConfig
 from bilm_model.errors import WeightsError
+from bilm_model.weights.shapes import Shapes, parameter_shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ class _Axes:
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(shape[axis] for axis in self.permutation)
 
-    def to_stored(self, ours: Tensor) -> Tensor:
+    def to_stored(self, ours: "Tensor") -> "Tensor":
         return ours.permute(self.permutation)
 
-    def from_stored(self, theirs: Tensor) -> Tensor:
+    def from_stored(self, theirs: "Tensor") -> "Tensor":
         return theirs.permute(tuple(int(axis) for axis in np.argsort(self.permutation)))
 
 
@@ -43,10 +45,10 @@ class _Kernel(_Axes):
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (1, *super().stored_shape(shape))
 
-    def to_stored(self, ours: Tensor) -> Tensor:
+    def to_stored(self, ours: "Tensor") -> "Tensor":
         return super().to_stored(ours).unsqueeze(0)
 
-    def from_stored(self, theirs: Tensor) -> Tensor:
+    def from_stored(self, theirs: "Tensor") -> "Tensor":
         return super().from_stored(theirs.squeeze(0))
 
 
@@ -56,10 +58,12 @@ class _Embedding(_Axes):
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0] - 1, shape[1])
 
-    def to_stored(self, ours: Tensor) -> Tensor:
+    def to_stored(self, ours: "Tensor") -> "Tensor":
         return ours[1:]
 
-    def from_stored(self, theirs: Tensor) -> Tensor:
+    def from_stored(self, theirs: "Tensor") -> "Tensor":
+        import torch  # noqa: PLC0415 - see _read_dataset
+
         return torch.cat([theirs.new_zeros(1, theirs.shape[1]), theirs])
 
 
@@ -89,7 +93,7 @@ def names(config: BilmConfig) -> Iterator[tuple[str, str, _Axes]]:
                 yield f"{cell}/W_P_0", f"{layer}.projection.weight", _MATRIX
 
 
-def read(path: Path, config: BilmConfig) -> dict[str, Tensor]:
+def read(path: Path, config: BilmConfig) -> "dict[str, Tensor]":
     """Read a published weight file.
 
     Returns:
@@ -117,7 +121,7 @@ def check(path: Path, config: BilmConfig) -> None:
             pass
 
 
-def write(path: Path, config: BilmConfig, tensors: dict[str, Tensor]) -> None:
+def write(path: Path, config: BilmConfig, tensors: "dict[str, Tensor]") -> None:
     """Write float32 tensors, by our parameters' names, as a published weight file.
 
     The file says nothing of how the layers are joined: other tools take that from the options, which have no word for
@@ -140,7 +144,7 @@ def write(path: Path, config: BilmConfig, tensors: dict[str, Tensor]) -> None:
 # two projections are computed at different times.
 
 
-def _joined_shape(shapes: dict[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+def _joined_shape(shapes: Shapes, name: str) -> tuple[int, ...]:
     if not name.endswith(".gates"):
         return shapes[name]
     stem = name.removesuffix(".gates")
@@ -148,7 +152,7 @@ def _joined_shape(shapes: dict[str, tuple[int, ...]], name: str) -> tuple[int, .
     return (rows, inputs + recurrent)
 
 
-def _ours(name: str, tensor: Tensor, config: BilmConfig) -> dict[str, Tensor]:
+def _ours(name: str, tensor: "Tensor", config: BilmConfig) -> "dict[str, Tensor]":
     if not name.endswith(".gates"):
         return {name: tensor.contiguous()}
     stem, inputs = name.removesuffix(".gates"), config.projection_dim
@@ -158,10 +162,12 @@ def _ours(name: str, tensor: Tensor, config: BilmConfig) -> dict[str, Tensor]:
     }
 
 
-def _theirs(name: str, tensors: dict[str, Tensor]) -> Tensor:
+def _theirs(name: str, tensors: "dict[str, Tensor]") -> "Tensor":
     if not name.endswith(".gates"):
         return tensors[name]
     stem = name.removesuffix(".gates")
+    import torch  # noqa: PLC0415 - see _read_dataset
+
     return torch.cat([tensors[f"{stem}.input.weight"], tensors[f"{stem}.recurrent.weight"]], dim=1)
 
 
@@ -178,7 +184,7 @@ def _datasets(path: Path, config: BilmConfig) -> Iterator[Iterator[tuple[str, st
 
 
 def _checked(file: h5py.File, path: Path, config: BilmConfig) -> Iterator[tuple[str, str, _Axes, h5py.Dataset]]:
-    expected = Bilm.parameter_shapes(config)
+    expected = parameter_shapes(config)
     for key, name, axes in names(config):
         yield key, name, axes, _dataset(file, path, key, axes.stored_shape(_joined_shape(expected, name)))
 
@@ -195,7 +201,9 @@ def _dataset(file: h5py.File, path: Path, key: str, shape: tuple[int, ...]) -> h
     return dataset
 
 
-def _read_dataset(dataset: h5py.Dataset, path: Path, key: str) -> Tensor:
+def _read_dataset(dataset: h5py.Dataset, path: Path, key: str) -> "Tensor":
+    import torch  # noqa: PLC0415 - a check of the file's shapes doesn't need it
+
     with np.errstate(over="ignore"):  # of float64: infinite then, and refused
         array = dataset[()].astype(np.float32)
     if not np.isfinite(array).all():

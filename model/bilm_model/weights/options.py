@@ -9,7 +9,7 @@ from typing import Any
 
 from bilm_system.files import decode_text, open_ordinary, reason
 
-from bilm_model.characters import CHARACTER_COUNT
+from bilm_model.alphabet import CHARACTER_COUNT
 from bilm_model.config import BilmConfig, from_options
 from bilm_model.errors import ConfigError
 

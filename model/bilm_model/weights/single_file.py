@@ -5,28 +5,22 @@ published options as JSON) and `version` (see `content_version`).
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from bilm_system.files import reason
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from bilm_model.bilm import Bilm
 from bilm_model.config import BilmConfig, to_options
-from bilm_model.errors import ConfigError, WeightsError
-from bilm_model.weights.options import parse_options
+from bilm_model.errors import WeightsError
+from bilm_model.weights.safetensors_header import FORMAT, check_tensors, read_header, read_metadata
+from bilm_model.weights.shapes import parameter_shapes
 from bilm_model.weights.version import content_version
 
-FORMAT = "bilm-serve/1"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_STORED_DTYPES = ("F32", "F16")
-
-# The library takes 100 MB and makes ten times as much of them; the model that ships has 4 KB
-_MAX_HEADER_BYTES = 2**20
 
 
 def read(path: Path) -> tuple[BilmConfig, dict[str, Tensor], str]:
@@ -39,25 +33,16 @@ def read(path: Path) -> tuple[BilmConfig, dict[str, Tensor], str]:
         WeightsError: if the file can't be read, isn't ours, has a tensor too many or too few or of the wrong shape or
             format, or its content doesn't hash to the version it names.
     """
+    header = read_header(path)
+    config, version = read_metadata(path, header.metadata)
+    shapes = parameter_shapes(config)
+    check_tensors(path, header.tensors, shapes)
     with _opened(path) as file:
-        config, version = _read_metadata(path, file.metadata() or {})
-        tensors = _read_tensors(path, file, Bilm.parameter_shapes(config))
+        tensors = _read_tensors(path, file, shapes)
     found = content_version(config, tensors)
     if found != version:
         raise WeightsError(f"{path}: version: expected {version} (metadata), found {found} (content): damaged")
     return config, tensors, version
-
-
-def read_config(path: Path) -> BilmConfig:
-    """Read the structure alone, and check that the file has tensors of its shapes.
-
-    Raises:
-        WeightsError: as `read` does, except for what the tensors hold.
-    """
-    with _opened(path) as file:
-        config, _ = _read_metadata(path, file.metadata() or {})
-        _check_tensors(path, file, Bilm.parameter_shapes(config))
-    return config
 
 
 def write(path: Path, config: BilmConfig, tensors: Mapping[str, Tensor], dtype: str = "float32") -> str:
@@ -79,7 +64,6 @@ def write(path: Path, config: BilmConfig, tensors: Mapping[str, Tensor], dtype: 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    _check_header_size(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -87,48 +71,9 @@ def _opened(path: Path) -> Iterator[safe_open]:
         raise WeightsError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def _check_header_size(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            n_bytes = int.from_bytes(file.read(8), "little")
-    except OSError as error:
-        raise WeightsError(f"{path}: {reason(error)}") from error
-    if n_bytes > _MAX_HEADER_BYTES:
-        raise WeightsError(
-            f"{path}: not a readable safetensors file: a header of {n_bytes} bytes, more than {_MAX_HEADER_BYTES}"
-        )
-
-
-def _read_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[BilmConfig, str]:
-    for key in ("format", "options", "version"):
-        if key not in metadata:
-            raise WeightsError(f"{path}: metadata {key}: missing; was this file written by bilm-convert?")
-    if metadata["format"] != FORMAT:
-        raise WeightsError(f"{path}: metadata format: expected {FORMAT}, found {metadata['format']}")
-    try:
-        return parse_options(metadata["options"]), metadata["version"]
-    except ConfigError as error:
-        raise WeightsError(f"{path}: metadata options: {error}") from error
-
-
-def _check_tensors(path: Path, file: safe_open, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    found = set(file.keys())
-    for name in sorted(found - shapes.keys()):
-        raise WeightsError(f"{path}: {name}: not part of the model that the options describe")
-    for name, shape in shapes.items():
-        if name not in found:
-            raise WeightsError(f"{path}: {name}: missing, expected shape {shape}")
-        stored = file.get_slice(name)
-        if tuple(stored.get_shape()) != shape:
-            raise WeightsError(f"{path}: {name}: expected shape {shape}, found {tuple(stored.get_shape())}")
-        if stored.get_dtype() not in _STORED_DTYPES:
-            raise WeightsError(f"{path}: {name}: expected float32 or float16, found {stored.get_dtype()}")
-
-
-def _read_tensors(path: Path, file: safe_open, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    _check_tensors(path, file, shapes)
+def _read_tensors(path: Path, file: safe_open, names: Iterable[str]) -> dict[str, Tensor]:
     tensors = {}
-    for name in shapes:
+    for name in names:
         tensor = file.get_tensor(name)
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{path}: {name}: holds values that are not finite numbers")

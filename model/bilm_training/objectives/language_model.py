@@ -9,8 +9,9 @@ from typing import cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bilm_model.alphabet import MAX_CHARACTERS
 from bilm_model.bilm import Bilm, BilmState
-from bilm_model.characters import END_WORD, MAX_CHARACTERS, CharacterIds, check_ids
+from bilm_model.characters import END_WORD, CharacterIds, check_ids
 from bilm_model.kernels.product_paths import ProductPath
 from bilm_model.kernels.products import padded_rows
 from numpy.typing import NDArray

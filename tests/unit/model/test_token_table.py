@@ -3,7 +3,7 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
-from bilm_model.characters import MAX_TOKEN_BYTES
+from bilm_model.alphabet import MAX_TOKEN_BYTES
 from bilm_model.engine.planner import Indices
 from bilm_model.engine.token_table import InputPlaces, TokenTable
 from bilm_model.errors import CharacterError

@@ -2,6 +2,8 @@ import json
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +12,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from bilm_model.bilm import random_bilm
-from bilm_model.config import SIZES, to_options
+from bilm_model.bilm import Bilm, random_bilm
+from bilm_model.config import SIZES, BilmConfig, to_options
 from bilm_model.errors import ModelError, WeightsError
 from bilm_model.weights import hdf5, single_file
 from bilm_model.weights.convert import main
-from bilm_model.weights.loading import inspect, load
+from bilm_model.weights.header import inspect
+from bilm_model.weights.loading import load
+from bilm_model.weights.shapes import parameter_count, parameter_shapes
 from bilm_model.weights.version import content_version
 
 
@@ -303,3 +307,22 @@ def test_options_may_begin_with_a_byte_order_mark(golden: Path, tmp_path: Path) 
     options = tmp_path / "options.json"
     options.write_bytes(b"\xef\xbb\xbf" + (golden / "options.json").read_bytes())
     assert load(str(golden / "weights.hdf5"), options).version == load(str(golden)).version
+
+
+# ---- the header alone ------------------------------------------------------------------------------------------------
+
+_NO_PROJECTIONS = replace(SIZES["tiny"], projection_dim=32, n_highway=0, n_layers=3)
+
+
+@pytest.mark.parametrize("config", [*SIZES.values(), _NO_PROJECTIONS], ids=[*SIZES, "no projections"])
+def test_shapes_are_those_of_the_network(config: BilmConfig) -> None:
+    assert list(parameter_shapes(config).items()) == list(Bilm.parameter_shapes(config).items())
+    with torch.device("meta"):
+        assert parameter_count(config) == Bilm(config).parameter_count
+
+
+def test_a_header_is_read_without_torch(single: Path) -> None:
+    code = "import sys; from bilm_model.weights.header import inspect; inspect(sys.argv[1])"
+    left = "print([name for name in ('torch', 'numpy', 'h5py', 'safetensors') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", f"{code}; {left}", single], check=True, text=True, capture_output=True)
+    assert done.stdout.strip() == "[]"

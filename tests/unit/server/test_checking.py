@@ -9,7 +9,7 @@ import torch
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
 from bilm_model.engine.options import EngineOptions
-from bilm_model.weights.loading import inspect
+from bilm_model.weights.header import inspect
 from bilm_server.checking import MemorySum, memory_sum
 from bilm_server.config_sources import load_config
 from bilm_server.main import main

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from bilm_api.constants import MAX_REQUEST_BYTES
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
-from bilm_model.characters import MAX_TOKEN_BYTES
+from bilm_model.alphabet import MAX_TOKEN_BYTES
 
 import bilm_server
 from bilm_server.embedding.embedder import Embedder
