@@ -22,6 +22,7 @@ from bilm_client._core.keywords import (
 from bilm_client._core.session import ResumableSession, check_iterable, stream_by_job, stream_input
 from bilm_client._core.settings import Deadline, ResultTimeout, Settings
 from bilm_client._transport.base import AsyncTransport
+from bilm_client._transport.coalescing_async import AsyncCoalescing
 from bilm_client._transport.grpc_async import GrpcAsyncTransport
 from bilm_client._transport.stream_async import AsyncStream
 from bilm_client.errors import ModelVersionError, SentenceError, ServiceError
@@ -46,6 +47,7 @@ class AsyncTransportClient:
         self._uniform = uniform
         self._transport = new_transport(settings)
         self._model_info: ModelInfo | None = None
+        self._coalescing = AsyncCoalescing(settings.coalesce_s, self._transport.embed) if settings.coalesce_s else None
 
     def __getstate__(self) -> dict[str, Any]:
         self._settings.check_picklable()
@@ -64,6 +66,8 @@ class AsyncTransportClient:
     async def close(self) -> None:
         """Close the connection and end the calls under way with ClientClosedError; again does nothing."""
         await self._transport.close()
+        if self._coalescing is not None:
+            self._coalescing.close()
 
     @overload
     async def embed(
@@ -92,6 +96,7 @@ class AsyncTransportClient:
         if not job.inputs:
             return []
         job.plan(self._model_info or await self._fetch_model_info(deadline))
+        await self._run_shared(job, deadline)
         await self._run_parts(job, deadline)
         await self._run_by_stream(job, deadline)
         return job.results()
@@ -141,6 +146,21 @@ class AsyncTransportClient:
         """Ask the server how it is, in one attempt; as `Client.health`."""
         self._transport.check_open()
         return await self._transport.check_health(service, self._settings.deadline(timeout_s))
+
+    async def _run_shared(self, job: EmbedJob, deadline: Deadline) -> None:
+        """Send the sentences with those of other calls, where they may go; otherwise they stay for `_run_parts`."""
+        if self._coalescing is None or not self._coalescing.accepts(job, deadline) or (part := job.take()) is None:
+            return
+        try:
+            shared = await self._coalescing.embed(job, deadline)
+        except ServiceError as error:
+            self._note_failure(error)
+            job.fail(part, error)
+        else:
+            if shared is None:
+                job.put_back(part)
+            else:
+                job.take_results(part, shared.results, shared.model_version)
 
     async def _run_parts(self, job: EmbedJob, deadline: Deadline) -> None:
         tasks: set[asyncio.Task[None]] = set()
@@ -231,6 +251,7 @@ class AsyncClient(AsyncTransportClient):
         metadata: Sequence[tuple[str, str | bytes]] = (),
         channel_options: Sequence[tuple[str, Any]] = (),
         proxy: bool = True,
+        coalesce_ms: float | None = None,
     ) -> None:
         settings = Settings(
             target=target,
@@ -244,6 +265,7 @@ class AsyncClient(AsyncTransportClient):
             metadata=metadata,
             channel_options=channel_options,
             proxy=proxy,
+            coalesce_ms=coalesce_ms,
         )
         super().__init__(settings, GrpcAsyncTransport)
 

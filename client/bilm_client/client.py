@@ -21,6 +21,7 @@ from bilm_client._core.keywords import (
 from bilm_client._core.session import ResumableSession, check_iterable, stream_by_job, stream_input
 from bilm_client._core.settings import Deadline, ResultTimeout, Settings
 from bilm_client._transport.base import PendingEmbed, SyncTransport
+from bilm_client._transport.coalescing_sync import SyncCoalescing
 from bilm_client._transport.grpc_sync import GrpcSyncTransport
 from bilm_client._transport.stream_sync import SyncStream
 from bilm_client.errors import ModelVersionError, SentenceError, ServiceError
@@ -50,6 +51,7 @@ class TransportClient:
         self._uniform = uniform
         self._transport = new_transport(settings)
         self._model_info: ModelInfo | None = None
+        self._coalescing = SyncCoalescing(settings.coalesce_s, self._transport.embed) if settings.coalesce_s else None
 
     def __getstate__(self) -> dict[str, Any]:
         self._settings.check_picklable()
@@ -68,6 +70,8 @@ class TransportClient:
     def close(self) -> None:
         """Close the connection and end the calls under way with ClientClosedError; again does nothing."""
         self._transport.close()
+        if self._coalescing is not None:
+            self._coalescing.close()
 
     @overload
     def embed(
@@ -119,6 +123,7 @@ class TransportClient:
             return []
         job.plan(self._model_info or self._fetch_model_info(deadline))
         with self._transport.calls():
+            self._run_shared(job, deadline)
             self._run_parts(job, deadline)
         self._run_by_stream(job, deadline)
         return job.results()
@@ -216,6 +221,21 @@ class TransportClient:
         self._transport.check_open()
         return self._transport.check_health(service, self._settings.deadline(timeout_s))
 
+    def _run_shared(self, job: EmbedJob, deadline: Deadline) -> None:
+        """Send the sentences with those of other calls, where they may go; otherwise they stay for `_run_parts`."""
+        if self._coalescing is None or not self._coalescing.accepts(job, deadline) or (part := job.take()) is None:
+            return
+        try:
+            shared = self._coalescing.embed(job, deadline)
+        except ServiceError as error:
+            self._note_failure(error)
+            job.fail(part, error)
+        else:
+            if shared is None:
+                job.put_back(part)
+            else:
+                job.take_results(part, shared.results, shared.model_version)
+
     def _run_parts(self, job: EmbedJob, deadline: Deadline) -> None:
         calls: deque[tuple[range, PendingEmbed]] = deque()
         try:
@@ -296,6 +316,8 @@ class Client(TransportClient):
         channel_options: Further gRPC channel arguments; they replace the client's own.
         proxy: Whether the proxy that `http_proxy` and its siblings name is used, as gRPC does. A Unix socket or a
             loopback address is always reached without one.
+        coalesce_ms: Longest wait of a call of `embed` for others to share a request with, in milliseconds; None or 0:
+            each call has requests of its own. See "Many small calls" in docs/client.md.
 
     Raises:
         TypeError: An argument has the wrong type; the message names it.
@@ -316,6 +338,7 @@ class Client(TransportClient):
         metadata: Sequence[tuple[str, str | bytes]] = (),
         channel_options: Sequence[tuple[str, Any]] = (),
         proxy: bool = True,
+        coalesce_ms: float | None = None,
     ) -> None:
         settings = Settings(
             target=target,
@@ -329,5 +352,6 @@ class Client(TransportClient):
             metadata=metadata,
             channel_options=channel_options,
             proxy=proxy,
+            coalesce_ms=coalesce_ms,
         )
         super().__init__(settings, GrpcSyncTransport)

@@ -1,7 +1,7 @@
 """One `embed` call as a state machine without I/O: which request next, and what its response means."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import grpc
 from bilm_api.constants import Reason
@@ -10,7 +10,7 @@ from bilm_api.v1 import embed_pb2 as pb
 from bilm_client._core.inputs import Input, Sentence, parse_sentences
 from bilm_client._core.keywords import EmbedArguments
 from bilm_client._core.options import Options
-from bilm_client._core.plan import plan
+from bilm_client._core.plan import NO_COST, RequestCost, plan, shared_limit
 from bilm_client._core.settings import Settings
 from bilm_client._core.tensors import to_embedding
 from bilm_client.errors import (
@@ -49,11 +49,22 @@ class EmbedJob:
         self._parts: deque[range] = deque()
         self._in_flight = 0
         self._outcomes: dict[int, Outcome] = {}
+        self._total = self._shared_limit = NO_COST
 
     @property
     def version(self) -> str:
         """The model version that responses must have; "" as long as any will do."""
         return self._version
+
+    @property
+    def cost(self) -> RequestCost:
+        """What all sentences take together; known after `plan`."""
+        return self._total
+
+    @property
+    def shared_limit(self) -> RequestCost:
+        """What a request that the job shares with others may take; known after `plan`."""
+        return self._shared_limit
 
     def plan(self, info: ModelInfo) -> None:
         """Cut the sentences into parts.
@@ -64,6 +75,7 @@ class EmbedJob:
         """
         self.options.check_layer_count(info.layer_count)
         planned = plan(self.inputs, self.options, info)
+        self._total, self._shared_limit = planned.total, shared_limit(info)
         self._parts.extend(planned.parts)
         self.by_stream.extend(planned.oversized)
         for index in planned.unsendable:
@@ -78,9 +90,17 @@ class EmbedJob:
         self._in_flight += 1
         return self._parts.popleft()
 
+    def put_back(self, part: range) -> None:
+        """Take back a part that is to be sent once more."""
+        self._in_flight -= 1
+        self._parts.appendleft(part)
+
     def request(self, part: range) -> pb.EmbedRequest:
         """Return the message for a part."""
-        inputs = [self.inputs[index] for index in part]
+        return self.message([self.inputs[index] for index in part])
+
+    def message(self, inputs: Sequence[Input]) -> pb.EmbedRequest:
+        """Return a message with the job's options for any sentences."""
         # The client knows tokens that it sent, so the server need not send them back.
         omit_tokens = all(source.tokens is not None for source in inputs)
         request = pb.EmbedRequest(
@@ -100,11 +120,15 @@ class EmbedJob:
             ModelVersionChangedError: Another version answered than before.
             MalformedResponseError: The response breaks the contract.
         """
+        self.take_results(part, response.results, response.usage.model_version)
+
+    def take_results(self, part: range, results: Sequence[pb.EmbedResult], model_version: str) -> None:
+        """Take the results of a part, which may have come with those of other calls; raises as `succeed`."""
         self._in_flight -= 1
-        self._version = agreed_version(self._version, response.usage.model_version)
-        if len(response.results) != len(part):
-            raise MalformedResponseError(f"expected {len(part)} results, got {len(response.results)}")
-        for index, result in zip(part, response.results, strict=True):
+        self._version = agreed_version(self._version, model_version)
+        if len(results) != len(part):
+            raise MalformedResponseError(f"expected {len(part)} results, got {len(results)}")
+        for index, result in zip(part, results, strict=True):
             self.settle(index, self._outcome(index, result))
 
     def fail(self, part: range, error: ServiceError) -> None:

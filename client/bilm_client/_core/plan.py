@@ -1,12 +1,15 @@
 """Cuts the sentences of a call into requests that fit the limits. Pure."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bilm_client._core.inputs import Input
 from bilm_client._core.options import Options
 from bilm_client.results import ModelInfo
 
+# Sentences and tokens of an Embed that several calls share.
+SHARED_SENTENCES = 64
+SHARED_TOKENS = 2048
 # Names, versions, options and mix weights of a request; usage of a response.
 _MESSAGE_OVERHEAD_BYTES = 4096
 # Tags, lengths and shape of one result, and tag, length, start and end of one of its tokens, at most.
@@ -41,6 +44,9 @@ class RequestCost:
         )
 
 
+NO_COST = RequestCost(0, 0, 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How the sentences of a call travel, by index.
@@ -49,11 +55,13 @@ class Plan:
         parts: Runs of sentences, one request each.
         oversized: Sentences that fit no Embed alone and go by stream.
         unsendable: Sentences that fit no request at all.
+        total: What all sentences take together.
     """
 
     parts: tuple[range, ...]
     oversized: tuple[int, ...]
     unsendable: tuple[int, ...]
+    total: RequestCost
 
 
 def request_limit(info: ModelInfo) -> RequestCost:
@@ -64,6 +72,16 @@ def request_limit(info: ModelInfo) -> RequestCost:
         limits.max_tokens_per_request,
         limits.max_request_bytes - _MESSAGE_OVERHEAD_BYTES,
         limits.max_response_bytes - _MESSAGE_OVERHEAD_BYTES,
+    )
+
+
+def shared_limit(info: ModelInfo) -> RequestCost:
+    """Return what one Embed that several calls share may take at most: a few rounds of the server, not its limits."""
+    limit = request_limit(info)
+    return replace(
+        limit,
+        sentences=min(limit.sentences, SHARED_SENTENCES),
+        tokens=min(limit.tokens, SHARED_TOKENS),
     )
 
 
@@ -82,20 +100,23 @@ def plan(inputs: Sequence[Input], options: Options, info: ModelInfo) -> Plan:
     """Pack the sentences, in order, into as few requests as fit."""
     limit = request_limit(info)
     costs = [cost_of(source, options, info) for source in inputs]
+    total = sum(costs, NO_COST)
+    if total.fits(limit):
+        return Plan((range(len(inputs)),), (), (), total)
     unsendable = tuple(i for i, cost in enumerate(costs) if cost.request_bytes > limit.request_bytes)
     apart = set(unsendable)
     oversized = tuple(i for i, cost in enumerate(costs) if i not in apart and not cost.fits(limit))
-    return Plan(tuple(_pack(costs, apart | set(oversized), limit)), oversized, unsendable)
+    return Plan(tuple(_pack(costs, apart | set(oversized), limit)), oversized, unsendable, total)
 
 
 def _pack(costs: Sequence[RequestCost], apart: set[int], limit: RequestCost) -> Iterator[range]:
-    first, total = 0, RequestCost(0, 0, 0, 0)
+    first, total = 0, NO_COST
     for index, cost in enumerate(costs):
         if index not in apart and (total + cost).fits(limit):
             total += cost
             continue
         if total.sentences:
             yield range(first, index)
-        first, total = (index + 1, RequestCost(0, 0, 0, 0)) if index in apart else (index, cost)
+        first, total = (index + 1, NO_COST) if index in apart else (index, cost)
     if total.sentences:
         yield range(first, len(costs))

@@ -40,8 +40,13 @@ class Deadline:
             return None
         left_s = self.at_s - time.monotonic()
         if left_s <= 0:
-            raise DeadlineError("the deadline of the call has passed", code=grpc.StatusCode.DEADLINE_EXCEEDED)
+            raise deadline_passed()
         return left_s
+
+
+def deadline_passed() -> DeadlineError:
+    """Return the exception for a call that the client itself ends at its deadline."""
+    return DeadlineError("the deadline of the call has passed", code=grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 NO_DEADLINE = Deadline(math.inf)
@@ -108,6 +113,7 @@ class Settings:
     metadata: Sequence[tuple[str, str | bytes]] = field(default=(), repr=False)
     channel_options: Sequence[tuple[str, Any]] = ()
     proxy: bool = True
+    coalesce_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("target", "model", "expected_model_version"):
@@ -116,10 +122,16 @@ class Settings:
         if not self.target:
             raise ValueError("target must be an address such as 'localhost:50051', got ''")
         check_timeout_s(self.timeout_s)
+        _check_coalesce_ms(self.coalesce_ms)
         if not isinstance(self.proxy, bool):
             raise TypeError(f"proxy must be a bool, got {self.proxy!r}")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token):
             raise ValueError("token must be printable ASCII and not empty")  # never show the token itself
+
+    @property
+    def coalesce_s(self) -> float:
+        """Longest wait of a call for others in seconds; 0: none waits."""
+        return (self.coalesce_ms or 0.0) / 1000
 
     def deadline(self, timeout_s: float | None) -> Deadline:
         """Return the deadline of a call that starts now; `timeout_s` None: the client's default."""
@@ -170,6 +182,15 @@ class Settings:
             "grpc.service_config_disable_resolution": 1,
         }
         return list({**arguments, **dict(self.channel_options)}.items())
+
+
+def _check_coalesce_ms(coalesce_ms: float | None) -> None:
+    if coalesce_ms is None:
+        return
+    if isinstance(coalesce_ms, bool) or not isinstance(coalesce_ms, int | float):
+        raise TypeError(f"coalesce_ms must be a number of milliseconds or None, got {coalesce_ms!r}")
+    if not (math.isfinite(coalesce_ms) and coalesce_ms >= 0):
+        raise ValueError(f"coalesce_ms must be at least 0 and finite (0: off), got {coalesce_ms!r}")
 
 
 def check_timeout_s(timeout_s: float) -> None:

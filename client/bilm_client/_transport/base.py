@@ -32,9 +32,10 @@ class StreamConnection(Protocol):
 
 
 class PendingEmbed(Protocol):
-    """An Embed call under way."""
+    """An Embed call under way. `when_done` calls back once, in any thread, when `result` has no longer to wait."""
 
     def result(self) -> pb.EmbedResponse: ...
+    def when_done(self, callback: Callable[[], None]) -> None: ...
     def cancel(self) -> None: ...
 
 

@@ -125,6 +125,10 @@ class FutureEmbed:
             raise
         return response
 
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Call back in gRPC's thread, or at once where the call has ended."""
+        self._call.add_done_callback(lambda _call: callback())
+
     def cancel(self) -> None:
         """Cancel the call."""
         self._call.cancel()

@@ -1,6 +1,6 @@
 """Transports over `FakeService`: every call is answered at once, in the calling thread."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 from bilm_api.v1 import embed_pb2 as pb
@@ -114,6 +114,10 @@ class FakeEmbed:
     def result(self) -> pb.EmbedResponse:
         """Return the response."""
         return self._response
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Call back at once."""
+        callback()
 
     def cancel(self) -> None:
         """Do nothing: the call has ended."""

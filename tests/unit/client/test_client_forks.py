@@ -132,6 +132,17 @@ for _ in range(5): in_child(lambda: use(client))
 stop.set()
 for thread in threads: thread.join()
 """,
+    "while other threads share requests": """
+sharing = Client(target, timeout_s=20, coalesce_ms=1)
+stop = threading.Event()
+def call():
+    while not stop.is_set(): use(sharing)
+threads = [threading.Thread(target=call) for _ in range(4)]
+for thread in threads: thread.start()
+for _ in range(5): in_child(lambda: use(sharing))
+stop.set()
+for thread in threads: thread.join()
+""",
     "threads of the child": """
 from bilm_client._core.settings import Settings
 from bilm_client._transport.grpc_sync import GrpcSyncTransport

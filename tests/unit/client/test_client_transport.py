@@ -1,5 +1,7 @@
 """Clients over a transport that the test hands in."""
 
+from collections.abc import Callable
+
 import grpc
 import pytest
 from bilm_api.v1 import embed_pb2 as pb
@@ -24,6 +26,9 @@ class FailedEmbed:
 
     def result(self) -> pb.EmbedResponse:
         raise self.error
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        callback()
 
     def cancel(self) -> None:
         """It has ended."""

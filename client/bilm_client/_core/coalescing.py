@@ -1,0 +1,249 @@
+"""Which `embed` calls of a client share a request, when it is sent, and what each call gets back. Without I/O.
+
+Model, version, token and metadata are a client's, so its calls share them anyway; calls differ in their options,
+sentences and deadlines. Nothing here waits or locks: a driver does, and brings the time.
+"""
+
+import copy
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from bilm_api.v1 import embed_pb2 as pb
+
+from bilm_client._core.job import EmbedJob
+from bilm_client._core.options import Options
+from bilm_client._core.plan import NO_COST, RequestCost
+from bilm_client._core.settings import Deadline
+from bilm_client.errors import (
+    BilmError,
+    InvalidRequestError,
+    MalformedResponseError,
+    OverloadedError,
+    ResourceExhaustedError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedResults:
+    """A call's part of a response.
+
+    Attributes:
+        results: One for each of its sentences.
+        model_version: The version of the model that made them.
+    """
+
+    results: Sequence[pb.EmbedResult]
+    model_version: str
+
+
+class Waiter(Protocol):
+    """How the caller of one `embed` is woken."""
+
+    def wake(self) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class SharedCall:
+    """One `embed` that shares its request.
+
+    Attributes:
+        job: Its sentences, all of which travel in one part.
+        deadline: Its own deadline.
+        waiter: Woken when the call has ended.
+        group: The calls that it shares a request with; None before it has joined.
+        ended: Whether nothing more comes.
+        outcome: What it has ended with: results, an error, or None: it is to be sent by itself.
+    """
+
+    job: EmbedJob
+    deadline: Deadline
+    waiter: Waiter
+    group: "CallGroup | None" = None
+    ended: bool = False
+    outcome: SharedResults | Exception | None = None
+
+    @property
+    def sends_at_s(self) -> float:
+        """When this call's driver is to send the group; `math.inf`: another call's does, or it was sent."""
+        group = self.group
+        if group is None or group.sent or group.calls[0] is not self:
+            return math.inf
+        return group.due_s
+
+    def end(self, outcome: SharedResults | Exception | None) -> None:
+        """Settle the call, unless it has ended, and wake its driver."""
+        if not self.ended:
+            self.outcome, self.ended = outcome, True
+            self.waiter.wake()
+
+    def take(self) -> SharedResults | None:
+        """Return its part of the response; None: the call is to be sent by itself.
+
+        Raises:
+            BilmError: The shared request failed. It is a copy: exceptions that are raised in several threads at once
+                would share their tracebacks.
+        """
+        if isinstance(self.outcome, Exception):
+            raise copy.copy(self.outcome) from self.outcome
+        return self.outcome
+
+
+@dataclass(slots=True, eq=False)
+class CallGroup:
+    """Calls that share a request.
+
+    Attributes:
+        key: What all of them have in common.
+        cost: What they take together.
+        due_s: When the request is to be sent, on the monotonic clock.
+        calls: In the order of their sentences.
+        sent: Whether the request was sent, or is being sent.
+    """
+
+    key: Hashable
+    cost: RequestCost
+    due_s: float
+    calls: list[SharedCall] = field(default_factory=list)
+    sent: bool = False
+
+    @property
+    def deadline(self) -> Deadline:
+        """The latest deadline of its calls, which the request carries."""
+        return Deadline(max(call.deadline.at_s for call in self.calls))
+
+    @property
+    def ended(self) -> bool:
+        """Whether no call waits for the request any more."""
+        return all(call.ended for call in self.calls)
+
+    def request(self) -> pb.EmbedRequest:
+        """Return the message for all sentences."""
+        return self.calls[0].job.message([source for call in self.calls for source in call.job.inputs])
+
+
+class Coalescer:
+    """Gathers calls into groups.
+
+    A call that finds no request under way is due at once: it has no company to wait for. While requests are under way,
+    a group gathers until `wait_s` has passed, until it is full, or until the last of them has ended.
+
+    Args:
+        wait_s: The longest wait of a call for others.
+    """
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
+        self._gathering: dict[Hashable, CallGroup] = {}
+        self._in_flight = 0
+
+    def join(self, call: SharedCall, now_s: float) -> list[CallGroup]:
+        """Let a call join the group of its kind; return the groups that are full now, which are due at once."""
+        key, cost, limit = sharing_key(call.job.options), call.job.cost, call.job.shared_limit
+        full = []
+        group = self._gathering.get(key)
+        if group is not None and not (group.cost + cost).fits(limit):
+            full.append(self._close(group))
+            group = None
+        if group is None:
+            due_s = now_s + self._wait_s if self._in_flight or full else now_s
+            group = self._gathering[key] = CallGroup(key, NO_COST, due_s)
+        group.cost += cost
+        group.calls.append(call)
+        call.group = group
+        if group.cost.sentences == limit.sentences or group.cost.tokens == limit.tokens:
+            full.append(self._close(group))
+        return full
+
+    def take(self, group: CallGroup) -> bool:
+        """Take a group to send it; False: it was sent already, or has no calls any more."""
+        if group.sent or not group.calls:
+            return False
+        self._close(group).sent = True
+        self._in_flight += 1
+        return True
+
+    def give_back(self, group: CallGroup) -> None:
+        """Take a group back whose sending was interrupted: it is due again."""
+        group.sent = False
+        self._in_flight -= 1
+
+    def leave(self, call: SharedCall) -> None:
+        """Remove a call that waits no longer; where it was sent already, its results are dropped."""
+        group = call.group
+        if group is None or call.ended:
+            return
+        call.ended = True
+        if group.sent:
+            return
+        group.calls.remove(call)
+        group.cost = sum((other.job.cost for other in group.calls), NO_COST)
+        if not group.calls:
+            self._close(group)
+
+    def end(self, group: CallGroup, outcome: pb.EmbedResponse | Exception) -> list[CallGroup]:
+        """Settle the calls of a group by what came of its request; return the groups that this makes due at once."""
+        self._in_flight -= 1
+        _settle(group, outcome)
+        if self._in_flight:
+            return []
+        due = list(self._gathering.values())
+        for other in due:
+            other.due_s = -math.inf  # until it is taken, others may still join
+        return due
+
+    def close(self, error: BilmError) -> None:
+        """End the calls that weren't sent with an error."""
+        for group in list(self._gathering.values()):
+            self._close(group).sent = True
+            for call in group.calls:
+                call.end(error)
+
+    def _close(self, group: CallGroup) -> CallGroup:
+        """Let no further call join."""
+        if self._gathering.get(group.key) is group:
+            del self._gathering[group.key]
+        group.due_s = -math.inf
+        return group
+
+
+def may_share(job: EmbedJob, deadline: Deadline, until_s: float) -> bool:
+    """Return whether a job may share its request: it is small, has no states, and has time until after `until_s`."""
+    return (
+        job.cost.fits(job.shared_limit)
+        and deadline.at_s > until_s
+        and not any(source.state or source.return_state for source in job.inputs)
+    )
+
+
+def sharing_key(options: Options) -> Hashable:
+    """Return what calls must have in common to share a request: the options that a request states once."""
+    return options.layers, options.pool, options.dtype, options.mix, options.l2_normalize
+
+
+def _settle(group: CallGroup, outcome: pb.EmbedResponse | Exception) -> None:
+    if isinstance(outcome, Exception):
+        _end_all(group, None if len(group.calls) > 1 and _may_concern_one(outcome) else outcome)
+        return
+    expected, found = group.cost.sentences, len(outcome.results)
+    if expected != found:
+        _end_all(group, MalformedResponseError(f"expected {expected} results, got {found}"))
+        return
+    first = 0
+    for call in group.calls:
+        after = first + call.job.cost.sentences
+        call.end(SharedResults(outcome.results[first:after], outcome.usage.model_version))
+        first = after
+
+
+def _end_all(group: CallGroup, outcome: Exception | None) -> None:
+    for call in group.calls:
+        call.end(outcome)
+
+
+def _may_concern_one(error: Exception) -> bool:
+    """Return whether an error may be due to one call's sentences or to their number; one that passes is not."""
+    if isinstance(error, ResourceExhaustedError):
+        return not isinstance(error, OverloadedError)
+    return isinstance(error, InvalidRequestError)

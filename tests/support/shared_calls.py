@@ -1,0 +1,100 @@
+"""What the tests of calls that share requests have in common: jobs, a wire that the test answers, watched deadlines."""
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+from bilm_api.v1 import embed_pb2 as pb
+from bilm_client._core.job import EmbedJob, embed_job
+from bilm_client._core.keywords import EmbedArguments
+from bilm_client._core.settings import NO_DEADLINE, Deadline, Settings
+from bilm_client.results import ModelInfo
+from bilm_client.testing.service import FakeService
+
+SERVICE = FakeService()
+INFO = ModelInfo.from_proto(SERVICE.get_model())
+SETTINGS = Settings(target="nowhere")
+
+
+def planned_job(sentences: Any, info: ModelInfo = INFO, settings: Settings = SETTINGS, **options: Any) -> EmbedJob:
+    """Return the job of an `embed`, planned for a model."""
+    job = embed_job(settings, sentences, EmbedArguments(**options))
+    job.plan(info)
+    return job
+
+
+def texts_of(request: pb.EmbedRequest) -> list[str]:
+    """Return the sentences of a request, tokens joined by spaces."""
+    return [sentence.text or " ".join(sentence.tokens.tokens) for sentence in request.sentences]
+
+
+class Joined(Deadline):
+    """A deadline that counts how often it was asked for: a call's first time follows its joining a group."""
+
+    asked = threading.Semaphore(0)
+
+    def remaining_s(self) -> float | None:
+        """See `Deadline`."""
+        self.asked.release()
+        return super().remaining_s()
+
+
+class AnsweredCall:
+    """A `PendingEmbed` that the test ends."""
+
+    def __init__(self, request: pb.EmbedRequest, deadline: Deadline) -> None:
+        self.request = request
+        self.deadline = deadline
+        self.cancelled = threading.Event()
+        self._outcome: pb.EmbedResponse | Exception | None = None
+        self._callbacks: list[Callable[[], None]] = []
+
+    def finish(self, outcome: pb.EmbedResponse | Exception | None = None) -> None:
+        """End the call; without an outcome as the fake service does."""
+        self._outcome = SERVICE.embed(self.request) if outcome is None else outcome
+        for callback in self._callbacks:
+            callback()
+
+    def result(self) -> pb.EmbedResponse:
+        """See `PendingEmbed`."""
+        if isinstance(self._outcome, pb.EmbedResponse):
+            return self._outcome
+        raise self._outcome or AssertionError("asked for a result before the end")
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """See `PendingEmbed`."""
+        self._callbacks.append(callback)
+
+    def cancel(self) -> None:
+        """See `PendingEmbed`."""
+        self.cancelled.set()
+
+
+class AnsweringWire:
+    """Starts calls that the test ends, in the order in which they come.
+
+    Attributes:
+        raises: Raised, one at a time, instead of starting a call.
+    """
+
+    def __init__(self) -> None:
+        self.raises: list[BaseException] = []
+        self._calls: SimpleQueue[AnsweredCall] = SimpleQueue()
+
+    def start(self, request: pb.EmbedRequest, deadline: Deadline = NO_DEADLINE) -> AnsweredCall:
+        """Start a call."""
+        if self.raises:
+            raise self.raises.pop(0)
+        call = AnsweredCall(request, deadline)
+        self._calls.put(call)
+        return call
+
+    def next_call(self) -> AnsweredCall:
+        """Wait for the next call."""
+        return self._calls.get(timeout=60)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no call waits to be taken."""
+        return self._calls.empty()

@@ -1,0 +1,172 @@
+"""Threads that share requests: who sends, who waits, and what an end in the middle does to the others."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from bilm_client import ClientClosedError, errors
+from bilm_client._core.coalescing import SharedResults
+from bilm_client._transport.coalescing_sync import SyncCoalescing
+
+from tests.support.shared_calls import AnsweringWire, Joined, planned_job, texts_of
+
+LIMIT_S = 60.0
+NEVER_S = 3600.0
+UNAVAILABLE = errors.UnavailableError("away", code=grpc.StatusCode.UNAVAILABLE)
+
+
+class Threads:
+    """A wire, what shares it, and calls in threads.
+
+    Attributes:
+        first: A call that is under way, so that others gather.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, wait_s: float = NEVER_S) -> None:
+        self.pool = pool
+        self.wire = AnsweringWire()
+        self.coalescing = SyncCoalescing(wait_s, self.wire.start)
+        self.first_caller = self.call("first")
+        self.first = self.wire.next_call()
+
+    def call(self, sentences: Any, timeout_s: float = NEVER_S) -> "Future[SharedResults | None]":
+        """Start a call, and return when it has joined its group."""
+        deadline = Joined.after(timeout_s)
+        future = self.pool.submit(self.coalescing.embed, planned_job(sentences), deadline)
+        assert Joined.asked.acquire(timeout=LIMIT_S)
+        return future
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    while Joined.asked.acquire(blocking=False):
+        pass
+    with ThreadPoolExecutor(8) as one:
+        yield one
+
+
+def tokens_of(future: "Future[SharedResults | None]") -> list[list[str]]:
+    shared = future.result(LIMIT_S)
+    assert shared is not None
+    return [list(result.embedding.tokens) for result in shared.results]
+
+
+def test_a_lone_call_is_sent_at_once(pool: ThreadPoolExecutor) -> None:
+    threads = Threads(pool)
+    assert texts_of(threads.first.request) == ["first"]
+    threads.first.finish()
+    assert tokens_of(threads.first_caller) == [["first"]]
+
+
+def test_calls_that_come_meanwhile_go_together_when_nothing_is_under_way(pool: ThreadPoolExecutor) -> None:
+    threads = Threads(pool)
+    callers = [threads.call("a"), threads.call(["b", "c"])]
+    assert threads.wire.idle
+    threads.first.finish()
+    call = threads.wire.next_call()
+    assert texts_of(call.request) == ["a", "b", "c"]
+    call.finish()
+    assert [tokens_of(caller) for caller in callers] == [[["a"]], [["b"], ["c"]]]
+
+
+def test_a_group_is_sent_when_its_wait_is_over(pool: ThreadPoolExecutor) -> None:
+    threads = Threads(pool, wait_s=0.01)
+    caller = threads.call("a")
+    call = threads.wire.next_call()
+    call.finish()
+    assert tokens_of(caller) == [["a"]]
+    threads.first.finish()
+
+
+def test_a_full_group_is_sent_at_once_with_the_latest_deadline(pool: ThreadPoolExecutor) -> None:
+    threads = Threads(pool)
+    callers = [threads.call(["a"] * 32, timeout_s=1000.0), threads.call(["b"] * 32, timeout_s=2000.0)]
+    call = threads.wire.next_call()
+    assert texts_of(call.request) == ["a"] * 32 + ["b"] * 32
+    left_s = call.deadline.remaining_s()
+    assert left_s is not None
+    assert left_s > 1000.0
+    call.finish()
+    assert [len(tokens_of(caller)) for caller in callers] == [32, 32]
+    threads.first.finish()
+
+
+def test_a_callers_own_deadline_ends_its_call_alone(pool: ThreadPoolExecutor) -> None:
+    threads = Threads(pool)
+    hasty, patient = threads.call("a", timeout_s=0.2), threads.call("b")
+    threads.first.finish()
+    call = threads.wire.next_call()
+    with pytest.raises(errors.DeadlineError):
+        hasty.result(LIMIT_S)
+    assert not call.cancelled.is_set()
+    call.finish()
+    assert tokens_of(patient) == [["b"]]
+
+
+def test_the_request_is_cancelled_when_all_have_left(pool: ThreadPoolExecutor) -> None:
+    threads = Threads(pool)
+    caller = threads.call(["a"] * 64, timeout_s=0.05)
+    call = threads.wire.next_call()
+    with pytest.raises(errors.DeadlineError):
+        caller.result(LIMIT_S)
+    assert call.cancelled.wait(LIMIT_S)
+    call.finish(errors.ServiceError("cancelled", code=grpc.StatusCode.CANCELLED))
+    threads.first.finish()
+
+
+def test_another_thread_sends_when_the_first_of_a_group_has_left(pool: ThreadPoolExecutor) -> None:
+    threads = Threads(pool)
+    hasty, patient = threads.call("a", timeout_s=0.05), threads.call("b")
+    with pytest.raises(errors.DeadlineError):
+        hasty.result(LIMIT_S)
+    threads.first.finish()
+    call = threads.wire.next_call()
+    assert texts_of(call.request) == ["b"]
+    call.finish()
+    assert tokens_of(patient) == [["b"]]
+
+
+@pytest.mark.parametrize("sentences", ["b", ["b"] * 63])
+def test_another_thread_sends_when_the_sending_one_is_interrupted(pool: ThreadPoolExecutor, sentences: Any) -> None:
+    threads = Threads(pool)
+    threads.wire.raises.append(KeyboardInterrupt())
+    callers = [threads.call("a"), threads.call(sentences)]  # the first one sends, or the one that fills the group
+    threads.first.finish()
+    call = threads.wire.next_call()
+    call.finish()
+    ends = [caller.exception(LIMIT_S) for caller in callers]
+    assert sorted(type(end).__name__ for end in ends) == ["KeyboardInterrupt", "NoneType"]
+
+
+def test_what_cannot_be_sent_fails_for_all(pool: ThreadPoolExecutor) -> None:
+    threads = Threads(pool)
+    threads.wire.raises.append(ClientClosedError("closed"))
+    callers = [threads.call("a"), threads.call("b")]
+    threads.first.finish()
+    for caller in callers:
+        with pytest.raises(ClientClosedError):
+            caller.result(LIMIT_S)
+
+
+def test_a_failure_goes_to_all(pool: ThreadPoolExecutor) -> None:
+    threads = Threads(pool)
+    callers = [threads.call(["a"] * 32), threads.call(["b"] * 32)]
+    threads.wire.next_call().finish(UNAVAILABLE)
+    for caller in callers:
+        with pytest.raises(errors.UnavailableError):
+            caller.result(LIMIT_S)
+    threads.first.finish()
+
+
+def test_closing_ends_what_gathers(pool: ThreadPoolExecutor) -> None:
+    threads = Threads(pool)
+    callers = [threads.call("a"), threads.call("b")]
+    threads.coalescing.close()
+    for caller in callers:
+        with pytest.raises(ClientClosedError):
+            caller.result(LIMIT_S)
+    threads.first.finish()
+    assert tokens_of(threads.first_caller) == [["first"]]
+    assert threads.wire.idle
