@@ -12,6 +12,7 @@ from bilm_model.config import SIZES, BilmConfig
 from bilm_model.engine.backend import Backend, Memory
 from bilm_model.engine.backends import new_backend
 from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.cpu.backend import CpuBackend
 from bilm_model.engine.flight import Ticket
 from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence, steps_of
@@ -142,3 +143,26 @@ def test_threads_change_nothing() -> None:
         torch.set_num_threads(before)
     for others in found[1:]:
         assert all(same_bits(a, b) for a, b in zip(others, found[0], strict=True))
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_kernel_gives_the_bits_of_products(name: str, n_threads: int) -> None:
+    def products_only(bilm: Bilm, memory: Memory, options: EngineOptions) -> Backend:
+        return CpuBackend(bilm, memory, 100, options.input_cache_bytes, new_recurrence=lambda *_: None)
+
+    chance, options = random.Random(6), EngineOptions(max_rows=100)
+    engine = engine_of(CONFIGS[name], "float32")
+    sentences = [sentence for _ in range(3) for sentence in random_sentences(engine, chance)]  # several groups of rows
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        found, expected = (
+            CellularBatch(random_bilm(CONFIGS[name]), torch.device("cpu"), options, new)
+            for new in (new_backend, products_only)
+        )
+        assert [each.paths["recurrence"] for each in (found, expected)] == ["one_kernel", "products"]
+        results = [each.run(sentences) for each in (found, expected)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(*pair) for pair in zip(*results, strict=True))

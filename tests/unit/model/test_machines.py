@@ -67,7 +67,7 @@ def test_the_reference_network_computes_in_bfloat16() -> None:
     assert not torch.equal(found, exact)
 
 
-def test_the_engine_works_without_the_kernel_for_few_rows(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_engine_works_without_the_kernel_for_all_ticks(caplog: pytest.LogCaptureFixture) -> None:
     expected = layers(None, "float32")
 
     def unavailable(lstm: ClippedProjectedLstm, config: BilmConfig) -> None:
@@ -78,5 +78,5 @@ def test_the_engine_works_without_the_kernel_for_few_rows(caplog: pytest.LogCapt
 
     engine = CellularBatch(random_bilm(SIZES["tiny"]), CPU, EngineOptions(max_rows=4), new_backend)
     assert engine.paths["recurrence"] == "products"
-    assert "one kernel for few rows unavailable" in caplog.text
+    assert "one kernel for all ticks unavailable" in caplog.text
     assert torch.equal(engine.run([PlainSentence(TOKENS)])[0].layers, expected)

@@ -28,7 +28,7 @@ from bilm_model.kernels.product_paths import ProductPath, cpu_path
 from bilm_model.kernels.products import Product, padded_rows
 
 if TYPE_CHECKING:
-    from bilm_model.engine.cpu.recurrence import Recurrence
+    from bilm_model.engine.cpu.recurrence import LaneWork, Recurrence, RecurrenceTeam
 
 _MIN_PARALLEL = 2**20
 """Multiply-adds of a product below which one thread does it. Threads that wait for one another at every small product
@@ -47,24 +47,24 @@ class _CpuCell:
         input: x (N, P) -> its half of the gates (N, 4·C), biases included.
         recurrent: h (R, P) -> the other half.
         projection: (R, C) -> h (R, P), clipped; None where the cells' output is h.
-        alone: all ticks in one kernel, for few rows; None where there is no such thing.
+        whole: all ticks in one kernel; None where there is no such thing.
     """
 
     input: Product
     recurrent: Product
     projection: Product | None
-    alone: "Recurrence | None"
+    whole: "Recurrence | None"
 
     @classmethod
     def of(
-        cls, lstm: ClippedProjectedLstm, config: BilmConfig, products: ProductPath, new_alone: NewRecurrence | None
+        cls, lstm: ClippedProjectedLstm, config: BilmConfig, products: ProductPath, new_whole: NewRecurrence | None
     ) -> "_CpuCell":
         new_product, clip = products.new_product, config.proj_clip
         return cls(
             input=new_product(lstm.input.weight, lstm.folded_input_bias()),
             recurrent=new_product(lstm.recurrent.weight),
             projection=None if lstm.projection is None else new_product(lstm.projection.weight, clip=clip),
-            alone=None if new_alone is None else recurrence_or_none(lstm, config, new_alone),
+            whole=None if new_whole is None else recurrence_or_none(lstm, config, new_whole),
         )
 
 
@@ -93,7 +93,7 @@ class CpuBackend:
             max_rows: rows of a round at most.
             input_cache_bytes: for layer 1's input projections; 0: none are kept.
             products: how products are computed; None: the fastest way that works here.
-            new_recurrence: makes a cell's kernel for few rows.
+            new_recurrence: makes a cell's kernel for all ticks.
 
         Raises:
             ConfigError: if the cache isn't enough for one round.
@@ -117,6 +117,7 @@ class CpuBackend:
         # Rows that only fill up are computed, too: they must be finite, and not so small that they are slow
         self._cells_out = torch.zeros(padded_rows(max_rows), config.cell_dim, dtype=self._dtype)
         self._n_threads = torch.get_num_threads()
+        self._team = self._new_team()
         self.input_cache: InputCache | None = None
         if input_cache_bytes:
             round_rows, n_gates = max(self.block_rows, max_rows), 4 * config.cell_dim
@@ -127,8 +128,8 @@ class CpuBackend:
     def name(self) -> str:
         """See `Backend`."""
         parts = [f"torch {torch.__version__}", self._products.description, self._elementwise.name]
-        if self._cells[0][0].alone is not None:
-            parts.append("few rows in one kernel")
+        if self._team is not None:
+            parts.append("all ticks of a cell in one kernel")
         return f"cpu ({', '.join(parts)}, {self._n_threads} threads)"
 
     @property
@@ -137,7 +138,7 @@ class CpuBackend:
         return {
             "products": self._products.value,
             "elementwise": self._elementwise.path,
-            "recurrence": "products" if self._cells[0][0].alone is None else "one_kernel",
+            "recurrence": "products" if self._team is None else "one_kernel",
         }
 
     def prepare(self) -> None:
@@ -162,13 +163,11 @@ class CpuBackend:
             self._run(plan, entries)
 
     def _run(self, plan: RoundPlan, entries: Indices) -> None:
-        slots, last = torch.from_numpy(plan.slots), torch.from_numpy(plan.last)
         if self.input_cache is not None:
             self.input_cache.fill(entries, self._input_projections)
         xs: list[Tensor | None] = [None, None]
         for layer in range(self._config.n_layers):
             for d, y in enumerate(self._run_layer(layer, plan, entries, xs)):
-                self.memory.h[layer, d].index_copy_(0, slots, y.index_select(0, last))
                 output, xs[d] = self._with_residual(y, xs[d], entries[d])
                 self.memory.outputs[layer, d].index_copy_(0, torch.from_numpy(plan.places[d]), output)
 
@@ -188,20 +187,19 @@ class CpuBackend:
     ) -> Iterator[Tensor]:
         """Return what both directions' cells give (N, P) float32, for what they read; None: the tokens."""
         cells = [self._cells[d][layer] for d in range(2)]
-        if not all(cell.alone is not None and cell.alone.takes(plan.sizes[0]) for cell in cells):
+        if self._team is None:
             for d, (cell, x) in enumerate(zip(cells, xs, strict=True)):  # one after the other: see the module
-                yield self._run_cell(cell, self._work(layer, d, plan, entries[d], x))
+                y = self._run_cell(cell, self._work(layer, d, plan, entries[d], x))
+                last = y.index_select(0, torch.from_numpy(plan.last))
+                self.memory.h[layer, d].index_copy_(0, torch.from_numpy(plan.slots), last)
+                yield y
             return
-        from bilm_model.engine.cpu.recurrence import run_together  # noqa: PLC0415 - there is Numba, or there were no such cells
-
-        works = [self._work(layer, d, plan, entries[d], x) for d, x in enumerate(xs)]
-        with self._threads(2 * len(works[0].index), 4 * self._config.cell_dim):
-            yield from run_together([(cell.alone, work) for cell, work in zip(cells, works, strict=True) if cell.alone])
+        works = [self._lane_work(layer, d, plan, entries[d], x) for d, x in enumerate(xs)]
+        wholes = [(cell.whole, work) for cell, work in zip(cells, works, strict=True) if cell.whole is not None]
+        yield from self._team.run(wholes, parallel=self._is_parallel(2 * len(entries[0]), 4 * self._config.cell_dim))
 
     def _work(self, layer: int, direction: int, plan: RoundPlan, entries: Indices, x: Tensor | None) -> CellWork:
-        gates_x, index = (
-            self._first_inputs(direction, entries) if x is None else self._inputs_of(self._cells[direction][layer], x)
-        )
+        gates_x, index = self._gates_x(layer, direction, entries, x)
         return CellWork(
             gates_x=gates_x,
             index=index,
@@ -212,16 +210,47 @@ class CpuBackend:
             sizes=plan.sizes,
         )
 
+    def _lane_work(self, layer: int, direction: int, plan: RoundPlan, entries: Indices, x: Tensor | None) -> "LaneWork":
+        from bilm_model.engine.cpu.recurrence import LaneWork  # noqa: PLC0415 - there is Numba, or there were no such cells
+
+        gates_x, index = self._gates_x(layer, direction, entries, x)
+        return LaneWork(
+            gates_x=gates_x,
+            index=index,
+            h=self.memory.h[layer, direction],
+            c=self.memory.c[layer, direction],
+            slots=torch.from_numpy(plan.slots),
+            fresh=torch.from_numpy(plan.fresh),
+            ticks=torch.tensor(plan.sizes),
+        )
+
+    def _gates_x(self, layer: int, direction: int, entries: Indices, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return input projections (any, 4·C), and the index (N,) of each step's."""
+        return (
+            self._first_inputs(direction, entries) if x is None else self._inputs_of(self._cells[direction][layer], x)
+        )
+
+    def _is_parallel(self, n_rows: int, width: int) -> bool:
+        """Return whether all threads compute products of so many rows, as wide as that on their wider side."""
+        return n_rows * width * self._config.projection_dim >= _MIN_PARALLEL
+
     @contextmanager
     def _threads(self, n_rows: int, width: int) -> Iterator[None]:
         """Decide how many threads products of so many rows get, as wide as that on their wider side."""
-        parallel = n_rows * width * self._config.projection_dim >= _MIN_PARALLEL
         before = torch.get_num_threads()
-        torch.set_num_threads(self._n_threads if parallel else 1)
+        torch.set_num_threads(self._n_threads if self._is_parallel(n_rows, width) else 1)
         try:
             yield
         finally:
             torch.set_num_threads(before)
+
+    def _new_team(self) -> "RecurrenceTeam | None":
+        wholes = [cell.whole for cells in self._cells for cell in cells if cell.whole is not None]
+        if len(wholes) < 2 * self._config.n_layers:
+            return None
+        from bilm_model.engine.cpu.recurrence import RecurrenceTeam  # noqa: PLC0415 - as above
+
+        return RecurrenceTeam(wholes[0].row_bytes, self._n_threads)
 
     def _run_cell(self, cell: _CpuCell, work: CellWork) -> Tensor:
         """Execute all ticks of a cell; return what it gives, (N, P) float32."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 NewRecurrence = Callable[[ClippedProjectedLstm, BilmConfig], "Recurrence | None"]
-"""Makes a layer's kernel for few rows; None where products are faster."""
+"""Makes a layer's kernel for all ticks; None where products are faster."""
 
 
 def fastest_elementwise(dtype: torch.dtype) -> Elementwise:
@@ -34,7 +34,7 @@ def fastest_elementwise(dtype: torch.dtype) -> Elementwise:
 
 
 def new_recurrence(lstm: ClippedProjectedLstm, config: BilmConfig) -> "Recurrence | None":
-    """Return a layer's kernel for few rows; None where products are faster.
+    """Return a layer's kernel for all ticks; None where products are faster.
 
     Raises:
         Exception: whatever keeps a kernel from being compiled.
@@ -49,7 +49,7 @@ def recurrence_or_none(lstm: ClippedProjectedLstm, config: BilmConfig, new: NewR
     try:
         return new(lstm, config)
     except Exception as error:  # whatever keeps a kernel from being compiled
-        _log.warning("one kernel for few rows unavailable, products do the work: %s", error)
+        _log.warning("one kernel for all ticks unavailable, products do the work: %s", error)
         return None
 
 

@@ -1,8 +1,10 @@
-"""A cell's recurrence in one kernel, all ticks of a round: for few rows of a small model, in float32.
+"""A cell's recurrence in one kernel, all ticks of a round: products, gates, projection and clips, in float32.
 
-There the products take less time than starting them does: one sentence through the model that ships spent nine tenths
-of its 9 ms in calls. The kernel adds up in the order that oneDNN's products do, found out by trying, so a sentence
-has the same bits alone as in a crowd; where it can't be found out, the kernel isn't used.
+By themselves, products of few rows take less time than starting them does, and the gates of many go through memory.
+Here a panel of weights makes the gates of 16 cells of a group of rows, which are used up at once. Groups of rows and
+directions are jobs that threads take when they are free; no thread waits for another one between ticks. The kernel adds
+up in the order that oneDNN's products do, found out by trying, so a sentence has the same bits whichever of the two its
+company is computed by; where the order can't be found out, the kernel isn't used.
 
 Legend: R rows, N steps of the round, P projection, C cells, K components of a product's input.
 """
@@ -11,7 +13,6 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, types
@@ -20,21 +21,20 @@ from torch import Tensor
 
 from bilm_model.config import BilmConfig
 from bilm_model.contexts.lstm import ClippedProjectedLstm
-from bilm_model.kernels.elementwise import CellWork
+from bilm_model.engine.cpu import panels
+from bilm_model.engine.cpu.panels import PANEL, PANEL_CELLS, ROWS, multiply_panel, packed, packed_gates
+from bilm_model.kernels import numba_blocks
+from bilm_model.kernels.kernel_cache import compiled
 from bilm_model.kernels.numba_blocks import (
-    CONTRACT,
-    clear_state,
+    clear_block,
     clip_block,
     copy_block,
     flags,
     float32s,
     inner,
     int64s,
-    kernel,
     lstm_block,
-    native,
     openmp,
-    run,
     share,
 )
 from bilm_model.kernels.products import PackedProduct, padded_rows
@@ -42,165 +42,241 @@ from bilm_model.kernels.products import PackedProduct, padded_rows
 _MAX_STEP = 2**20
 """Multiply-adds of a tick up to which this is faster than products by themselves."""
 
-_UNROLLED = 8
+MAX_GROUP = 48
+"""Rows of a job at most: many enough to make up for reading the weights, few enough for the caches."""
 
-
-@inner
-def _add_products(n_first, n_end, n_out, x, weight, out):  # type: ignore[no-untyped-def] # noqa: PLR0917
-    """Out (n_out) += x[first..end]·weight[first..end] (K, n_out), one component after another."""
-    for k in range(n_first, n_end - _UNROLLED + 1, _UNROLLED):
-        for i in range(n_out):
-            total = out[i]
-            for u in range(_UNROLLED):
-                total = total + x[k + u] * weight[(k + u) * n_out + i]
-            out[i] = total
-    for k in range(n_end - (n_end - n_first) % _UNROLLED, n_end):
-        for i in range(n_out):
-            out[i] = out[i] + x[k] * weight[k * n_out + i]
-
-
-def _multiply_by_address(n_in, n_out, block, x, weight, out, part):  # type: ignore[no-untyped-def] # noqa: PLR0917
-    """Out (n_out) = x (n_in)·weight: sums of `block` components each, added up. By addresses; `part` is for a sum."""
-    for first in range(0, n_in, block):
-        total = float32s(part if first else out)
-        for i in range(n_out):
-            total[i] = np.float32(0.0)
-        _add_products(first, min(first + block, n_in), n_out, float32s(x), float32s(weight), total)
-        if first:
-            whole = float32s(out)
-            for i in range(n_out):
-                whole[i] = whole[i] + total[i]
-
-
-_multiply = native(types.void(*[types.int64] * 7), _multiply_by_address, fastmath=CONTRACT)
-"""Called by its address, by kernels too: so the code whose bits are tried is the one that is used."""
+_N_HEADER, _N_CELL = 8, 20
+_PANEL_BYTES = 4 * PANEL
 
 
 @intrinsic
-def _call_multiply(typing_context, address, n_in, n_out, block, x, weight, out, part):  # type: ignore[no-untyped-def] # noqa: PLR0917
-    """Call `_multiply` at an address: a kernel that knew the address itself couldn't be kept on disk."""
+def _claim(typing_context, arguments):  # type: ignore[no-untyped-def]
+    """Return the number of the next job that no thread has taken; the first argument counts them."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        function = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 7).as_pointer()
-        builder.call(builder.inttoptr(args[0], function), args[1:])
-        return context.get_dummy_value()
+        return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "monotonic")
 
-    return types.void(*[types.int64] * 8), generate
+    return types.int64(types.CPointer(types.int64)), generate
 
 
 @inner
-def _run_ticks(arguments):  # type: ignore[no-untyped-def]
-    n_ticks, sizes, size, n_cells, h_block, m_block, gates_x, index, slots, c = carray(arguments, 20)[:10]
-    fresh, h, outputs, recurrent, projection, gates_h, m, part, clips, multiply = carray(arguments, 20)[10:]
-    n_gates, step = 4 * n_cells, 0
+def _gates(n_rows, at, n_cells, gates, gates_x, index, slots, c, m, m_stride, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
+    """From the gates (R, 64) of the cells from `at`, which h adds up to, the cells' outputs m."""
+    for row in range(n_rows):
+        its_gates, its_m = float32s(gates + row * _PANEL_BYTES), float32s(m + row * m_stride + 4 * at)
+        its_gates_x = float32s(gates_x + 4 * (int64s(index)[row] * 4 * n_cells + at))
+        its_c = float32s(c + 4 * (int64s(slots)[row] * n_cells + at))
+        if n_cells - at >= PANEL_CELLS:  # a number that is known when this is compiled
+            lstm_block(PANEL_CELLS, its_gates, PANEL_CELLS, its_gates_x, n_cells, its_c, its_m, clip)
+        else:
+            lstm_block(n_cells - at, its_gates, PANEL_CELLS, its_gates_x, n_cells, its_c, its_m, clip)
+
+
+@inner
+def _clear_fresh(n_rows, size, n_cells, fresh, h, h_stride, slots, c):  # type: ignore[no-untyped-def] # noqa: PLR0917
+    """Set the state of rows that begin to 0."""
+    for row in range(n_rows):
+        if flags(fresh)[row]:
+            clear_block(size, float32s(h + row * h_stride))
+            clear_block(n_cells, float32s(c + 4 * int64s(slots)[row] * n_cells))
+
+
+@inner
+def _run_group(cell, first, n_group, scratch):  # type: ignore[no-untyped-def]
+    """All ticks of the rows from `first` on, at most so many."""
+    n_ticks, sizes, gates_x, index, slots, c, fresh, h_state, outputs, size = carray(cell, _N_CELL)[:10]
+    n_cells, recurrent, projection, h_block, m_block, h_stride, m_stride, clips = carray(cell, _N_CELL)[10:18]
+    h, m, gates = scratch, scratch + n_group * h_stride, scratch + n_group * (h_stride + m_stride)
+    n_rows, its_slots, n_panels = min(n_group, int64s(sizes)[0] - first), slots + 8 * first, -(-n_cells // PANEL_CELLS)
+    for row in range(n_rows):
+        copy_block(size, float32s(h_state + 4 * int64s(its_slots)[row] * size), float32s(h + row * h_stride))
+    step = first
     for tick in range(n_ticks):
-        for row in range(int64s(sizes)[tick]):
-            its_h, its_output = float32s(h + row * size * 4), float32s(outputs + step * size * 4)
-            its_gates_x = float32s(gates_x + int64s(index)[step] * n_gates * 4)
-            its_c = float32s(c + int64s(slots)[row] * n_cells * 4)
-            if flags(fresh)[step]:
-                clear_state(n_cells, float32s(gates_h), n_cells, its_c)
-            else:
-                _call_multiply(multiply, size, n_gates, h_block, h + row * size * 4, recurrent, gates_h, part)
-            lstm_block(
-                n_cells, float32s(gates_h), n_cells, its_gates_x, n_cells, its_c, float32s(m), float32s(clips)[0]
-            )
+        n = min(n_rows, int64s(sizes)[tick] - first)
+        if n <= 0:
+            break
+        _clear_fresh(n, size, n_cells, fresh + step, h, h_stride, its_slots, c)
+        for i in range(n_panels):
+            panel = n_panels - 1 - i if tick % 2 else i  # back and forth: the cache still has what was read last
+            its_weight = recurrent + panel * size * _PANEL_BYTES
+            multiply_panel(n, size, h_block, h, h_stride, its_weight, gates, _PANEL_BYTES)
+            at = panel * PANEL_CELLS
+            _gates(n, at, n_cells, gates, gates_x, index + 8 * step, its_slots, c, m, m_stride, float32s(clips)[0])
+        if projection != 0:
+            for panel in range(-(-size // PANEL)):
+                its_weight = projection + panel * n_cells * _PANEL_BYTES
+                multiply_panel(n, n_cells, m_block, m, m_stride, its_weight, h + panel * _PANEL_BYTES, h_stride)
+        for row in range(n):
+            its_h = float32s(h + row * h_stride)
             if projection != 0:
-                _call_multiply(multiply, n_cells, size, m_block, m, projection, outputs + step * size * 4, part)
-                clip_block(size, its_output, float32s(clips)[1])
+                clip_block(size, its_h, float32s(clips)[1])
             else:
-                copy_block(size, float32s(m), its_output)
-            copy_block(size, its_output, its_h)
-            step += 1
+                copy_block(size, float32s(m + row * m_stride), its_h)
+            copy_block(size, its_h, float32s(outputs + 4 * (step + row) * size))
+        step += int64s(sizes)[tick]
+    for row in range(n_rows):
+        copy_block(size, float32s(h + row * h_stride), float32s(h_state + 4 * int64s(its_slots)[row] * size))
 
 
-@kernel
-def _recurrences(arguments):  # type: ignore[no-untyped-def]
-    n_threads, n_jobs = carray(arguments, 2)
-    first, end = share(n_jobs, n_threads)
-    for job in range(first, end):
-        _run_ticks(int64s(carray(arguments, 2 + n_jobs)[2 + job]))
+def _run_jobs(arguments):  # type: ignore[no-untyped-def]
+    _, n_threads, n_jobs, n_cells, n_group, scratch, scratch_bytes = carray(arguments, 7)
+    thread, _ = share(n_threads, n_threads)
+    while True:
+        job = _claim(arguments)
+        if job >= n_jobs:
+            break
+        cell = int64s(carray(arguments, _N_HEADER + n_cells)[_N_HEADER + job % n_cells])
+        _run_group(cell, job // n_cells * n_group, n_group, scratch + thread * scratch_bytes)
+
+
+def _multiply_all(arguments):  # type: ignore[no-untyped-def]
+    n_rows, n_in, block, x, weight, out, n_panels = carray(arguments, 7)
+    for panel in range(n_panels):
+        its_weight, its_out = weight + panel * n_in * _PANEL_BYTES, out + panel * _PANEL_BYTES
+        multiply_panel(n_rows, n_in, block, x, 4 * n_in, its_weight, its_out, n_panels * _PANEL_BYTES)
+
+
+_KERNEL = types.void(types.CPointer(types.int64))
+openmp()  # makes the thread's number known before a kernel is compiled
+_recurrences, _product = (
+    compiled(_KERNEL, {}, function, numba_blocks, panels) for function in (_run_jobs, _multiply_all)
+)
 
 
 @dataclass(frozen=True, eq=False)
-class _Weight:
+class _PanelWeight:
     """A product's weight as the kernel reads it.
 
     Attributes:
-        transposed: (K, out).
+        panels: (panels, K, 64).
         block: components that are added up by themselves.
     """
 
-    transposed: Tensor
+    panels: Tensor
     block: int
 
     @classmethod
-    def of(cls, weight: Tensor) -> "_Weight | None":
-        """Weight (out, K); None if the order of oneDNN's sums can't be found out."""
-        n_out, n_in = weight.shape
-        transposed = weight.detach().t().contiguous()
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(padded_rows(3), n_in, generator=generator)
+    def of(cls, weight: Tensor) -> "_PanelWeight | None":
+        """Lay out a weight (out, K); None if the order of oneDNN's sums can't be found out."""
+        (n_out, n_in), weights = weight.shape, packed(weight)
+        x = torch.randn(padded_rows(ROWS + 1), n_in, generator=torch.Generator().manual_seed(0))
         expected = PackedProduct(weight)(x)
         for block in (n_in, 1024, 512, 256, 128, 64):
-            found = torch.empty_like(expected)
-            part = torch.empty(n_out)
-            for row, out in zip(x, found, strict=True):
-                tensors = (row, transposed, out, part)
-                _multiply.ctypes(n_in, n_out, block, *(tensor.data_ptr() for tensor in tensors))
-            if torch.equal(found, expected):
-                return cls(transposed, block)
+            found = torch.empty(len(x), len(weights) * PANEL)
+            addresses = (x.data_ptr(), weights.data_ptr(), found.data_ptr())
+            _product.ctypes(_array(len(x), n_in, block, *addresses, len(weights)))
+            if torch.equal(found[:, :n_out], expected):
+                return cls(weights, block)
         return None
 
 
-class Recurrence:
-    """A cell's ticks, one row after another; bit for bit what products and elementwise arithmetic give."""
+@dataclass(frozen=True, eq=False)
+class LaneWork:
+    """What a cell is to do in a round, on the lanes' own state.
 
-    def __init__(self, recurrent: _Weight, projection: _Weight | None, config: BilmConfig) -> None:
-        self._recurrent, self._projection, self._config = recurrent, projection, config
-        self._clips = torch.tensor([config.cell_clip, config.proj_clip])
-        n_gates = 4 * config.cell_dim
-        self._buffers = [torch.empty(n) for n in (n_gates, config.cell_dim, n_gates)]
+    Attributes:
+        gates_x: (any, 4·C) what inputs add to the gates, biases and the forget gate's +1 included.
+        index: (N,) int64, the row of `gates_x` for each step.
+        h: (lanes, P) float32 recurrent outputs, changed in place.
+        c: (lanes, C) float32 cells, changed in place.
+        slots: (R,) int64, the lane of each row.
+        fresh: (N,) bool, the step starts from h = c = 0, whatever the lane holds.
+        ticks: (K,) int64, rows at each tick, never growing.
+    """
+
+    gates_x: Tensor
+    index: Tensor
+    h: Tensor
+    c: Tensor
+    slots: Tensor
+    fresh: Tensor
+    ticks: Tensor
+
+
+class Recurrence:
+    """A cell's ticks; bit for bit what products and elementwise arithmetic give."""
+
+    def __init__(self, recurrent: _PanelWeight, projection: _PanelWeight | None, config: BilmConfig) -> None:
+        self._weights, self._clips = (recurrent, projection), torch.tensor([config.cell_clip, config.proj_clip])
+        strides = (4 * PANEL * -(-config.projection_dim // PANEL), 4 * PANEL_CELLS * -(-config.cell_dim // PANEL_CELLS))
+        self._numbers = (
+            config.cell_dim,
+            recurrent.panels.data_ptr(),
+            0 if projection is None else projection.panels.data_ptr(),
+            recurrent.block,
+            0 if projection is None else projection.block,
+            *strides,
+            self._clips.data_ptr(),
+        )
+        self.row_bytes = sum(strides) + _PANEL_BYTES
 
     @classmethod
     def of(cls, lstm: ClippedProjectedLstm, config: BilmConfig) -> "Recurrence | None":
-        """For a layer; None where it would be slower, or can't give the same bits."""
+        """For a layer; None where it would be slower, or can't give the bits of products."""
         if lstm.recurrent.weight.dtype != torch.float32 or step_size(config) > _MAX_STEP:
             return None
-        recurrent = _Weight.of(lstm.recurrent.weight)
-        projection = None if lstm.projection is None else _Weight.of(lstm.projection.weight)
+        recurrent = _PanelWeight.of(lstm.recurrent.weight)
+        projection = None if lstm.projection is None else _PanelWeight.of(lstm.projection.weight)
         if recurrent is None or (projection is None) != (lstm.projection is None):
             return None
-        return cls(recurrent, projection, config)
+        return cls(_PanelWeight(packed_gates(lstm.recurrent.weight), recurrent.block), projection, config)
 
-    def takes(self, n_rows: int) -> bool:
-        """Return whether this is faster for so many rows."""
-        return n_rows * step_size(self._config) <= _MAX_STEP
-
-    def arguments(self, work: CellWork, outputs: Tensor, ticks: Tensor) -> "ctypes.Array[ctypes.c_int64]":
-        """Of the kernel, for outputs (N, P) and the rows at each tick."""
-        weights = (self._recurrent.transposed, None if self._projection is None else self._projection.transposed)
-        steps = (work.gates_x, work.index, work.slots, work.c, work.fresh)
-        tensors = (*steps, work.h, outputs, *weights, *self._buffers, self._clips)
-        blocks = (self._recurrent.block, 0 if self._projection is None else self._projection.block)
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        numbers = (len(ticks), ticks.data_ptr(), self._config.projection_dim, self._config.cell_dim, *blocks)
-        return _array(*numbers, *addresses, _multiply.address)
+    def arguments(self, work: LaneWork, outputs: Tensor) -> "ctypes.Array[ctypes.c_int64]":
+        """Return the kernel's arguments, for outputs (N, P)."""
+        tensors = (work.ticks, work.gates_x, work.index, work.slots, work.c, work.fresh, work.h, outputs)
+        addresses = (tensor.data_ptr() for tensor in tensors)
+        return _array(len(work.ticks), *addresses, outputs.shape[1], *self._numbers)
 
 
-def run_together(cells: Sequence[tuple[Recurrence, CellWork]]) -> list[Tensor]:
-    """Run different cells, each on a thread if there are enough; return what each gives, (N, P)."""
-    outputs = [work.h.new_empty(len(work.index), work.h.shape[1]) for _, work in cells]
-    ticks = [torch.tensor(work.sizes) for _, work in cells]
-    jobs = [cell.arguments(work, out, n) for (cell, work), out, n in zip(cells, outputs, ticks, strict=True)]
-    n_numbers = sum(out.numel() for out in outputs)
-    run(_recurrences, n_numbers, len(jobs), *(ctypes.addressof(job) for job in jobs), parallel=openmp())
-    return outputs
+class RecurrenceTeam:
+    """Threads that run cells, each with memory for a group of rows."""
+
+    def __init__(self, row_bytes: int, n_threads: int) -> None:
+        """Allocate the memory, of which nothing is touched before it is used.
+
+        Args:
+            row_bytes: that a row takes while it is computed.
+            n_threads: to use at most.
+        """
+        self._memory = torch.empty(n_threads, MAX_GROUP * row_bytes, dtype=torch.uint8)
+        self._parallel = openmp() if n_threads > 1 else None
+
+    def run(self, cells: Sequence[tuple[Recurrence, LaneWork]], *, parallel: bool) -> list[Tensor]:
+        """Run cells that don't depend on one another, for the same ticks and rows.
+
+        Args:
+            cells: what is to run, and on what.
+            parallel: whether on all threads; otherwise on this one.
+
+        Returns:
+            What each gives at each step, (N, P).
+        """
+        outputs = [work.h.new_empty(len(work.index), work.h.shape[1]) for _, work in cells]
+        arguments = [cell.arguments(work, out) for (cell, work), out in zip(cells, outputs, strict=True)]
+        # Always the whole team or none of it: OpenMP ends and begins threads when a team's size changes
+        n_threads = len(self._memory) if parallel and self._parallel else 1
+        n_rows = len(cells[0][1].slots)
+        n_group = _group_rows(n_rows, -(-n_threads // len(cells)))
+        n_jobs = len(cells) * -(-n_rows // n_group)
+        memory = (self._memory.data_ptr(), self._memory.stride(0))
+        header = (0, n_threads, n_jobs, len(cells), n_group, *memory, 0)
+        values = _array(*header, *(ctypes.addressof(each) for each in arguments))
+        if self._parallel and n_threads > 1:
+            self._parallel(_recurrences.address, values, n_threads, 0)
+        else:
+            _recurrences.ctypes(values)
+        return outputs
 
 
 def step_size(config: BilmConfig) -> int:
-    """Multiply-adds of a row's tick."""
+    """Return the multiply-adds of a row's tick."""
     return config.projection_dim * config.cell_dim * (5 if config.has_lstm_projection else 4)
+
+
+def _group_rows(n_rows: int, n_groups: int) -> int:
+    """Return the rows of a group: so many groups at least, as far as there are rows for it."""
+    rows = -(-n_rows // n_groups)
+    return min(MAX_GROUP, -(-rows // ROWS) * ROWS)
 
 
 def _array(*numbers: int) -> "ctypes.Array[ctypes.c_int64]":
