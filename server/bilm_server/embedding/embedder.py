@@ -21,8 +21,8 @@ from bilm_server.embedding.admission import (
     pushback_ms,
 )
 from bilm_server.embedding.caller_limits import CallerLimits
-from bilm_server.embedding.conversions import Conversions
-from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits
+from bilm_server.embedding.conversions import Conversions, request_weight
+from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits, text_bytes
 from bilm_server.errors import Code, RefusalError
 from bilm_server.inference.types import Outcome, Result, Sentence
 from bilm_server.inference.worker import InferenceWorker
@@ -38,8 +38,8 @@ class ResponseFormat(Protocol[R_co]):
     def overhead_bytes(self, sentence: Sentence) -> int:
         """Return an upper bound of what a sentence takes beside its vectors and state."""
 
-    def build(self, sentences: Sequence[Sentence], results: Sequence[Outcome], n_bytes: int) -> R_co:
-        """Build the response, of that many bytes at most; in any thread."""
+    def build(self, sentences: Sequence[Sentence], results: Sequence[Outcome]) -> R_co:
+        """Build the response; in any thread."""
 
 
 class Embedder:
@@ -125,7 +125,7 @@ class Embedder:
             until_computed.pop_all()
         self.admission.resize(room, Cost(0, n_bytes))
         _count(sentences, results)
-        return await self.conversions.response(n_bytes, lambda: response.build(sentences, results, n_bytes))
+        return await self.conversions.response(n_bytes, lambda: response.build(sentences, results))
 
     def stream(self) -> "SentenceStream":
         """Return a stream of sentences that are answered one by one."""
@@ -159,7 +159,8 @@ class Embedder:
             What is wrong with each sentence, and a bound of the response's bytes.
         """
         with self._caller_limits.charged(current_call().caller, room.cost.tokens) as charge:
-            refusals = await self.conversions.request(request_bytes, lambda: self._preprocessing.prepare_all(sentences))
+            weight = request_weight(request_bytes, text_bytes(sentences))
+            refusals = await self.conversions.request(weight, lambda: self._preprocessing.prepare_all(sentences))
             good = [sentence for sentence, refusal in zip(sentences, refusals, strict=True) if refusal is None]
             cost = self._cost(good, response)
             self.admission.resize(room, cost, self._retry_after_ms())
@@ -214,7 +215,8 @@ class SentenceStream:
         """
         try:
             prepare = self._preprocessing.prepare
-            await self._embedder.conversions.item(request_bytes, lambda: prepare(sentence))
+            weight = request_weight(request_bytes, text_bytes([sentence]))
+            await self._embedder.conversions.item(weight, lambda: prepare(sentence))
             n_bytes = self._preprocessing.computed_bytes(sentence) + overhead_bytes(sentence)
             return await self._reserve(Cost(len(sentence.tokens), n_bytes))
         except RefusalError as error:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from bilm_api.constants import MAX_RESPONSE_BYTES, Reason
-from bilm_model.characters import is_truncated
+from bilm_model.characters import MAX_TOKEN_BYTES, is_truncated
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.errors import AlignmentError, StateError
 
@@ -15,6 +15,9 @@ from bilm_server.inference.types import Sentence
 from bilm_server.served_model import ServedModel
 
 _ITEM_BYTES: Mapping[DataType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_NEVER_TRUNCATED = MAX_TOKEN_BYTES // 4
+"""Characters of a token that is read whole whatever they are: none has more than 4 bytes."""
 
 _BYTES_PER_TOKEN = 6
 """Of text, the white space included: what English has."""
@@ -124,7 +127,9 @@ class Preprocessing:
             case tokens:
                 sentence.tokens = tuple(tokens)
         _check_tokens(sentence, self.limits.sentence_tokens)
-        sentence.truncated = any(map(is_truncated, sentence.tokens))
+        sentence.truncated = max(map(len, sentence.tokens), default=0) > _NEVER_TRUNCATED and any(
+            map(is_truncated, sentence.tokens)
+        )
         self._decode_state(sentence)
         sentence.content, sentence.state_bytes = None, b""  # they can keep a whole message in memory
 
@@ -159,15 +164,24 @@ def row_bytes(output: OutputSpec, model: ServedModel) -> int:
     return n_layers * model.config.width * _ITEM_BYTES[output.data_type]
 
 
+def text_bytes(sentences: Iterable[Sentence]) -> int:
+    """Return how many bytes are to be tokenised."""
+    return sum(_utf8_bytes(sentence.content) for sentence in sentences if isinstance(sentence.content, str))
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def _text_price(text: str, max_bytes: int) -> int:
-    n_bytes = len(text) if text.isascii() else len(text.encode())
+    n_bytes = _utf8_bytes(text)
     if n_bytes > max_bytes or text.isspace():
         return 0
     return -(-n_bytes // _BYTES_PER_TOKEN)
 
 
 def _check_text(text: str, max_bytes: int) -> None:
-    n_bytes = len(text.encode())
+    n_bytes = _utf8_bytes(text)
     if n_bytes > max_bytes:
         raise RefusalError(Reason.SENTENCE_TOO_LONG, f"the text has {n_bytes} bytes, more than {max_bytes}")
 

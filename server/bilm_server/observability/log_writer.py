@@ -15,6 +15,8 @@ from itertools import accumulate
 
 _MAX_QUEUED_BYTES = 4 * 2**20
 _FLUSH_TIMEOUT_S = 2.0
+_GATHER_S = 0.02
+"""Time that the thread waits for further lines: a busy server wakes it 50 times a second, not once a line."""
 
 
 class LineWriter:
@@ -26,6 +28,7 @@ class LineWriter:
         lost_line: Callable[[int], str],
         *,
         write: Callable[[int, memoryview], int] = os.write,
+        gather_s: float = _GATHER_S,
     ) -> None:
         """Keep the file; call `start` to start the thread.
 
@@ -33,10 +36,13 @@ class LineWriter:
             descriptor: of the file; None: everything is lost.
             lost_line: returns the line that reports how many were lost, once lines can be written again.
             write: writes to a descriptor; returns how many bytes it took.
+            gather_s: time from a line until it is written, so that others are written with it.
         """
-        self._write = write
+        self._write, self._gather_s = write, gather_s
         self._descriptor, self._lost_line = descriptor, lost_line
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._wake, self._written = threading.Condition(lock), threading.Condition(lock)
+        self._flushing = 0
         self._lines: deque[bytes] = deque()
         self._queued_bytes = 0  # those being written included
         self._dropped = self._reported = 0
@@ -56,29 +62,35 @@ class LineWriter:
     def write(self, line: str) -> None:
         """Queue a line; never waits for the file."""
         data = line.encode("utf-8", "backslashreplace") + b"\n"
-        with self._changed:
+        with self._wake:
             if self._closing or self._queued_bytes + len(data) > _MAX_QUEUED_BYTES:
                 self._dropped += 1
                 return
             self._lines.append(data)
             self._queued_bytes += len(data)
-            self._changed.notify_all()
+            if len(self._lines) == 1:  # with more, the thread is awake
+                self._wake.notify()
 
     def count_lost(self) -> None:
         """Count a record that could not be formatted."""
-        with self._changed:
+        with self._wake:
             self._dropped += 1
 
     def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
         """Wait until everything is written or lost; return whether it is."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._queued_bytes or not self._thread.is_alive(), timeout_s)
+        with self._wake:
+            self._flushing += 1
+            self._wake.notify()
+            try:
+                return self._written.wait_for(lambda: not self._queued_bytes or not self._thread.is_alive(), timeout_s)
+            finally:
+                self._flushing -= 1
 
     def close(self) -> None:
         """Write what is queued, if that doesn't take long, and end the thread; idempotent."""
-        with self._changed:
+        with self._wake:
             self._closing = True
-            self._changed.notify_all()
+            self._wake.notify()
         if self._thread.ident is not None:
             self._thread.join(_FLUSH_TIMEOUT_S)
 
@@ -86,8 +98,9 @@ class LineWriter:
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._lines or self._closing)
+            with self._wake:
+                self._wake.wait_for(lambda: self._lines or self._closing)
+                self._wake.wait_for(lambda: self._flushing or self._closing, self._gather_s)
                 lines = list(self._lines)
                 self._lines.clear()
                 lost = self._dropped - self._reported
@@ -95,12 +108,12 @@ class LineWriter:
                 return
             notice = [self._lost_line(lost).encode() + b"\n"] if lost else []
             n_written = self._write_all([*notice, *lines]) - len(notice)
-            with self._changed:
+            with self._wake:
                 if n_written >= 0:
                     self._reported += lost
                 self._dropped += len(lines) - max(0, n_written)
                 self._queued_bytes -= sum(map(len, lines))
-                self._changed.notify_all()
+                self._written.notify_all()
 
     def _write_all(self, lines: list[bytes]) -> int:
         """Return how many lines were written whole."""

@@ -1,7 +1,9 @@
 """Metrics for Prometheus: what is counted as calls and rounds come and go."""
 
 from collections import Counter as Counts
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
@@ -10,6 +12,11 @@ from prometheus_client.registry import Collector
 
 from bilm_server.errors import Code
 from bilm_server.observability.call_record import CallRecord
+
+M = TypeVar("M", Counter, Histogram)
+Series = Callable[..., M]
+"""Returns a metric's series of given label values. Kept, as the client library's own look-up costs as much as counting;
+that keeps each series, too, so this takes no memory beside it."""
 
 METHODS = ("Embed", "EmbedStream", "GetModel")
 NO_MODEL = ""
@@ -42,38 +49,41 @@ class Metrics:
         self._sentences = self._counter("sentences", answered, "result", "model")
         self._tokens = self._counter("tokens", "Tokens of sentences computed.", "model")
         self._rounds = self._counter("rounds", "Rounds of the engine.", "result", "model")
-        self._rows = Histogram(
-            "bilm_round_rows", "Sentences in a round.", ["model"], buckets=_ROWS, registry=self.registry
+        self._rows: Series[Histogram] = cache(
+            Histogram(
+                "bilm_round_rows", "Sentences in a round.", ["model"], buckets=_ROWS, registry=self.registry
+            ).labels
         )
         self._open = _OpenCalls(self._models)
         self._show_zeros()
         self.registry.register(self._open)
         ProcessCollector(registry=self.registry)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"bilm_{name}", text, labels, registry=self.registry)
+    def _counter(self, name: str, text: str, *labels: str) -> "Series[Counter]":
+        return cache(Counter(f"bilm_{name}", text, labels, registry=self.registry).labels)
 
-    def _seconds(self, name: str, text: str) -> Histogram:
-        return Histogram(f"bilm_{name}", text, ["method", "model"], buckets=_SECONDS, registry=self.registry)
+    def _seconds(self, name: str, text: str) -> "Series[Histogram]":
+        names = ["method", "model"]
+        return cache(Histogram(f"bilm_{name}", text, names, buckets=_SECONDS, registry=self.registry).labels)
 
     def _show_zeros(self) -> None:
         """Make series before their first event: Prometheus sees no increase in a series that appears with it."""
         for model in (*self._models, NO_MODEL):
             for method in METHODS:
-                self._durations.labels(method, model)
+                self._durations(method, model)
                 for code in (Code.OK, Code.INTERNAL, Code.UNAVAILABLE):
-                    self._requests.labels(method, code, model)
+                    self._requests(method, code, model)
             for method in ("Embed", "EmbedStream"):
-                self._refusals.labels(method, "OVERLOADED", model)
+                self._refusals(method, "OVERLOADED", model)
         for model in self._models:
             for method in ("Embed", "EmbedStream"):
-                self._queue.labels(method, model)
-                self._inference.labels(method, model)
+                self._queue(method, model)
+                self._inference(method, model)
             for result in ("ok", "failed"):
-                self._sentences.labels(result, model)
-                self._rounds.labels(result, model)
-            self._tokens.labels(model)
-            self._rows.labels(model)
+                self._sentences(result, model)
+                self._rounds(result, model)
+            self._tokens(model)
+            self._rows(model)
 
     # ---- on the event loop ----
 
@@ -85,26 +95,26 @@ class Metrics:
         """Count a call out, and what it did."""
         method, model = call.method, call.model
         self._open.calls.discard(call)
-        self._requests.labels(method, call.code or Code.UNKNOWN, model).inc()
-        self._durations.labels(method, model).observe(call.duration_s)
+        self._requests(method, call.code or Code.UNKNOWN, model).inc()
+        self._durations(method, model).observe(call.duration_s)
         if call.reason:
-            self._refusals.labels(method, call.reason, model).inc()
+            self._refusals(method, call.reason, model).inc()
         n_computed = call.sentences - call.failed_sentences
         if n_computed:
-            self._queue.labels(method, model).observe(call.queue_s)
-            self._inference.labels(method, model).observe(call.inference_s)
-            self._sentences.labels("ok", model).inc(n_computed)
-            self._tokens.labels(model).inc(call.tokens)
+            self._queue(method, model).observe(call.queue_s)
+            self._inference(method, model).observe(call.inference_s)
+            self._sentences("ok", model).inc(n_computed)
+            self._tokens(model).inc(call.tokens)
         if call.failed_sentences:
-            self._sentences.labels("failed", model).inc(call.failed_sentences)
+            self._sentences("failed", model).inc(call.failed_sentences)
 
     # ---- in the inference thread ----
 
     def round(self, model: str, rows: int, failed: bool = False) -> None:
         """Count a round of a model's engine; only those that succeed have their rows counted."""
-        self._rounds.labels("failed" if failed else "ok", model).inc()
+        self._rounds("failed" if failed else "ok", model).inc()
         if not failed:
-            self._rows.labels(model).observe(rows)
+            self._rows(model).observe(rows)
 
 
 class _OpenCalls(Collector):

@@ -3,10 +3,11 @@ import threading
 
 import pytest
 from bilm_api.constants import Reason
-from bilm_server.embedding.conversions import INLINE_BYTES, TOKENISING_WEIGHT, Conversions
+from bilm_server.embedding.conversions import INLINE_BYTES, INLINE_RESPONSE_BYTES, Conversions, request_weight
 from bilm_server.errors import RefusalError
 
-LARGE = INLINE_BYTES  # of a request; weighted, more than is done on the event loop
+LARGE = INLINE_BYTES + 1
+LARGEST = 4 * 2**20
 
 
 class Slow:
@@ -50,7 +51,7 @@ async def begun(slow: Slow, n: int) -> None:
 
 
 async def test_a_request_is_refused_when_too_many_bytes_wait(slow: Slow) -> None:
-    conversions = Conversions(max_waiting_bytes=3 * TOKENISING_WEIGHT * LARGE)
+    conversions = Conversions(max_waiting_bytes=3 * LARGE)
     tasks = [asyncio.create_task(conversions.request(LARGE, slow)) for _ in range(3)]
     await begun(slow, 2)
     with pytest.raises(RefusalError) as refusal:
@@ -61,15 +62,15 @@ async def test_a_request_is_refused_when_too_many_bytes_wait(slow: Slow) -> None
 
 
 async def test_small_requests_do_not_keep_a_large_one_out(slow: Slow) -> None:
-    conversions = Conversions(max_waiting_bytes=2 * TOKENISING_WEIGHT * LARGE)
-    tasks = [asyncio.create_task(conversions.request(n_bytes, slow)) for n_bytes in (LARGE, 4 * 2**20)]
+    conversions = Conversions(max_waiting_bytes=2 * LARGE)
+    tasks = [asyncio.create_task(conversions.request(n_bytes, slow)) for n_bytes in (LARGE, LARGEST)]
     await begun(slow, 2)
     assert await settled(conversions, slow, *tasks) == ["converted"] * 2
 
 
 async def test_a_request_of_any_size_is_converted_when_nothing_waits(slow: Slow) -> None:
     conversions = Conversions(max_waiting_bytes=1)
-    task = asyncio.create_task(conversions.request(4 * 2**20, slow))
+    task = asyncio.create_task(conversions.request(LARGEST, slow))
     await begun(slow, 1)
     with pytest.raises(RefusalError):
         await conversions.request(LARGE, slow)
@@ -80,10 +81,9 @@ async def test_what_is_small_is_converted_at_once_however_much_waits(slow: Slow)
     conversions = Conversions(max_waiting_bytes=1)
     task = asyncio.create_task(conversions.request(LARGE, slow))
     await begun(slow, 1)
-    small = INLINE_BYTES // TOKENISING_WEIGHT
-    assert await conversions.request(small, lambda: "at once") == "at once"
-    assert await conversions.item(small, lambda: "at once") == "at once"
-    assert await conversions.response(INLINE_BYTES, lambda: "at once") == "at once"
+    assert await conversions.request(INLINE_BYTES, lambda: "at once") == "at once"
+    assert await conversions.item(INLINE_BYTES, lambda: "at once") == "at once"
+    assert await conversions.response(INLINE_RESPONSE_BYTES, lambda: "at once") == "at once"
     await settled(conversions, slow, task)
 
 
@@ -99,7 +99,7 @@ async def test_a_response_is_never_refused_and_counts(slow: Slow) -> None:
 
 async def test_items_of_streams_wait_for_their_turn_and_take_nothing_from_requests(slow: Slow) -> None:
     conversions = Conversions(max_waiting_bytes=1)
-    tasks = [asyncio.create_task(conversions.item(4 * 2**20, slow)) for _ in range(20)]
+    tasks = [asyncio.create_task(conversions.item(LARGEST, slow)) for _ in range(20)]
     await begun(slow, 2)
     assert conversions.waiting_bytes == 0
     tasks.append(asyncio.create_task(conversions.request(LARGE, slow)))
@@ -130,3 +130,10 @@ async def test_a_conversion_that_fails_counts_no_longer() -> None:
         await conversions.request(LARGE, lambda: 1 // 0)
     assert conversions.waiting_bytes == 0
     conversions.stop()
+
+
+def test_text_weighs_more_than_tokens() -> None:
+    kib = 1024
+    assert request_weight(kib, kib) == INLINE_BYTES < request_weight(kib + 1, kib + 1)
+    assert request_weight(32 * kib, 0) == INLINE_BYTES < request_weight(33 * kib, 0)
+    assert request_weight(33 * kib, 1) == request_weight(33 * kib, 0)  # a word of text among many tokens

@@ -28,17 +28,13 @@ OVERHEAD = 100
 class Listed:
     """A protocol whose response is the list of results, with 100 bytes for each sentence."""
 
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-
     def overhead_bytes(self, sentence: Sentence) -> int:
         return OVERHEAD
 
     def build(
-        self, sentences: Sequence[Sentence], results: Sequence[Result | RefusalError], n_bytes: int
+        self, sentences: Sequence[Sentence], results: Sequence[Result | RefusalError]
     ) -> list[Result | RefusalError]:
         assert len(sentences) == len(results)
-        self.sizes.append(n_bytes)
         return list(results)
 
 

@@ -262,6 +262,25 @@ def test_a_reader_that_is_stuck_costs_lines_and_no_time(pipe: Pipe) -> None:
     assert sum(int(notice.removeprefix("lost ")) for notice in found if notice not in (line, "again")) == lost
 
 
+def test_lines_are_gathered_until_they_are_flushed() -> None:
+    written, n_bytes = list[bytes](), 3 * len("line 0\n")
+
+    def write(_: int, data: memoryview) -> int:
+        written.append(bytes(data))
+        return len(data)
+
+    writer = LineWriter(0, str, write=write, gather_s=threading.TIMEOUT_MAX)
+    writer.start()
+    for _ in range(2):
+        for number in range(3):
+            writer.write(f"line {number}")
+        assert writer.flush()
+    assert [len(each) for each in written] == [n_bytes, n_bytes]
+    writer.write("last")
+    writer.close()
+    assert written[2:] == [b"last\n"]
+
+
 def test_lines_keep_their_order_whoever_writes_them(pipe: Pipe) -> None:
     def write(name: int) -> None:
         for number in range(200):

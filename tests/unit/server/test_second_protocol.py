@@ -62,7 +62,7 @@ class LineProtocol:
         """Return what a sentence takes beside its vectors: a number and a space for each token."""
         return 32 * len(sentence.tokens)
 
-    def build(self, _: Sequence[Sentence], results: Sequence[Result | RefusalError], n_bytes: int) -> str:
+    def build(self, _: Sequence[Sentence], results: Sequence[Result | RefusalError]) -> str:
         """Return the response line."""
         return "|".join(each.reason if isinstance(each, RefusalError) else _numbers(each) for each in results)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from bilm_api.v1 import embed_pb2
 from bilm_model.engine.types import DataType
+from google.protobuf import duration_pb2
 
-from bilm_server.embedding.conversions import INLINE_BYTES
 from bilm_server.embedding.preprocessing import row_bytes
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Outcome, Result, Sentence
@@ -43,10 +43,8 @@ class WireFormat:
         text = 0 if self.omit_tokens else sum(4 * len(token) for token in sentence.tokens)
         return text + _SENTENCE_OVERHEAD_BYTES + _TOKEN_OVERHEAD_BYTES * len(sentence.tokens)
 
-    def build(
-        self, sentences: Sequence[Sentence], results: Sequence[Outcome], n_bytes: int
-    ) -> bytes | embed_pb2.EmbedResponse:
-        """Return the response to an `Embed`; a large one serialised, as that takes a while."""
+    def build(self, sentences: Sequence[Sentence], results: Sequence[Outcome]) -> bytes:
+        """Return the response to an `Embed`, serialised: that may take as long as all else here."""
         response, computed = embed_pb2.EmbedResponse(), []
         for sentence, result in zip(sentences, results, strict=True):
             found = response.results.add()
@@ -58,7 +56,8 @@ class WireFormat:
             if sentence.return_state:
                 found.embedding.state = self._state_bytes(result)
         self._fill_usage(response.usage, computed)
-        return response.SerializeToString() if n_bytes > INLINE_BYTES else response
+        data: bytes = response.SerializeToString()
+        return data
 
     def rows(
         self, item_id: int, sentence: Sentence, result: Result, *, with_state: bool
@@ -82,8 +81,9 @@ class WireFormat:
         vectors = result.vectors if sentence.output.pooled else result.vectors[..., rows, :]
         if not self.omit_tokens:
             message.tokens.extend(sentence.tokens[rows])
-        message.token_starts.extend(sentence.starts[rows])
-        message.token_ends.extend(sentence.ends[rows])
+        if sentence.starts:
+            message.token_starts.extend(sentence.starts[rows])
+            message.token_ends.extend(sentence.ends[rows])
         message.truncated = sentence.truncated
         message.tensor.data = vectors.tobytes()
         message.tensor.shape.extend(vectors.shape)
@@ -94,13 +94,12 @@ class WireFormat:
         return b"" if codec is None or result.state is None else codec.encode(result.state)
 
     def _fill_usage(self, usage: embed_pb2.Usage, computed: Sequence[tuple[Sentence, Result]]) -> None:
-        usage.queue_time.FromNanoseconds(_nanoseconds(max((result.queue_s for _, result in computed), default=0.0)))
-        usage.inference_time.FromNanoseconds(
-            _nanoseconds(max((result.inference_s for _, result in computed), default=0.0))
-        )
+        _set_duration(usage.queue_time, max((result.queue_s for _, result in computed), default=0.0))
+        _set_duration(usage.inference_time, max((result.inference_s for _, result in computed), default=0.0))
         usage.tokens = sum(len(sentence.tokens) for sentence, _ in computed)
         usage.model_version = self.model.version
 
 
-def _nanoseconds(seconds: float) -> int:
-    return int(seconds * 1e9)
+def _set_duration(duration: duration_pb2.Duration, seconds: float) -> None:
+    """Set a duration, 0 included, which is sent."""
+    duration.seconds, duration.nanos = divmod(int(seconds * 1e9), 10**9)

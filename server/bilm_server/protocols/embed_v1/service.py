@@ -34,8 +34,8 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
 
     async def Embed(  # type: ignore[override] # noqa: N802 - the contract's name; bytes, see CallInterceptor
         self, request: embed_pb2.EmbedRequest, context: "Context"
-    ) -> bytes | embed_pb2.EmbedResponse:
-        """Embed all sentences of a request; a large response comes serialised already."""
+    ) -> bytes:
+        """Embed all sentences of a request; the response comes serialised already."""
         embedder = self._embedder
         embedder.check_model(request.model, request.expected_model_version)
         embedder.limits.check_count(len(request.sentences))

@@ -105,17 +105,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._service, self._gate = service, gate
         self._open_services = frozenset(open_services)
         self._open = OpenInterceptor(open_services, open_calls)
+        self._handlers: dict[str, Handler] = {}
+        self._missing: Handler = grpc.stream_stream_rpc_method_handler(self._guarded(UNKNOWN_METHOD, _unknown))
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> "Handler | None":
         """Part of grpc's interface."""
+        known = self._handlers.get(handler_call_details.method)
+        if known is not None:
+            return known
         service, method = _service_and_method(handler_call_details)
         if service in self._open_services:
             return await self._open.intercept_service(continuation, handler_call_details)
         handler = await continuation(handler_call_details)
         if handler is None:
-            return grpc.stream_stream_rpc_method_handler(self._guarded(UNKNOWN_METHOD, _unknown))
+            return self._missing
+        # Methods that exist alone: the others' names are callers' texts
+        found = self._handlers[handler_call_details.method] = self._guard(service, method, handler)
+        return found
+
+    def _guard(self, service: str, method: str, handler: "Handler") -> "Handler":
         name = method if service == self._service else f"{service}/{method}"
         serializer = passing_bytes(handler.response_serializer)
         return method_handler(self._guarded(name, from_bytes(handler)), handler, serializer)
