@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from bilm_api.constants import MAX_RESPONSE_BYTES, Reason
-from bilm_model.characters import MAX_TOKEN_BYTES, is_truncated
+from bilm_model.alphabet import MAX_TOKEN_BYTES
+from bilm_model.characters import is_truncated
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.errors import AlignmentError, StateError
 
