@@ -21,7 +21,7 @@ RUN ?= runs/wikitext2-mini
 # Tests have limits of their own (tests/support/time_limits.py); this one is for what comes before and after them.
 LIMITED := timeout --foreground --kill-after=30
 
-.PHONY: demo serve test tests test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-full bench-training bench-page train clean
+.PHONY: demo serve test tests test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-before bench-full bench-training bench-page train clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -78,7 +78,11 @@ proto-baseline: $(PROTO_VENV)/.installed
 
 # under ten minutes on two cores, with nothing else running
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+# against the commit before, in a work tree and processes of its own: about two hours; ARGS='--rounds 3 --window-s 2'
+bench-before: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.experiments.before $(ARGS)
 
 # load sweeps, and what else one could run: about an hour
 bench-full: $(VENV)/.dev $(TRITON_VENV)/.installed

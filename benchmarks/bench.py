@@ -1,11 +1,10 @@
-"""`make bench`: the engine against the baseline, the roofline and the service around it; under ten minutes.
+"""`make bench`: the engine against the baseline and the roofline, and the service around it; under ten minutes.
 
 Prints each figure with its target as it comes; writes them, with the machine, as JSON, and makes the page anew.
 """
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,21 +12,34 @@ import torch
 from bilm_bench.reporting.experiment_page import write_page
 from bilm_system.terminal import run_command
 
-from benchmarks.experiments.in_process import Effort, default_model_singles, in_flight, throughput
-from benchmarks.experiments.latency import Crowd, added_latency, client_import, short_among_long, start_to_serving
-from benchmarks.experiments.served import CASES, ServedCase, served_throughput
+from benchmarks.experiments.in_process import Effort, in_flight, throughput
+from benchmarks.experiments.latency import (
+    Company,
+    Crowd,
+    Pace,
+    added_latency,
+    beside_batch_run,
+    paced,
+    short_among_long,
+)
+from benchmarks.experiments.planning import planning
+from benchmarks.experiments.served import CASES, ServedCase, event_loop_time, served_throughput
+from benchmarks.experiments.start import client_import, memory_after_start, start_to_serving
 from benchmarks.load.sentences import read_sentences
 from benchmarks.machine import new_report
 from benchmarks.paths import RESULTS
+from benchmarks.sections import run_sections
 
 # Enough for every batch of the baseline, few enough that all their words fit the caches.
 SENTENCES = 512
 # Nothing real: shows in a minute that every section runs.
 _SMOKE_CASES = (
-    ServedCase("tiny", "mean", "float32", 1, None, 0.5),
+    ServedCase("tiny", "mean", "float32", 1, None, 0.5, of_what_is_left=True),
     ServedCase("tiny", "none", "float16", 32, None, 0.5),
 )
 _SMOKE_CROWD = Crowd(size="tiny", rows=4, long_tokens=200, calls=10, full_s=0.3)
+_SMOKE_PACE = Pace(tokens=5, pause_s=0.05, calls=3, more=2)
+_SMOKE_COMPANY = Company(callers=2, per_call=8, seconds=0.5)
 
 
 def main() -> None:
@@ -46,38 +58,36 @@ def main() -> None:
         "small": lambda: throughput(report, "small", sentences, effort, cores),
         "original": lambda: throughput(report, "original", sentences, few(3), cores),
         "in-flight": lambda: in_flight(report, sentences, few(3)),
-        "default": lambda: default_model_singles(report, sentences, effort),
+        "planning": lambda: planning(report, effort),
         "added": lambda: added_latency(report, "", sentences, effort),
         "added-small": lambda: added_latency(report, "random:small", sentences, effort),
+        "paced": lambda: paced(report, sentences, few(3), Pace()),
         "short": lambda: short_among_long(report, sentences, Crowd()),
+        "beside": lambda: beside_batch_run(report, "", sentences, few(3).rounds, Company()),
         "served": lambda: served_throughput(report, sentences, few(3), CASES),
-        "start": lambda: start_to_serving(report, few(3)),
+        "event-loop": lambda: event_loop_time(report, "", sentences, few(3)),
+        "start": lambda: start_to_serving(report, effort),
+        "memory": lambda: memory_after_start(report, few(3)),
         "import": lambda: client_import(report, effort),
     }
     if arguments.smoke:
         sections = {
             "small": lambda: throughput(report, "tiny", sentences, effort, cores),
-            "default": lambda: default_model_singles(report, sentences, effort),
+            "planning": lambda: planning(report, effort, len(sentences)),
             "added": lambda: added_latency(report, "random:tiny", sentences, effort),
+            "paced": lambda: paced(report, sentences, effort, _SMOKE_PACE),
             "short": lambda: short_among_long(report, sentences, _SMOKE_CROWD),
+            "beside": lambda: beside_batch_run(report, "random:tiny", sentences, effort.rounds, _SMOKE_COMPANY),
             "served": lambda: served_throughput(report, sentences, effort, _SMOKE_CASES),
+            "event-loop": lambda: event_loop_time(report, "random:tiny", sentences, effort),
             "start": lambda: start_to_serving(report, effort, ("default",)),
+            "memory": lambda: memory_after_start(report, effort),
             "import": lambda: client_import(report, effort),
         }
-    _run({name: section for name, section in sections.items() if name in (arguments.only or sections)})
+    run_sections(sections, arguments.only)
     report.write(arguments.out)
     report.print_summary()
     write_page(arguments.out.parent)
-
-
-def _run(sections: dict[str, Callable[[], None]]) -> None:
-    begun_s = time.perf_counter()
-    for name, section in sections.items():
-        print(f"\n-- {name}", flush=True)
-        section_begun_s = time.perf_counter()
-        section()
-        now_s = time.perf_counter()
-        print(f"-- {name}: {now_s - section_begun_s:.0f} s, {now_s - begun_s:.0f} s in all", flush=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -88,7 +98,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         nargs="+",
-        help="sections: small original in-flight default added added-small short served start import",
+        help="sections: small original in-flight planning added added-small paced short beside served event-loop start "
+        "memory import",
     )
     parser.add_argument("--smoke", action="store_true", help="a tiny model: shows that everything runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench.json", help="(%(default)s)")

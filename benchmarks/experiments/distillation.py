@@ -25,9 +25,10 @@ from bilm_system.terminal import run_command
 
 from benchmarks.experiments.in_process import Effort, Sentences, run_seconds
 from benchmarks.experiments.served import CALLERS, SERVER_ARGUMENTS
+from benchmarks.load.engines import POOLED_TOP, batch_of, engine_of, show_all_words
 from benchmarks.load.load import LoadGenerator
 from benchmarks.load.sentences import DATA, read_sentences
-from benchmarks.load.steady import SteadyLoad, show_all_words
+from benchmarks.load.steady import SteadyLoad
 from benchmarks.machine import new_report
 from benchmarks.paths import RESULTS
 from benchmarks.references.roofline import multiply_adds
@@ -50,9 +51,13 @@ def compare_speed(
         options: of both engines.
     """
     sizes = {name: _sizes(bilm) for name, bilm in models.items()}
+    configs = {name: bilm.config for name, bilm in models.items()}
     engines = {name: _engine(bilm, sentences, options) for name, bilm in models.items()}
     report.detail("engines", {name: engine.backend for name, engine in engines.items()})
-    loads = {name: SteadyLoad(engine, sentences, engine.max_rows) for name, engine in engines.items()}
+    loads = {
+        name: SteadyLoad(engine_of(engine, configs[name]), sentences, None, POOLED_TOP)
+        for name, engine in engines.items()
+    }
     full: dict[str, Contestant] = {name: partial(_tokens_per_s, load, effort) for name, load in loads.items()}
     singles = sentences[: effort.singles]
     alone: dict[str, Contestant] = {name: partial(_median_ms, engine, singles) for name, engine in engines.items()}
@@ -120,10 +125,9 @@ def _sizes(bilm: Bilm) -> dict[str, float]:
 
 
 def _engine(bilm: Bilm, sentences: Sentences, options: EngineOptions) -> CellularBatch:
-    engine = CellularBatch(bilm, bilm.zero_state(0).h.device, options)
-    engine.warm_up()
-    show_all_words(engine, sentences)
-    return engine
+    batch = batch_of(bilm, options)
+    show_all_words(batch, sentences)
+    return batch
 
 
 def _tokens_per_s(load: SteadyLoad, effort: Effort) -> float:

@@ -6,13 +6,10 @@ moment for which the call was meant, so that a slow server can't slow its load d
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from bilm_bench.reporting.experiment import Finding, Findings
@@ -23,25 +20,15 @@ from bilm_system.terminal import run_command
 
 from benchmarks.load.load import LoadGenerator
 from benchmarks.load.sentences import read_sentences
+from benchmarks.load.sustained import CALLERS, P99_LIMIT_MS, Generators, Step, bounds, capacity, sustained, sweep
 from benchmarks.machine import new_report
 from benchmarks.paths import RESULTS
 from benchmarks.triton.servers import TritonServer, TritonSetting, best_setting, settings_to_try
 
 OURS = "bilm-serve"
 PEERS = {"Triton, published order": "published", "Triton, this engine": "engine"}
-TARGETS = {"Triton, published order": 10.0, "Triton, this engine": 1.5}
-P99_LIMIT_MS = 500.0
+TARGETS = {"Triton, published order": 18.0, "Triton, this engine": 1.4}
 MAX_DIFFERENCE = 1e-4
-
-_CALLERS = 192  # so many sentences fill every row and every batch
-_LOADS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # of what closed callers got through
-_BACKLOG_S = 2.0  # of calls under way; with more, the server has lost
-_LEAST_BACKLOG = 64
-_STEPS = 4  # of a search
-_WIDER = 1.2  # bounds that turn out not to be
-_MOST_STEPS = 10
-
-Generators = Mapping[str, LoadGenerator]
 
 
 def main() -> None:
@@ -61,7 +48,7 @@ def main() -> None:
         generators: dict[str, LoadGenerator] = {}
         for name, order in PEERS.items():
             tries = settings_to_try(order, cores)
-            best, tried = best_setting(tries, start_triton, _CALLERS, arguments.step_s / 3)
+            best, tried = best_setting(tries, start_triton, CALLERS, arguments.step_s / 3)
             report.detail(f"{name}, settings", {"sentences_per_s": tried, "best": str(best)})
             generators[name] = stack.enter_context(start_triton(best))
         server = stack.enter_context(ServerProcess(f"random:{size}", ("--log-level", "warning")))
@@ -75,14 +62,13 @@ def main() -> None:
 
 def compare(report: Findings, generators: Generators, step_s: float, rounds: int) -> None:
     """Measure capacity, load by load, and what each contestant sustains."""
-    capacity = {name: _capacity(generator, step_s) for name, generator in generators.items()}
-    sweep = _sweep(generators, capacity, step_s)
-    report.detail("capacity_sentences_per_s", capacity)
-    report.detail("sweep", sweep)
-    bounds = {name: _bounds(steps) for name, steps in sweep.items()}
-    searched: dict[str, list[dict[str, Any]]] = {name: [] for name in generators}
+    capacities = {name: capacity(generator, step_s) for name, generator in generators.items()}
+    swept = sweep(generators, capacities, step_s)
+    report.detail("capacity_sentences_per_s", capacities)
+    report.detail("sweep", swept)
+    searched: dict[str, list[Step]] = {name: [] for name in generators}
     searches = {
-        name: partial(_sustained, generators[name], bounds[name], step_s, searched[name]) for name in generators
+        name: partial(sustained, generators[name], bounds(swept[name]), step_s, searched[name]) for name in generators
     }
     found = interleave(searches, rounds)
     report.detail("sustained_per_s", found)
@@ -107,69 +93,8 @@ def _check(generators: Generators) -> float:
     return largest
 
 
-def _capacity(generator: LoadGenerator, step_s: float) -> float:
-    answer = generator.closed(_CALLERS, 1, step_s / 3, step_s / 2)
-    return float(answer["sentences"] / answer["seconds"])
-
-
-def _sweep(generators: Generators, capacity: dict[str, float], step_s: float) -> dict[str, list[dict[str, Any]]]:
-    """Raise the load, the contestants in turn, each until it has lost."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in generators}
-    for number, share in enumerate(_LOADS):
-        for name, generator in generators.items():
-            if not found[name] or _held(found[name][-1]):
-                found[name].append(_step(generator, share * capacity[name], step_s, number))
-                print(f"  {name}: {_in_words(found[name][-1])}", flush=True)
-    return found
-
-
-def _step(generator: LoadGenerator, rate: float, step_s: float, seed: int) -> dict[str, Any]:
-    return generator.open(rate, step_s, seed, math.ceil(_BACKLOG_S * rate) + _LEAST_BACKLOG)
-
-
-def _held(step: dict[str, Any]) -> bool:
-    return bool(step["p99_ms"] <= P99_LIMIT_MS and not step["gave_up"])
-
-
-def _bounds(steps: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return loads between which a contestant's limit lies, with room for the machine's moods."""
-    held = [step["offered_per_s"] for step in steps if _held(step)]
-    lost = [step["offered_per_s"] for step in steps if not _held(step)]
-    low = max(held, default=min(lost, default=1.0) / 4)
-    return 0.85 * low, 1.1 * min(lost, default=1.5 * low)
-
-
-def _sustained(
-    generator: LoadGenerator, bounds: tuple[float, float], step_s: float, searched: list[dict[str, Any]]
-) -> float:
-    """Return the highest load that held, halving the (relative) distance step by step."""
-    low, high = bounds
-    held: list[float] = []
-    lost: list[float] = []
-    while len(held) + len(lost) < (_STEPS if held and lost else _MOST_STEPS):
-        rate = math.sqrt(low * high)
-        step = _step(generator, rate, step_s, 100 + len(searched))
-        searched.append(step)
-        if _held(step):
-            held.append(rate)
-            low, high = rate, high if lost else _WIDER * high
-        else:
-            lost.append(rate)
-            low, high = low if held else low / _WIDER, rate
-    print(f"  held {max(held, default=0.0):,.1f} sentences/s", flush=True)
-    return max(held, default=low)
-
-
-def _generator_cores(steps: list[dict[str, Any]]) -> float:
+def _generator_cores(steps: list[Step]) -> float:
     return max((step["generator_cores"] for step in steps), default=0.0)
-
-
-def _in_words(step: dict[str, Any]) -> str:
-    return (
-        f"{step['offered_per_s']:,.1f} offered, {step['completed_per_s']:,.1f} completed sentences/s, "
-        f"p50 {step['p50_ms']:,.0f} ms, p99 {step['p99_ms']:,.0f} ms, {step['failed']} failed, "
-        f"generator {step['generator_cores']:.2f} cores"
-    )
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,86 +1,172 @@
-"""What a caller waits for: the service's own share, long sentences of others, the start."""
+"""What a caller waits for: the service's own share, pauses, other callers' batches and long sentences."""
 
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
-from pathlib import Path
 
-import torch
 from bilm_bench.reporting.experiment import Finding, Findings
 from bilm_bench.statistics.percentiles import percentile
-from bilm_bench.statistics.rounds import Spread
+from bilm_bench.statistics.rounds import Contestant, Spread, interleave, ratio
 from bilm_client import Client
 from bilm_client.errors import BilmError
 from bilm_client.testing.server import ServerProcess
-from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
-from bilm_model.engine.cellular import CellularBatch
 from bilm_model.engine.options import EngineOptions
-from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence
-from bilm_model.weights import single_file
-from bilm_model.weights.loading import load as load_model
 
 from benchmarks.experiments.in_process import Effort
-from benchmarks.experiments.served import finish
+from benchmarks.experiments.served import SERVER_ARGUMENTS, response_of
+from benchmarks.load.engine_process import EngineProcess
+from benchmarks.load.engines import POOLED_TOP, engine_of, new_batch, show_all_words
 from benchmarks.load.load import LoadGenerator
 from benchmarks.load.sentences import sentence_of
-from benchmarks.load.steady import SteadyLoad, Work, new_engine, show_all_words
+from benchmarks.load.steady import SteadyLoad, Work
+from benchmarks.references.bare_server import BareServer
 
 ADDED_LATENCY_TARGET_MS = 1.0
-SHORT_AMONG_LONG_TARGET = 1.5
-START_TARGETS_S = {"default": 4.0, "original": 8.0}
-IMPORT_TARGET_S = 0.3
+ADDED_ROUND_TRIPS_TARGET = 1.6
+PACED_TARGET = 1.4
+BESIDE_TARGET = 8.0
+SHORT_AMONG_LONG_TARGET = 1.2
 PERCENTS = (1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
-
-_SETTLE_S = 0.1
 _QUIET = ("--log-level", "warning")
-_IMPORT = """
-import time
-begun_s = time.process_time()
-from bilm_client import AsyncClient, Client
-print(time.process_time() - begun_s)
-"""
 _SPARE_TICKS = 3
 _BOUNDARIES = 2
 _SERVER_STREAM_TOKENS = 65536  # its default
 _CROWD_GATHERS_S = 2.0
+_SEED, _MOST_IN_FLIGHT = 0, 4096
+_LAST_CALLS_S = 2.0
 
 Sentences = Sequence[Sequence[str]]
 
 
 def added_latency(report: Findings, source: str, sentences: Sentences, effort: Effort) -> None:
-    """Measure one sentence at a time, in process and through the server, in turns."""
-    name = source.rpartition(":")[2] or "default"
-    engine = CellularBatch(load_model(source).bilm, torch.device("cpu"))
-    engine.warm_up()
-    make_bytes = finish("mean", "float32")
-
-    def in_process(first: int) -> list[float]:
-        return [_timed_ms(engine, tokens, make_bytes) for tokens in sentences[first : first + effort.singles]]
-
-    added, p50 = [], {"in process": list[float](), "served": list[float]()}
-    with ServerProcess(source, _QUIET) as server, LoadGenerator(server.target, len(sentences)) as generator:
-        for number in range(effort.rounds + 1):
-            time.sleep(_SETTLE_S)
-            alone = in_process(0)
-            time.sleep(_SETTLE_S)
-            served = generator.singles(0, len(alone))
-            if number:  # in the first round the words are new
-                p50["in process"].append(percentile(alone, 50))
-                p50["served"].append(percentile(served, 50))
-                added.append(p50["served"][-1] - p50["in process"][-1])
-    report.detail(f"added latency {name}", {f"{way} p50_ms": found for way, found in p50.items()})
+    """Measure one sentence at a time, in process, through the server and through a bare handler, in turns."""
+    name, n = source.rpartition(":")[2] or "default", len(sentences)
+    with ExitStack() as stack:
+        server = stack.enter_context(ServerProcess(source, _QUIET))
+        bare = stack.enter_context(BareServer(response_of(server, sentences, 1)))
+        engine = stack.enter_context(EngineProcess(n, model=source, layers="all"))
+        calls = {
+            "in process": engine.singles,
+            "served": stack.enter_context(LoadGenerator(server.target, n)).singles,
+            "bare": stack.enter_context(LoadGenerator(bare.target, n)).singles,
+        }
+        p50 = {way: partial(_p50_ms, singles, effort.singles) for way, singles in calls.items()}
+        interleave(p50, 1)  # the words are new
+        found = interleave(p50, effort.rounds)
+    report.detail(f"added latency {name}", {f"{way} p50_ms": values for way, values in found.items()})
+    added = [served - alone for served, alone in zip(found["served"], found["in process"], strict=True)]
     what = f"{name} float32, one sentence at a time, p50"
+    target_ms = None if source == "" else ADDED_LATENCY_TARGET_MS
+    target = ADDED_ROUND_TRIPS_TARGET if source == "" else None
+    round_trips = ratio(added, found["bare"])
     report.add(
-        Finding(f"added/{name}/in_process", f"{what} in process", Spread.of(p50["in process"]), "ms"),
-        Finding(f"added/{name}/served", f"{what} served", Spread.of(p50["served"]), "ms"),
-        Finding(f"added/{name}", "  added", Spread.of(added), "ms", ADDED_LATENCY_TARGET_MS, at_least=False),
+        Finding(f"added/{name}/in_process", f"{what} in process", Spread.of(found["in process"]), "ms"),
+        Finding(f"added/{name}/served", f"{what} served", Spread.of(found["served"]), "ms"),
+        Finding(f"added/{name}/bare", "  a bare grpc.aio handler, p50", Spread.of(found["bare"]), "ms"),
+        Finding(f"added/{name}", "  added", Spread.of(added), "ms", target_ms, at_least=False),
+        Finding(f"added/{name}/round_trips", "  added, in bare calls", round_trips, "×", target, at_least=False),
     )
+
+
+def _p50_ms(singles: Callable[[int, int], list[float]], count: int) -> float:
+    return percentile(singles(0, count), 50)
+
+
+def paced(report: Findings, sentences: Sentences, effort: Effort, pace: "Pace") -> None:
+    """Measure the model that ships, in process, on a sentence of known words that comes after pauses."""
+    with EngineProcess(len(sentences)) as engine:
+        contestants: dict[str, Contestant] = {
+            "paced": lambda: percentile(engine.paced(pace.tokens, pace.calls, pace.pause_s), 50),
+            "back to back": lambda: percentile(engine.paced(pace.tokens, pace.calls * pace.more, 0.0), 50),
+        }
+        interleave(contestants, 1)
+        found = interleave(contestants, effort.rounds)
+    report.detail("paced", {f"{name} p50_ms": values for name, values in found.items()})
+    what = f"the model that ships, {pace.tokens} known words in process"
+    report.add(
+        Finding("paced/back_to_back", f"{what}, back to back: p50", Spread.of(found["back to back"]), "ms"),
+        Finding("paced/paced", f"  every {pace.pause_s:g} s: p50", Spread.of(found["paced"]), "ms"),
+        Finding(
+            "paced", "  against back to back", ratio(found["paced"], found["back to back"]), "×", PACED_TARGET,
+            at_least=False,
+        ),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A sentence that comes after pauses.
+
+    Attributes:
+        tokens: of the sentence.
+        pause_s: before each time.
+        calls: of a round.
+        more: times as many back to back.
+    """
+
+    tokens: int = 25
+    pause_s: float = 0.25
+    calls: int = 20
+    more: int = 5
+
+
+@dataclass(frozen=True)
+class Company:
+    """Single sentences beside a batch run.
+
+    Attributes:
+        rate: of single sentences a second (Poisson).
+        callers: of the batch run.
+        per_call: sentences of each of its calls.
+        seconds: of a round, alone and beside it.
+    """
+
+    rate: float = 20.0
+    callers: int = 4
+    per_call: int = 64
+    seconds: float = 10.0
+
+
+def beside_batch_run(report: Findings, source: str, sentences: Sentences, rounds: int, company: Company) -> None:
+    """Measure single sentences alone and beside a batch run on the same server, in turns."""
+    n = len(sentences)
+    with ServerProcess(source, SERVER_ARGUMENTS) as server, ExitStack() as stack:
+        singles, batch = (stack.enter_context(LoadGenerator(server.target, n)) for _ in range(2))
+
+        def alone() -> float:
+            return _open_p99_ms(singles, company)
+
+        def beside() -> float:
+            with ThreadPoolExecutor(1) as running:
+                run_s = company.seconds + _LAST_CALLS_S
+                batch_run = running.submit(batch.closed, company.callers, company.per_call, 0.0, run_s)
+                p99 = _open_p99_ms(singles, company)
+                batch_run.result()
+            return p99
+
+        contestants = {"alone": alone, "beside": beside}
+        interleave(contestants, 1)
+        found = interleave(contestants, rounds)
+    report.detail("beside a batch run", {f"{name} p99_ms": values for name, values in found.items()})
+    what = f"{company.rate:g} single sentences/s beside a batch run of {company.callers} × {company.per_call}"
+    report.add(
+        Finding("beside/alone", f"{what}: alone, p99", Spread.of(found["alone"]), "ms"),
+        Finding("beside/beside", "  beside it, p99", Spread.of(found["beside"]), "ms"),
+        Finding(
+            "beside", "  against alone", ratio(found["beside"], found["alone"]), "×", BESIDE_TARGET, at_least=False
+        ),
+    )
+
+
+def _open_p99_ms(generator: LoadGenerator, company: Company) -> float:
+    answer = generator.open(company.rate, company.seconds, _SEED, _MOST_IN_FLIGHT)
+    return float(answer["p99_ms"])
 
 
 @dataclass(frozen=True)
@@ -106,9 +192,14 @@ class Crowd:
     full_s: float = 2.0
 
     @property
+    def max_tokens(self) -> int:
+        """In flight: rows are what is scarce, not tokens."""
+        return max(_SERVER_STREAM_TOKENS, 4 * self.rows * self.long_tokens)
+
+    @property
     def arguments(self) -> tuple[str, ...]:
-        """For the server: rows are what is scarce, not tokens or memory for answers."""
-        tokens = str(max(_SERVER_STREAM_TOKENS, 4 * self.rows * self.long_tokens))
+        """For the server; nor is memory for responses scarce."""
+        tokens = str(self.max_tokens)
         return (
             *_QUIET,
             *("--max-rows", str(self.rows), "--max-tokens-in-flight", tokens, "--max-stream-tokens", tokens),
@@ -166,36 +257,6 @@ def _report_short(report: Findings, crowd: Crowd, full: list[Work], alone: list[
     )
 
 
-def start_to_serving(report: Findings, effort: Effort, sizes: Sequence[str] = ("default", "original")) -> None:
-    """Measure from the process's start until it is SERVING; the weights are a file in the page cache."""
-    with tempfile.TemporaryDirectory(prefix="bilm-bench-") as folder:
-        sources = {size: _weights(size, Path(folder)) for size in sizes}
-        found: dict[str, list[float]] = {size: [] for size in sizes}
-        for number in range(effort.rounds):
-            for size in reversed(sizes) if number % 2 else sizes:
-                begun_s = time.perf_counter()
-                with ServerProcess(sources[size], _QUIET):
-                    found[size].append(time.perf_counter() - begun_s)
-    report.detail("start", found)
-    for size, seconds in found.items():
-        what = f"start to SERVING, {size} {'model' if size == 'default' else 'size'}"
-        report.add(Finding(f"start/{size}", what, Spread.of(seconds), "s", START_TARGETS_S.get(size), at_least=False))
-
-
-def client_import(report: Findings, effort: Effort) -> None:
-    """Measure the processor time of the client's import, in a new process each round."""
-    seconds = [_import_s() for _ in range(effort.rounds)]
-    report.detail("import", seconds)
-    report.add(
-        Finding("import/client", "import of the client", Spread.of(seconds), "s", IMPORT_TARGET_S, at_least=False)
-    )
-
-
-def _import_s() -> float:
-    done = subprocess.run([sys.executable, "-c", _IMPORT], check=True, capture_output=True, text=True)
-    return float(done.stdout)
-
-
 class _Long:
     """A caller who streams long sentences, ever so many of them, until he leaves."""
 
@@ -239,9 +300,10 @@ def _short_calls(client: Client, short: list[list[list[str]]], crowd: Crowd) -> 
 
 def _full(crowd: Crowd, sentences: Sentences) -> Work:
     """Return the engine of the server with all rows taken by long sentences, in process."""
-    engine = new_engine(crowd.size, EngineOptions(max_rows=crowd.rows))
-    show_all_words(engine, sentences)
-    load = SteadyLoad(engine, [sentence_of(crowd.long_tokens, sentences)] * crowd.rows, crowd.rows)
+    batch = new_batch(crowd.size, EngineOptions(max_rows=crowd.rows, max_tokens=crowd.max_tokens))
+    show_all_words(batch, sentences)
+    long = [sentence_of(crowd.long_tokens, sentences)] * crowd.rows
+    load = SteadyLoad(engine_of(batch, SIZES[crowd.size]), long, crowd.rows, POOLED_TOP)
     load.measure(crowd.full_s / 4)
     return load.measure(crowd.full_s)
 
@@ -249,20 +311,3 @@ def _full(crowd: Crowd, sentences: Sentences) -> Work:
 def _one(values: Sequence[float], percent: float) -> Spread:
     """Return a percentile of a single run."""
     return Spread.of([percentile(values, percent)])
-
-
-def _timed_ms(engine: CellularBatch, tokens: Sequence[str], make_bytes: Callable[[EmbeddedSentence], bytes]) -> float:
-    begun_s = time.perf_counter()
-    for embedded in engine.run([PlainSentence(tuple(tokens))]):
-        make_bytes(embedded)
-    return 1e3 * (time.perf_counter() - begun_s)
-
-
-def _weights(size: str, folder: Path) -> str:
-    """Return the model as --model takes it."""
-    if size == "default":
-        return ""
-    path = folder / f"{size}.safetensors"
-    bilm = random_bilm(SIZES[size])
-    single_file.write(path, bilm.config, bilm.state_dict())
-    return str(path)

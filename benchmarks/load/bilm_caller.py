@@ -17,21 +17,27 @@ _POOLING = {"none": pb.POOLING_NONE, "mean": pb.POOLING_MEAN}
 _DATA_TYPES = {"float32": pb.DATA_TYPE_FLOAT32, "float16": pb.DATA_TYPE_FLOAT16}
 
 
+def new_request(sentences: Sentences, layers: str, pool: str, dtype: str) -> pb.EmbedRequest:
+    """Return the request for some sentences."""
+    options = pb.EmbedOptions(
+        layers=_LAYERS[layers], pooling=_POOLING[pool], data_type=_DATA_TYPES[dtype], omit_tokens=True
+    )
+    messages = [pb.Sentence(tokens=pb.Tokens(tokens=tokens)) for tokens in sentences]
+    return pb.EmbedRequest(options=options, sentences=messages)
+
+
 class BilmCaller:
     """A `LoadCaller` of bilm-serve."""
 
     def __init__(self, target: str, layers: str, pool: str, dtype: str) -> None:
         self._channels = [grpc.aio.insecure_channel(target, CHANNEL_OPTIONS) for _ in range(CONNECTIONS)]
         self._stubs: Iterator[Any] = cycle([embed_pb2_grpc.EmbedServiceStub(channel) for channel in self._channels])
-        self._options = pb.EmbedOptions(
-            layers=_LAYERS[layers], pooling=_POOLING[pool], data_type=_DATA_TYPES[dtype], omit_tokens=True
-        )
+        self._options = layers, pool, dtype
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
     def prepare(self, sentences: Sentences) -> pb.EmbedRequest:
         """See LoadCaller."""
-        messages = [pb.Sentence(tokens=pb.Tokens(tokens=tokens)) for tokens in sentences]
-        return pb.EmbedRequest(options=self._options, sentences=messages)
+        return new_request(sentences, *self._options)
 
     async def call(self, request: pb.EmbedRequest) -> NDArray[np.float32]:
         """See LoadCaller."""

@@ -68,8 +68,10 @@ class Generator:
 
         cpu_s, begun_s = time.process_time(), time.perf_counter()
         await asyncio.gather(*(caller(number) for number in range(callers)))
-        cores = (time.process_time() - cpu_s) / (time.perf_counter() - begun_s)
-        return {**done, "seconds": seconds, "generator_cores": cores}
+        cpu_s, took_s = time.process_time() - cpu_s, time.perf_counter() - begun_s
+        per_call_ms = 1e3 * cpu_s / max(1, done["calls_in_all"])
+        found = {"generator_cores": cpu_s / took_s, "generator_cpu_ms_per_call": per_call_ms}
+        return {**done, "seconds": seconds, **found}
 
     async def open(self, rate: float, seconds: float, seed: int, max_in_flight: int) -> Reply:
         """Send calls at the moments of a Poisson process, however slow the responses are.

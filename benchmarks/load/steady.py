@@ -1,30 +1,32 @@
-"""An engine kept full, as a busy server keeps it."""
+"""An engine kept full, as a busy server keeps it. Loads no engine: it drives any, of any source tree."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import TYPE_CHECKING
 
-import torch
-from bilm_model.bilm import random_bilm
-from bilm_model.config import SIZES, BilmConfig
-from bilm_model.engine.cellular import CellularBatch
-from bilm_model.engine.options import EngineOptions
-from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence
+if TYPE_CHECKING:
+    from bilm_model.engine.types import Engine, OutputSpec, State
 
-from benchmarks.load.sentences import distinct_words
-
-_BYTES_OF_A_FLOAT = 4
-_ROOM = 1.5  # what a cache's bookkeeping may take, and more
-_LEAST_INPUT_CACHE_MIB = 64  # the engine takes none that doesn't hold a round's tokens
 _BOUNDARIES = 2
-_WARM_UP_WORDS = 32  # of a warm-up sentence
-
-Finish = Callable[[EmbeddedSentence], object]
 
 
-def _keep(embedded: EmbeddedSentence) -> object:
-    return embedded
+@dataclass(eq=False, slots=True)
+class LoadSentence:
+    """A sentence for an engine (`EngineSentence`).
+
+    Attributes:
+        tokens: None empty, without boundaries.
+        output: What the engine returns for it.
+        state: What to continue from; None: the zero state.
+        return_state: Whether to return the state after it.
+    """
+
+    tokens: Sequence[str]
+    output: "OutputSpec"
+    state: "State | None" = None
+    return_state: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Work:
         rounds: of the engine, between which sentences join.
         seconds: it took.
         tokens_per_step: without boundaries.
+        cpu_s: processor time of `join` and `advance` in the thread that drives the engine.
+        join_cpu_s: what of it `join` took.
+        joined: sentences that joined.
     """
 
     steps: int
@@ -44,6 +49,9 @@ class Work:
     rounds: int
     seconds: float
     tokens_per_step: float
+    cpu_s: float = 0.0
+    join_cpu_s: float = 0.0
+    joined: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -55,6 +63,16 @@ class Work:
         """As the cells count."""
         return self.steps / self.seconds
 
+    @property
+    def steps_per_cpu_s(self) -> float:
+        """Steps by the driving thread's processor time."""
+        return self.steps / self.cpu_s
+
+    @property
+    def join_us(self) -> float:
+        """Processor time of a sentence's joining."""
+        return 1e6 * self.join_cpu_s / self.joined
+
 
 class SteadyLoad:
     """Sentences in turn, without end: one that ends makes room for the next.
@@ -65,71 +83,64 @@ class SteadyLoad:
     Args:
         engine: nobody else uses it meanwhile.
         sentences: each joins in turn.
-        in_flight: at most so many, if the engine takes them.
-        finish: what is made of each sentence that ends.
+        in_flight: at most so many, if the engine takes them; None: as many as it takes.
+        output: what the engine returns for each.
     """
 
     def __init__(
-        self, engine: CellularBatch, sentences: Sequence[Sequence[str]], in_flight: int, finish: Finish = _keep
+        self,
+        engine: "Engine[LoadSentence]",
+        sentences: Sequence[Sequence[str]],
+        in_flight: int | None,
+        output: "OutputSpec",
     ) -> None:
-        self._engine, self._finish, self._in_flight_at_most = engine, finish, in_flight
-        self._next = cycle(as_engine_sentences(sentences))
-        self._waiting: PlainSentence = next(self._next)
-        self._in_flight = 0
+        self._engine, self._output = engine, output
+        self._in_flight = engine.capacity.rows if in_flight is None else in_flight
+        self._tokens: Iterator[tuple[str, ...]] = cycle([tuple(tokens) for tokens in sentences])
+        self._waiting = LoadSentence(next(self._tokens), output)
+        self._joined, self._join_cpu_s, self._advance_cpu_s = 0, 0.0, 0.0
         n_tokens = sum(map(len, sentences))
         self._tokens_per_step = n_tokens / (n_tokens + _BOUNDARIES * len(sentences))
 
     def measure(self, seconds: float) -> Work:
         """Work for about so long."""
         self._round()  # fills the rows, and wakes the cores up
+        self._joined, self._join_cpu_s, self._advance_cpu_s = 0, 0.0, 0.0
         stats, rounds = self._engine.stats, 0
         steps, ticks, begun_s = stats.steps, stats.ticks, time.perf_counter()
         while (took_s := time.perf_counter() - begun_s) < seconds:
             self._round()
             rounds += 1
-        return Work(stats.steps - steps, stats.ticks - ticks, rounds, took_s, self._tokens_per_step)
+        return Work(
+            steps=stats.steps - steps,
+            ticks=stats.ticks - ticks,
+            rounds=rounds,
+            seconds=took_s,
+            tokens_per_step=self._tokens_per_step,
+            cpu_s=self._join_cpu_s + self._advance_cpu_s,
+            join_cpu_s=self._join_cpu_s,
+            joined=self._joined,
+        )
 
     def _round(self) -> None:
-        while self._in_flight < self._in_flight_at_most and self._fits():
-            self._engine.join(self._waiting)
-            self._in_flight += 1
-            self._waiting = next(self._next)
-        for _, embedded in self._engine.advance():
-            self._finish(embedded)
-            self._in_flight -= 1
+        joining = self._joining()
+        begun_s = time.thread_time()
+        if joining:
+            self._engine.join(joining)
+        joined_s = time.thread_time()
+        self._engine.advance()
+        self._joined += len(joining)
+        self._join_cpu_s += joined_s - begun_s
+        self._advance_cpu_s += time.thread_time() - joined_s
 
-    def _fits(self) -> bool:
-        return self._engine.free_rows > 0 and self._engine.free_tokens >= len(self._waiting.tokens) + _BOUNDARIES
-
-
-def as_engine_sentences(sentences: Sequence[Sequence[str]]) -> list[PlainSentence]:
-    """Return sentences as the engine takes them."""
-    return [PlainSentence(tuple(tokens)) for tokens in sentences]
-
-
-def new_engine(size: str, options: EngineOptions) -> CellularBatch:
-    """Return an engine on random weights, the same for each size."""
-    engine = CellularBatch(random_bilm(SIZES[size]), torch.device("cpu"), options)  # the engine takes the network over
-    engine.warm_up()
-    return engine
-
-
-def show_all_words(engine: CellularBatch, sentences: Sequence[Sequence[str]]) -> None:
-    """Let an engine's caches see every word."""
-    words = distinct_words(sentences)
-    parts = [words[first : first + _WARM_UP_WORDS] for first in range(0, len(words), _WARM_UP_WORDS)]
-    engine.run(as_engine_sentences(parts))
-
-
-def token_cache_mib(config: BilmConfig, n_words: int) -> int:
-    """Return the size of a cache for the vectors (P) of so many words."""
-    return _mib(n_words * config.projection_dim)
-
-
-def input_cache_mib(config: BilmConfig, n_words: int) -> int:
-    """Return the size of a cache for layer 1's input projections (2 directions, 4·C) of so many words."""
-    return max(_LEAST_INPUT_CACHE_MIB, _mib(n_words * 2 * 4 * config.cell_dim))
-
-
-def _mib(n_floats: int) -> int:
-    return int(_ROOM * n_floats * _BYTES_OF_A_FLOAT / 2**20) + 1
+    def _joining(self) -> list[LoadSentence]:
+        """Take sentences in turn as long as they fit."""
+        engine, joining = self._engine, list[LoadSentence]()
+        free = engine.capacity - engine.used
+        n_free, need = self._in_flight - engine.in_flight, engine.need(len(self._waiting.tokens))
+        while len(joining) < n_free and free.fits(need):
+            joining.append(self._waiting)
+            free -= need
+            self._waiting = LoadSentence(next(self._tokens), self._output)
+            need = engine.need(len(self._waiting.tokens))
+        return joining

@@ -17,7 +17,7 @@ from bilm_model.config import SIZES
 from bilm_model.engine.cellular import CellularBatch
 from torch import Tensor
 
-from benchmarks.load.steady import as_engine_sentences
+from benchmarks.load.engines import as_engine_sentences
 from benchmarks.references.published_order import PublishedOrder
 
 MAX_DIFFERENCE = 1e-4

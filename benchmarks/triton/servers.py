@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import IO, Any
 
-from benchmarks.load.load import GeneratorError, LoadGenerator
+from benchmarks.load.load import LoadGenerator
+from benchmarks.load.pipe import PipeError
 from benchmarks.paths import ROOT
 
 _READY_S = 120.0
@@ -102,11 +103,11 @@ class TritonServer:
             try:
                 generator.ask("show", index=0)
                 return generator
-            except GeneratorError:
+            except PipeError:
                 time.sleep(_LOOK_INTERVAL_S)
         assert self._output is not None
         self._output.seek(0)
-        raise GeneratorError(f"Triton is not ready:\n{self._output.read().decode(errors='replace')[-3000:]}")
+        raise PipeError(f"Triton is not ready:\n{self._output.read().decode(errors='replace')[-3000:]}")
 
     def _stop(self) -> None:
         assert self._process is not None

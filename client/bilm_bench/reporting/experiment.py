@@ -25,7 +25,7 @@ class Finding:
     Attributes:
         key: Name by which the page finds it.
         what: The same in words.
-        found: Median and range over the rounds.
+        found: Median, range and quartiles over the rounds.
         unit: Unit of `found` and `target`.
         target: To be reached; None: reported only.
         at_least: Whether the target is a lower bound.
@@ -49,7 +49,7 @@ class Finding:
         """Return the finding for the screen."""
         target = "" if self.target is None else f"{'≥' if self.at_least else '≤'} {self.target:g} {self.unit}"
         verdict = {None: "", True: "met", False: "NOT MET"}[self.met]
-        spread = f"({short(self.found.minimum)} … {short(self.found.maximum)})"
+        spread = f"({short(self.found.lower_quartile)} … {short(self.found.upper_quartile)})"
         return f"{self.what:<74} {short(self.found.median):>9} {self.unit:<12} {spread:<22} {target:<16} {verdict}"
 
     def as_json(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Findings:
 
     def print_summary(self) -> None:
         """Print every finding once more, with its target."""
-        print(f"\n{'':74} {'median':>9} {'unit':<12} {'(rounds)':<22} {'target':<16}")
+        print(f"\n{'':74} {'median':>9} {'unit':<12} {'(quartiles)':<22} {'target':<16}")
         for one in self.findings:
             print(one.line())
 

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import astuple, dataclass
+from statistics import median, quantiles
 
 # OpenMP's workers spin for a moment after their last product; the next contestant should have the cores to itself.
 _SETTLE_S = 0.1
@@ -13,20 +13,28 @@ Contestant = Callable[[], float]
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and range of what several rounds measured."""
+    """Median, range and quartiles of what several rounds measured.
+
+    The quartiles are those of the values as a whole population, so that they lie within the range.
+    """
 
     median: float
     minimum: float
     maximum: float
+    lower_quartile: float
+    upper_quartile: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """Return the spread of at least one value."""
-        return cls(median(values), min(values), max(values))
+        if len(values) == 1:
+            return cls(*(values[0] for _ in range(5)))
+        lower, _, upper = quantiles(values, n=4, method="inclusive")
+        return cls(median(values), min(values), max(values), lower, upper)
 
     def times(self, factor: float) -> "Spread":
         """Return the spread in another unit."""
-        return Spread(self.median * factor, self.minimum * factor, self.maximum * factor)
+        return Spread(*(factor * value for value in astuple(self)))
 
 
 def interleave(

@@ -1,9 +1,11 @@
 """A real server in its own process, on a tiny random model, for tests."""
 
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -48,14 +50,20 @@ class ServerProcess:
         model: The model, as `bilm-serve --model` takes it.
         arguments: Further arguments of bilm-serve.
         start_timeout_s: Seconds until it must be SERVING.
+        environment: Variables besides this process's own.
     """
 
     def __init__(
-        self, model: str = "random:tiny", arguments: tuple[str, ...] = (), start_timeout_s: float = START_TIMEOUT_S
+        self,
+        model: str = "random:tiny",
+        arguments: tuple[str, ...] = (),
+        start_timeout_s: float = START_TIMEOUT_S,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._model = model
         self._arguments = arguments
         self._start_timeout_s = start_timeout_s
+        self._environment = dict(environment or {})
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._stderr: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -67,7 +75,10 @@ class ServerProcess:
         self._stderr = (Path(self._folder.name) / "stderr").open("w+b")  # a pipe that nobody reads would fill up
         flags = ["--model", self._model, "--listen", target, "--drain-delay-s", "0"]  # no balancer to wait for
         command = [sys.executable, "-m", "bilm_server", *flags, *self._arguments]
-        self._process = subprocess.Popen(command, stderr=self._stderr, stdout=self._stderr)  # noqa: S603 - our own
+        environment = {**os.environ, **self._environment}
+        self._process = subprocess.Popen(  # noqa: S603 - our own
+            command, stderr=self._stderr, stdout=self._stderr, env=environment
+        )
         try:
             wait_until_serving(target, self._process, self._start_timeout_s)
         except BaseException as error:

@@ -31,7 +31,13 @@ def test_contestants_take_turns_in_both_directions() -> None:
     found = interleave({name: lambda name=name: contestant(name) for name in "abc"}, 2, settle_s=0.0)  # type: ignore[misc]
     assert "".join(order) == "abccba"
     assert found == {"a": [1, 6], "b": [2, 5], "c": [3, 4]}
-    assert ratio(found["a"], found["b"]) == Spread(0.85, 0.5, 1.2)
+    assert ratio(found["a"], found["b"]) == Spread.of([0.5, 1.2])
+
+
+def test_a_spread_has_the_quartiles_of_its_rounds() -> None:
+    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, 1.0, 5.0, lower_quartile=2.0, upper_quartile=4.0)
+    assert Spread.of([1.0, 2.0]).times(2) == Spread(3.0, 2.0, 4.0, lower_quartile=2.5, upper_quartile=3.5)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 7.0, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -45,18 +51,24 @@ def test_numbers_have_three_digits(value: float | None, text: str) -> None:
     ("target", "at_least", "met"), [(None, True, None), (2.0, True, True), (2.1, True, False), (1.9, False, False)]
 )
 def test_a_finding_is_held_against_its_target(target: float | None, at_least: bool, met: bool | None) -> None:
-    assert Finding("key", "what", Spread(2.0, 1.0, 3.0), "s", target, at_least).met is met
+    assert Finding("key", "what", Spread.of([1.0, 2.0, 3.0]), "s", target, at_least).met is met
 
 
 def test_findings_are_written_with_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = Findings("one", "benchmarks.one", {"rounds": 3}, {"torch": "2"})
-    report.add(Finding("a/b", "a thing", Spread(1.23456, 1.0, 2.0), "ms", 2.0, at_least=False))
+    report.add(Finding("a/b", "a thing", Spread.of([1.0, 1.23456, 2.0]), "ms", 2.0, at_least=False))
     report.detail("a", {"each": (1.23456, 2)})
     report.write(tmp_path / "folder" / "one.json")
     written: dict[str, Any] = json.loads((tmp_path / "folder" / "one.json").read_text(encoding="utf-8"))
     assert written["command"].startswith("python -m benchmarks.one")
     assert {"cpu", "cores", "python", "commit", "torch"} == set(written["machine"])
-    assert written["figures"][0]["found"] == {"median": 1.235, "minimum": 1.0, "maximum": 2.0}
+    assert written["figures"][0]["found"] == {
+        "median": 1.235,
+        "minimum": 1.0,
+        "maximum": 2.0,
+        "lower_quartile": 1.117,
+        "upper_quartile": 1.617,
+    }
     assert written["figures"][0]["met"]
     assert written["details"] == {"a": {"each": [1.235, 2]}}
     assert "a thing" in capsys.readouterr().out
