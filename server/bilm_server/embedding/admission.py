@@ -92,12 +92,17 @@ class Admission:
         """Set what there is room for."""
         self.capacity = Cost(max_tokens, max_response_bytes)
         """What there is room for."""
-        self._used = NOTHING
+        self._tokens = self._response_bytes = 0
 
     @property
     def used(self) -> Cost:
         """What is in."""
-        return self._used
+        return Cost(self._tokens, self._response_bytes)
+
+    @property
+    def used_tokens(self) -> int:
+        """Tokens that are in."""
+        return self._tokens
 
     def reserve(self, cost: Cost, retry_after_ms: int) -> Reservation:
         """Take room, which the reservation gives back.
@@ -105,7 +110,7 @@ class Admission:
         Raises:
             RefusalError: OVERLOADED with the given pushback, if there is no room now.
         """
-        self._take(cost, retry_after_ms)
+        self._take(cost.tokens, cost.response_bytes, retry_after_ms)
         return Reservation(cost, self._give_back)
 
     def resize(self, reservation: Reservation, cost: Cost, retry_after_ms: int = NEVER_RETRY) -> None:
@@ -116,17 +121,20 @@ class Admission:
                 nothing has changed.
         """
         if not reservation.released:
-            self._take(cost - reservation.cost, retry_after_ms)
+            held = reservation.cost
+            self._take(cost.tokens - held.tokens, cost.response_bytes - held.response_bytes, retry_after_ms)
             reservation.cost = cost
 
-    def _take(self, more: Cost, retry_after_ms: int) -> None:
-        grows = not NOTHING.fits(more)
-        if grows and not self.capacity.fits(self._used + more):
+    def _take(self, more_tokens: int, more_bytes: int, retry_after_ms: int) -> None:
+        tokens, response_bytes = self._tokens + more_tokens, self._response_bytes + more_bytes
+        fits = tokens <= self.capacity.tokens and response_bytes <= self.capacity.response_bytes
+        if not fits and (more_tokens > 0 or more_bytes > 0):
             raise RefusalError(Reason.OVERLOADED, "too much work is waiting already; try again", retry_after_ms)
-        self._used += more
+        self._tokens, self._response_bytes = tokens, response_bytes
 
     def _give_back(self, cost: Cost) -> None:
-        self._used -= cost
+        self._tokens -= cost.tokens
+        self._response_bytes -= cost.response_bytes
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,12 +74,25 @@ class CallGate:
         begun_s = self._clock()
         for observer in self._observers:
             observer.begin(call)
+        if held is not None:
+            call.held = held
         try:
-            with entered(call), _ends(call), ExitStack() as own:
-                call.held = own if held is None else held
+            with entered(call):
                 self._let_in(call, auth_context)
                 yield
+            call.code = call.code or Code.OK
+        except RefusalError as error:
+            call.code, call.reason = error.code, error.reason.value
+            raise
+        except asyncio.CancelledError:
+            call.code = call.code or Code.CANCELLED
+            raise
+        except Exception:
+            call.code = call.code or Code.UNKNOWN
+            raise
         finally:
+            if held is None:
+                call.held.close()
             call.duration_s = self._clock() - begun_s
             for observer in self._observers:
                 observer.end(call)
@@ -88,20 +101,3 @@ class CallGate:
         call.caller = self._authenticator.identify(call.metadata, call.peer, auth_context).name
         call.is_test = is_marked(call.metadata) and self._rights.has(call.caller, Right.NO_LOG)
         call.held.enter_context(self._limits.call(call.caller))
-
-
-@contextmanager
-def _ends(call: CallRecord) -> Iterator[None]:
-    """Set the code, and of a refusal the reason, that a call ends with."""
-    try:
-        yield
-    except RefusalError as error:
-        call.code, call.reason = error.code, error.reason.value
-        raise
-    except asyncio.CancelledError:
-        call.code = call.code or Code.CANCELLED
-        raise
-    except Exception:
-        call.code = call.code or Code.UNKNOWN
-        raise
-    call.code = call.code or Code.OK

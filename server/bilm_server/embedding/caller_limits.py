@@ -5,7 +5,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from bilm_api.constants import Reason
@@ -94,17 +94,17 @@ class CallerLimits:
         """Callers that are remembered."""
         return len(self._accounts)
 
-    @contextmanager
-    def call(self, caller: str) -> Iterator[None]:
-        """Count a call for as long as the context lasts.
+    def call(self, caller: str) -> AbstractContextManager[None]:
+        """Return a context for as long as which a call is counted.
 
-        Raises:
+        Entering it raises:
             RefusalError: CALLER_LIMIT, if the caller has as many already; with the time that it takes until one of them
                 ends, as far as the last ones tell.
         """
-        if not self._max_calls:
-            yield
-            return
+        return self._counted(caller) if self._max_calls else nullcontext()
+
+    @contextmanager
+    def _counted(self, caller: str) -> Iterator[None]:
         account = self._account(caller)
         if account.calls >= self._max_calls:
             raise RefusalError(
@@ -145,13 +145,16 @@ class CallerLimits:
         if self._tokens_per_s:
             self._account(caller).level -= tokens  # what overflows is lost when it is looked at next
 
-    @contextmanager
-    def charged(self, caller: str, tokens: int) -> Iterator[Charge]:
-        """Charge the tokens of an `Embed`, and in the end what the block has set in the charge; an error costs nothing.
+    def charged(self, caller: str, tokens: int) -> AbstractContextManager[Charge]:
+        """Return a context that charges the tokens of an `Embed`, and in the end what its block has set in the charge.
 
-        Raises:
+        An error of the block costs nothing. Entering it raises:
             RefusalError: CALLER_LIMIT, see `charge`.
         """
+        return self._charged(caller, tokens) if self._tokens_per_s else nullcontext(Charge(tokens))
+
+    @contextmanager
+    def _charged(self, caller: str, tokens: int) -> Iterator[Charge]:
         self.charge(caller, tokens)
         charge = Charge(tokens)
         try:

@@ -5,7 +5,6 @@ says who calls. Limits, admission, cancellation and accounting are here, for all
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Protocol, TypeVar
 
 from bilm_api.constants import Reason
@@ -118,11 +117,12 @@ class Embedder:
         price = self._preprocessing.price(sentences)
         room = self.admission.reserve(Cost(price, 0), self._retry_after_ms())  # before any work is done for it
         current_call().held.push(room)
-        with ExitStack() as until_computed:
-            until_computed.push(room)  # an error gives it back at once
+        try:
             refusals, n_bytes = await self._prepare(sentences, request_bytes, room, response)
             results = await self._compute_all(sentences, refusals)
-            until_computed.pop_all()
+        except BaseException:
+            room.release()  # at once, not when the status has been sent
+            raise
         self.admission.resize(room, Cost(0, n_bytes))
         _count(sentences, results)
         return await self.conversions.response(n_bytes, lambda: response.build(sentences, results))
@@ -144,7 +144,7 @@ class Embedder:
 
     def _retry_after_ms(self) -> int:
         """Return when there will be room again: the time that half of what waits takes."""
-        return pushback_ms(self.admission.used.tokens / self.worker.steps_per_s / 2)
+        return pushback_ms(self.admission.used_tokens / self.worker.steps_per_s / 2)
 
     async def _prepare(
         self,

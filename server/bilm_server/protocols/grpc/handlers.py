@@ -64,6 +64,8 @@ def _from_stream(behavior: Behavior, parse: Parse) -> Behavior:
 
 def _writing(behavior: Behavior) -> Behavior:
     """Return a method that writes its responses, also of one that yields them."""
+    if inspect.iscoroutinefunction(behavior):
+        return behavior
 
     async def written(request: Any, context: "Context") -> Any:
         responses = behavior(request, context)

@@ -7,7 +7,6 @@ reflection where it is on.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -136,11 +135,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def guarded(requests: AsyncIterator[bytes], context: "Context") -> Any:
             metadata = tuple(context.invocation_metadata() or ())
             call = CallRecord(method, context.peer(), metadata, caller_request_id(metadata))
-            held = ExitStack()
             # Not when the method returns: grpc keeps a response for as long as its client reads none of it
-            context.add_done_callback(lambda _: held.close())  # type: ignore[arg-type] # the stub has no protocol
+            context.add_done_callback(lambda _: call.held.close())  # type: ignore[arg-type] # the stub has no protocol
             try:
-                with self._gate.call(call, context.auth_context(), held):
+                with self._gate.call(call, context.auth_context(), call.held):
                     return await _run(call, behavior(requests, context), context)
             except RefusalError as refusal:
                 await _send_status(context, refusal, call.request_id)
