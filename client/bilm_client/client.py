@@ -3,6 +3,7 @@
 import random
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
@@ -51,7 +52,9 @@ class TransportClient:
         self._uniform = uniform
         self._transport = new_transport(settings)
         self._model_info: ModelInfo | None = None
-        self._coalescing = SyncCoalescing(settings.coalesce_s, self._transport.embed) if settings.coalesce_s else None
+        self._coalescing: SyncCoalescing | None = None
+        if settings.coalesce_s:
+            self._coalescing = SyncCoalescing(settings.coalesce_s, self._transport.start_embed)
 
     def __getstate__(self) -> dict[str, Any]:
         self._settings.check_picklable()
@@ -241,17 +244,21 @@ class TransportClient:
         try:
             while True:
                 while (part := job.take()) is not None:
-                    calls.append((part, self._transport.embed(job.request(part), deadline)))
+                    if not calls and not job.takes_more:
+                        self._take_response(job, part, partial(self._transport.embed, job.request(part), deadline))
+                    else:
+                        calls.append((part, self._transport.start_embed(job.request(part), deadline)))
                 if not calls:
                     return
-                self._take_response(job, *calls.popleft())
+                part, call = calls.popleft()
+                self._take_response(job, part, call.result)
         finally:
             for _, call in calls:
                 call.cancel()
 
-    def _take_response(self, job: EmbedJob, part: range, call: PendingEmbed) -> None:
+    def _take_response(self, job: EmbedJob, part: range, receive: Callable[[], pb.EmbedResponse]) -> None:
         try:
-            response = call.result()
+            response = receive()
         except ServiceError as error:
             self._note_failure(error)
             job.fail(part, error)

@@ -14,7 +14,7 @@ from bilm_api.v1 import embed_pb2 as pb
 
 from bilm_client._core.job import EmbedJob
 from bilm_client._core.options import Options
-from bilm_client._core.plan import NO_COST, RequestCost
+from bilm_client._core.plan import NO_COST, RequestCost, total_of
 from bilm_client._core.settings import Deadline
 from bilm_client.errors import (
     BilmError,
@@ -178,7 +178,7 @@ class Coalescer:
         if group.sent:
             return
         group.calls.remove(call)
-        group.cost = sum((other.job.cost for other in group.calls), NO_COST)
+        group.cost = total_of([other.job.cost for other in group.calls])
         if not group.calls:
             self._close(group)
 

@@ -92,11 +92,7 @@ def parse_sentence(sentence: Sentence, name: str, state: bytes = b"", return_sta
     if not isinstance(sentence, Sequence) or _is_bytes(sentence):
         raise TypeError(f"{name} must be a str or a list of str, got {type(sentence).__name__}")
     tokens = tuple(sentence)
-    for position, token in enumerate(tokens):
-        if not isinstance(token, str):
-            raise TypeError(f"{name}[{position}] must be a str, got {type(token).__name__}")
-    text_bytes = sum(_utf8_bytes(token, f"{name}[{position}]") for position, token in enumerate(tokens))
-    return Input(None, tokens, text_bytes, state, return_state)
+    return Input(None, tokens, _utf8_bytes_of_all(tokens, name), state, return_state)
 
 
 def check_state(name: str, state: bytes | None) -> bytes:
@@ -122,6 +118,20 @@ def check_bool(name: str, value: bool) -> None:
 
 def _is_bytes(value: object) -> bool:
     return isinstance(value, bytes | bytearray | memoryview)  # sequences too, but of numbers
+
+
+def _utf8_bytes_of_all(tokens: tuple[str, ...], name: str) -> int:
+    try:
+        text = "".join(tokens)  # checks and counts all tokens at once
+        return len(text) if text.isascii() else len(text.encode())
+    except (TypeError, UnicodeEncodeError):
+        return sum(_token_bytes(token, f"{name}[{position}]") for position, token in enumerate(tokens))
+
+
+def _token_bytes(token: str, name: str) -> int:
+    if not isinstance(token, str):
+        raise TypeError(f"{name} must be a str, got {type(token).__name__}")
+    return _utf8_bytes(token, name)
 
 
 def _utf8_bytes(text: str, name: str) -> int:

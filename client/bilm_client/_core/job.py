@@ -75,17 +75,21 @@ class EmbedJob:
         """
         self.options.check_layer_count(info.layer_count)
         planned = plan(self.inputs, self.options, info)
-        self._total, self._shared_limit = planned.total, shared_limit(info)
+        self._total, self._shared_limit = planned.total, shared_limit(info.limits)
         self._parts.extend(planned.parts)
         self.by_stream.extend(planned.oversized)
         for index in planned.unsendable:
             self.settle(index, _too_large(self.inputs[index], index, info))
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether `take` has a part."""
+        # Until the first response brings the version, a second request could be computed by another one.
+        return bool(self._parts) and self._in_flight < (PARTS_IN_FLIGHT if self._version else 1)
+
     def take(self) -> range | None:
         """Return the next part to send, or None: wait for a response first, or nothing is left."""
-        # Until the first response brings the version, a second request could be computed by another one.
-        at_most = PARTS_IN_FLIGHT if self._version else 1
-        if not self._parts or self._in_flight >= at_most:
+        if not self.takes_more:
             return None
         self._in_flight += 1
         return self._parts.popleft()

@@ -109,8 +109,7 @@ def parse_keywords(arguments: type[_Arguments], method: str, keywords: Mapping[s
         TypeError: An argument isn't one of the method's or has the wrong type; the message names it.
         ValueError: An argument has a value that can't be; the message names it.
     """
-    unknown = keywords.keys() - {each.name for each in fields(arguments)}
-    if unknown:
+    if unknown := keywords.keys() - arguments.__dataclass_fields__.keys():
         raise TypeError(f"{method}() got an unexpected keyword argument {min(unknown)!r}")
     return arguments(**keywords)
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from bilm_client._core.inputs import Input
 from bilm_client._core.options import Options
-from bilm_client.results import ModelInfo
+from bilm_client.results import Limits, ModelInfo
 
 # Sentences and tokens of an Embed that several calls share.
 SHARED_SENTENCES = 64
@@ -64,9 +65,9 @@ class Plan:
     total: RequestCost
 
 
-def request_limit(info: ModelInfo) -> RequestCost:
+@lru_cache(maxsize=16)  # asked for by each call
+def request_limit(limits: Limits) -> RequestCost:
     """Return what one Embed may take at most."""
-    limits = info.limits
     return RequestCost(
         limits.max_sentences_per_request,
         limits.max_tokens_per_request,
@@ -75,14 +76,12 @@ def request_limit(info: ModelInfo) -> RequestCost:
     )
 
 
-def shared_limit(info: ModelInfo) -> RequestCost:
-    """Return what one Embed that several calls share may take at most: a few rounds of the server, not its limits."""
-    limit = request_limit(info)
-    return replace(
-        limit,
-        sentences=min(limit.sentences, SHARED_SENTENCES),
-        tokens=min(limit.tokens, SHARED_TOKENS),
-    )
+@lru_cache(maxsize=16)
+def shared_limit(limits: Limits) -> RequestCost:
+    """Return what one Embed that several calls share may take at most: less than a server's limits are by default."""
+    limit = request_limit(limits)
+    sentences, tokens = min(limit.sentences, SHARED_SENTENCES), min(limit.tokens, SHARED_TOKENS)
+    return replace(limit, sentences=sentences, tokens=tokens)
 
 
 def cost_of(source: Input, options: Options, info: ModelInfo) -> RequestCost:
@@ -96,11 +95,23 @@ def cost_of(source: Input, options: Options, info: ModelInfo) -> RequestCost:
     return RequestCost(1, tokens, source.request_bytes, response_bytes)
 
 
+def total_of(costs: Sequence[RequestCost]) -> RequestCost:
+    """Return what several sentences or requests take together."""
+    if len(costs) == 1:
+        return costs[0]
+    return RequestCost(
+        sum(cost.sentences for cost in costs),
+        sum(cost.tokens for cost in costs),
+        sum(cost.request_bytes for cost in costs),
+        sum(cost.response_bytes for cost in costs),
+    )
+
+
 def plan(inputs: Sequence[Input], options: Options, info: ModelInfo) -> Plan:
     """Pack the sentences, in order, into as few requests as fit."""
-    limit = request_limit(info)
+    limit = request_limit(info.limits)
     costs = [cost_of(source, options, info) for source in inputs]
-    total = sum(costs, NO_COST)
+    total = total_of(costs)
     if total.fits(limit):
         return Plan((range(len(inputs)),), (), (), total)
     unsendable = tuple(i for i, cost in enumerate(costs) if cost.request_bytes > limit.request_bytes)

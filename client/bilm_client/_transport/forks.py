@@ -19,14 +19,16 @@ class ForkGate:
         """Count a call for as long as the context lasts."""
         state = self._changed
         with state:
-            state.wait_for(lambda: not self._forking, _FORK_TIMEOUT_S)
+            if self._forking:
+                state.wait_for(lambda: not self._forking, _FORK_TIMEOUT_S)
             self._under_way += 1
         try:
             yield
         finally:
             with state:
                 self._under_way -= 1
-                state.notify_all()
+                if self._forking:
+                    state.notify_all()
 
     def before_fork(self) -> None:
         """Hold new calls, and wait for the others."""

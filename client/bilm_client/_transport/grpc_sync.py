@@ -39,7 +39,12 @@ class GrpcSyncTransport:
         """Hold off forks for as long as the context lasts."""
         return FORK_GATE.call()
 
-    def embed(self, request: pb.EmbedRequest, deadline: Deadline) -> "FutureEmbed":
+    def embed(self, request: pb.EmbedRequest, deadline: Deadline) -> pb.EmbedResponse:
+        """Call Embed. gRPC waits in this thread: no other thread is woken for the response."""
+        response: pb.EmbedResponse = self._unary(self._link.stub().Embed, request, deadline)
+        return response
+
+    def start_embed(self, request: pb.EmbedRequest, deadline: Deadline) -> "FutureEmbed":
         """Start an Embed call."""
         method = self._link.stub().Embed
         try:
@@ -50,14 +55,16 @@ class GrpcSyncTransport:
 
     def get_model(self, request: pb.GetModelRequest, deadline: Deadline) -> pb.GetModelResponse:
         """Call GetModel."""
-        response: pb.GetModelResponse = self._unary(self._link.stub().GetModel, request, deadline)
+        with FORK_GATE.call():
+            response: pb.GetModelResponse = self._unary(self._link.stub().GetModel, request, deadline)
         return response
 
     def check_health(self, service: str, deadline: Deadline) -> HealthStatus:
         """Call the health service."""
         request = health_pb2.HealthCheckRequest(service=service)
         try:
-            return health_status(self._unary(self._link.health_stub().Check, request, deadline))
+            with FORK_GATE.call():
+                return health_status(self._unary(self._link.health_stub().Check, request, deadline))
         except ServiceError as error:
             return failed_health_status(error)
 
@@ -82,8 +89,7 @@ class GrpcSyncTransport:
 
     def _unary(self, method: Any, request: Any, deadline: Deadline) -> Any:
         try:
-            with FORK_GATE.call():
-                return method(request, **call_arguments(self._settings, deadline))
+            return method(request, **call_arguments(self._settings, deadline))
         except (grpc.RpcError, ValueError) as error:
             raise self._translated(error) from error
 

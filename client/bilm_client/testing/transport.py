@@ -38,10 +38,14 @@ class FakeTransport:
         """Do nothing: no call survives into a fork."""
         return nullcontext()
 
-    def embed(self, request: pb.EmbedRequest, _deadline: Deadline) -> "FakeEmbed":
+    def embed(self, request: pb.EmbedRequest, _deadline: Deadline) -> pb.EmbedResponse:
         """Answer an Embed."""
         self.check_open()
-        return FakeEmbed(self.service.embed(request))
+        return self.service.embed(request)
+
+    def start_embed(self, request: pb.EmbedRequest, deadline: Deadline) -> "FakeEmbed":
+        """Answer an Embed."""
+        return FakeEmbed(self.embed(request, deadline))
 
     def get_model(self, _request: pb.GetModelRequest, _deadline: Deadline) -> pb.GetModelResponse:
         """Answer a GetModel."""
@@ -81,7 +85,7 @@ class FakeAsyncTransport:
 
     async def embed(self, request: pb.EmbedRequest, deadline: Deadline) -> pb.EmbedResponse:
         """Answer an Embed."""
-        return self._sync.embed(request, deadline).result()
+        return self._sync.embed(request, deadline)
 
     async def get_model(self, request: pb.GetModelRequest, deadline: Deadline) -> pb.GetModelResponse:
         """Answer a GetModel."""

@@ -40,7 +40,7 @@ def test_every_sentence_travels_once_and_within_the_limits(
     assert travelled == sorted(travelled)
     for part in planned.parts:
         total = sum((cost_of(inputs[index], options, TIGHT) for index in part), RequestCost(0, 0, 0, 0))
-        assert total.fits(request_limit(TIGHT))
+        assert total.fits(request_limit(TIGHT.limits))
 
 
 @given(st.lists(st.lists(st.text("aé\U0001f600", min_size=1), max_size=30), min_size=1, max_size=8), st.booleans())

@@ -1,12 +1,9 @@
 """Clients over a transport that the test hands in."""
 
-from collections.abc import Callable
-
 import grpc
 import pytest
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_client._core.settings import Deadline, Settings
-from bilm_client._transport.base import PendingEmbed
 from bilm_client.aio import AsyncTransportClient
 from bilm_client.client import TransportClient
 from bilm_client.errors import ModelVersionError, ServiceError, UnavailableError
@@ -16,22 +13,6 @@ from bilm_client.testing.transport import FakeAsyncTransport, FakeTransport
 SETTINGS = Settings(target="nowhere")
 # after another version the limits may be others, too
 CASES = [(ModelVersionError("other", code=grpc.StatusCode.FAILED_PRECONDITION), 2), (UnavailableError("away"), 1)]
-
-
-class FailedEmbed:
-    """A call that was sent, and fails."""
-
-    def __init__(self, error: ServiceError) -> None:
-        self.error = error
-
-    def result(self) -> pb.EmbedResponse:
-        raise self.error
-
-    def when_done(self, callback: Callable[[], None]) -> None:
-        callback()
-
-    def cancel(self) -> None:
-        """It has ended."""
 
 
 class Failing(FakeTransport):
@@ -46,8 +27,8 @@ class Failing(FakeTransport):
         self.get_model_count += 1
         return super().get_model(request, deadline)
 
-    def embed(self, request: pb.EmbedRequest, deadline: Deadline) -> PendingEmbed:  # type: ignore[override] # a failed one
-        return FailedEmbed(self.error)
+    def embed(self, request: pb.EmbedRequest, deadline: Deadline) -> pb.EmbedResponse:
+        raise self.error
 
 
 class AsyncFailing(FakeAsyncTransport):
@@ -61,7 +42,7 @@ class AsyncFailing(FakeAsyncTransport):
         return self.failing.get_model(request, deadline)
 
     async def embed(self, request: pb.EmbedRequest, deadline: Deadline) -> pb.EmbedResponse:
-        return self.failing.embed(request, deadline).result()
+        return self.failing.embed(request, deadline)
 
 
 @pytest.mark.parametrize(("error", "expected"), CASES)
