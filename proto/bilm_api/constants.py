@@ -21,7 +21,8 @@ NO_LOG_KEY: Final = "x-bilm-no-log"
 """Metadata that keeps a call out of the access log, whatever its value, if the caller has that right."""
 
 PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
-"""Trailing metadata of every RESOURCE_EXHAUSTED: milliseconds until another attempt, or `NEVER_RETRY`."""
+"""Trailing metadata of every RESOURCE_EXHAUSTED and of MODEL_LOADING: milliseconds until another attempt, or
+`NEVER_RETRY`."""
 NEVER_RETRY: Final = -1
 """Pushback of a call that no retry can help."""
 STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
@@ -60,3 +61,4 @@ class Reason(StrEnum):
     SHUTTING_DOWN = "SHUTTING_DOWN"
     MODEL_FAILING = "MODEL_FAILING"
     INTERNAL = "INTERNAL"
+    MODEL_LOADING = "MODEL_LOADING"

@@ -1,32 +1,31 @@
-"""The composition root: builds each part of a server once, and hands each what it needs."""
+"""The composition root: builds each part of a server once, and hands each what it needs.
+
+What needs the model is in `model_parts`, which the thread that loads the model imports: torch takes longer than all
+that is needed to listen.
+"""
 
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import grpc
-import torch
-from bilm_api.v1 import embed_pb2, embed_pb2_grpc
+from bilm_api.v1 import embed_pb2
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from bilm_server.config import ServerConfig
 from bilm_server.embedding.admission import Admission, StreamAdmission
 from bilm_server.embedding.call_gate import CallGate
 from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.embedding.conversions import Conversions
-from bilm_server.embedding.embedder import Embedder
-from bilm_server.embedding.preprocessing import RequestLimits
-from bilm_server.inference.watchdog import Watchdog
-from bilm_server.inference.worker import InferenceWorker
-from bilm_server.lifecycle import DrainTimes, Listener, Server
+from bilm_server.lifecycle import DrainTimes, Listener, LoadedParts, Server
 from bilm_server.observability.access_log import AccessLog
 from bilm_server.observability.call_record import CallObserver
 from bilm_server.observability.metrics import Metrics
 from bilm_server.observability.no_log_calls import NoLogCalls
-from bilm_server.observability.resources import Gpu, find_gpu
+from bilm_server.observability.resources import Gpu
 from bilm_server.observability.server_metrics import (
     NO_DROPS,
     DropCounts,
@@ -35,22 +34,24 @@ from bilm_server.observability.server_metrics import (
     ServerView,
     Taken,
 )
-from bilm_server.protocols.embed_v1.service import EmbedService
 from bilm_server.protocols.grpc.acceptor import Acceptor
 from bilm_server.protocols.grpc.connections import connection_limit, health_server
 from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.grpc.interceptors import CallInterceptor, OpenCalls, OpenInterceptor
+from bilm_server.protocols.grpc.late_service import LateService
 from bilm_server.protocols.grpc.listening import address, channel_options, credentials
 from bilm_server.protocols.ops.metrics_endpoint import MetricsExporter
 from bilm_server.protocols.ops.readiness_port import ReadinessPort
 from bilm_server.security.auth import Authenticator
 from bilm_server.security.callers import CallerRights
-from bilm_server.served_model import ServedModel
 
 if TYPE_CHECKING:
     from bilm_server.observability.tracing import Tracing
+    from bilm_server.served_model import ServedModel
 
-SERVICE_NAME = embed_pb2.DESCRIPTOR.services_by_name["EmbedService"].full_name
+_SERVICE = embed_pb2.DESCRIPTOR.services_by_name["EmbedService"]
+SERVICE_NAME = _SERVICE.full_name
+_REFLECTION_NAME = "grpc.reflection.v1alpha.ServerReflection"
 HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 _log = logging.getLogger(__name__)
@@ -58,65 +59,60 @@ _log = logging.getLogger(__name__)
 _MIB = 2**20
 
 
-def build_server(config: ServerConfig, model: ServedModel, drops: DropCounts = NO_DROPS) -> Server:
+def build_server(
+    config: ServerConfig, name: str, load_model: "Callable[[], ServedModel]", drops: DropCounts = NO_DROPS
+) -> Server:
     """Return a server that has not started.
 
     Nothing is listened on, and no file is read, before `Server.start`.
 
     Args:
         config: all settings.
-        model: what to serve.
+        name: of the model that will be served.
+        load_model: loads it; called by `Server.load`, in a thread.
         drops: log lines and alerts lost by the process, for the metrics.
 
     Raises:
         ConfigurationError: if traces are configured and what they need isn't installed.
     """
-    return _App(config, model, drops).server
+    return _App(config, name, load_model, drops).server
 
 
 class _App:
     """Each part of one server, built when the first other part needs it."""
 
-    def __init__(self, config: ServerConfig, model: ServedModel, drops: DropCounts) -> None:
-        self._config, self._model, self._drops = config, model, drops
+    def __init__(
+        self, config: ServerConfig, name: str, load_model: "Callable[[], ServedModel]", drops: DropCounts
+    ) -> None:
+        self._config, self._load_model, self._drops = config, load_model, drops
         self._max_connections = cache(lambda: connection_limit(config.max_connections))
         self._starting = asyncio.Lock()
         self._open_calls = OpenCalls()
-        self._metrics = Metrics([model.name])
+        self._metrics = Metrics([name])
         self._health = HealthReporter(SERVICE_NAME)
         self._rights = CallerRights(config.callers, config.authenticates)
         self._no_log_calls = NoLogCalls(self._rights)
         self._authenticator = Authenticator(config.token_file)
+        self._conversions = Conversions()
+        self._admission = Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB)
+        self._stream_admission = StreamAdmission(config.max_stream_tokens, config.max_stream_mib * _MIB)
+        self._service = LateService(SERVICE_NAME, _SERVICE.methods_by_name)
+        self._engines: tuple[EngineView, ...] = ()
+        self._gpu: Gpu | None = None
 
     @cached_property
     def server(self) -> Server:
         config = self._config
         self._metrics.registry.register(ServerCollector(self._view))
         return Server(
-            self._embedder,
             self._health,
-            self._watchdog,
             self._acceptor,
             self._listeners(),
+            self._load,
             open_calls=self._open_calls,
             drain_times=DrainTimes(config.drain_delay_s, config.grace_s),
             prepare=(self._authenticator.load, self._warn_of_nameless_callers, self._max_connections),
-            close=(self._embedder.conversions.stop, *(() if self._tracing is None else (self._tracing.stop,))),
-        )
-
-    @cached_property
-    def _embedder(self) -> Embedder:
-        config, metrics = self._config, self._metrics
-        return Embedder(
-            model=self._model,
-            worker=InferenceWorker(
-                self._model.engine, lambda report: metrics.round(self._model.name, report.rows, report.failed)
-            ),
-            limits=RequestLimits.of(config),
-            conversions=Conversions(),
-            admission=Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB),
-            stream_admission=StreamAdmission(config.max_stream_tokens, config.max_stream_mib * _MIB),
-            caller_limits=self._caller_limits,
+            close=(self._conversions.stop, *(() if self._tracing is None else (self._tracing.stop,))),
         )
 
     @cached_property
@@ -124,10 +120,23 @@ class _App:
         config = self._config
         return CallerLimits(config.caller_tokens_per_s, config.caller_max_calls, config.max_tokens_per_request)
 
-    @cached_property
-    def _watchdog(self) -> Watchdog:
-        config = self._config
-        return Watchdog(self._embedder.worker, config.hang_s, config.give_up_s, self._health.set)
+    def _load(self) -> LoadedParts:
+        """Load the model and build what needs it; in the thread that loads."""
+        model = self._load_model()
+        from bilm_server.model_parts import SharedParts, build_parts, engine_view, model_gpu  # noqa: PLC0415 - torch
+
+        shared = SharedParts(
+            self._conversions,
+            self._admission,
+            self._stream_admission,
+            self._caller_limits,
+            self._metrics,
+            self._health.set,
+            self._service,
+        )
+        parts = build_parts(self._config, model, shared)
+        self._engines, self._gpu = (engine_view(parts),), model_gpu(model)
+        return parts
 
     # ---- who observes ----
 
@@ -153,30 +162,16 @@ class _App:
 
     @property
     def _view(self) -> ServerView:
-        embedder, tracing = self._embedder, self._tracing
+        tracing = self._tracing
         return ServerView(
-            engines=[self._engine_view],
+            engines=lambda: self._engines,
             max_connections=self._max_connections,
             serving=lambda: self._health.serving,
-            admitted=lambda: {"unary": _taken(embedder.admission), "stream": _taken(embedder.stream_admission)},
+            admitted=lambda: {"unary": _taken(self._admission), "stream": _taken(self._stream_admission)},
             drops=self._drops,
             no_log_calls=lambda: self._no_log_calls.counts,
             spans_failed=lambda: 0 if tracing is None else tracing.failed,
-            gpu=_gpu(torch.device(self._model.engine.description.device)),
-        )
-
-    @property
-    def _engine_view(self) -> EngineView:
-        engine, worker, watchdog = self._model.engine, self._embedder.worker, self._watchdog
-        return EngineView(
-            model=_labels(self._model),
-            kernel_paths=lambda: engine.description.paths,
-            max_rows=engine.capacity.rows,
-            stalled_s=lambda: watchdog.stalled_s,
-            rows=lambda: worker.in_flight,
-            waiting_sentences=lambda: worker.waiting,
-            cache=lambda: (engine.stats.cache.hits, engine.stats.cache.misses),
-            ticks=lambda: engine.stats.ticks,
+            gpu=lambda: self._gpu,
         )
 
     # ---- what listens ----
@@ -188,17 +183,18 @@ class _App:
         return Acceptor(self._new_grpc_server, self._add_services, listen, config.grace_s, starting=self._starting)
 
     def _new_grpc_server(self) -> grpc.aio.Server:
-        open_services = {HEALTH_NAME, reflection.SERVICE_NAME} if self._config.reflection else {HEALTH_NAME}
+        open_services = {HEALTH_NAME, _REFLECTION_NAME} if self._config.reflection else {HEALTH_NAME}
         interceptor = CallInterceptor(SERVICE_NAME, self._gate, open_services, self._open_calls)
         options = channel_options(self._config, self._max_connections())
         return grpc.aio.server(interceptors=[interceptor], options=options)
 
     def _add_services(self, server: grpc.aio.Server) -> None:
-        service = EmbedService(self._embedder, self._config.stream_stall_s)
-        embed_pb2_grpc.add_EmbedServiceServicer_to_server(service, server)
+        server.add_generic_rpc_handlers((self._service,))
         self._health.add_to(server)
         if self._config.reflection:
-            servicer = reflection.aio.ReflectionServicer((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME))
+            from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc  # noqa: PLC0415 - only where asked for
+
+            servicer = reflection.aio.ReflectionServicer((SERVICE_NAME, HEALTH_NAME, _REFLECTION_NAME))
             reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
     def _listeners(self) -> tuple[Listener, ...]:
@@ -226,20 +222,6 @@ class _App:
             _log.warning("callers: no token_file or tls_client_ca is set: callers are anonymous and have every right")
 
 
-def _labels(model: ServedModel) -> dict[str, str]:
-    return {
-        "name": model.name,
-        "version": model.version,
-        "precision": model.precision,
-        "backend": model.engine.description.backend,
-        "tokenizer": model.tokenizer.name,
-    }
-
-
 def _taken(admission: Admission | StreamAdmission) -> Taken:
     used, limit = admission.used, admission.capacity
     return Taken(used.tokens, limit.tokens, used.response_bytes, limit.response_bytes)
-
-
-def _gpu(device: torch.device) -> Gpu | None:
-    return find_gpu(str(torch.cuda.get_device_properties(device).uuid)) if device.type == "cuda" else None

@@ -18,11 +18,12 @@ from bilm_system.files import message, reason
 from bilm_server.addresses import socket_path
 from bilm_server.config import ServerConfig
 from bilm_server.errors import ConfigurationError
+from bilm_server.preflight import configured_tokenizer, served_name
 from bilm_server.protocols.grpc.connections import connection_limit
 from bilm_server.protocols.grpc.listening import credentials
 from bilm_server.protocols.grpc.unix_sockets import check_kinds
 from bilm_server.security.auth import Authenticator
-from bilm_server.served_model import configured_tokenizer, engine_options, fitting_name
+from bilm_server.served_model import engine_options
 
 _MIB = 2**20
 _PROCESS_BYTES = 400 * _MIB  # Python, torch and compiled kernels
@@ -123,7 +124,7 @@ def memory_sum(config: ServerConfig, header: ModelHeader, n_connections: int) ->
 
 
 def _model_line(config: ServerConfig, header: ModelHeader) -> str:
-    name = config.served_model_name or fitting_name(header.name)
+    name = served_name(config, header.name)
     layers, width = header.config.n_layers + 1, 2 * header.config.projection_dim
     return f"model {name}: {layers} layers of {width} numbers, {header.parameter_count:,} parameters"
 

@@ -44,6 +44,7 @@ _CODES: Final = {
     Reason.SHUTTING_DOWN: Code.UNAVAILABLE,
     Reason.MODEL_FAILING: Code.UNAVAILABLE,
     Reason.INTERNAL: Code.INTERNAL,
+    Reason.MODEL_LOADING: Code.UNAVAILABLE,
 }
 
 
@@ -52,7 +53,8 @@ class RefusalError(Exception):
 
     Attributes:
         reason: why.
-        retry_after_ms: for RESOURCE_EXHAUSTED, when to try again; `NEVER_RETRY` where that can't help.
+        retry_after_ms: for RESOURCE_EXHAUSTED, when to try again; `NEVER_RETRY` where that can't help. For other codes
+            it is sent where it is a time.
     """
 
     def __init__(self, reason: Reason, message: str, retry_after_ms: int = NEVER_RETRY) -> None:

@@ -1,17 +1,23 @@
-"""The server's life in four verbs: start, serve, drain, stop."""
+"""The server's life in five verbs: start, load, serve, drain, stop."""
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from bilm_server.embedding.embedder import Embedder
 from bilm_server.errors import BindError
-from bilm_server.inference.watchdog import Watchdog
 from bilm_server.protocols.grpc.acceptor import Acceptor
 from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.grpc.interceptors import OpenCalls
+
+if TYPE_CHECKING:  # torch comes with them, which is loaded behind the open port
+    from bilm_server.embedding.embedder import Embedder
+    from bilm_server.inference.watchdog import Watchdog
+
+R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
 
@@ -43,20 +49,32 @@ class DrainTimes:
     grace_s: float
 
 
-class Server:
-    """A server on one model; `app.build_server` puts it together.
+@dataclass(frozen=True, eq=False)
+class LoadedParts:
+    """What there is once the model is loaded.
 
     Attributes:
-        embedder: what embeds.
+        embedder: what embeds; its worker starts and stops with the server.
+        watchdog: reports to health.
+        open: lets calls reach the embedder.
+        later: loads what the first calls can do without, in a thread, when the server is SERVING.
     """
+
+    embedder: "Embedder"
+    watchdog: "Watchdog"
+    open: Callable[[], None]
+    later: Callable[[], object] = lambda: None
+
+
+class Server:
+    """A server on one model; `app.build_server` puts it together."""
 
     def __init__(
         self,
-        embedder: Embedder,
         health: HealthReporter,
-        watchdog: Watchdog,
         acceptor: Acceptor,
         listeners: Sequence[Listener],
+        load: Callable[[], LoadedParts],
         *,
         open_calls: OpenCalls,
         drain_times: DrainTimes,
@@ -66,44 +84,69 @@ class Server:
         """Keep the parts; call `start` to start them.
 
         Args:
-            embedder: what embeds; its worker starts and stops with the server.
             health: what is reported.
-            watchdog: reports to it.
             acceptor: listens for calls.
             listeners: start after it, in this order, and stop in the same.
+            load: loads the model, in a thread; may take as long as it likes.
             open_calls: are ended when new calls are refused.
             drain_times: of `drain`.
             prepare: read what the configuration names, before anything listens.
             close: end what is left, after everything else; may block.
         """
-        self.embedder = embedder
-        self._health, self._watchdog, self._open_calls = health, watchdog, open_calls
+        self._health, self._open_calls, self._load = health, open_calls, load
         self._acceptor, self._listeners = acceptor, (acceptor, *listeners)
         self._drain_times, self._prepare, self._close = drain_times, tuple(prepare), tuple(close)
         self._stop_asked = asyncio.Event()
+        self._loading: threading.Thread | None = None
+        self._parts: LoadedParts | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._later: asyncio.Task[None] | None = None
 
     @property
     def target(self) -> str:
         """Where clients find the server, once it has started."""
         return self._acceptor.target
 
+    @property
+    def embedder(self) -> "Embedder":
+        """What embeds, once the model is loaded."""
+        assert self._parts is not None  # noqa: S101 - load() has made it
+        return self._parts.embedder
+
+    @property
+    def loading(self) -> bool:
+        """Whether the thread that loads still runs: after `stop`, when the server was stopped while it loaded."""
+        return self._loading is not None and self._loading.is_alive()
+
     async def start(self) -> None:
-        """Listen at once, NOT_SERVING; SERVING when a warm-up pass has succeeded.
+        """Check what the configuration names, and listen: health answers NOT_SERVING, calls find the model loading.
 
         Raises:
             BindError: if an address can't be listened on.
             ConfigurationError: if files for TLS or tokens are bad, or more connections are asked for than fit.
-            Exception: what the warm-up pass raised.
         """
         for step in self._prepare:
             step()
         for listener in self._listeners:
             if line := await listener.start():
                 _log.info("%s", line)
-        await self.embedder.worker.start()
-        self._watchdog.look()  # nothing but the watchdog reports to health
-        self._watching = asyncio.create_task(self._watchdog.run())
+
+    async def load(self) -> None:
+        """Load the model behind the open port; SERVING when a warm-up pass has succeeded, or return when asked to stop.
+
+        Raises:
+            Exception: what loading or the warm-up pass raised.
+        """
+        parts = await self._unless_stopped(self._in_thread(self._load))
+        if parts is None:
+            return
+        self._parts = parts
+        if not await self._unless_stopped(_done(parts.embedder.worker.start())):
+            return
+        parts.open()
+        parts.watchdog.look()  # nothing but the watchdog reports to health
+        self._watching = asyncio.create_task(parts.watchdog.run())
+        self._later = asyncio.create_task(_load_later(parts.later))
 
     async def serve(self) -> None:
         """Return when `ask_to_stop` has been called.
@@ -112,39 +155,107 @@ class Server:
             EngineLostError: if the engine can't continue in this process.
             BindError: if nothing listens any more.
         """
-        assert self._watching  # noqa: S101 - start() comes first
         ends = [asyncio.create_task(event.wait()) for event in (self._stop_asked, self._acceptor.lost)]
-        await asyncio.wait({*ends, self._watching}, return_when=asyncio.FIRST_COMPLETED)
+        watched = () if self._watching is None else (self._watching,)  # stopped while it loaded
+        await asyncio.wait({*ends, *watched}, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             end.cancel()
-        if self._watching.done():
+        if self._watching is not None and self._watching.done():
             self._watching.result()
         if self._acceptor.lost.is_set():
             raise BindError(f"listen: can't listen on {self.target} any more")
 
     def ask_to_stop(self) -> None:
-        """End `serve`; may be called from a signal handler on the event loop."""
+        """End `load` and `serve`; may be called from a signal handler on the event loop."""
         self._stop_asked.set()
 
     async def drain(self) -> None:
-        """Report NOT_SERVING, wait until balancers notice, then refuse new calls and let those in flight finish."""
+        """Report NOT_SERVING, wait until balancers notice, then refuse new calls and let those in flight finish.
+
+        A server that was never SERVING has nothing to wait for.
+        """
         times = self._drain_times
+        delay_s = times.delay_s if self._watching else 0.0
         _log.info(
-            "draining: NOT_SERVING, new calls refused in %g s, calls in flight get %g s more",
-            times.delay_s, times.grace_s,
-        )  # fmt: skip
+            "draining: NOT_SERVING, new calls refused in %g s, calls in flight get %g s more", delay_s, times.grace_s
+        )
         self._health.drain()
-        await asyncio.sleep(times.delay_s)
+        await asyncio.sleep(delay_s)
         self._open_calls.end()  # a health watcher would hold the drain for all of the grace time
         await self._acceptor.stop(times.grace_s)
 
     async def stop(self) -> None:
-        """End everything; idempotent."""
+        """End everything but the thread that loads; idempotent."""
         for listener in self._listeners:
             await listener.stop()
-        if self._watching is not None:
-            self._watching.cancel()
-        await self.embedder.worker.stop()
+        for task in (self._watching, self._later):
+            if task is not None:
+                task.cancel()
+        if self._parts is not None:
+            await self._parts.embedder.worker.stop()
         for close in self._close:
             await asyncio.to_thread(close)
         _log.info("stopped")
+
+    # ---- loading ----
+
+    async def _unless_stopped(self, work: "asyncio.Future[R]") -> R | None:
+        """Return the result of `work`; None if `ask_to_stop` comes first, or if nothing listens any more."""
+        ends = [asyncio.create_task(event.wait()) for event in (self._stop_asked, self._acceptor.lost)]
+        first: set[asyncio.Future[Any]] = {work, *ends}
+        try:
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
+        if work.done():
+            return work.result()
+        work.cancel()
+        return None
+
+    def _in_thread(self, function: Callable[[], R]) -> "asyncio.Future[R]":
+        """Run a function in a thread of its own, which no end of the process waits for."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
+
+        def run() -> None:
+            try:
+                result = function()
+            except BaseException as error:  # whatever it is, somebody waits for it
+                _tell(loop, future, error)
+            else:
+                _tell(loop, future, result)
+
+        self._loading = threading.Thread(target=run, name="loading", daemon=True)
+        self._loading.start()
+        return future
+
+
+def _tell(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[R]", outcome: "R | BaseException") -> None:
+    """End a future from another thread, unless it or its loop has ended."""
+
+    def end() -> None:
+        if future.done():
+            return
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    with suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(end)
+
+
+def _done(work: Coroutine[object, object, None]) -> "asyncio.Task[bool]":
+    async def done() -> bool:
+        await work
+        return True
+
+    return asyncio.ensure_future(done())
+
+
+async def _load_later(load: Callable[[], object]) -> None:
+    try:
+        await asyncio.to_thread(load)
+    except Exception as error:
+        _log.error("what texts need can't be loaded", exc_info=error)

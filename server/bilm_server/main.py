@@ -1,4 +1,4 @@
-"""`bilm-serve`: reads the configuration, loads the model, serves until it is stopped."""
+"""`bilm-serve`: reads the configuration, listens, loads the model, serves until it is stopped."""
 
 import asyncio
 import contextlib
@@ -7,14 +7,16 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from bilm_model.errors import ModelError
+from bilm_model.torch_libraries import open_libraries
 from bilm_system.files import reason
 from bilm_system.terminal import run_command
 
 from bilm_server.app import build_server
-from bilm_server.checking import check
 from bilm_server.config import ServerConfig
 from bilm_server.config_sources import load_config
 from bilm_server.errors import BindError, ConfigurationError, EngineLostError
@@ -23,7 +25,12 @@ from bilm_server.log_levels import parse_levels
 from bilm_server.observability.alerts import AlertHandler
 from bilm_server.observability.log_setup import Logs, configure_logs
 from bilm_server.observability.server_metrics import DropCounts
-from bilm_server.served_model import load_served_model
+from bilm_server.preflight import check_model
+
+if TYPE_CHECKING:
+    from bilm_server.served_model import ServedModel
+
+    LoadModel = Callable[[ServerConfig], ServedModel]
 
 _log = logging.getLogger(__name__)
 
@@ -34,17 +41,29 @@ _SWITCH_INTERVAL_S = 0.0005
 engine plans a round: by the default, 5 ms, a health check beside full load took ten times as long."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def load_model(config: ServerConfig) -> "ServedModel":
+    """Load the model that the configuration names; in a thread that ends, see `load_served_model`."""
+    open_libraries()
+    from bilm_server.served_model import load_served_model  # noqa: PLC0415 - it loads torch
+
+    return load_served_model(config)
+
+
+def main(argv: list[str] | None = None, load: "LoadModel" = load_model) -> int:
     """Run the server.
+
+    Args:
+        argv: flags; None: those of the process.
+        load: loads the model.
 
     Returns:
         0 after SIGTERM or SIGINT, or if --check-config found nothing wrong; 1 if it couldn't start, 2 for a bad
         configuration, 3 if the engine was lost.
     """
-    return run_command("bilm-serve", partial(_main, sys.argv[1:] if argv is None else argv))
+    return run_command("bilm-serve", partial(_main, sys.argv[1:] if argv is None else argv, load))
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str], load: "LoadModel") -> int:
     try:
         config = load_config(argv)
     except ConfigurationError as error:
@@ -58,10 +77,12 @@ def _main(argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"bilm-serve: test_log: {config.test_log}: {reason(error)}", file=sys.stderr)
         return 2
-    return _serve(config, logs)
+    return _serve(config, logs, load)
 
 
 def _check(config: ServerConfig) -> int:
+    from bilm_server.checking import check  # noqa: PLC0415 - it loads torch
+
     errors, lines = check(config)
     for line in errors:
         print(f"bilm-serve: {line}", file=sys.stderr)
@@ -70,16 +91,20 @@ def _check(config: ServerConfig) -> int:
     return 2 if errors else 0
 
 
-def _serve(config: ServerConfig, logs: Logs) -> int:
+def _serve(config: ServerConfig, logs: Logs, load: "LoadModel") -> int:
     alerts = _start_alerts(config)
     # Until the event loop takes over: process 1 of a container gets only those signals that it handles
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        asyncio.run(_run(config, DropCounts(lambda: logs.dropped, lambda: alerts.dropped if alerts else 0)))
+        drops = DropCounts(lambda: logs.dropped, lambda: alerts.dropped if alerts else 0)
+        still_loading = asyncio.run(_run(config, load, drops))
     except (BindError, ConfigurationError, ModelError) as error:
         logs.flush()
         print(f"bilm-serve: {error}", file=sys.stderr)
         return exit_code(error)
+    if still_loading:
+        logging.shutdown()
+        os._exit(0)  # an interpreter that ends while a thread imports torch may crash
     return 0
 
 
@@ -104,9 +129,27 @@ def _start_alerts(config: ServerConfig) -> AlertHandler | None:
     return alerts
 
 
-async def _run(config: ServerConfig, drops: DropCounts) -> None:
+async def _run(config: ServerConfig, load: "LoadModel", drops: DropCounts) -> bool:
+    """Run a server from start to stop; return whether a thread still loads its model."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    model = load_served_model(config)
+    server = build_server(config, check_model(config), partial(_load, config, load), drops)
+    _stop_on_signals(server)
+    try:
+        await server.start()
+        await server.load()
+        await server.serve()
+        await server.drain()
+    except EngineLostError as error:
+        _log.critical("%s; the process ends, so that its supervisor starts another", error)
+        logging.shutdown()
+        os._exit(_ENGINE_LOST)  # nothing orderly: a thread that hangs inside the model would be waited for
+    finally:
+        await server.stop()
+    return server.loading
+
+
+def _load(config: ServerConfig, load: "LoadModel") -> "ServedModel":
+    model = load(config)
     _log.info(
         "model %s, version %s, %s, %s, tokenizer %s",
         model.name, model.version, model.precision, model.engine.description.backend, model.tokenizer.name,
@@ -116,18 +159,7 @@ async def _run(config: ServerConfig, drops: DropCounts) -> None:
             "bfloat16 products aren't native here: they are computed in float32 from rounded factors, which takes the "
             "memory of float32 and may be slower than --precision float32"
         )
-    server = build_server(config, model, drops)
-    _stop_on_signals(server)
-    try:
-        await server.start()
-        await server.serve()
-        await server.drain()
-    except EngineLostError as error:
-        _log.critical("%s; the process ends, so that its supervisor starts another", error)
-        logging.shutdown()
-        os._exit(_ENGINE_LOST)  # nothing orderly: a thread that hangs inside the model would be waited for
-    finally:
-        await server.stop()
+    return model
 
 
 def _stop_on_signals(server: Server) -> None:

@@ -1,7 +1,5 @@
 """The model as the service sees it: loaded, on its device, with its tokenizer."""
 
-import logging
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +13,13 @@ from bilm_model.engine.engine import RecurrentEngine
 from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.state import LstmStateCodec
 from bilm_model.engine.types import Engine
-from bilm_model.errors import LanguageError
 from bilm_model.kernels.product_paths import Precision, ProductPath, resolve_precision
-from bilm_model.tokenization.tokenizers import new_tokenizer
 from bilm_model.tokenization.types import Tokenizer
 from bilm_model.weights.loading import load
 
 from bilm_server.config import ServerConfig
-from bilm_server.errors import ConfigurationError, RefusalError
-
-_log = logging.getLogger(__name__)
+from bilm_server.errors import RefusalError
+from bilm_server.preflight import configured_tokenizer, served_name
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ def _load(config: ServerConfig, bfloat16: ProductPath | None) -> ServedModel:
     bilm = loaded.bilm
     batch = CellularBatch(bilm, device, engine_options(config, precision, bfloat16))
     return ServedModel(
-        name=config.served_model_name or fitting_name(loaded.name),
+        name=served_name(config, loaded.name),
         version=loaded.version,
         config=bilm.config,
         parameter_count=bilm.parameter_count,
@@ -102,26 +97,6 @@ def _load(config: ServerConfig, bfloat16: ProductPath | None) -> ServedModel:
         engine=RecurrentEngine(batch, LstmStateCodec(bilm.config, loaded.version)),
         tokenizer=configured_tokenizer(config),
     )
-
-
-def configured_tokenizer(config: ServerConfig) -> Tokenizer:
-    """Return the tokenizer for raw text.
-
-    Raises:
-        ConfigurationError: if it doesn't know the language.
-    """
-    try:
-        return new_tokenizer(config.tokenizer, config.tokenizer_language)
-    except LanguageError as error:
-        raise ConfigurationError(f"tokenizer_language: {error}") from error
-
-
-def fitting_name(name: str) -> str:
-    """Return the name of a file or folder as one that a model can have; the log says where the two differ."""
-    fitting = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:64] or "model"
-    if fitting != name:
-        _log.warning("model name %r has characters that a name can't have, or too many: served as %r", name, fitting)
-    return fitting
 
 
 def engine_options(

@@ -55,14 +55,14 @@ def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
         ticks=lambda: 11,
     )
     view = ServerView(
-        engines=[engine],
+        engines=lambda: [engine],
         max_connections=lambda: 900,
         serving=serving,
         admitted=lambda: {"unary": room, "stream": room},
         drops=NO_DROPS,
         no_log_calls=lambda: {"team-a": 1},
         spans_failed=lambda: 0,
-        gpu=Gpu(FakeNvml(), None),
+        gpu=lambda: Gpu(FakeNvml(), None),
     )
     metrics = Metrics(["tiny"])
     metrics.registry.register(ServerCollector(view))

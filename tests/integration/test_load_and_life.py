@@ -27,7 +27,7 @@ from tests.support.faulty_server import BROKEN, HANG
 from tests.support.hooked_engine import HookedEngine, Hooks
 from tests.support.processes import wait_until
 from tests.support.server_processes import ProcessServer
-from tests.support.servers import LoopServer
+from tests.support.servers import LoopServer, new_server, started
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = ("", "bilm_api.v1.EmbedService")
@@ -408,14 +408,13 @@ def test_log_lines_can_be_json_and_never_hold_text() -> None:
 
 
 async def test_stop_may_be_called_twice_and_before_start() -> None:
-    from bilm_server.app import build_server
     from bilm_server.served_model import load_served_model
 
     config = load_config(["--model", "random:tiny", "--listen", "127.0.0.1:0"])
-    never_started = build_server(config, load_served_model(config))
+    never_started = new_server(config, load_served_model(config))
     await never_started.stop()
-    server = build_server(config, load_served_model(config))
-    await server.start()
+    server = new_server(config, load_served_model(config))
+    await started(server)
     waiting = asyncio.create_task(server.serve())
     server.ask_to_stop()
     await waiting

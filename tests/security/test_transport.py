@@ -17,7 +17,6 @@ from bilm_client import AsyncClient, Client, RetryPolicy
 from bilm_client.batch.main import main as bilm_embed
 from bilm_client.cli.health_check import main as bilm_health
 from bilm_client.errors import AuthenticationError, OverloadedError, UnavailableError
-from bilm_server.app import build_server
 from bilm_server.config_sources import load_config
 from bilm_server.errors import ConfigurationError
 from bilm_server.security.auth import Authenticator, Caller
@@ -26,7 +25,7 @@ from grpc_health.v1 import health_pb2
 
 from tests.integration.integration_support import PLAIN, health_stub, tokens
 from tests.security.tls_support import Authority, Identity, replace
-from tests.support.servers import TINY, serving
+from tests.support.servers import TINY, new_server, serving
 
 TOKEN, OTHER_TOKEN, THIRD_TOKEN = "a-0123456789abcdef", "b-0123456789abcdef", "c-0123456789abcdef"
 NEW_TOKEN = "new-0123456789abcdef"
@@ -188,7 +187,7 @@ async def test_files_that_cannot_be_served_with_stop_the_start(authority: Author
         (("--token-file", short), f"{short}: line 1: the token has fewer than 16 characters"),
     ):
         config = load_config(["--model", TINY, "--listen", "127.0.0.1:0", *map(str, flags)])
-        server = build_server(config, load_served_model(config))
+        server = new_server(config, load_served_model(config))
         with pytest.raises(ConfigurationError, match=message):
             await server.start()
         await server.stop()

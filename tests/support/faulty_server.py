@@ -74,8 +74,7 @@ def load_faulty_model(config: ServerConfig) -> ServedModel:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `bilm-serve`."""
-    vars(bilm_server.main)["load_served_model"] = load_faulty_model
-    return bilm_server.main.main(argv)
+    return bilm_server.main.main(argv, load_faulty_model)
 
 
 if __name__ == "__main__":

@@ -219,6 +219,7 @@ class _Forks:
 def _prepare() -> None:
     """Import all that a server imports, and compile its kernels; with one thread only, so that forks miss none."""
     import bilm_server.main
+    import bilm_server.model_parts
     import bilm_server.observability.tracing  # noqa: F401
     import torch
     from bilm_server.config_sources import load_config

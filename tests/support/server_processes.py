@@ -63,7 +63,7 @@ class ProcessServer:
         self._environment = {**os.environ, **environment}
         self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
         self._reader: threading.Thread | None = None
-        self._serves_or_ended = threading.Event()
+        self._listens_or_ended, self._serves_or_ended = threading.Event(), threading.Event()
 
     def __enter__(self) -> Self:
         self.start()
@@ -129,8 +129,18 @@ class ProcessServer:
         elif not (self._serves_or_ended.wait(timeout_s) and any(_SERVING in line for line in self.lines)):
             raise ServerStartError(f"the server is not SERVING:\n{self.text()}")
 
+    def wait_until_listening(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait until a server that has been launched listens, which it does before its model is loaded.
+
+        Raises:
+            ServerStartError: It ended first, or took longer than `timeout_s`.
+        """
+        if not (self._listens_or_ended.wait(timeout_s) and re.search(_LISTENING, self.text())):
+            raise ServerStartError(f"the server doesn't listen:\n{self.text()}")
+
     def launch(self) -> None:
         """Start it without waiting."""
+        self._listens_or_ended.clear()
         self._serves_or_ended.clear()
         if self.log is not None:
             with self.log.open("ab") as output:
@@ -180,8 +190,11 @@ class ProcessServer:
         with output:
             for line in output:
                 self.lines.append(line.decode(errors="replace"))
+                if re.search(_LISTENING, self.lines[-1]):
+                    self._listens_or_ended.set()
                 if _SERVING in self.lines[-1]:
                     self._serves_or_ended.set()
+        self._listens_or_ended.set()
         self._serves_or_ended.set()  # it ended
 
     def _found(self, pattern: str) -> str:

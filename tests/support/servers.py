@@ -39,6 +39,17 @@ def with_defaults(flags: Sequence[str], listen: str = "127.0.0.1:0") -> list[str
     return ["--model", TINY, "--listen", listen, *_NO_DELAY, *flags]
 
 
+def new_server(config: ServerConfig, model: ServedModel) -> Server:
+    """Return a server on a model that is loaded already."""
+    return build_server(config, model.name, lambda: model)
+
+
+async def started(server: Server) -> None:
+    """Start a server, and wait until it is SERVING."""
+    await server.start()
+    await server.load()
+
+
 class LoopServer:
     """A server on an event loop of its own, in this process.
 
@@ -64,15 +75,16 @@ class LoopServer:
         self.engine: HookedEngine[Any] = HookedEngine(model.engine)
         changed = model.tokenizer if tokenizer is None else tokenizer(model.tokenizer)
         self.model: ServedModel = replace(model, engine=self.engine, tokenizer=changed)
-        with mock.patch("bilm_server.app.InferenceWorker", partial(InferenceWorker, **worker)):
-            self.server: Server = build_server(self.config, self.model)
+        self._worker = worker
+        self.server: Server = new_server(self.config, self.model)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._channels: list[grpc.Channel] = []
 
     def start(self) -> None:
         self._thread.start()
-        self.call(self.server.start)
+        with mock.patch("bilm_server.model_parts.InferenceWorker", partial(InferenceWorker, **self._worker)):
+            self.call(partial(started, self.server))
 
     def stop(self) -> None:
         """Stop it; no task of it may be left on its loop."""

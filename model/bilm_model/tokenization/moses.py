@@ -1,16 +1,11 @@
 """The Moses tokenizer. The rules are sacremoses'; its tokens are found again in the text here."""
 
-from importlib.metadata import version
-
 from sacremoses import MosesTokenizer
-from sacremoses.corpus import NonbreakingPrefixes
 
-from bilm_model.errors import AlignmentError, LanguageError
+from bilm_model.errors import AlignmentError
+from bilm_model.tokenization.moses_languages import check_language, moses_name
 from bilm_model.tokenization.offsets import in_bytes
 from bilm_model.tokenization.types import TokenizedText
-
-# Those with abbreviations of their own, and those whose script has rules of its own.
-_LANGUAGES = {*NonbreakingPrefixes().available_langs.values(), "ja", "ko"}
 
 
 class _Moses(MosesTokenizer):  # type: ignore[misc]
@@ -41,10 +36,9 @@ class SacremosesTokenizer:
         Raises:
             LanguageError: if Moses doesn't know the language.
         """
-        if language not in _LANGUAGES:  # sacremoses would take English without a word
-            raise LanguageError(f"expected one of {', '.join(sorted(_LANGUAGES))}, found {language!r}")
+        check_language(language)
         self._tokenizer = _Moses(language)
-        self.name = f"moses-{language} (sacremoses {version('sacremoses')})"
+        self.name = moses_name(language)
 
     def __call__(self, text: str) -> TokenizedText:
         """See `Tokenizer`."""

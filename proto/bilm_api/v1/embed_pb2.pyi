@@ -65,6 +65,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_SHUTTING_DOWN: _ClassVar[ErrorReason]
     ERROR_REASON_MODEL_FAILING: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
+    ERROR_REASON_MODEL_LOADING: _ClassVar[ErrorReason]
 LAYERS_UNSPECIFIED: Layers
 LAYERS_ALL: Layers
 LAYERS_TOP: Layers
@@ -108,6 +109,7 @@ ERROR_REASON_STREAM_STALLED: ErrorReason
 ERROR_REASON_SHUTTING_DOWN: ErrorReason
 ERROR_REASON_MODEL_FAILING: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
+ERROR_REASON_MODEL_LOADING: ErrorReason
 
 class ScalarMix(_message.Message):
     __slots__ = ("weights", "gamma", "layer_norm")

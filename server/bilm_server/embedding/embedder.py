@@ -20,8 +20,8 @@ from bilm_server.embedding.admission import (
     pushback_ms,
 )
 from bilm_server.embedding.caller_limits import CallerLimits
-from bilm_server.embedding.conversions import Conversions, request_weight
-from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits, text_bytes
+from bilm_server.embedding.conversions import Conversions
+from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits
 from bilm_server.errors import Code, RefusalError
 from bilm_server.inference.types import Outcome, Result, Sentence
 from bilm_server.inference.worker import InferenceWorker
@@ -159,7 +159,7 @@ class Embedder:
             What is wrong with each sentence, and a bound of the response's bytes.
         """
         with self._caller_limits.charged(current_call().caller, room.cost.tokens) as charge:
-            weight = request_weight(request_bytes, text_bytes(sentences))
+            weight = self._preprocessing.weight(sentences, request_bytes)
             refusals = await self.conversions.request(weight, lambda: self._preprocessing.prepare_all(sentences))
             good = [sentence for sentence, refusal in zip(sentences, refusals, strict=True) if refusal is None]
             cost = self._cost(good, response)
@@ -215,7 +215,7 @@ class SentenceStream:
         """
         try:
             prepare = self._preprocessing.prepare
-            weight = request_weight(request_bytes, text_bytes([sentence]))
+            weight = self._preprocessing.weight([sentence], request_bytes)
             await self._embedder.conversions.item(weight, lambda: prepare(sentence))
             n_bytes = self._preprocessing.computed_bytes(sentence) + overhead_bytes(sentence)
             return await self._reserve(Cost(len(sentence.tokens), n_bytes))

@@ -9,8 +9,10 @@ from bilm_model.alphabet import MAX_TOKEN_BYTES
 from bilm_model.characters import is_truncated
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.errors import AlignmentError, StateError
+from bilm_model.tokenization.deferred import DeferredTokenizer
 
 from bilm_server.config import ServerConfig
+from bilm_server.embedding.conversions import INLINE_BYTES, request_weight
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Sentence
 from bilm_server.served_model import ServedModel
@@ -92,6 +94,17 @@ class Preprocessing:
         if given > self.limits.tokens:
             raise RefusalError(Reason.TOO_MANY_TOKENS, f"{given} tokens are more than {self.limits.tokens}")
         return min(given + guessed, self.limits.tokens)
+
+    def weight(self, sentences: Sequence[Sentence], n_bytes: int) -> int:
+        """Return the `request_weight` of a request of so many bytes.
+
+        A text that comes before its tokenizer is loaded waits for that, so it is never prepared on the event loop.
+        """
+        weight, tokenizer = request_weight(n_bytes, text_bytes(sentences)), self._model.tokenizer
+        if not isinstance(tokenizer, DeferredTokenizer) or tokenizer.loaded:
+            return weight
+        has_text = any(isinstance(sentence.content, str) for sentence in sentences)
+        return max(weight, INLINE_BYTES + 1) if has_text else weight
 
     def prepare_all(self, sentences: Sequence[Sentence]) -> list[RefusalError | None]:
         """Prepare the sentences of a request; return what is wrong with each.

@@ -15,6 +15,7 @@ import bilm_server
 from bilm_server.observability.resources import Gpu
 
 _INFO_PACKAGES = ("grpcio", "protobuf", "torch")
+_MODEL_LABELS = ("name", "version", "precision", "backend", "tokenizer")
 _ENGINE_TEXTS = {
     "bilm_engine_stalled_seconds": "Time with work and without progress.",
     "bilm_slots": "Sentences that can be computed at a time.",
@@ -90,24 +91,24 @@ class ServerView:
     """What is read of the running server. Each function is called at each scrape, from another thread.
 
     Attributes:
-        engines: one for each model.
+        engines: one for each model that is loaded.
         max_connections: open at a time; 0: no limit.
         serving: whether health says SERVING.
         admitted: by room: "unary" and "stream".
         drops: log lines and alerts lost.
         no_log_calls: kept out of the access log since the start, by caller; "": without authentication.
         spans_failed: since the start.
-        gpu: that computes; None: a CPU does.
+        gpu: that computes; None: a CPU does, or nothing yet.
     """
 
-    engines: Sequence[EngineView]
+    engines: Callable[[], Sequence[EngineView]]
     max_connections: Callable[[], int]
     serving: Callable[[], bool]
     admitted: Callable[[], Mapping[str, Taken]]
     drops: DropCounts
     no_log_calls: Callable[[], Mapping[str, int]]
     spans_failed: Callable[[], int]
-    gpu: Gpu | None = None
+    gpu: Callable[[], Gpu | None] = lambda: None
 
 
 class ServerCollector(Collector):
@@ -127,10 +128,10 @@ class ServerCollector(Collector):
         yield _count("bilm_alerts_dropped", "Errors that no alert could be sent about.", view.drops.alerts())
         yield _count("bilm_trace_spans_failed", "Spans that the collector didn't take.", view.spans_failed())
         yield _no_log_calls(view.no_log_calls())
-        yield from _engines(view.engines)
+        yield from _engines(view.engines())
         yield from _admission(view.admitted())
-        if view.gpu is not None:
-            yield from _gpu(view.gpu)
+        if (gpu := view.gpu()) is not None:
+            yield from _gpu(gpu)
 
 
 def _engines(engines: Sequence[EngineView]) -> Iterator[Metric]:
@@ -163,9 +164,9 @@ def _of_each(
 
 
 def _models(engines: Sequence[EngineView]) -> Metric:
-    family = InfoMetricFamily("bilm_model", "The models served.", labels=list(engines[0].model))
+    family = InfoMetricFamily("bilm_model", "The models served.", labels=_MODEL_LABELS)
     for engine in engines:
-        family.add_metric(list(engine.model.values()), {})
+        family.add_metric([engine.model[label] for label in _MODEL_LABELS], {})
     return family
 
 

@@ -1,11 +1,18 @@
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from bilm_model.errors import AlignmentError, LanguageError
+from bilm_model.tokenization.deferred import DeferredTokenizer
 from bilm_model.tokenization.moses import SacremosesTokenizer
-from bilm_model.tokenization.tokenizers import new_tokenizer
+from bilm_model.tokenization.moses_languages import MOSES_LANGUAGES
+from bilm_model.tokenization.tokenizers import deferred_tokenizer, new_tokenizer
 from bilm_model.tokenization.types import Tokenizer
 from bilm_model.tokenization.whitespace import WhitespaceTokenizer
 from hypothesis import example, given
 from hypothesis import strategies as st
+from sacremoses.corpus import NonbreakingPrefixes
 
 MOSES, WHITESPACE = SacremosesTokenizer("en"), WhitespaceTokenizer()
 
@@ -71,3 +78,45 @@ def test_choice_by_name() -> None:
 def test_names() -> None:
     assert WHITESPACE.name == "whitespace"
     assert MOSES.name.startswith("moses-en (sacremoses ")
+
+
+def test_the_languages_are_those_of_sacremoses() -> None:
+    assert {*NonbreakingPrefixes().available_langs.values(), "ja", "ko"} == MOSES_LANGUAGES
+
+
+def test_a_deferred_tokenizer_is_loaded_once_whoever_asks_first() -> None:
+    made: list[str] = []
+
+    def new() -> Tokenizer:
+        made.append(threading.current_thread().name)
+        return WHITESPACE
+
+    deferred = DeferredTokenizer("white space", new)
+    assert (deferred.name, deferred.loaded, made) == ("white space", False, [])
+    with ThreadPoolExecutor(4) as threads:
+        assert {found.tokens for found in threads.map(deferred, ["a b"] * 20)} == {("a", "b")}
+    deferred.load()
+    assert (deferred.loaded, len(made)) == (True, 1)
+
+
+def test_a_deferred_tokenizer_that_cannot_be_loaded_is_tried_again() -> None:
+    outcomes: Iterator[Exception | Tokenizer] = iter([ImportError("no such library"), WHITESPACE])
+
+    def new() -> Tokenizer:
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    deferred = DeferredTokenizer("white space", new)
+    with pytest.raises(ImportError):
+        deferred.load()
+    assert not deferred.loaded
+    assert deferred("a").tokens == ("a",)
+
+
+def test_a_deferred_tokenizer_has_the_name_and_the_languages_of_the_loaded_one() -> None:
+    assert deferred_tokenizer("moses", "de").name == new_tokenizer("moses", "de").name
+    assert deferred_tokenizer("whitespace", "en").name == WHITESPACE.name
+    with pytest.raises(LanguageError, match="expected one of as, bn, .*, found 'xx'"):
+        deferred_tokenizer("moses", "xx")

@@ -5,7 +5,6 @@ from typing import Any
 
 import grpc
 import pytest
-from bilm_server.app import build_server
 from bilm_server.config_sources import load_config
 from bilm_server.errors import ConfigurationError
 from bilm_server.protocols.grpc.connections import (
@@ -24,6 +23,8 @@ from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.grpc.interceptors import OpenInterceptor
 from bilm_server.served_model import load_served_model
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.support.servers import new_server
 
 RESERVE = OWN_RESERVE + HEALTH_CONNECTIONS
 IN_USE = 22
@@ -130,7 +131,7 @@ async def test_health_alone() -> None:
 async def test_a_server_does_not_start_with_more_than_fit() -> None:
     more = str(Descriptors.now().limit)
     config = load_config(["--model", "random:tiny", "--listen", "127.0.0.1:0", "--max-connections", more])
-    server = build_server(config, load_served_model(config))
+    server = new_server(config, load_served_model(config))
     with pytest.raises(ConfigurationError, match=f"{more} connections don't fit"):
         await server.start()
     await server.stop()

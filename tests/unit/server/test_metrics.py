@@ -25,7 +25,7 @@ ENGINE = EngineView(
     ticks=lambda: 11,
 )
 VIEW = ServerView(
-    engines=[ENGINE],
+    engines=lambda: [ENGINE],
     max_connections=lambda: 900,
     serving=lambda: False,
     admitted=lambda: {
@@ -145,7 +145,7 @@ def test_what_can_be_alerted_on_is_there_from_the_start() -> None:
 
 def test_the_view_is_read_at_each_scrape() -> None:
     rows = iter((3, 4))
-    registry = viewed(replace(VIEW, engines=[replace(ENGINE, rows=lambda: next(rows))]))
+    registry = viewed(replace(VIEW, engines=lambda: [replace(ENGINE, rows=lambda: next(rows))]))
     assert values(registry)["bilm_slots_in_use{model=tiny}"] == 3
     found = values(registry)
     assert found["bilm_slots_in_use{model=tiny}"] == 4
@@ -175,7 +175,7 @@ def test_the_view_is_read_at_each_scrape() -> None:
 
 def test_each_model_has_series_of_its_own() -> None:
     other = replace(ENGINE, model={**ENGINE.model, "name": "large"}, rows=lambda: 9)
-    found = values(viewed(replace(VIEW, engines=[ENGINE, other])))
+    found = values(viewed(replace(VIEW, engines=lambda: [ENGINE, other])))
     assert (found["bilm_slots_in_use{model=tiny}"], found["bilm_slots_in_use{model=large}"]) == (3, 9)
 
 
@@ -213,7 +213,8 @@ class Nvml(types.SimpleNamespace):
 
 def test_the_gpu_is_shown_as_long_as_the_driver_answers(caplog: pytest.LogCaptureFixture) -> None:
     nvml = Nvml()
-    registry = viewed(replace(VIEW, gpu=Gpu(nvml, "handle")))
+    gpu = Gpu(nvml, "handle")
+    registry = viewed(replace(VIEW, gpu=lambda: gpu))
     found = values(registry)
     assert found["bilm_gpu_memory_used_bytes"] == 10
     assert found["bilm_gpu_memory_bytes"] == 100

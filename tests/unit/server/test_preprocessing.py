@@ -1,9 +1,13 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from bilm_api.constants import Reason
 from bilm_model.engine.types import OutputSpec
 from bilm_model.scalar_mix import Selection
+from bilm_model.tokenization.deferred import DeferredTokenizer
+from bilm_model.tokenization.whitespace import WhitespaceTokenizer
+from bilm_server.embedding.conversions import INLINE_BYTES
 from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Call, Sentence
@@ -158,3 +162,12 @@ def test_the_size_of_a_result_is_known_before_it_is_computed(asked: Sentence, n_
     found = preprocessing()
     found.prepare(asked)
     assert found.computed_bytes(asked) == n_bytes
+
+
+def test_the_first_text_is_not_prepared_on_the_event_loop() -> None:
+    tokenizer = DeferredTokenizer("white space", WhitespaceTokenizer)
+    prepared = Preprocessing(replace(fake_model(FakeEngine()), tokenizer=tokenizer), LIMITS)
+    text, words = [sentence("a"), sentence(["b"])], [sentence(["b"])]
+    assert prepared.weight(text, 10) > INLINE_BYTES >= prepared.weight(words, 10)
+    tokenizer.load()
+    assert prepared.weight(text, 10) <= INLINE_BYTES

@@ -81,7 +81,7 @@ def bounded(limit: int) -> int:
 def connection_limit(wanted: int, found: Descriptors | None = None) -> int:
     """Return how many connections the server accepts; log a warning if the limit of descriptors makes them few.
 
-    Call it when the model is loaded: what is open by then counts.
+    Call it before anything listens: what is open by then counts, and what the model opens (a GPU) is in the reserve.
 
     Args:
         wanted: the number that was configured; 0: as many as fit, at most `MOST_BY_DEFAULT`.

@@ -16,6 +16,7 @@ from bilm_server.embedding.call_gate import CallGate
 from bilm_server.errors import CallerGoneError, Code, RefusalError, internal_error
 from bilm_server.observability.call_record import UNKNOWN_METHOD, CallRecord, caller_request_id
 from bilm_server.protocols.grpc.handlers import Behavior, from_bytes, method_handler, passing_bytes
+from bilm_server.protocols.grpc.late_service import LOADING
 from bilm_server.protocols.grpc.status import STATUS_CODES, trailing_metadata
 
 if TYPE_CHECKING:
@@ -120,8 +121,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return self._missing
-        # Methods that exist alone: the others' names are callers' texts
-        found = self._handlers[handler_call_details.method] = self._guard(service, method, handler)
+        found = self._guard(service, method, handler)
+        if handler is not LOADING:  # its place is taken when the model is loaded
+            # Methods that exist alone: the others' names are callers' texts
+            self._handlers[handler_call_details.method] = found
         return found
 
     def _guard(self, service: str, method: str, handler: "Handler") -> "Handler":

@@ -4,7 +4,14 @@ from functools import lru_cache
 from typing import Final
 
 import grpc
-from bilm_api.constants import ERROR_DOMAIN, ERROR_INFO_REQUEST_ID, PUSHBACK_KEY, STATUS_DETAILS_KEY, Reason
+from bilm_api.constants import (
+    ERROR_DOMAIN,
+    ERROR_INFO_REQUEST_ID,
+    NEVER_RETRY,
+    PUSHBACK_KEY,
+    STATUS_DETAILS_KEY,
+    Reason,
+)
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
@@ -25,12 +32,13 @@ def status_of(refusal: RefusalError, request_id: str = "") -> status_pb2.Status:
 def trailing_metadata(refusal: RefusalError, request_id: str = "") -> tuple[tuple[str, str | bytes], ...]:
     """Return what goes with the status of a whole call.
 
-    Every RESOURCE_EXHAUSTED carries a pushback, because clients list that code as retryable.
+    Every RESOURCE_EXHAUSTED carries a pushback, because clients list that code as retryable; another refusal does where
+    it names a time.
     """
     # Under overload the same refusal is sent again and again; one with a request's own name is never the same
     status = _status_bytes(refusal.reason, str(refusal)) if not request_id else _serialised(refusal, request_id)
     details: tuple[str, str | bytes] = (STATUS_DETAILS_KEY, status)
-    if refusal.code is not Code.RESOURCE_EXHAUSTED:
+    if refusal.code is not Code.RESOURCE_EXHAUSTED and refusal.retry_after_ms == NEVER_RETRY:
         return (details,)
     return (details, (PUSHBACK_KEY, str(refusal.retry_after_ms)))
 

@@ -1,0 +1,103 @@
+"""The parts of a server that need its model: imported, which loads torch, and built behind the open port."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import grpc
+import torch
+from bilm_api.v1 import embed_pb2_grpc
+from bilm_model.tokenization.deferred import DeferredTokenizer
+
+from bilm_server.config import ServerConfig
+from bilm_server.embedding.admission import Admission, StreamAdmission
+from bilm_server.embedding.caller_limits import CallerLimits
+from bilm_server.embedding.conversions import Conversions
+from bilm_server.embedding.embedder import Embedder
+from bilm_server.embedding.preprocessing import RequestLimits
+from bilm_server.inference.watchdog import Watchdog
+from bilm_server.inference.worker import InferenceWorker
+from bilm_server.lifecycle import LoadedParts
+from bilm_server.observability.metrics import Metrics
+from bilm_server.observability.resources import Gpu, find_gpu
+from bilm_server.observability.server_metrics import EngineView
+from bilm_server.protocols.embed_v1.service import EmbedService
+from bilm_server.protocols.grpc.late_service import LateService
+from bilm_server.served_model import ServedModel
+
+
+@dataclass(frozen=True, eq=False)
+class SharedParts:
+    """What is there before the model, and used with it.
+
+    Attributes:
+        conversions: threads for what would hold the event loop.
+        admission: of calls.
+        stream_admission: of streams' items.
+        caller_limits: of each caller by itself.
+        metrics: count rounds.
+        set_health: takes whether the engine works.
+        service: where calls come in.
+    """
+
+    conversions: Conversions
+    admission: Admission
+    stream_admission: StreamAdmission
+    caller_limits: CallerLimits
+    metrics: Metrics
+    set_health: Callable[[bool], None]
+    service: LateService
+
+
+def build_parts(config: ServerConfig, model: ServedModel, shared: SharedParts) -> LoadedParts:
+    """Return what serves a model; nothing of it has started."""
+    worker = InferenceWorker(model.engine, lambda report: shared.metrics.round(model.name, report.rows, report.failed))
+    embedder = Embedder(
+        model=model,
+        worker=worker,
+        limits=RequestLimits.of(config),
+        conversions=shared.conversions,
+        admission=shared.admission,
+        stream_admission=shared.stream_admission,
+        caller_limits=shared.caller_limits,
+    )
+    service, calls = EmbedService(embedder, config.stream_stall_s), cast("grpc.aio.Server", shared.service)
+    tokenizer = model.tokenizer
+    return LoadedParts(
+        embedder,
+        Watchdog(worker, config.hang_s, config.give_up_s, shared.set_health),
+        open=lambda: embed_pb2_grpc.add_EmbedServiceServicer_to_server(service, calls),
+        later=tokenizer.load if isinstance(tokenizer, DeferredTokenizer) else lambda: None,
+    )
+
+
+def engine_view(parts: LoadedParts) -> EngineView:
+    """Return what the metrics read of a model's engine."""
+    model, worker, watchdog = parts.embedder.model, parts.embedder.worker, parts.watchdog
+    engine = model.engine
+    return EngineView(
+        model=_labels(model),
+        kernel_paths=lambda: engine.description.paths,
+        max_rows=engine.capacity.rows,
+        stalled_s=lambda: watchdog.stalled_s,
+        rows=lambda: worker.in_flight,
+        waiting_sentences=lambda: worker.waiting,
+        cache=lambda: (engine.stats.cache.hits, engine.stats.cache.misses),
+        ticks=lambda: engine.stats.ticks,
+    )
+
+
+def model_gpu(model: ServedModel) -> Gpu | None:
+    """Return the GPU that a model computes on; None: a CPU does."""
+    device = torch.device(model.engine.description.device)
+    return find_gpu(str(torch.cuda.get_device_properties(device).uuid)) if device.type == "cuda" else None
+
+
+def _labels(model: ServedModel) -> dict[str, str]:
+    return {
+        "name": model.name,
+        "version": model.version,
+        "precision": model.precision,
+        "backend": model.engine.description.backend,
+        "tokenizer": model.tokenizer.name,
+    }
