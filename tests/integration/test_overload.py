@@ -66,7 +66,7 @@ def taken(server: LoopServer, n_tokens: int) -> Iterator[None]:
     admission = server.admission
 
     async def take() -> Reservation:
-        return admission.reserve(Cost(n_tokens, 0), 1)
+        return admission.reserve(Cost(n_tokens, 0), lambda: 1)
 
     async def release() -> None:
         reservation.release()

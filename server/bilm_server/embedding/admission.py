@@ -104,32 +104,34 @@ class Admission:
         """Tokens that are in."""
         return self._tokens
 
-    def reserve(self, cost: Cost, retry_after_ms: int) -> Reservation:
+    def reserve(self, cost: Cost, retry_after_ms: Callable[[], int]) -> Reservation:
         """Take room, which the reservation gives back.
 
         Raises:
-            RefusalError: OVERLOADED with the given pushback, if there is no room now.
+            RefusalError: OVERLOADED with the pushback that is returned then, if there is no room now.
         """
         self._take(cost.tokens, cost.response_bytes, retry_after_ms)
         return Reservation(cost, self._give_back)
 
-    def resize(self, reservation: Reservation, cost: Cost, retry_after_ms: int = NEVER_RETRY) -> None:
+    def resize(
+        self, reservation: Reservation, cost: Cost, retry_after_ms: Callable[[], int] = lambda: NEVER_RETRY
+    ) -> None:
         """Let a reservation hold so much from now on; one that was released holds nothing.
 
         Raises:
-            RefusalError: OVERLOADED with the given pushback, if that is more and there is no room for it now; then
-                nothing has changed.
+            RefusalError: OVERLOADED with the pushback that is returned then, if that is more and there is no room for
+                it now; then nothing has changed.
         """
         if not reservation.released:
             held = reservation.cost
             self._take(cost.tokens - held.tokens, cost.response_bytes - held.response_bytes, retry_after_ms)
             reservation.cost = cost
 
-    def _take(self, more_tokens: int, more_bytes: int, retry_after_ms: int) -> None:
+    def _take(self, more_tokens: int, more_bytes: int, retry_after_ms: Callable[[], int]) -> None:
         tokens, response_bytes = self._tokens + more_tokens, self._response_bytes + more_bytes
         fits = tokens <= self.capacity.tokens and response_bytes <= self.capacity.response_bytes
         if not fits and (more_tokens > 0 or more_bytes > 0):
-            raise RefusalError(Reason.OVERLOADED, "too much work is waiting already; try again", retry_after_ms)
+            raise RefusalError(Reason.OVERLOADED, "too much work is waiting already; try again", retry_after_ms())
         self._tokens, self._response_bytes = tokens, response_bytes
 
     def _give_back(self, cost: Cost) -> None:

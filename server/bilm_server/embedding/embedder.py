@@ -115,7 +115,7 @@ class Embedder:
         """
         self.limits.check_count(len(sentences))
         price = self._preprocessing.price(sentences)
-        room = self.admission.reserve(Cost(price, 0), self._retry_after_ms())  # before any work is done for it
+        room = self.admission.reserve(Cost(price, 0), self._retry_after_ms)  # before any work is done for it
         current_call().held.push(room)
         try:
             refusals, n_bytes = await self._prepare(sentences, request_bytes, room, response)
@@ -163,7 +163,7 @@ class Embedder:
             refusals = await self.conversions.request(weight, lambda: self._preprocessing.prepare_all(sentences))
             good = [sentence for sentence, refusal in zip(sentences, refusals, strict=True) if refusal is None]
             cost = self._cost(good, response)
-            self.admission.resize(room, cost, self._retry_after_ms())
+            self.admission.resize(room, cost, self._retry_after_ms)
             charge.tokens = cost.tokens
         return refusals, cost.response_bytes
 

@@ -42,7 +42,12 @@ class AccessLog:
         log = test_calls if call.is_test else _log
         if log.isEnabledFor(logging.INFO):
             fields = _fields(call, self._trace_id(call))
-            log.info("%s %s", call.method, fields["code"], extra={"fields": fields})
+            arguments, extra = (call.method, fields["code"]), {"fields": fields}
+            # `log.info` would look for the caller's file and line at each call
+            log.handle(log.makeRecord(log.name, logging.INFO, __file__, _LINE, "%s %s", arguments, None, extra=extra))
+
+
+_LINE = AccessLog.end.__code__.co_firstlineno
 
 
 def _fields(call: CallRecord, trace_id: str) -> dict[str, str | int | float]:

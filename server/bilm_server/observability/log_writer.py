@@ -11,9 +11,12 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 
 _MAX_QUEUED_BYTES = 4 * 2**20
+_UNFORMATTED_BYTES = 1024
+"""What a line counts that isn't formatted yet; an access line has 300, and its names are bounded."""
 _FLUSH_TIMEOUT_S = 2.0
 _GATHER_S = 0.02
 """Time that the thread waits for further lines: a busy server wakes it 50 times a second, not once a line."""
@@ -43,7 +46,7 @@ class LineWriter:
         lock = threading.Lock()
         self._wake, self._written = threading.Condition(lock), threading.Condition(lock)
         self._flushing = 0
-        self._lines: deque[bytes] = deque()
+        self._lines: deque[bytes | Callable[[], str]] = deque()
         self._queued_bytes = 0  # those being written included
         self._dropped = self._reported = 0
         self._closing = False
@@ -59,15 +62,15 @@ class LineWriter:
         """Start the thread."""
         self._thread.start()
 
-    def write(self, line: str) -> None:
-        """Queue a line; never waits for the file."""
-        data = line.encode("utf-8", "backslashreplace") + b"\n"
+    def write(self, line: str | Callable[[], str]) -> None:
+        """Queue a line, or what returns it, which the thread calls; never waits for the file."""
+        queued = _encoded(line) if isinstance(line, str) else line
         with self._wake:
-            if self._closing or self._queued_bytes + len(data) > _MAX_QUEUED_BYTES:
+            if self._closing or self._queued_bytes + _n_bytes(queued) > _MAX_QUEUED_BYTES:
                 self._dropped += 1
                 return
-            self._lines.append(data)
-            self._queued_bytes += len(data)
+            self._lines.append(queued)
+            self._queued_bytes += _n_bytes(queued)
             if len(self._lines) == 1:  # with more, the thread is awake
                 self._wake.notify()
 
@@ -101,18 +104,19 @@ class LineWriter:
             with self._wake:
                 self._wake.wait_for(lambda: self._lines or self._closing)
                 self._wake.wait_for(lambda: self._flushing or self._closing, self._gather_s)
-                lines = list(self._lines)
+                queued = list(self._lines)
                 self._lines.clear()
                 lost = self._dropped - self._reported
-            if not lines:
+            if not queued:
                 return
-            notice = [self._lost_line(lost).encode() + b"\n"] if lost else []
+            notice = [_encoded(self._lost_line(lost))] if lost else []
+            lines = [line for each in queued if (line := _formatted(each))]
             n_written = self._write_all([*notice, *lines]) - len(notice)
             with self._wake:
                 if n_written >= 0:
                     self._reported += lost
-                self._dropped += len(lines) - max(0, n_written)
-                self._queued_bytes -= sum(map(len, lines))
+                self._dropped += len(queued) - max(0, n_written)
+                self._queued_bytes -= sum(map(_n_bytes, queued))
                 self._written.notify_all()
 
     def _write_all(self, lines: list[bytes]) -> int:
@@ -138,8 +142,26 @@ class LineWriter:
         return n_written
 
 
+def _encoded(line: str) -> bytes:
+    return line.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _n_bytes(queued: bytes | Callable[[], str]) -> int:
+    return len(queued) if isinstance(queued, bytes) else _UNFORMATTED_BYTES
+
+
+def _formatted(queued: bytes | Callable[[], str]) -> bytes:
+    """Return a line; b"" if it can't be formatted."""
+    if isinstance(queued, bytes):
+        return queued
+    try:
+        return _encoded(queued())
+    except Exception:  # as in `LineHandler.emit`; the caller counts what is missing
+        return b""
+
+
 class LineHandler(logging.Handler):
-    """Hands formatted lines to a `LineWriter`."""
+    """Hands lines to a `LineWriter`, formatted, save those of records with fields, whose values don't change."""
 
     def __init__(self, descriptor: int | None, formatter: logging.Formatter) -> None:
         super().__init__()
@@ -148,6 +170,9 @@ class LineHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the record's line; part of logging's interface."""
+        if hasattr(record, "fields"):
+            self.writer.write(partial(self.format, record))
+            return
         try:
             line = self.format(record)
         except Exception:  # arguments that don't fit the message: no reason to fail the code that logs it

@@ -162,19 +162,19 @@ async def test_a_call_that_finds_no_room_is_refused_before_it_is_tokenised() -> 
 
     model = replace(fake_model(engine), tokenizer=Noting())
     async with embedding(engine, model=model, max_tokens=10) as embedder:
-        with embedder.admission.reserve(Cost(8, 0), 100), a_call(), pytest.raises(RefusalError) as error:
+        with embedder.admission.reserve(Cost(8, 0), lambda: 100), a_call(), pytest.raises(RefusalError) as error:
             await begin(embedder, new("a" * 18))
         assert error.value.reason is Reason.OVERLOADED
         assert 20 <= error.value.retry_after_ms <= 10_000
         assert tokenised == []
-        with embedder.admission.reserve(Cost(8, 0), 100), a_call():
+        with embedder.admission.reserve(Cost(8, 0), lambda: 100), a_call():
             await begin(embedder, new("a" * 12))
         assert len(tokenised) == 1
 
 
 async def test_a_call_whose_tokens_turn_out_to_be_too_many_for_now_is_refused(engine: FakeEngine[Sentence]) -> None:
     async with embedding(engine, max_tokens=20) as embedder:
-        with embedder.admission.reserve(Cost(10, 0), 100), a_call():
+        with embedder.admission.reserve(Cost(10, 0), lambda: 100), a_call():
             with pytest.raises(RefusalError) as error:
                 await begin(embedder, new("a " * 11))  # 22 bytes: 4 tokens, and in fact 11
             assert error.value.reason is Reason.OVERLOADED
@@ -375,7 +375,7 @@ async def test_an_embedder_says_what_it_holds(engine: FakeEngine[Sentence], held
             return embedder.idle
 
         assert idle()
-        with embedder.admission.reserve(Cost(1, 0), 1):
+        with embedder.admission.reserve(Cost(1, 0), lambda: 1):
             assert not idle()
         with a_call():
             begun = held()

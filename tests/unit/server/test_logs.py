@@ -281,6 +281,16 @@ def test_lines_are_gathered_until_they_are_flushed() -> None:
     assert written[2:] == [b"last\n"]
 
 
+def test_a_line_that_cannot_be_formatted_is_lost_alone(pipe: Pipe) -> None:
+    pipe.writer.write("first")
+    pipe.writer.write(lambda: str(1 // 0))
+    pipe.writer.write(lambda: "formatted by the thread")
+    assert pipe.writer.flush()
+    assert pipe.writer.dropped == 1
+    pipe.writer.write("last")
+    assert pipe.read(lambda found: found[-1:] == ["last"]) == ["first", "formatted by the thread", "lost 1", "last"]
+
+
 def test_lines_keep_their_order_whoever_writes_them(pipe: Pipe) -> None:
     def write(name: int) -> None:
         for number in range(200):

@@ -139,7 +139,7 @@ async def test_bad_calls_are_refused_as_a_whole(
 
 async def test_a_call_that_finds_no_room_is_told_when_to_come_back() -> None:
     async with serving(engine(), max_tokens=10) as served:
-        with served.embedder.admission.reserve(Cost(10, 0), 1):
+        with served.embedder.admission.reserve(Cost(10, 0), lambda: 1):
             code, reason, pushback = await refusal(served.stub.Embed(Request(sentences=[tokens("a")])))
         assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.OVERLOADED)
         assert pushback is not None

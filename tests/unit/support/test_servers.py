@@ -51,7 +51,7 @@ def test_what_a_server_still_holds_is_seen() -> None:
     with serving() as server:
 
         async def reserve() -> object:
-            return server.admission.reserve(Cost(5, 0), 1)
+            return server.admission.reserve(Cost(5, 0), lambda: 1)
 
         reservation = server.call(reserve)
         with pytest.raises(AssertionError, match="admitted"):

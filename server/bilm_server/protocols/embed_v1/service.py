@@ -31,6 +31,7 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
             stream_stall_s: seconds that a stream's client may take to read a message.
         """
         self._embedder, self._stream_stall_s = embedder, stream_stall_s
+        self._wires = {omit: WireFormat(embedder.model, omit) for omit in (False, True)}
 
     async def Embed(  # type: ignore[override] # noqa: N802 - the contract's name; bytes, see CallInterceptor
         self, request: embed_pb2.EmbedRequest, context: "Context"
@@ -41,8 +42,7 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         embedder.limits.check_count(len(request.sentences))
         output, call = parse_options(request.options, embedder.model), _new_call(context)
         sentences = [new_sentence(sentence, output, call) for sentence in request.sentences]
-        wire = WireFormat(embedder.model, request.options.omit_tokens)
-        return await embedder.embed(sentences, request.ByteSize(), wire)
+        return await embedder.embed(sentences, request.ByteSize(), self._wires[request.options.omit_tokens])
 
     async def EmbedStream(  # type: ignore[override] # noqa: N802 - grpc.aio also takes a coroutine that writes
         self, request_iterator: AsyncIterator[embed_pb2.EmbedStreamRequest], context: "Context"
