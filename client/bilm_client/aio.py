@@ -167,6 +167,9 @@ class AsyncTransportClient:
         try:
             while True:
                 while (part := job.take()) is not None:
+                    if not tasks and not job.takes_more:  # alone, it needs no task
+                        await self._run_part(job, part, deadline)
+                        continue
                     tasks.add(asyncio.ensure_future(self._run_part(job, part, deadline)))
                 if not tasks:
                     return

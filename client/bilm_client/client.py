@@ -54,7 +54,7 @@ class TransportClient:
         self._model_info: ModelInfo | None = None
         self._coalescing: SyncCoalescing | None = None
         if settings.coalesce_s:
-            self._coalescing = SyncCoalescing(settings.coalesce_s, self._transport.start_embed)
+            self._coalescing = SyncCoalescing(settings.coalesce_s, self._transport)
 
     def __getstate__(self) -> dict[str, Any]:
         self._settings.check_picklable()

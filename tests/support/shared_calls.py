@@ -2,19 +2,21 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_client._core.job import EmbedJob, embed_job
 from bilm_client._core.keywords import EmbedArguments
-from bilm_client._core.settings import NO_DEADLINE, Deadline, Settings
+from bilm_client._core.settings import Deadline, Settings, deadline_passed
 from bilm_client.results import ModelInfo
 from bilm_client.testing.service import FakeService
 
 SERVICE = FakeService()
 INFO = ModelInfo.from_proto(SERVICE.get_model())
 SETTINGS = Settings(target="nowhere")
+_MOMENT_S = 0.02
 
 
 def planned_job(sentences: Any, info: ModelInfo = INFO, settings: Settings = SETTINGS, **options: Any) -> EmbedJob:
@@ -29,15 +31,28 @@ def texts_of(request: pb.EmbedRequest) -> list[str]:
     return [sentence.text or " ".join(sentence.tokens.tokens) for sentence in request.sentences]
 
 
-class Joined(Deadline):
-    """A deadline that counts how often it was asked for: a call's first time follows its joining a group."""
+@dataclass(frozen=True)
+class WatchedDeadline(Deadline):
+    """A deadline that passes when the test says so.
 
-    asked = threading.Semaphore(0)
+    Attributes:
+        asked: Set when the call asks what is left, which it does after it has joined a group.
+        passed: Set by the test.
+    """
+
+    asked: threading.Event = field(default_factory=threading.Event)
+    passed: threading.Event = field(default_factory=threading.Event)
 
     def remaining_s(self) -> float | None:
-        """See `Deadline`."""
-        self.asked.release()
-        return super().remaining_s()
+        """Return a moment, after which it is asked for again.
+
+        Raises:
+            DeadlineError: It has passed.
+        """
+        self.asked.set()
+        if self.passed.is_set():
+            raise deadline_passed()
+        return _MOMENT_S
 
 
 class AnsweredCall:
@@ -49,10 +64,12 @@ class AnsweredCall:
         self.cancelled = threading.Event()
         self._outcome: pb.EmbedResponse | Exception | None = None
         self._callbacks: list[Callable[[], None]] = []
+        self.ended = threading.Event()
 
     def finish(self, outcome: pb.EmbedResponse | Exception | None = None) -> None:
         """End the call; without an outcome as the fake service does."""
         self._outcome = SERVICE.embed(self.request) if outcome is None else outcome
+        self.ended.set()
         for callback in self._callbacks:
             callback()
 
@@ -72,7 +89,7 @@ class AnsweredCall:
 
 
 class AnsweringWire:
-    """Starts calls that the test ends, in the order in which they come.
+    """Makes calls that the test ends, in the order in which they come.
 
     Attributes:
         raises: Raised, one at a time, instead of starting a call.
@@ -82,8 +99,15 @@ class AnsweringWire:
         self.raises: list[BaseException] = []
         self._calls: SimpleQueue[AnsweredCall] = SimpleQueue()
 
-    def start(self, request: pb.EmbedRequest, deadline: Deadline = NO_DEADLINE) -> AnsweredCall:
-        """Start a call."""
+    def embed(self, request: pb.EmbedRequest, deadline: Deadline) -> pb.EmbedResponse:
+        """See `SyncTransport`."""
+        call = self.start_embed(request, deadline)
+        if not call.ended.wait(60):
+            raise TimeoutError("the test ended no call")
+        return call.result()
+
+    def start_embed(self, request: pb.EmbedRequest, deadline: Deadline) -> AnsweredCall:
+        """See `SyncTransport`."""
         if self.raises:
             raise self.raises.pop(0)
         call = AnsweredCall(request, deadline)

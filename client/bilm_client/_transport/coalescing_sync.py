@@ -3,8 +3,8 @@
 import os
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from bilm_api.v1 import embed_pb2 as pb
 
@@ -14,7 +14,12 @@ from bilm_client._core.settings import Deadline
 from bilm_client._transport.base import PendingEmbed
 from bilm_client.errors import ClientClosedError
 
-StartEmbed = Callable[[pb.EmbedRequest, Deadline], PendingEmbed]
+
+class EmbedCalls(Protocol):
+    """Of a `SyncTransport`, what makes Embed calls."""
+
+    def embed(self, request: pb.EmbedRequest, deadline: Deadline) -> pb.EmbedResponse: ...
+    def start_embed(self, request: pb.EmbedRequest, deadline: Deadline) -> PendingEmbed: ...
 
 
 class SyncCoalescing:
@@ -22,12 +27,12 @@ class SyncCoalescing:
 
     Args:
         wait_s: The longest wait of a call for others.
-        start: Starts an Embed call.
+        transport: Makes the calls.
     """
 
-    def __init__(self, wait_s: float, start: StartEmbed) -> None:
+    def __init__(self, wait_s: float, transport: EmbedCalls) -> None:
         self._wait_s = wait_s
-        self._start = start
+        self._transport = transport
         self._groups: dict[int, _Groups] = {}  # by process
 
     def accepts(self, job: EmbedJob, deadline: Deadline) -> bool:
@@ -51,7 +56,7 @@ class SyncCoalescing:
         process_id = os.getpid()
         groups = self._groups.get(process_id)
         if groups is None:  # setdefault is atomic: threads agree on one
-            groups = self._groups.setdefault(process_id, _Groups(self._wait_s, self._start))
+            groups = self._groups.setdefault(process_id, _Groups(self._wait_s, self._transport))
         return groups
 
 
@@ -62,11 +67,11 @@ class _Groups:
     The thread that fills a group sends it.
     """
 
-    def __init__(self, wait_s: float, start: StartEmbed) -> None:
-        self._start = start
+    def __init__(self, wait_s: float, transport: EmbedCalls) -> None:
+        self._transport = transport
         self._lock = threading.RLock()  # a signal handler may close the client
         self._coalescer = Coalescer(wait_s)
-        self._under_way: dict[CallGroup, PendingEmbed | None] = {}  # None: it is being started
+        self._under_way: dict[CallGroup, PendingEmbed | None] = {}  # None: it has no future, or not yet
 
     def embed(self, job: EmbedJob, deadline: Deadline) -> SharedResults | None:
         waiter = _ThreadWaiter()
@@ -75,7 +80,7 @@ class _Groups:
             with self._lock:
                 full = self._coalescer.join(call, time.monotonic())
             for group in full:
-                self._send(group)
+                self._send(group, call)
             while not call.ended:
                 self._advance(call, waiter)
         except BaseException:
@@ -94,24 +99,35 @@ class _Groups:
             send_s = call.sends_at_s - time.monotonic()
             group = call.group
         if group is not None and send_s <= 0:
-            self._send(group)
+            self._send(group, call)
         else:
             waiter.wait(send_s if left_s is None else min(left_s, send_s))
 
-    def _send(self, group: CallGroup) -> None:
+    def _send(self, group: CallGroup, call: SharedCall) -> None:
         with self._lock:
             if not self._coalescer.take(group):
                 return
             self._under_way[group] = None
         try:
-            self._start_embed(group)
+            if len(group.calls) == 1 and call in group.calls:
+                self._embed_alone(group)
+            else:
+                self._start_embed(group)
         except BaseException:
             self._give_back(group)
             raise
 
+    def _embed_alone(self, group: CallGroup) -> None:
+        """Wait for the response in the one thread that needs it, which is cheaper than a future."""
+        try:
+            outcome: pb.EmbedResponse | Exception = self._transport.embed(group.request(), group.deadline)
+        except Exception as error:
+            outcome = error
+        self._end(group, None, outcome)
+
     def _start_embed(self, group: CallGroup) -> None:
         try:
-            pending = self._start(group.request(), group.deadline)
+            pending = self._transport.start_embed(group.request(), group.deadline)
         except Exception as error:
             self._end(group, None, error)  # raised in the thread of each call
             return

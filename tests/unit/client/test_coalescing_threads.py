@@ -1,5 +1,6 @@
 """Threads that share requests: who sends, who waits, and what an end in the middle does to the others."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -8,13 +9,17 @@ import grpc
 import pytest
 from bilm_client import ClientClosedError, errors
 from bilm_client._core.coalescing import SharedResults
+from bilm_client._core.settings import NO_DEADLINE, Deadline
 from bilm_client._transport.coalescing_sync import SyncCoalescing
 
-from tests.support.shared_calls import AnsweringWire, Joined, planned_job, texts_of
+from tests.support.shared_calls import AnsweringWire, WatchedDeadline, planned_job, texts_of
 
 LIMIT_S = 60.0
 NEVER_S = 3600.0
 UNAVAILABLE = errors.UnavailableError("away", code=grpc.StatusCode.UNAVAILABLE)
+
+
+Caller = Future[SharedResults | None]
 
 
 class Threads:
@@ -27,27 +32,31 @@ class Threads:
     def __init__(self, pool: ThreadPoolExecutor, wait_s: float = NEVER_S) -> None:
         self.pool = pool
         self.wire = AnsweringWire()
-        self.coalescing = SyncCoalescing(wait_s, self.wire.start)
-        self.first_caller = self.call("first")
+        self.coalescing = SyncCoalescing(wait_s, self.wire)
+        self.first_caller = self.submit("first", NO_DEADLINE)
         self.first = self.wire.next_call()
 
-    def call(self, sentences: Any, timeout_s: float = NEVER_S) -> "Future[SharedResults | None]":
+    def submit(self, sentences: Any, deadline: Deadline) -> Caller:
+        return self.pool.submit(self.coalescing.embed, planned_job(sentences), deadline)
+
+    def call(self, sentences: Any, at_s: float = math.inf) -> tuple[Caller, WatchedDeadline]:
         """Start a call, and return when it has joined its group."""
-        deadline = Joined.after(timeout_s)
-        future = self.pool.submit(self.coalescing.embed, planned_job(sentences), deadline)
-        assert Joined.asked.acquire(timeout=LIMIT_S)
-        return future
+        deadline = WatchedDeadline(at_s)
+        caller = self.submit(sentences, deadline)
+        assert deadline.asked.wait(LIMIT_S)
+        return caller, deadline
+
+    def calls(self, *each: Any) -> list[Caller]:
+        return [self.call(sentences)[0] for sentences in each]
 
 
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
-    while Joined.asked.acquire(blocking=False):
-        pass
     with ThreadPoolExecutor(8) as one:
         yield one
 
 
-def tokens_of(future: "Future[SharedResults | None]") -> list[list[str]]:
+def tokens_of(future: Caller) -> list[list[str]]:
     shared = future.result(LIMIT_S)
     assert shared is not None
     return [list(result.embedding.tokens) for result in shared.results]
@@ -62,7 +71,7 @@ def test_a_lone_call_is_sent_at_once(pool: ThreadPoolExecutor) -> None:
 
 def test_calls_that_come_meanwhile_go_together_when_nothing_is_under_way(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
-    callers = [threads.call("a"), threads.call(["b", "c"])]
+    callers = threads.calls("a", ["b", "c"])
     assert threads.wire.idle
     threads.first.finish()
     call = threads.wire.next_call()
@@ -73,7 +82,7 @@ def test_calls_that_come_meanwhile_go_together_when_nothing_is_under_way(pool: T
 
 def test_a_group_is_sent_when_its_wait_is_over(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool, wait_s=0.01)
-    caller = threads.call("a")
+    [caller] = threads.calls("a")
     call = threads.wire.next_call()
     call.finish()
     assert tokens_of(caller) == [["a"]]
@@ -82,12 +91,10 @@ def test_a_group_is_sent_when_its_wait_is_over(pool: ThreadPoolExecutor) -> None
 
 def test_a_full_group_is_sent_at_once_with_the_latest_deadline(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
-    callers = [threads.call(["a"] * 32, timeout_s=1000.0), threads.call(["b"] * 32, timeout_s=2000.0)]
+    callers = [threads.call([each] * 32, at_s)[0] for each, at_s in (("a", 1e9), ("b", 2e9))]
     call = threads.wire.next_call()
     assert texts_of(call.request) == ["a"] * 32 + ["b"] * 32
-    left_s = call.deadline.remaining_s()
-    assert left_s is not None
-    assert left_s > 1000.0
+    assert call.deadline.at_s == 2e9
     call.finish()
     assert [len(tokens_of(caller)) for caller in callers] == [32, 32]
     threads.first.finish()
@@ -95,9 +102,11 @@ def test_a_full_group_is_sent_at_once_with_the_latest_deadline(pool: ThreadPoolE
 
 def test_a_callers_own_deadline_ends_its_call_alone(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
-    hasty, patient = threads.call("a", timeout_s=0.2), threads.call("b")
+    (hasty, deadline), (patient, _) = threads.call("a"), threads.call("b")
     threads.first.finish()
     call = threads.wire.next_call()
+    assert texts_of(call.request) == ["a", "b"]
+    deadline.passed.set()
     with pytest.raises(errors.DeadlineError):
         hasty.result(LIMIT_S)
     assert not call.cancelled.is_set()
@@ -107,10 +116,13 @@ def test_a_callers_own_deadline_ends_its_call_alone(pool: ThreadPoolExecutor) ->
 
 def test_the_request_is_cancelled_when_all_have_left(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
-    caller = threads.call(["a"] * 64, timeout_s=0.05)
+    calls = [threads.call(["a"] * 32), threads.call(["b"] * 32)]
     call = threads.wire.next_call()
-    with pytest.raises(errors.DeadlineError):
-        caller.result(LIMIT_S)
+    for caller, deadline in calls:
+        assert not call.cancelled.is_set()
+        deadline.passed.set()
+        with pytest.raises(errors.DeadlineError):
+            caller.result(LIMIT_S)
     assert call.cancelled.wait(LIMIT_S)
     call.finish(errors.ServiceError("cancelled", code=grpc.StatusCode.CANCELLED))
     threads.first.finish()
@@ -118,7 +130,8 @@ def test_the_request_is_cancelled_when_all_have_left(pool: ThreadPoolExecutor) -
 
 def test_another_thread_sends_when_the_first_of_a_group_has_left(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
-    hasty, patient = threads.call("a", timeout_s=0.05), threads.call("b")
+    (hasty, deadline), (patient, _) = threads.call("a"), threads.call("b")
+    deadline.passed.set()
     with pytest.raises(errors.DeadlineError):
         hasty.result(LIMIT_S)
     threads.first.finish()
@@ -128,22 +141,43 @@ def test_another_thread_sends_when_the_first_of_a_group_has_left(pool: ThreadPoo
     assert tokens_of(patient) == [["b"]]
 
 
-@pytest.mark.parametrize("sentences", ["b", ["b"] * 63])
-def test_another_thread_sends_when_the_sending_one_is_interrupted(pool: ThreadPoolExecutor, sentences: Any) -> None:
+def test_another_thread_sends_when_the_sending_one_is_interrupted(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
     threads.wire.raises.append(KeyboardInterrupt())
-    callers = [threads.call("a"), threads.call(sentences)]  # the first one sends, or the one that fills the group
+    first, *others = threads.calls("a", "b", "c")
     threads.first.finish()
+    assert isinstance(first.exception(LIMIT_S), KeyboardInterrupt)
     call = threads.wire.next_call()
     call.finish()
-    ends = [caller.exception(LIMIT_S) for caller in callers]
-    assert sorted(type(end).__name__ for end in ends) == ["KeyboardInterrupt", "NoneType"]
+    assert [tokens_of(caller) for caller in others] == [[["b"]], [["c"]]]
+
+
+def test_another_thread_sends_when_the_one_that_filled_the_group_is_interrupted(pool: ThreadPoolExecutor) -> None:
+    threads = Threads(pool)
+    threads.wire.raises.append(KeyboardInterrupt())
+    [first] = threads.calls("a")
+    interrupted = threads.submit(["b"] * 63, NO_DEADLINE)
+    assert isinstance(interrupted.exception(LIMIT_S), KeyboardInterrupt)
+    threads.wire.next_call().finish()
+    assert tokens_of(first) == [["a"]]
+    threads.first.finish()
+
+
+def test_a_lone_call_that_is_interrupted_leaves_the_others_alone(pool: ThreadPoolExecutor) -> None:
+    threads = Threads(pool)
+    threads.wire.raises.append(KeyboardInterrupt())
+    [interrupted] = threads.calls("a")
+    threads.first.finish()
+    assert isinstance(interrupted.exception(LIMIT_S), KeyboardInterrupt)
+    caller = threads.submit("b", NO_DEADLINE)  # nothing is under way: it is sent at once
+    threads.wire.next_call().finish()
+    assert tokens_of(caller) == [["b"]]
 
 
 def test_what_cannot_be_sent_fails_for_all(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
     threads.wire.raises.append(ClientClosedError("closed"))
-    callers = [threads.call("a"), threads.call("b")]
+    callers = threads.calls("a", "b")
     threads.first.finish()
     for caller in callers:
         with pytest.raises(ClientClosedError):
@@ -152,7 +186,7 @@ def test_what_cannot_be_sent_fails_for_all(pool: ThreadPoolExecutor) -> None:
 
 def test_a_failure_goes_to_all(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
-    callers = [threads.call(["a"] * 32), threads.call(["b"] * 32)]
+    callers = threads.calls(["a"] * 32, ["b"] * 32)
     threads.wire.next_call().finish(UNAVAILABLE)
     for caller in callers:
         with pytest.raises(errors.UnavailableError):
@@ -162,7 +196,7 @@ def test_a_failure_goes_to_all(pool: ThreadPoolExecutor) -> None:
 
 def test_closing_ends_what_gathers(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
-    callers = [threads.call("a"), threads.call("b")]
+    callers = threads.calls("a", "b")
     threads.coalescing.close()
     for caller in callers:
         with pytest.raises(ClientClosedError):
