@@ -52,9 +52,10 @@ class WireFormat:
                 found.error.CopyFrom(status_of(result))
                 continue
             computed.append((sentence, result))
-            self._fill(found.embedding, sentence, result, slice(0, None))
+            embedding = found.embedding
+            self._fill(embedding, sentence, result, slice(0, None))
             if sentence.return_state:
-                found.embedding.state = self._state_bytes(result)
+                embedding.state = self._state_bytes(result)
         self._fill_usage(response.usage, computed)
         data: bytes = response.SerializeToString()
         return data
@@ -85,18 +86,19 @@ class WireFormat:
             message.token_starts.extend(sentence.starts[rows])
             message.token_ends.extend(sentence.ends[rows])
         message.truncated = sentence.truncated
-        message.tensor.data = vectors.tobytes()
-        message.tensor.shape.extend(vectors.shape)
-        message.tensor.data_type = _DATA_TYPES[sentence.output.data_type]
+        tensor = message.tensor
+        tensor.data = vectors.tobytes()
+        tensor.shape.extend(vectors.shape)
+        tensor.data_type = _DATA_TYPES[sentence.output.data_type]
 
     def _state_bytes(self, result: Result) -> bytes:
         codec = self.model.engine.state_codec
         return b"" if codec is None or result.state is None else codec.encode(result.state)
 
     def _fill_usage(self, usage: embed_pb2.Usage, computed: Sequence[tuple[Sentence, Result]]) -> None:
-        _set_duration(usage.queue_time, max((result.queue_s for _, result in computed), default=0.0))
-        _set_duration(usage.inference_time, max((result.inference_s for _, result in computed), default=0.0))
-        usage.tokens = sum(len(sentence.tokens) for sentence, _ in computed)
+        _set_duration(usage.queue_time, max([result.queue_s for _, result in computed], default=0.0))
+        _set_duration(usage.inference_time, max([result.inference_s for _, result in computed], default=0.0))
+        usage.tokens = sum([len(sentence.tokens) for sentence, _ in computed])
         usage.model_version = self.model.version
 
 
