@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class RunningBatch:
-    """Drives an engine; used from the worker's thread only, save its properties and `end`.
+    """Drives an engine; used from the worker's thread only, save its properties, `end` and `look_for_cancelled`.
 
     A sentence at fault ends with INTERNAL, the others of its batch with their results, see `Recovery`. Where even a
     probe fails, every sentence ends with MODEL_FAILING until one succeeds again.
@@ -50,6 +50,7 @@ class RunningBatch:
         self._speed = Speed()
         self._healthy = True
         self._checking = False
+        self._some_cancelled = False
 
     # ---- for any thread ----
 
@@ -86,6 +87,10 @@ class RunningBatch:
                 self._scheduler.release(sentence.need)
             sentence.status = Status.ENDED
 
+    def look_for_cancelled(self) -> None:
+        """Let the next step drop sentences that nothing waits for any more."""
+        self._some_cancelled = True
+
     # ---- in the thread ----
 
     def step(self) -> None:
@@ -102,6 +107,9 @@ class RunningBatch:
         self._advance()
 
     def _drop_cancelled(self) -> None:
+        if not self._some_cancelled:
+            return
+        self._some_cancelled = False  # before the look: what is cancelled during it is found by the next one
         cancelled = [sentence for sentence in self._in_flight if sentence.cancelled]
         if not cancelled:
             return

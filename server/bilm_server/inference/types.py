@@ -40,7 +40,7 @@ class Status(Enum):
     ENDED = auto()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Result:
     """What was computed for a sentence.
 

@@ -169,12 +169,14 @@ class InferenceWorker:
         self._pending.refuse(refusal)
 
     def _forget(self, sentences: Sequence[Sentence]) -> None:
-        """Take out sentences whose future is done; where the thread didn't do that, they may still be waiting."""
-        waiting = [sentence for sentence in sentences if sentence.status is Status.WAITING]
-        if not waiting:  # nor will one be again: no need for the lock
+        """Take out sentences whose future is done; where the thread didn't do that, they may be anywhere."""
+        if all(sentence.status is Status.ENDED for sentence in sentences):
             return
         with self._wake:
+            waiting = [sentence for sentence in sentences if sentence.status is Status.WAITING]
             self._batch.end([sentence for sentence in waiting if self._scheduler.remove(sentence, sentence.call)])
+            if any(sentence.status is Status.COMPUTING for sentence in sentences):
+                self._batch.look_for_cancelled()
 
     def _why_not(self, sentences: Sequence[Sentence]) -> RefusalError | None:
         if self._stopping:
