@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from bilm_model.errors import ModelError
 from bilm_model.torch_libraries import open_libraries
 from bilm_system.files import reason
+from bilm_system.openmp import bound_spinning
 from bilm_system.terminal import run_command
 
 from bilm_server.app import build_server
@@ -43,6 +44,7 @@ engine plans a round: by the default, 5 ms, a health check beside full load took
 
 def load_model(config: ServerConfig) -> "ServedModel":
     """Load the model that the configuration names; in a thread that ends, see `load_served_model`."""
+    bound_spinning(os.environ)
     open_libraries()
     from bilm_server.served_model import load_served_model  # noqa: PLC0415 - it loads torch
 

@@ -28,7 +28,7 @@ from bilm_model.kernels.product_paths import ProductPath, cpu_path
 from bilm_model.kernels.products import Product, padded_rows
 
 if TYPE_CHECKING:
-    from bilm_model.engine.cpu.recurrence import LaneWork, Recurrence, RecurrenceTeam
+    from bilm_model.engine.cpu.recurrence import LaneWork, Recurrence, RecurrenceTeam, Threads
 
 _MIN_PARALLEL = 2**20
 """Multiply-adds of a product below which one thread does it. Threads that wait for one another at every small product
@@ -196,7 +196,7 @@ class CpuBackend:
             return
         works = [self._lane_work(layer, d, plan, entries[d], x) for d, x in enumerate(xs)]
         wholes = [(cell.whole, work) for cell, work in zip(cells, works, strict=True) if cell.whole is not None]
-        yield from self._team.run(wholes, parallel=self._is_parallel(2 * len(entries[0]), 4 * self._config.cell_dim))
+        yield from self._team.run(wholes, self._threads_of_cells(plan))
 
     def _work(self, layer: int, direction: int, plan: RoundPlan, entries: Indices, x: Tensor | None) -> CellWork:
         gates_x, index = self._gates_x(layer, direction, entries, x)
@@ -229,6 +229,17 @@ class CpuBackend:
         return (
             self._first_inputs(direction, entries) if x is None else self._inputs_of(self._cells[direction][layer], x)
         )
+
+    def _threads_of_cells(self, plan: RoundPlan) -> "Threads":
+        """Return who runs cells: OpenMP's threads only where they compute this round's products, too.
+
+        They spin after a product, and would keep a helper from its core.
+        """
+        width = 4 * self._config.cell_dim
+        if self._is_parallel(plan.sizes[0], width):
+            return "team"
+        few = self._n_threads == 1 or not self._is_parallel(2 * sum(plan.sizes), width)
+        return "caller" if few else "helper"
 
     def _is_parallel(self, n_rows: int, width: int) -> bool:
         """Return whether all threads compute products of so many rows, as wide as that on their wider side."""

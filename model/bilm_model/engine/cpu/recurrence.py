@@ -12,16 +12,23 @@ Legend: R rows, N steps of the round, P projection, C cells, K components of a p
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from llvmlite import ir
 from numba import carray, types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from bilm_model.config import BilmConfig
 from bilm_model.contexts.lstm import ClippedProjectedLstm
-from bilm_model.engine.cpu import panels
+from bilm_model.engine.cpu import jobs, panels
+from bilm_model.engine.cpu.jobs import (
+    arguments_of_jobs,
+    end_job,
+    publish_jobs,
+    spin_for_jobs,
+    take_job,
+    wait_for_jobs,
+)
 from bilm_model.engine.cpu.panels import PANEL, PANEL_CELLS, ROWS, multiply_panel, packed, packed_gates
 from bilm_model.kernels import numba_blocks
 from bilm_model.kernels.kernel_cache import compiled
@@ -45,18 +52,8 @@ _MAX_STEP = 2**20
 MAX_GROUP = 48
 """Rows of a job at most: many enough to make up for reading the weights, few enough for the caches."""
 
-_N_HEADER, _N_CELL = 8, 20
+_N_HEADER, _OWN_ADDRESS, _N_CELL = 8, 7, 20
 _PANEL_BYTES = 4 * PANEL
-
-
-@intrinsic
-def _claim(typing_context, arguments):  # type: ignore[no-untyped-def]
-    """Return the number of the next job that no thread has taken; the first argument counts them."""
-
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "monotonic")
-
-    return types.int64(types.CPointer(types.int64)), generate
 
 
 @inner
@@ -118,15 +115,39 @@ def _run_group(cell, first, n_group, scratch):  # type: ignore[no-untyped-def]
         copy_block(size, float32s(h + row * h_stride), float32s(h_state + 4 * int64s(its_slots)[row] * size))
 
 
-def _run_jobs(arguments):  # type: ignore[no-untyped-def]
-    _, n_threads, n_jobs, n_cells, n_group, scratch, scratch_bytes = carray(arguments, 7)
-    thread, _ = share(n_threads, n_threads)
+@inner
+def _take_jobs(board, thread):  # type: ignore[no-untyped-def]
+    """Run jobs as long as there are any left; `thread` says whose memory to use."""
     while True:
-        job = _claim(arguments)
-        if job >= n_jobs:
+        job = take_job(board)
+        if job < 0:
             break
-        cell = int64s(carray(arguments, _N_HEADER + n_cells)[_N_HEADER + job % n_cells])
-        _run_group(cell, job // n_cells * n_group, n_group, scratch + thread * scratch_bytes)
+        arguments = arguments_of_jobs(board)
+        n_cells, n_group, memory, thread_bytes = carray(int64s(arguments), 7)[3:]
+        cell = int64s(carray(int64s(arguments), _N_HEADER + n_cells)[_N_HEADER + job % n_cells])
+        _run_group(cell, job // n_cells * n_group, n_group, memory + thread * thread_bytes)
+        end_job(board)
+
+
+# ---- kernels: all threads of a team; the caller; the caller beside a helper; the helper ------------------------------
+
+
+def _run_in_team(arguments):  # type: ignore[no-untyped-def]
+    n_threads, board = carray(arguments, 2)
+    thread, _ = share(n_threads, n_threads)
+    _take_jobs(int64s(board), thread)
+
+
+def _run_with_helper(arguments):  # type: ignore[no-untyped-def]
+    yield_thread, board, n_jobs = carray(arguments, 3)
+    publish_jobs(int64s(board), n_jobs, carray(arguments, _N_HEADER)[_OWN_ADDRESS])
+    _take_jobs(int64s(board), 0)
+    wait_for_jobs(int64s(board), n_jobs, yield_thread)
+
+
+def _help(board):  # type: ignore[no-untyped-def]
+    while spin_for_jobs(board):
+        _take_jobs(board, 1)
 
 
 def _multiply_all(arguments):  # type: ignore[no-untyped-def]
@@ -138,8 +159,9 @@ def _multiply_all(arguments):  # type: ignore[no-untyped-def]
 
 _KERNEL = types.void(types.CPointer(types.int64))
 openmp()  # makes the thread's number known before a kernel is compiled
-_recurrences, _product = (
-    compiled(_KERNEL, {}, function, numba_blocks, panels) for function in (_run_jobs, _multiply_all)
+_team_kernel, _caller_kernel, _helper_kernel, _product = (
+    compiled(_KERNEL, {}, function, numba_blocks, panels, jobs)
+    for function in (_run_in_team, _run_with_helper, _help, _multiply_all)
 )
 
 
@@ -238,34 +260,44 @@ class RecurrenceTeam:
             row_bytes: that a row takes while it is computed.
             n_threads: to use at most.
         """
-        self._memory = torch.empty(n_threads, MAX_GROUP * row_bytes, dtype=torch.uint8)
+        self._memory = torch.empty(max(2, n_threads), MAX_GROUP * row_bytes, dtype=torch.uint8)
+        self._board, self._yield = jobs.new_board(), jobs.yield_address()
+        self._n_threads = n_threads
         self._parallel = openmp() if n_threads > 1 else None
+        self._helper = jobs.Helper(_follow)
 
-    def run(self, cells: Sequence[tuple[Recurrence, LaneWork]], *, parallel: bool) -> list[Tensor]:
-        """Run cells that don't depend on one another, for the same ticks and rows.
-
-        Args:
-            cells: what is to run, and on what.
-            parallel: whether on all threads; otherwise on this one.
-
-        Returns:
-            What each gives at each step, (N, P).
-        """
+    def run(self, cells: Sequence[tuple[Recurrence, LaneWork]], threads: "Threads") -> list[Tensor]:
+        """Run cells that don't depend on one another, for the same ticks and rows; return what each gives, (N, P)."""
+        if threads == "team" and self._parallel is None:
+            threads = "helper" if self._n_threads > 1 else "caller"
         outputs = [work.h.new_empty(len(work.index), work.h.shape[1]) for _, work in cells]
         arguments = [cell.arguments(work, out) for (cell, work), out in zip(cells, outputs, strict=True)]
-        # Always the whole team or none of it: OpenMP ends and begins threads when a team's size changes
-        n_threads = len(self._memory) if parallel and self._parallel else 1
-        n_rows = len(cells[0][1].slots)
+        n_rows, n_threads = len(cells[0][1].slots), self._n_threads if threads == "team" else 1
         n_group = _group_rows(n_rows, -(-n_threads // len(cells)))
         n_jobs = len(cells) * -(-n_rows // n_group)
-        memory = (self._memory.data_ptr(), self._memory.stride(0))
-        header = (0, n_threads, n_jobs, len(cells), n_group, *memory, 0)
-        values = _array(*header, *(ctypes.addressof(each) for each in arguments))
-        if self._parallel and n_threads > 1:
-            self._parallel(_recurrences.address, values, n_threads, 0)
+        numbers = (n_jobs, len(cells), n_group, self._memory.data_ptr(), self._memory.stride(0))
+        addresses = (ctypes.addressof(each) for each in arguments)
+        if threads == "helper":
+            self._helper.wake()
+        board = self._helper.board if threads == "helper" else ctypes.addressof(self._board)
+        first = n_threads if threads == "team" else self._yield
+        values = _array(first, board, *numbers, 0, *addresses)
+        values[_OWN_ADDRESS] = ctypes.addressof(values)
+        if threads == "team" and self._parallel is not None:
+            jobs.offer(self._board, n_jobs, values[_OWN_ADDRESS])
+            # Always the whole team: OpenMP ends and begins threads when a team's size changes
+            self._parallel(_team_kernel.address, values, n_threads, 0)
         else:
-            _recurrences.ctypes(values)
+            _caller_kernel.ctypes(values)
         return outputs
+
+
+Threads = Literal["caller", "helper", "team"]
+"""Who runs jobs: the calling thread, that and a helper, which is waited for only while it has a job, or OpenMP's."""
+
+
+def _follow(board: int) -> None:
+    _helper_kernel.ctypes((ctypes.c_int64 * jobs.BOARD_SIZE).from_address(board))
 
 
 def step_size(config: BilmConfig) -> int:
