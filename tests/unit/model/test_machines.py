@@ -1,5 +1,7 @@
 """Machines without bfloat16 products, which no product of such factors may reach."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from bilm_model.bilm import Bilm, random_bilm
@@ -9,6 +11,7 @@ from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.cellular import CellularBatch
 from bilm_model.engine.cpu.backend import CpuBackend
+from bilm_model.engine.cpu.fastest import fits_cache, last_level_cache_bytes
 from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.sentences import PlainSentence
 from bilm_model.kernels.product_paths import ProductPath
@@ -80,3 +83,19 @@ def test_the_engine_works_without_the_kernel_for_all_ticks(caplog: pytest.LogCap
     assert engine.paths["recurrence"] == "products"
     assert "one kernel for all ticks unavailable" in caplog.text
     assert torch.equal(engine.run([PlainSentence(TOKENS)])[0].layers, expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "cache_mib", "fits"),
+    [("small", 16, True), ("medium", 16, False), ("medium", 32, True), ("original", 32, False), ("original", 96, True)],
+)
+def test_cells_run_in_one_kernel_where_they_fit_the_cache(size: str, cache_mib: int, fits: bool) -> None:
+    assert fits_cache(SIZES[size], cache_mib * 2**20) == fits
+
+
+def test_the_last_level_cache_is_found(tmp_path: Path) -> None:
+    for index, size in enumerate(("32K", "32K", "1024K", "32768K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert last_level_cache_bytes(tmp_path) == 32 * 2**20
+    assert last_level_cache_bytes(tmp_path / "missing") == 16 * 2**20

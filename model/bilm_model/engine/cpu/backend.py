@@ -16,19 +16,18 @@ from torch import Tensor
 
 from bilm_model.bilm import Bilm
 from bilm_model.characters import CharacterIds
-from bilm_model.config import BilmConfig
 from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.engine.backend import Memory
-from bilm_model.engine.cpu.fastest import NewRecurrence, fastest_elementwise, new_recurrence, recurrence_or_none
+from bilm_model.engine.cpu.fastest import NewRecurrence, fastest_elementwise, new_recurrence, recurrences_or_none
 from bilm_model.engine.cpu.input_cache import InputCache
 from bilm_model.engine.encoder import WindowEncoder
 from bilm_model.engine.planner import Indices, RoundPlan
 from bilm_model.kernels.elementwise import CellWork, TorchElementwise
 from bilm_model.kernels.product_paths import ProductPath, cpu_path
-from bilm_model.kernels.products import Product, padded_rows
+from bilm_model.kernels.products import NewProduct, Product, padded_rows
 
 if TYPE_CHECKING:
-    from bilm_model.engine.cpu.recurrence import LaneWork, Recurrence, RecurrenceTeam, Threads
+    from bilm_model.engine.cpu.recurrence import LaneWork, RecurrenceTeam, Threads
 
 _MIN_PARALLEL = 2**20
 """Multiply-adds of a product below which one thread does it. Threads that wait for one another at every small product
@@ -40,31 +39,22 @@ rows would make sentences that join wait longer without making products faster."
 
 
 @dataclass(frozen=True, eq=False)
-class _CpuCell:
-    """One layer of one direction.
+class _TickProducts:
+    """What a tick of one layer of one direction multiplies, where its ticks are not one kernel.
 
     Attributes:
-        input: x (N, P) -> its half of the gates (N, 4·C), biases included.
-        recurrent: h (R, P) -> the other half.
+        recurrent: h (R, P) -> its half of the gates (R, 4·C).
         projection: (R, C) -> h (R, P), clipped; None where the cells' output is h.
-        whole: all ticks in one kernel; None where there is no such thing.
     """
 
-    input: Product
     recurrent: Product
     projection: Product | None
-    whole: "Recurrence | None"
 
     @classmethod
-    def of(
-        cls, lstm: ClippedProjectedLstm, config: BilmConfig, products: ProductPath, new_whole: NewRecurrence | None
-    ) -> "_CpuCell":
-        new_product, clip = products.new_product, config.proj_clip
+    def of(cls, lstm: ClippedProjectedLstm, clip: float, new: NewProduct) -> "_TickProducts":
         return cls(
-            input=new_product(lstm.input.weight, lstm.folded_input_bias()),
-            recurrent=new_product(lstm.recurrent.weight),
-            projection=None if lstm.projection is None else new_product(lstm.projection.weight, clip=clip),
-            whole=None if new_whole is None else recurrence_or_none(lstm, config, new_whole),
+            recurrent=new(lstm.recurrent.weight),
+            projection=None if lstm.projection is None else new(lstm.projection.weight, clip=clip),
         )
 
 
@@ -104,12 +94,14 @@ class CpuBackend:
         self._products = products or cpu_path(self._dtype)
         self._elementwise = fastest_elementwise(self._dtype)
         one_kernel = self._products is ProductPath.PREPACKED and not isinstance(self._elementwise, TorchElementwise)
-        self._cells = [
-            [
-                _CpuCell.of(lstm, config, self._products, new_recurrence if one_kernel else None)
-                for lstm in bilm.lstms(direction)
-            ]
-            for direction in range(2)
+        lstms = [list(bilm.lstms(direction)) for direction in range(2)]
+        self._inputs = [
+            [self._products.new_product(lstm.input.weight, lstm.folded_input_bias()) for lstm in each] for each in lstms
+        ]
+        self._recurrences = recurrences_or_none(lstms, config, new_recurrence) if one_kernel else None
+        self._ticks = [
+            [_TickProducts.of(lstm, config.proj_clip, self._products.new_product) for lstm in each]
+            for each in (lstms if self._recurrences is None else ())
         ]
         self._encoder = WindowEncoder(bilm.encoder, config, self._products.new_product, self._elementwise)
         gate_bytes = 4 * config.cell_dim * self._dtype.itemsize
@@ -186,17 +178,16 @@ class CpuBackend:
         self, layer: int, plan: RoundPlan, entries: Indices, xs: Sequence[Tensor | None]
     ) -> Iterator[Tensor]:
         """Return what both directions' cells give (N, P) float32, for what they read; None: the tokens."""
-        cells = [self._cells[d][layer] for d in range(2)]
-        if self._team is None:
-            for d, (cell, x) in enumerate(zip(cells, xs, strict=True)):  # one after the other: see the module
-                y = self._run_cell(cell, self._work(layer, d, plan, entries[d], x))
+        if self._team is None or self._recurrences is None:
+            for d, x in enumerate(xs):  # one after the other: see the module
+                y = self._run_cell(self._ticks[d][layer], self._work(layer, d, plan, entries[d], x))
                 last = y.index_select(0, torch.from_numpy(plan.last))
                 self.memory.h[layer, d].index_copy_(0, torch.from_numpy(plan.slots), last)
                 yield y
             return
         works = [self._lane_work(layer, d, plan, entries[d], x) for d, x in enumerate(xs)]
-        wholes = [(cell.whole, work) for cell, work in zip(cells, works, strict=True) if cell.whole is not None]
-        yield from self._team.run(wholes, self._threads_of_cells(plan))
+        cells = [recurrences[layer] for recurrences in self._recurrences]
+        yield from self._team.run(list(zip(cells, works, strict=True)), self._threads_of_cells(plan))
 
     def _work(self, layer: int, direction: int, plan: RoundPlan, entries: Indices, x: Tensor | None) -> CellWork:
         gates_x, index = self._gates_x(layer, direction, entries, x)
@@ -227,7 +218,7 @@ class CpuBackend:
     def _gates_x(self, layer: int, direction: int, entries: Indices, x: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return input projections (any, 4·C), and the index (N,) of each step's."""
         return (
-            self._first_inputs(direction, entries) if x is None else self._inputs_of(self._cells[direction][layer], x)
+            self._first_inputs(direction, entries) if x is None else self._inputs_of(self._inputs[direction][layer], x)
         )
 
     def _threads_of_cells(self, plan: RoundPlan) -> "Threads":
@@ -256,23 +247,22 @@ class CpuBackend:
             torch.set_num_threads(before)
 
     def _new_team(self) -> "RecurrenceTeam | None":
-        wholes = [cell.whole for cells in self._cells for cell in cells if cell.whole is not None]
-        if len(wholes) < 2 * self._config.n_layers:
+        if self._recurrences is None:
             return None
         from bilm_model.engine.cpu.recurrence import RecurrenceTeam  # noqa: PLC0415 - as above
 
-        return RecurrenceTeam(wholes[0].row_bytes, self._n_threads)
+        return RecurrenceTeam(self._recurrences[0][0].row_bytes, self._n_threads)
 
-    def _run_cell(self, cell: _CpuCell, work: CellWork) -> Tensor:
+    def _run_cell(self, products: _TickProducts, work: CellWork) -> Tensor:
         """Execute all ticks of a cell; return what it gives, (N, P) float32."""
         outputs, first, h = [], 0, work.h.to(self._dtype)
         for n_rows in work.sizes:
             n_padded = padded_rows(n_rows)
-            gates_h, m = cell.recurrent(h[:n_padded]), self._cells_out[:n_padded]
+            gates_h, m = products.recurrent(h[:n_padded]), self._cells_out[:n_padded]
             steps, slots = slice(first, first + n_rows), work.slots[:n_rows]
             gates, c, fresh = (gates_h, work.gates_x, work.index[steps]), work.c, work.fresh[steps]
             self._elementwise.lstm(*gates, c, slots, fresh=fresh, clip=self._config.cell_clip, out=m)
-            h = m.clone() if cell.projection is None else cell.projection(m)
+            h = m.clone() if products.projection is None else products.projection(m)
             outputs.append(h[:n_rows])
             first += n_rows
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).float()
@@ -287,13 +277,13 @@ class CpuBackend:
     def _input_projections(self, direction: int, entries: Indices) -> Tensor:
         """Layer 1's input projections (padded U, 4·C) of these tokens."""
         x = self.memory.vectors[torch.from_numpy(_padded(entries))]
-        return self._cells[direction][0].input(x.to(self._dtype))
+        return self._inputs[direction][0](x.to(self._dtype))
 
-    def _inputs_of(self, cell: _CpuCell, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _inputs_of(self, product: Product, x: Tensor) -> tuple[Tensor, Tensor]:
         n_steps = len(x)
         padding = padded_rows(n_steps) - n_steps
         x = torch.cat([x, x.new_zeros(padding, x.shape[1])]) if padding else x
-        return cell.input(x.to(self._dtype)), torch.arange(n_steps)
+        return product(x.to(self._dtype)), torch.arange(n_steps)
 
 
 def _padded(indices: Indices) -> Indices:

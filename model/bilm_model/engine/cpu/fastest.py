@@ -1,7 +1,9 @@
 """The choice of the arithmetic on a CPU: compiled kernels where they work, torch's operators otherwise."""
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from bilm_model.engine.cpu.recurrence import Recurrence
 
 _log = logging.getLogger(__name__)
+
+_TYPICAL_CACHE_BYTES = 16 * 2**20
 
 NewRecurrence = Callable[[ClippedProjectedLstm, BilmConfig], "Recurrence | None"]
 """Makes a layer's kernel for all ticks; None where products are faster."""
@@ -39,18 +43,50 @@ def new_recurrence(lstm: ClippedProjectedLstm, config: BilmConfig) -> "Recurrenc
     Raises:
         Exception: whatever keeps a kernel from being compiled.
     """
+    if not fits_cache(config, last_level_cache_bytes()):
+        return None
     from bilm_model.engine.cpu.recurrence import Recurrence  # noqa: PLC0415 - as above
 
     return Recurrence.of(lstm, config)
 
 
-def recurrence_or_none(lstm: ClippedProjectedLstm, config: BilmConfig, new: NewRecurrence) -> "Recurrence | None":
-    """Return what `new` makes; None, with a warning, if it fails."""
+def recurrences_or_none(
+    lstms: Sequence[Sequence[ClippedProjectedLstm]], config: BilmConfig, new: NewRecurrence
+) -> "list[list[Recurrence]] | None":
+    """Return what `new` makes of each direction's layers; None if that isn't all, with a warning if it fails."""
+    found: list[list[Recurrence]] = []
+    for direction in lstms:
+        found.append([])
+        for lstm in direction:
+            try:
+                recurrence = new(lstm, config)
+            except Exception as error:  # whatever keeps a kernel from being compiled
+                _log.warning("one kernel for all ticks unavailable, products do the work: %s", error)
+                return None
+            if recurrence is None:
+                return None
+            found[-1].append(recurrence)
+    return found
+
+
+def fits_cache(config: BilmConfig, cache_bytes: int) -> bool:
+    """Return whether both directions' cells of a layer, in float32, fit a last-level cache.
+
+    Larger ones are read from memory for each group of rows: products, for which a weight is read once for all rows and
+    threads, are faster then, and the weights would be in memory twice for a few rows' sake.
+    """
+    multiplies = config.projection_dim * config.cell_dim * (5 if config.has_lstm_projection else 4)
+    return 2 * 4 * multiplies <= cache_bytes
+
+
+@functools.cache
+def last_level_cache_bytes(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Return the size of the largest cache that the first core reaches; 16 MiB where that can't be found out."""
     try:
-        return new(lstm, config)
-    except Exception as error:  # whatever keeps a kernel from being compiled
-        _log.warning("one kernel for all ticks unavailable, products do the work: %s", error)
-        return None
+        sizes = [path.read_text(encoding="ascii").strip() for path in caches.glob("index*/size")]
+        return max(int(size.removesuffix("K")) * 2**10 for size in sizes)
+    except (OSError, ValueError):  # no such folder here, or other units
+        return _TYPICAL_CACHE_BYTES
 
 
 def _compare(fused: Elementwise, dtype: torch.dtype) -> None:

@@ -46,9 +46,6 @@ from bilm_model.kernels.numba_blocks import (
 )
 from bilm_model.kernels.products import PackedProduct, padded_rows
 
-_MAX_STEP = 2**20
-"""Multiply-adds of a tick up to which this is faster than products by themselves."""
-
 MAX_GROUP = 48
 """Rows of a job at most: many enough to make up for reading the weights, few enough for the caches."""
 
@@ -234,8 +231,8 @@ class Recurrence:
 
     @classmethod
     def of(cls, lstm: ClippedProjectedLstm, config: BilmConfig) -> "Recurrence | None":
-        """For a layer; None where it would be slower, or can't give the bits of products."""
-        if lstm.recurrent.weight.dtype != torch.float32 or step_size(config) > _MAX_STEP:
+        """Return a layer's; None where it can't give the bits of products."""
+        if lstm.recurrent.weight.dtype != torch.float32:
             return None
         recurrent = _PanelWeight.of(lstm.recurrent.weight)
         projection = None if lstm.projection is None else _PanelWeight.of(lstm.projection.weight)
@@ -298,11 +295,6 @@ Threads = Literal["caller", "helper", "team"]
 
 def _follow(board: int) -> None:
     _helper_kernel.ctypes((ctypes.c_int64 * jobs.BOARD_SIZE).from_address(board))
-
-
-def step_size(config: BilmConfig) -> int:
-    """Return the multiply-adds of a row's tick."""
-    return config.projection_dim * config.cell_dim * (5 if config.has_lstm_projection else 4)
 
 
 def _group_rows(n_rows: int, n_groups: int) -> int:
