@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
 from bilm_server.embedding.admission import Admission, StreamAdmission
@@ -13,6 +13,7 @@ from bilm_server.embedding.embedder import Embedder
 from bilm_server.embedding.preprocessing import RequestLimits
 from bilm_server.inference.types import Sentence
 from bilm_server.inference.worker import InferenceWorker
+from bilm_server.observability.call_record import CallRecord, enter, leave
 from bilm_server.served_model import ServedModel
 
 from tests.support.fake_engine import FakeEngine, fake_model
@@ -29,6 +30,16 @@ async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it didn't come about"
         await asyncio.sleep(0.001)
+
+
+@contextmanager
+def entered(call: CallRecord) -> Iterator[None]:
+    """Make a call the current one."""
+    token = enter(call)
+    try:
+        yield
+    finally:
+        leave(token)
 
 
 @asynccontextmanager

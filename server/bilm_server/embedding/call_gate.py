@@ -10,7 +10,7 @@ from typing import Final, Protocol
 from bilm_server.config import Right
 from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.errors import Code, RefusalError
-from bilm_server.observability.call_record import CallObserver, CallRecord, entered, is_marked
+from bilm_server.observability.call_record import CallObserver, CallRecord, enter, is_marked, leave
 from bilm_server.security.auth import AuthContext, Caller, Metadata
 from bilm_server.security.callers import CallerRights
 
@@ -76,10 +76,10 @@ class CallGate:
             observer.begin(call)
         if held is not None:
             call.held = held
+        token = enter(call)
         try:
-            with entered(call):
-                self._let_in(call, auth_context)
-                yield
+            self._let_in(call, auth_context)
+            yield
             call.code = call.code or Code.OK
         except RefusalError as error:
             call.code, call.reason = error.code, error.reason.value
@@ -91,6 +91,7 @@ class CallGate:
             call.code = call.code or Code.UNKNOWN
             raise
         finally:
+            leave(token)
             if held is None:
                 call.held.close()
             call.duration_s = self._clock() - begun_s

@@ -66,7 +66,7 @@ class PendingSentences:
             sentences: new ones, one at least.
             on_done: called when the future is done, whatever did that.
         """
-        future: asyncio.Future[Outcomes] = self.attach().create_future()
+        future: asyncio.Future[Outcomes] = (self._loop or self.attach()).create_future()
         for sentence in sentences:
             sentence.future = future
         self._sentences[future], self._n_open[future] = sentences, len(sentences)

@@ -1,8 +1,8 @@
 """The record of a call: for the access log, the metrics and the traces. Never the caller's text."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
+from contextlib import ExitStack
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,7 +26,7 @@ def caller_request_id(metadata: Metadata) -> str:
 
 def is_marked(metadata: Metadata) -> bool:
     """Return whether a call is marked as a test; whether that counts is a right of its caller."""
-    return any(key == NO_LOG_KEY for key, _ in metadata)
+    return NO_LOG_KEY in [key for key, _ in metadata]
 
 
 @dataclass(eq=False)
@@ -104,11 +104,11 @@ def current_call() -> CallRecord:
     return _current.get()
 
 
-@contextmanager
-def entered(call: CallRecord) -> Iterator[None]:
-    """Make a call the current one."""
-    token = _current.set(call)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+def enter(call: CallRecord) -> "Token[CallRecord]":
+    """Make a call the current one, until `leave`."""
+    return _current.set(call)
+
+
+def leave(token: "Token[CallRecord]") -> None:
+    """Make the call the current one that was so before `enter`."""
+    _current.reset(token)

@@ -5,6 +5,7 @@ import hmac
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -116,6 +117,7 @@ def _certificate_name(auth_context: AuthContext) -> str:
     return ""
 
 
+@lru_cache(maxsize=1024)  # a connection's calls have one peer
 def _address(peer: str) -> str:
     kind, _, rest = unquote(peer).partition(":")
     return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else kind

@@ -14,10 +14,10 @@ from bilm_server.embedding.admission import Cost
 from bilm_server.embedding.embedder import Embedder
 from bilm_server.errors import CallerGoneError, Code, RefusalError
 from bilm_server.inference.types import Call, Sentence
-from bilm_server.observability.call_record import CallRecord, entered
+from bilm_server.observability.call_record import CallRecord
 from bilm_server.protocols.embed_v1.stream import StreamHandler
 
-from tests.support.embedders import LIMITS, embedding, until
+from tests.support.embedders import LIMITS, embedding, entered, until
 from tests.support.fake_engine import FakeEngine
 from tests.support.served import tokens
 
