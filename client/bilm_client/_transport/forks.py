@@ -2,10 +2,13 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _FORK_TIMEOUT_S = 2.0
+# gRPC's threads work on a call for a moment after its caller has the result, and nothing says when they are done.
+_SETTLE_S = 0.02
 
 
 class ForkGate:
@@ -22,6 +25,7 @@ class ForkGate:
             if self._forking:
                 state.wait_for(lambda: not self._forking, _FORK_TIMEOUT_S)
             self._under_way += 1
+            self._used = True
         try:
             yield
         finally:
@@ -35,6 +39,8 @@ class ForkGate:
         with self._changed:
             self._forking = True
             self._changed.wait_for(lambda: not self._under_way, _FORK_TIMEOUT_S)
+        if self._used:
+            time.sleep(_SETTLE_S)
 
     def after_fork(self) -> None:
         """Let calls continue, in the parent."""
@@ -47,6 +53,7 @@ class ForkGate:
         self._changed = threading.Condition()
         self._forking = False
         self._under_way = 0
+        self._used = False
 
     def register(self) -> None:
         """Take part in the forks of this process."""
