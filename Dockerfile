@@ -34,6 +34,10 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=
     pip wheel --no-cache-dir --no-deps --find-links . --wheel-dir /wheel . \
     && pip --python /opt/bilm/bin/python install --no-cache-dir --no-index --no-deps --root /project /wheel/*.whl
 
+# Kernels, compiled for AVX2 and for AVX-512, where a server looks for them
+RUN PYTHONPATH="$(echo /project/opt/bilm/lib/python3*/site-packages)" PYTHONDONTWRITEBYTECODE=1 \
+    /opt/bilm/bin/python -m bilm_model.shipped_kernels /project/opt/bilm/share/bilm-serve/kernels
+
 
 FROM ${BASE_IMAGE}
 

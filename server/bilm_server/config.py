@@ -78,6 +78,11 @@ class ServerConfig(BaseSettings):
     threads: int = Field(0, ge=0, description="CPU threads of the model; 0: one a core that it may use, at most 16")
     tokenizer: Literal["moses", "whitespace"] = Field("moses", description="for raw text")
     tokenizer_language: str = Field("en", min_length=2, description="whose rules Moses follows: en, de, ko, ja, …")
+    kernel_cache: Path | None = Field(
+        None,
+        description="folder that compiled kernels are kept in, closed to other users; by default bilm-serve in "
+        "XDG_CACHE_HOME or ~/.cache",
+    )
     reflection: bool = Field(False, description="offer server reflection")
 
     max_rows: int | None = Field(

@@ -13,6 +13,7 @@ from bilm_model.engine.engine import RecurrentEngine
 from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.state import LstmStateCodec
 from bilm_model.engine.types import Engine
+from bilm_model.kernels.kernel_cache import CachedKernels, keep_triton_kernels, use_store
 from bilm_model.kernels.product_paths import Precision, ProductPath, resolve_precision
 from bilm_model.tokenization.types import Tokenizer
 from bilm_model.weights.loading import load
@@ -82,8 +83,12 @@ def load_served_model(config: ServerConfig, bfloat16: ProductPath | None = None)
 
 
 def _load(config: ServerConfig, bfloat16: ProductPath | None) -> ServedModel:
+    kernels = CachedKernels(config.kernel_cache)
+    use_store(kernels)
     torch.set_num_threads(config.threads or default_threads())
     device = resolve_device(config.device)
+    if device.type == "cuda":
+        keep_triton_kernels(kernels)
     precision = resolve_precision(config.precision, device, bfloat16)
     loaded = load(config.model, config.options)
     bilm = loaded.bilm

@@ -259,6 +259,22 @@ def private_folder(path: Path) -> Path:
     return found
 
 
+def protected_folder(path: Path) -> Path:
+    """Return a folder's real path, which nobody but root and this user can write to or replace; nothing is made.
+
+    Raises:
+        FileNotFoundError: It isn't there.
+        PermissionError: Other users can change the folder or one above it; the message names which.
+        OSError: It can't be looked at.
+    """
+    found = path.resolve(strict=True)
+    if hasattr(os, "geteuid"):
+        _check_owner(found, {0, os.geteuid()})
+        for each in found.parents:
+            _check_owner(each, {0, os.geteuid()}, sticky=True)
+    return found
+
+
 def _check_owner(folder: Path, owners: set[int], *, sticky: bool = False) -> None:
     """Check that nobody else can change a folder; in a sticky one others can't touch what isn't theirs."""
     status = folder.lstat()

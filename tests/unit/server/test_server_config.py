@@ -2,6 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from bilm_model.kernels.kernel_cache import CachedKernels, use_store
 from bilm_server.config import ServerConfig
 from bilm_server.config_sources import load_config
 from bilm_server.errors import ConfigurationError
@@ -109,3 +110,14 @@ def test_a_model_is_served_under_the_name_of_its_folder(tmp_path: Path, folder: 
     golden = Path(__file__).parents[2] / "data" / "golden" / "relu-2highway"
     shutil.copytree(golden, tmp_path / folder)
     assert load_served_model(load_config(["--model", str(tmp_path / folder)])).name == name
+
+
+def test_kernels_are_kept_where_the_configuration_says(tmp_path: Path) -> None:
+    before = use_store(CachedKernels(tmp_path / "before"))
+    try:
+        load_served_model(load_config(["--model", "random:tiny", "--kernel-cache", str(tmp_path / "kernels")]))
+        store = use_store(before)
+        assert isinstance(store, CachedKernels)
+        assert store.folder == tmp_path / "kernels"
+    finally:
+        use_store(before)
