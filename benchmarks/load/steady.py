@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -95,7 +95,8 @@ class SteadyLoad:
         output: "OutputSpec",
     ) -> None:
         self._engine, self._output = engine, output
-        self._in_flight = engine.capacity.rows if in_flight is None else in_flight
+        self._ahead = getattr(engine, "ahead", 0)  # which engines of before have not
+        self._in_flight = engine.capacity.rows + self._ahead if in_flight is None else in_flight
         self._tokens: Iterator[tuple[str, ...]] = cycle([tuple(tokens) for tokens in sentences])
         self._waiting = LoadSentence(next(self._tokens), output)
         self._joined, self._join_cpu_s, self._advance_cpu_s = 0, 0.0, 0.0
@@ -137,6 +138,7 @@ class SteadyLoad:
         """Take sentences in turn as long as they fit."""
         engine, joining = self._engine, list[LoadSentence]()
         free = engine.capacity - engine.used
+        free = replace(free, rows=free.rows + self._ahead)
         n_free, need = self._in_flight - engine.in_flight, engine.need(len(self._waiting.tokens))
         while len(joining) < n_free and free.fits(need):
             joining.append(self._waiting)

@@ -3,6 +3,7 @@
 Legend: L layers, T tokens (T + 2 with the boundaries), D components of a vector.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 Pooling = Literal["none", "mean", "max"]
 
-_LAYER_NORM_EPSILON = 1e-13  # as in AllenNLP 2
+LAYER_NORM_EPSILON = 1e-13
+"""As in AllenNLP 2."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,15 @@ class LayerMix:
         """Layers (L, T, D) -> (T, D)."""
         if self.layer_norm and layers.numel():
             variance, mean = torch.var_mean(layers, dim=(1, 2), keepdim=True, correction=0)
-            layers = (layers - mean) / torch.sqrt(variance + _LAYER_NORM_EPSILON)
+            layers = (layers - mean) / torch.sqrt(variance + LAYER_NORM_EPSILON)
         shares = torch.softmax(torch.tensor(self.weights, device=layers.device, dtype=layers.dtype), dim=0)
         return self.gamma * torch.einsum("l,ltd->td", shares, layers)
+
+    def shares(self) -> list[float]:
+        """Return γ · softmax(weights), a number for each layer, computed on the host."""
+        highest = max(self.weights)
+        powers = [math.exp(weight - highest) for weight in self.weights]
+        return [self.gamma * power / sum(powers) for power in powers]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from bilm_model.engine.cuda.inputs import distinct
 from bilm_model.engine.cuda.schedule import Schedule
 from bilm_model.engine.cuda.steps import Steps, TorchSteps
 from bilm_model.engine.options import EngineOptions
-from bilm_model.engine.planner import RoundPlan, Row
 from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence
 from bilm_model.engine.transfer import HostCopy, to_device
 from bilm_model.errors import ConfigError
@@ -33,6 +32,7 @@ from bilm_model.weights.loading import load
 from tests.parity.interpreted import interpreted_steps
 from tests.parity.test_golden import Golden
 from tests.parity.test_oracle import CONFIGS
+from tests.support.plans import plan_of
 
 # of torch's own way to find the peaks, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:index_reduce")
@@ -193,10 +193,13 @@ def test_those_who_are_not_in_flight_are_left_alone() -> None:
     memory = BACKENDS[engine].memory
     memory.c.fill_(7.0)
     memory.h.fill_(7.0)
-    tickets = [engine.join(PlainSentence(["a"] * n)) for n in (1, 1, 3, 4, 5)]
+    engine.join([PlainSentence(["a"] * n) for n in (1, 1, 3, 4, 5)])
+    slots: set[int] = set()
     while engine.n_in_flight:
-        engine.advance()
-    free = sorted(set(range(8)) - {ticket.slot for ticket in tickets})
+        ended = engine.advance()
+        slots.update(slot for _, slot in ended)
+        engine.leave([sentence for sentence, _ in ended])
+    free = sorted(set(range(8)) - slots)
     assert (memory.c[:, :, free] == 7.0).all()
     assert (memory.h[:, :, free] == 7.0).all()
 
@@ -239,7 +242,7 @@ def test_a_round_that_is_too_large_is_refused() -> None:
     schedule = Schedule(CPU, max_ticks=2, max_rows=2, max_steps=8)
     none = np.zeros(0, dtype=np.int64)
     for n_rows, n_ticks in ((3, 1), (1, 3)):
-        plan = RoundPlan.of([Row(i, np.arange(3), 0) for i in range(n_rows)], n_ticks)
+        plan = plan_of([[n_ticks]] * n_rows)
         with pytest.raises(ValueError, match="too large"):
             schedule.send(plan, plan.places, none)
 
@@ -354,7 +357,7 @@ def test_gpu_a_round_waits_for_nothing(residual: Residual) -> None:
     with torch.inference_mode():
         backend.encode(np.arange(3), character_ids(["a", "b", "c"]))
         torch.cuda.synchronize()
-        plan = RoundPlan.of([Row(i, np.arange(5) + 5 * i, 0) for i in range(4)], 5)
+        plan = plan_of([[5]] * 4)
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(4):

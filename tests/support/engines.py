@@ -59,6 +59,8 @@ class SumCodec:
 class _ToyEngine(Generic[S]):
     """What both have in common: sentences in flight, and their capacity."""
 
+    ahead = 0
+
     def __init__(self, capacity: Capacity) -> None:
         self.capacity = capacity
         self.stats = EngineStats()

@@ -63,7 +63,7 @@ class FakeEngine(Generic[S]):
 
     def __init__(self, capacity: Capacity = _CAPACITY, rounds: int = 0, codec: StateCodec | None = _COUNTS) -> None:
         self.capacity, self.state_codec, self._rounds = capacity, codec, rounds
-        self.max_steps = capacity.steps
+        self.ahead, self.max_steps = 0, capacity.steps
         self.stats = EngineStats()
         self.description = EngineDescription("fake", "cpu", {"products": "none"})
         self.broken = 0

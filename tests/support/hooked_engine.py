@@ -66,6 +66,10 @@ class HookedEngine(Generic[S]):
         return self._inner.capacity
 
     @property
+    def ahead(self) -> int:
+        return self._inner.ahead
+
+    @property
     def max_steps(self) -> int:
         return self._inner.max_steps
 

@@ -14,31 +14,43 @@ import torch
 from torch import Tensor
 
 from bilm_model.bilm import Bilm
-from bilm_model.characters import bytes_ids, check_ids, with_boundaries
+from bilm_model.characters import bytes_ids, check_ids
+from bilm_model.engine.backend import Memory
 from bilm_model.engine.backends import MAX_TICKS, NewBackend, new_backend
-from bilm_model.engine.flight import Flight, Ticket
+from bilm_model.engine.fastest_loops import Bind, fastest_bind, path_of
+from bilm_model.engine.lanes import Lanes
+from bilm_model.engine.loops import BROUGHT, RETURNED
 from bilm_model.engine.options import EngineOptions
-from bilm_model.engine.planner import Indices, RoundPlan, ticks_of_round
+from bilm_model.engine.planner import Round, SentenceSteps
+from bilm_model.engine.results import gather_layers
 from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence, steps_of
+from bilm_model.engine.state import LstmState
 from bilm_model.engine.token_table import TokenTable
 from bilm_model.engine.transfer import to_device
 from bilm_model.engine.types import EngineSentence, EngineStats
 from bilm_model.errors import ModelError
 
-_COLLECTED_STEPS = 2048
-"""Steps of the results that one round copies out beside one sentence's: bounds the memory for it, and the time."""
-
 _SAME = 0.05
 """Relative distance of vectors that count as the same: beyond rounding in bfloat16, below anything that went wrong."""
 
-_WARM_UP = (("The", "engine", "warms", "up", "."), ("Twice",))
+_WAITING_SHARE = 8
+"""One sentence may wait for a lane for so many steps of a full round: shorter ones are rare."""
 
+_WARM_UP = (("The", "engine", "warms", "up", "."), ("Twice",))
 
 _DEFAULTS = EngineOptions()
 
 
 class CellularBatch:
-    """The sentences in flight through a biLM. Not safe for several threads at once."""
+    """The sentences in flight through a biLM, each of at least one token. Not safe for several threads at once.
+
+    Attributes:
+        config: Structure of the model.
+        max_rows: Sentences that advance at a time.
+        max_tokens: Tokens and boundaries of all that are in flight.
+        n_waiting: Sentences that may wait in the batch for one of those to end.
+        stats: Counters.
+    """
 
     def __init__(
         self,
@@ -46,6 +58,7 @@ class CellularBatch:
         device: torch.device,
         options: EngineOptions = _DEFAULTS,
         new_backend: NewBackend = new_backend,
+        bind: Bind | None = None,
     ) -> None:
         """Take a float32 biLM over; it is moved and rounded in place.
 
@@ -54,11 +67,12 @@ class CellularBatch:
             device: where it computes.
             options: what can be chosen.
             new_backend: makes what executes rounds.
+            bind: how the planner's loops run; None: the fastest way that works here.
 
         Raises:
             ConfigError: if a cache is too small to be of use.
         """
-        self._device, self._config = device, bilm.config
+        self._device, self.config = device, bilm.config
         options = options.resolved(device)
         assert options.max_rows is not None  # noqa: S101 - resolved
         self.max_rows, self.max_tokens = options.max_rows, options.max_tokens
@@ -67,6 +81,9 @@ class CellularBatch:
         self._n_cached = options.n_cached(bilm.config)
         memory = options.memory(bilm.config, device)
         self._backend = new_backend(bilm, memory, options)
+        self._bind = bind or fastest_bind()
+        full_round = max(self.max_rows, min(self._backend.block_rows, MAX_TICKS * self.max_rows))
+        self.n_waiting = -(-full_round // _WAITING_SHARE)
         self._known: Tensor | None = None
         self.stats = EngineStats()
         self._counters = self.stats
@@ -80,7 +97,7 @@ class CellularBatch:
     @property
     def paths(self) -> Mapping[str, str]:
         """Which of several implementations each part runs on, see `Backend.paths`."""
-        return self._backend.paths
+        return {**self._backend.paths, "planner": path_of(self._bind)}
 
     @property
     def device(self) -> torch.device:
@@ -88,24 +105,29 @@ class CellularBatch:
         return self._device
 
     @property
+    def memory(self) -> Memory:
+        """What the back end keeps between rounds."""
+        return self._backend.memory
+
+    @property
     def free_rows(self) -> int:
-        """Sentences that can join."""
-        return len(self._flight.slots)
+        """Sentences that can join, those that will wait included."""
+        return self._lanes.n_free
 
     @property
     def free_tokens(self) -> int:
-        """Tokens and boundaries that joining sentences may have."""
-        return self._flight.n_free
+        """Tokens and boundaries that joining sentences may have together."""
+        return self._lanes.n_free_places
 
     @property
     def free_entries(self) -> int:
         """Different tokens that joining sentences may bring and that no sentence in flight has."""
-        return self._table.n_available
+        return self._table.n_available + self._lanes.n_cached
 
     @property
     def n_in_flight(self) -> int:
-        """Sentences that have joined and not come back."""
-        return len(self._flight.tickets) + len(self._flight.waiting_to_leave)
+        """Sentences that have joined and not left."""
+        return self._lanes.n_in_flight
 
     def warm_up(self) -> None:
         """Run a real batch, so that the first request doesn't pay for what is done once.
@@ -147,181 +169,197 @@ class CellularBatch:
             ValueError: if a sentence has more than `max_tokens` tokens and boundaries, or a state of another shape.
                 After this or any other error nothing is in flight.
         """
-        results: dict[Ticket, EmbeddedSentence] = {}
-        order: list[Ticket] = []
+        results: dict[int, EmbeddedSentence] = {}
+        running: dict[int, int] = {}
         try:
-            for sentence in sentences:
-                while self.n_in_flight and not (self.free_rows and steps_of(len(sentence.tokens)) <= self.free_tokens):
-                    results.update(self.advance())
-                order.append(self.join(sentence))
-            while self.n_in_flight:
-                results.update(self.advance())
+            for position, sentence in enumerate(sentences):
+                if not sentence.tokens:
+                    self.check_state(sentence.state)
+                    results[position] = self._unchanged(sentence)
+                    continue
+                while running and not (self.free_rows and steps_of(len(sentence.tokens)) <= self.free_tokens):
+                    self._advance_run(running, results)
+                running[self._join([sentence], keeps_states=True)[0]] = position
+            while running:
+                self._advance_run(running, results)
         except BaseException:
             self.reset()
             raise
-        return [results[ticket] for ticket in order]
+        return [results[position] for position in range(len(sentences))]
 
-    @torch.inference_mode()
-    def join(self, sentence: EngineSentence) -> Ticket:
-        """Take a sentence in; `advance` will bring it back.
+    def join(self, sentences: Sequence[EngineSentence]) -> list[int]:
+        """Take sentences in, in this order; return their numbers, by which `advance` says that they have ended.
 
         Raises:
             CharacterError: if a token is empty or not valid Unicode.
-            ValueError: if it doesn't fit, see `free_rows` and `free_tokens`, or if its state has another shape. After
-                this or any other error the engine is as it was.
+            ValueError: if they don't fit, see `free_rows` and `free_tokens`, or if a state has another shape. After
+                this or any other error none has joined.
         """
-        self._check_state(sentence)
-        if not sentence.tokens:
-            return self._pass_through(sentence)
-        self._flight.check_fits(steps_of(len(sentence.tokens)))
-        state = self._state_of(sentence)
-        ticket = self._flight.enter(self._table.enter(with_boundaries(sentence.tokens)))
-        if state is None:
-            return ticket
-        ticket.brings_state = True
-        try:
-            for part, states in zip(state, (self._backend.memory.h, self._backend.memory.c), strict=True):
-                states[:, :, ticket.slot] = part
-        except BaseException:
-            self._leave([ticket])
-            raise
-        return ticket
+        return self._join(sentences, keeps_states=False)
 
     @torch.inference_mode()
-    def advance(self) -> list[tuple[Ticket, EmbeddedSentence]]:
-        """Execute a round: advance all sentences in flight; return those that have ended.
+    def advance(self) -> Sequence[tuple[int, int]]:
+        """Execute a round: advance all sentences in flight.
 
-        After an exception the vectors of what is in flight are undefined: drop each sentence by `leave`, or all of them
-        by `warm_up`.
+        Returns:
+            Sentences that have ended, with the slots of `memory` that hold their states, as far as those are returned.
+            What they left in memory stays until `leave`, and in the slots until the next round.
+
+        After an exception the vectors of what is in flight are undefined: drop each sentence by `drop`, or all of them
+        by `reset`.
         """
-        running = [ticket for ticket in self._flight.tickets if ticket.remaining]
-        if running:
-            self._run_round(running)
-        done = _to_collect([ticket for ticket in self._flight.tickets if not ticket.remaining])
-        ended = self._collect(done) if done else []
-        self._leave(done)
-        without_tokens, self._flight.waiting_to_leave = self._flight.waiting_to_leave, []
-        return without_tokens + ended
+        found = self._lanes.plan(self._backend.block_rows)
+        if found is None:
+            return []
+        try:
+            self._encode_new()
+            self._write_states(found)
+            self._backend.run(found.plan, found.entries)
+        except BaseException:
+            self._backend.forget(found.entries.ravel())  # layer 1's input projections may be noted and not computed
+            raise
+        finally:
+            for sentence, _ in found.brought:
+                self._states.pop(sentence, None)
+        self._counters.ticks += len(found.plan.sizes)
+        self._counters.steps += found.plan.places.shape[1]
+        return found.ended
 
-    def leave(self, ticket: Ticket) -> None:
-        """Drop a sentence in flight.
+    def steps(self, sentences: Sequence[int]) -> SentenceSteps:
+        """Return where in memory the vectors of sentences are that have ended."""
+        return self._lanes.steps(sentences)
 
-        Raises:
-            ValueError: if it has left, or was dropped by `warm_up`.
-        """
-        without_tokens = [waiting for waiting, _ in self._flight.waiting_to_leave]
-        if ticket in self._flight.tickets:
-            self._leave([ticket])
-        elif ticket in without_tokens:
-            self._flight.waiting_to_leave.pop(without_tokens.index(ticket))
-        else:
-            raise ValueError("the sentence is not in flight")
+    def leave(self, sentences: Sequence[int]) -> None:
+        """Free what sentences hold that have ended."""
+        self._forget(self._lanes.leave(sentences))
+
+    def drop(self, sentences: Sequence[int]) -> None:
+        """Take sentences out, wherever they are."""
+        for sentence in sentences:
+            self._states.pop(sentence, None)
+        self._forget(self._lanes.drop(sentences))
 
     def reset(self) -> None:
         """Drop everything in flight and all cached vectors; the counters continue."""
         self._backend.forget(self._table.entries)
         self._start_empty()
 
+    def check_state(self, state: LstmState | None) -> None:
+        """Make sure that a state has the model's shape.
+
+        Raises:
+            ValueError: if it hasn't.
+        """
+        if state is None:
+            return
+        sizes = (self.config.projection_dim, self.config.cell_dim)
+        for name, part, size in zip(("h", "c"), state, sizes, strict=True):
+            expected = (self.config.n_layers, 2, size)
+            if part.shape != expected:
+                raise ValueError(f"state: {name} has shape {part.shape} (expected {expected})")
+
     def _start_empty(self) -> None:
-        self._flight = Flight(self.max_rows, self.max_tokens)
-        self._table = TokenTable(self.max_tokens, self._n_cached, self._counters.cache)
+        self._table = TokenTable(self.max_tokens + self._n_cached)
+        self._lanes = Lanes(
+            self._table,
+            n_lanes=self.max_rows,
+            n_waiting=self.n_waiting,
+            n_places=self.max_tokens,
+            n_cached=self._n_cached,
+            max_ticks=MAX_TICKS,
+            bind=self._bind,
+        )
+        self._states: dict[int, LstmState] = {}
 
-    def _run_round(self, tickets: Sequence[Ticket]) -> None:
-        remaining = [ticket.remaining for ticket in tickets]
-        plan = RoundPlan.of(tickets, ticks_of_round(remaining, self._backend.block_rows, MAX_TICKS))
-        entries = self._flight.entry_of_place[plan.places]
-        try:
-            self._encode(self._table.missing(entries))
-            self._backend.run(plan, entries)
-        except BaseException:
-            self._backend.forget(np.unique(entries))  # layer 1's input projections may be noted and not computed
-            raise
-        self._counters.ticks += len(plan.sizes)
-        self._counters.steps += sum(plan.sizes)
-        for ticket in tickets:
-            ticket.done = min(ticket.done + len(plan.sizes), len(ticket.places))
+    def _join(self, sentences: Sequence[EngineSentence], *, keeps_states: bool) -> list[int]:
+        tokens = [sentence.tokens for sentence in sentences]
+        n_steps = [len(each) + 2 for each in tokens]
+        for sentence in sentences:
+            self.check_state(sentence.state)
+        self._check_fits(n_steps)
+        n_new = len(self._table.unknown)
+        entries = self._table.entries_of(tokens)
+        cache, n_misses = self._counters.cache, len(self._table.unknown) - n_new
+        cache.misses += n_misses
+        cache.hits += len(entries) - n_misses
+        flags = [_flags(sentence, keeps_states=keeps_states) for sentence in sentences]
+        numbers = self._lanes.enter(entries, n_steps, flags)
+        for number, sentence in zip(numbers, sentences, strict=True):
+            if sentence.state is not None:
+                h, c = sentence.state
+                self._states[number] = (h.copy(), c.copy())  # the owner may change them, or they may be read-only
+        return numbers
 
-    def _leave(self, tickets: Sequence[Ticket]) -> None:
-        if tickets:
-            self._flight.leave(tickets)
-            self._backend.forget(self._table.leave(np.concatenate([ticket.entries for ticket in tickets])))
+    def _check_fits(self, n_steps: Sequence[int]) -> None:
+        if len(n_steps) > self.free_rows or sum(n_steps) > self.free_tokens:
+            raise ValueError(
+                f"{len(n_steps)} sentences of {sum(n_steps)} tokens and boundaries don't fit: "
+                f"{self.free_rows} rows, {self.free_tokens} free"
+            )
+
+    def _encode_new(self) -> None:
+        if not self._table.unknown:
+            return
+        entries = self._lanes.unknown()
+        if entries:
+            ids = np.stack([bytes_ids(self._table.read(entry)) for entry in entries])
+            check_ids(ids)
+            self._backend.encode(np.array(entries), ids)
+        self._lanes.know(entries)
+
+    def _write_states(self, found: Round) -> None:
+        for sentence, lane in found.brought:
+            h, c = (to_device(part, self._device) for part in self._states[sentence])
+            self._backend.memory.h[:, :, lane] = h
+            self._backend.memory.c[:, :, lane] = c
+
+    def _forget(self, entries: Sequence[int]) -> None:
+        if entries:
+            self._backend.forget(np.array(entries))
 
     @contextmanager
     def _uncounted(self) -> Iterator[None]:
         """Count into nothing: metrics are read from another thread at any time, so what isn't to count never shows."""
-        self._count_into(EngineStats())
+        self._counters = EngineStats()
         try:
             yield
         finally:
-            self._count_into(self.stats)
+            self._counters = self.stats
 
-    def _count_into(self, counters: EngineStats) -> None:
-        self._counters, self._table.stats = counters, counters.cache
+    # ---- raw layers, for use without a server -----------------------------------------------------------------------
 
-    def _encode(self, entries: Indices) -> None:
-        if len(entries):
-            ids = np.stack([bytes_ids(self._table.key(entry)) for entry in entries.tolist()])
-            check_ids(ids)
-            self._backend.encode(entries, ids)
-            self._table.encoded(entries)
-
-    def _check_state(self, sentence: EngineSentence) -> None:
-        if sentence.state is None:
+    @torch.inference_mode()
+    def _advance_run(self, running: dict[int, int], results: dict[int, EmbeddedSentence]) -> None:
+        ended = self.advance()
+        if not ended:
             return
-        sizes = (self._config.projection_dim, self._config.cell_dim)
-        for name, part, size in zip(("h", "c"), sentence.state, sizes, strict=True):
-            expected = (self._config.n_layers, 2, size)
-            if part.shape != expected:
-                raise ValueError(f"state: {name} has shape {part.shape} (expected {expected})")
+        numbers = [sentence for sentence, _ in ended]
+        slots = to_device(np.array([slot for _, slot in ended]), self._device)
+        steps = self.steps(numbers)
+        layers = gather_layers(self.memory, steps.places, steps.entries, range(self.config.layer_count))
+        parts = layers.split(steps.counts.tolist(), dim=1)
+        h, c = (states[:, :, slots].unbind(2) for states in (self.memory.h, self.memory.c))
+        for sentence, *found in zip(numbers, parts, h, c, strict=True):
+            results[running.pop(sentence)] = EmbeddedSentence(*found)
+        self.leave(numbers)
 
-    def _state_of(self, sentence: EngineSentence) -> tuple[Tensor, Tensor] | None:
-        """Return what to write into a slot: h and c; None where the sentence starts from zeros."""
-        if sentence.state is None:
-            return None
-        h, c = (to_device(part.copy(), self._device) for part in sentence.state)  # they may be read-only
+    def _unchanged(self, sentence: EngineSentence) -> EmbeddedSentence:
+        """A sentence without tokens has no vectors, and leaves the state as it is."""
+        layers = torch.zeros(self.config.layer_count, 0, self.config.width)
+        state = map(torch.from_numpy, self.state_after_nothing(sentence.state))
+        return EmbeddedSentence(*(tensor.to(self._device) for tensor in (layers, *state)))
+
+    def state_after_nothing(self, state: LstmState | None) -> LstmState:
+        """Return a copy of a state, or the zero state."""
+        config = self.config
+        if state is not None:
+            return state[0].copy(), state[1].copy()
+        h, c = (
+            np.zeros((config.n_layers, 2, size), dtype=np.float32) for size in (config.projection_dim, config.cell_dim)
+        )
         return h, c
 
-    def _collect(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, EmbeddedSentence]]:
-        """Return the results of sentences that have just ended, copied out of the engine's memory."""
-        memory, P = self._backend.memory, self._config.projection_dim
-        places, entries, slots = (
-            to_device(array, self._device)
-            for array in (
-                np.concatenate([ticket.places for ticket in tickets]),
-                np.concatenate([ticket.entries for ticket in tickets]),
-                np.array([ticket.slot for ticket in tickets]),
-            )
-        )
-        layers = torch.empty(self._config.layer_count, len(places), 2 * P, device=self._device)
-        for d, half in enumerate(layers.split(P, dim=-1)):
-            half[0] = memory.vectors.index_select(0, entries)
-            # A step's outputs lie at the place of the token it read: both directions of a token at the same place
-            for layer, outputs in enumerate(memory.outputs[:, d]):
-                half[1 + layer] = outputs.index_select(0, places)
-        parts = layers.split([len(ticket.places) for ticket in tickets], dim=1)
-        h, c = (states[:, :, slots].unbind(2) for states in (memory.h, memory.c))
-        return [(ticket, EmbeddedSentence(*found)) for ticket, *found in zip(tickets, parts, h, c, strict=True)]
 
-    def _pass_through(self, sentence: EngineSentence) -> Ticket:
-        """A sentence without tokens has no vectors, and leaves the state as it is."""
-        config, none = self._config, np.zeros(0, dtype=np.int64)
-        ticket = Ticket(-1, none)
-        sizes = (config.projection_dim, config.cell_dim)
-        state = [
-            torch.zeros(config.n_layers, 2, size) if part is None else torch.tensor(part)
-            for size, part in zip(sizes, sentence.state or (None, None), strict=True)
-        ]
-        layers = torch.zeros(config.layer_count, 0, config.width)
-        layers, h, c = (tensor.to(self._device) for tensor in (layers, *state))
-        self._flight.waiting_to_leave.append((ticket, EmbeddedSentence(layers, h, c)))
-        return ticket
-
-
-def _to_collect(done: Sequence[Ticket]) -> list[Ticket]:
-    """Return whose results to copy out now: the first's to have joined, and short ones' as long as they are few."""
-    if not done:
-        return []
-    first, *others = done
-    others.sort(key=lambda ticket: len(ticket.places))
-    n_steps = np.cumsum([len(ticket.places) for ticket in others])
-    return [first, *others[: int(np.searchsorted(n_steps, _COLLECTED_STEPS, side="right"))]]
+def _flags(sentence: EngineSentence, *, keeps_states: bool) -> int:
+    returned = RETURNED if keeps_states or sentence.return_state else 0
+    return returned if sentence.state is None else returned | BROUGHT

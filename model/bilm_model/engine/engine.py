@@ -1,34 +1,48 @@
 """The engine of recurrent models: a cellular batch that returns what each sentence asked for."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Generic
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bilm_model.engine.backends import new_collector
 from bilm_model.engine.cellular import CellularBatch
-from bilm_model.engine.flight import Ticket
-from bilm_model.engine.results import Transfer
+from bilm_model.engine.results import Collected, Collector, converted
 from bilm_model.engine.sentences import steps_of
-from bilm_model.engine.types import Capacity, EngineDescription, EngineResult, EngineStats, S, StateCodec
+from bilm_model.engine.transfer import HostCopy, to_device
+from bilm_model.engine.types import Capacity, EngineDescription, EngineResult, EngineStats, S, State, StateCodec
 
 
 class RecurrentEngine(Generic[S]):
     """`Engine` on a cellular batch."""
 
-    def __init__(self, batch: CellularBatch, state_codec: StateCodec) -> None:
+    def __init__(self, batch: CellularBatch, state_codec: StateCodec, collector: Collector | None = None) -> None:
         """Take a batch over.
 
         Args:
             batch: Nothing else uses it.
             state_codec: Of its model.
+            collector: Makes the results; None: the fastest that works.
         """
         self._batch, self._state_codec = batch, state_codec
-        self._sentences: dict[Ticket, S] = {}
-        self._tickets: dict[S, Ticket] = {}
-        self._arriving: dict[S, Transfer[S]] = {}
+        self._collector = collector or new_collector(batch.memory)
+        self._sentences: dict[int, S] = {}
+        self._numbers: dict[S, int] = {}
+        self._without_tokens: dict[S, None] = {}
+        self._arriving: list[_Arriving[S]] = []
 
     @property
     def capacity(self) -> Capacity:
         """What may be in flight."""
         return Capacity(self._batch.max_rows, self._batch.max_tokens)
+
+    @property
+    def ahead(self) -> int:
+        """Sentences that may join beyond the rows of `capacity`; they begin in the tick after others end."""
+        return self._batch.n_waiting
 
     @property
     def max_steps(self) -> int:
@@ -43,12 +57,13 @@ class RecurrentEngine(Generic[S]):
     @property
     def in_flight(self) -> int:
         """Sentences that have joined and whose results have not been returned."""
-        return len(self._tickets) + len(self._arriving)
+        arriving = sum(len(each.sentences) for each in self._arriving)
+        return len(self._numbers) + len(self._without_tokens) + arriving
 
     @property
     def used(self) -> Capacity:
         """What they take up; a result on its way to the host takes nothing."""
-        return self.capacity - Capacity(self._batch.free_rows, self._batch.free_tokens)
+        return Capacity(self._batch.n_in_flight, self._batch.max_tokens - self._batch.free_tokens)
 
     @property
     def stats(self) -> EngineStats:
@@ -58,60 +73,141 @@ class RecurrentEngine(Generic[S]):
     @property
     def description(self) -> EngineDescription:
         """What computes; paths may change with the warm-up."""
-        return EngineDescription(self._batch.backend, str(self._batch.device), self._batch.paths)
+        paths = {**self._batch.paths, "results": self._collector.path}
+        return EngineDescription(self._batch.backend, str(self._batch.device), paths)
 
     def need(self, n_tokens: int) -> Capacity:
         """Return what a sentence of so many tokens takes up."""
         return Capacity(1 if n_tokens else 0, steps_of(n_tokens))
 
     def join(self, sentences: Sequence[S]) -> None:
-        """Take sentences in that fit the free capacity; see `Engine.join`."""
-        joined: list[Ticket] = []
-        try:
-            for sentence in sentences:
-                joined.append(self._batch.join(sentence))
-        except BaseException:
-            for ticket in joined:
-                self._batch.leave(ticket)
-            raise
-        for sentence, ticket in zip(sentences, joined, strict=True):
-            self._sentences[ticket], self._tickets[sentence] = sentence, ticket
+        """Take sentences in that fit the free capacity, `ahead` included; see `Engine.join`."""
+        with_tokens = [sentence for sentence in sentences if sentence.tokens]
+        for sentence in sentences:
+            if not sentence.tokens:
+                self._batch.check_state(sentence.state)
+        if with_tokens:
+            numbers = self._batch.join(with_tokens)
+            self._sentences.update(zip(numbers, with_tokens, strict=True))
+            self._numbers.update(zip(with_tokens, numbers, strict=True))
+        if len(with_tokens) < len(sentences):
+            self._without_tokens |= dict.fromkeys(sentence for sentence in sentences if not sentence.tokens)
 
     def drop(self, sentences: Iterable[S]) -> None:
         """Take sentences out; see `Engine.drop`."""
+        dropped = []
         for sentence in sentences:
-            self._arriving.pop(sentence, None)
-            ticket = self._tickets.pop(sentence, None)
-            if ticket is not None:
-                del self._sentences[ticket]
-                self._batch.leave(ticket)
+            self._without_tokens.pop(sentence, None)
+            number = self._numbers.pop(sentence, None)
+            if number is not None:
+                del self._sentences[number]
+                dropped.append(number)
+            for arriving in self._arriving:
+                arriving.dropped.add(sentence)
+        if dropped:
+            self._batch.drop(dropped)
 
+    @torch.inference_mode()
     def advance(self) -> list[EngineResult[S]]:
         """Execute a round; return the results that have ended and arrived on the host."""
-        for ticket, embedded in self._batch.advance():
-            sentence = self._sentences.pop(ticket)
-            del self._tickets[sentence]
-            self._arriving[sentence] = Transfer.of(sentence, embedded)
+        ended = self._batch.advance()
+        if ended:
+            self._arriving.append(self._collect(ended))
+        found = self._pass_through() if self._without_tokens else []
         # With nothing left to compute there is nothing better to do than to wait
-        arrived = [transfer for transfer in self._arriving.values() if transfer.done or not self._tickets]
-        for transfer in arrived:
-            del self._arriving[transfer.sentence]
-        return [transfer.result() for transfer in arrived]
+        while self._arriving and (not self._numbers or self._arriving[0].done()):
+            found += self._arriving.pop(0).results()
+        return found
 
     def reset(self) -> None:
         """Drop everything in flight."""
-        self._forget()
+        self._drop_all()
         self._batch.reset()
 
     def warm_up(self) -> None:
         """Reset, and compute a real batch; see `Engine.warm_up`."""
-        self._forget()
+        self._drop_all()
         self._batch.warm_up()
 
     def check(self) -> None:
         """Compute a sentence of known vectors; see `Engine.check`."""
         self._batch.check()
 
-    def _forget(self) -> None:
-        for sentences in (self._sentences, self._tickets, self._arriving):
-            sentences.clear()
+    def _collect(self, ended: Sequence[tuple[int, int]]) -> "_Arriving[S]":
+        """Make the results of what ended in a round and free what it held."""
+        numbers = [number for number, _ in ended]
+        sentences = [self._sentences[number] for number in numbers]
+        collected = self._collector.collect(self._batch.steps(numbers), [sentence.output for sentence in sentences])
+        wanted = [position for position, sentence in enumerate(sentences) if sentence.return_state]
+        states = self._states([ended[position][1] for position in wanted]) if wanted else None
+        self._batch.leave(numbers)
+        for number, sentence in zip(numbers, sentences, strict=True):
+            del self._sentences[number], self._numbers[sentence]
+        return _Arriving(sentences, collected, dict(zip(wanted, range(len(wanted)), strict=True)), states, set())
+
+    def _states(self, slots: Sequence[int]) -> tuple[HostCopy, HostCopy]:
+        """Return h and c (L, 2, n, …) of so many slots, on their way to the host."""
+        index = to_device(np.array(slots), self._batch.device)
+        h, c = (states.index_select(2, index) for states in (self._batch.memory.h, self._batch.memory.c))
+        return HostCopy(h), HostCopy(c)
+
+    def _pass_through(self) -> list[EngineResult[S]]:
+        """Return the results of sentences without tokens, which have no vectors and leave their states as they are."""
+        sentences, self._without_tokens = self._without_tokens, {}
+        found = []
+        for sentence in sentences:
+            layers = torch.zeros(self._batch.memory.outputs.shape[0] + 1, 0, 2 * self._batch.memory.vectors.shape[1])
+            vectors = converted(sentence.output.selection(layers), sentence.output.data_type).numpy()
+            state = self._batch.state_after_nothing(sentence.state) if sentence.return_state else None
+            found.append(EngineResult(sentence, vectors, state))
+        return found
+
+    def _drop_all(self) -> None:
+        for each in (self._sentences, self._numbers, self._without_tokens, self._arriving):
+            each.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class _Arriving(Generic[S]):
+    """The results of a round on their way to the host.
+
+    Attributes:
+        sentences: That ended.
+        collected: Their vectors.
+        place_of: Where among `states` that of each sentence is whose state is returned, by its position.
+        states: h and c (L, 2, n, …).
+        dropped: Sentences whose results nothing waits for any more.
+    """
+
+    sentences: Sequence[S]
+    collected: Collected
+    place_of: dict[int, int]
+    states: tuple[HostCopy, HostCopy] | None
+    dropped: set[S]
+
+    def done(self) -> bool:
+        """Return whether everything has arrived."""
+        return self.collected.done() and all(copy.done() for copy in self.states or ())
+
+    def results(self) -> list[EngineResult[S]]:
+        """Return them; waits for what has not arrived."""
+        vectors = self.collected.vectors()
+        if self.states is None and not self.dropped:
+            return [EngineResult(*each, None) for each in zip(self.sentences, vectors, strict=True)]
+        return [
+            EngineResult(sentence, found, self._state(position))
+            for position, (sentence, found) in enumerate(zip(self.sentences, vectors, strict=True))
+            if sentence not in self.dropped
+        ]
+
+    def _state(self, position: int) -> State | None:
+        place = self.place_of.get(position)
+        if place is None or self.states is None:
+            return None
+        h, c = (_floats(copy.array()[:, :, place]) for copy in self.states)
+        return h, c
+
+
+def _floats(array: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Return a copy of its own, of the numbers that a state has."""
+    return np.array(array, dtype=np.float32)

@@ -1,53 +1,50 @@
-"""Which token's vector is where: a table with room for the tokens in flight and a bounded cache. Pure: no torch."""
+"""Which token's vector is where: entries by token, for the tokens in flight and a bounded cache. Pure: no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from bilm_model.characters import read_bytes
+from bilm_model.alphabet import MAX_TOKEN_BYTES
+from bilm_model.characters import BEGIN_TOKEN, END_TOKEN, read_bytes
+from bilm_model.engine import loops
+from bilm_model.engine.fastest_loops import Bind, fastest_bind
 from bilm_model.engine.planner import Indices
-from bilm_model.engine.types import CacheStats
 
-# Of a full cache, this share is given up together: finding the oldest takes a look at all.
-_EVICTED_SHARE = 16
+Key = str | bytes
+"""A token; the bytes that are read of one that is longer, where they end within a character."""
 
 
-class TokenTable:
-    """Entries by the bytes of a token that the model reads.
+class TokenTable(dict[Key, int]):
+    """Entries by token: a look-up is a dictionary's, and only a token without an entry costs more.
 
-    Entries of tokens in flight are pinned. Of the others, the most recently used stay, at most `n_cached`. An entry
-    costs nothing before its first use: a table may have room for millions.
+    `Lanes` counts which entries are in use and says which are given up. An entry costs nothing before its first use: a
+    table may have room for millions.
+
+    Attributes:
+        capacity: Entries.
+        unknown: Entries that may have no vector yet, in the order in which they were made.
     """
 
-    def __init__(self, n_in_flight: int, n_cached: int, stats: CacheStats | None = None) -> None:
-        """Create an empty table.
-
-        Args:
-            n_in_flight: tokens of the sentences in flight at most.
-            n_cached: of the cache at most.
-            stats: counters to continue; None: new ones.
-        """
-        self.capacity = n_in_flight + n_cached
-        self.stats = CacheStats() if stats is None else stats
-        self._n_cached = n_cached
-        self._entry_of: dict[bytes, int] = {}
-        self._keys: list[bytes] = []  # of the entries that have been used
+    def __init__(self, capacity: int) -> None:
+        """Create an empty table with room for so many entries."""
+        super().__init__()
+        self.capacity = capacity
+        self.unknown: list[int] = []
+        self._keys: list[Key] = []  # of the entries that have been used
         self._free: list[int] = []  # of those
-        self._pins = np.zeros(self.capacity, dtype=np.int32)
-        self._known = np.zeros(self.capacity, dtype=bool)
-        self._used = np.zeros(self.capacity, dtype=np.int64)
-        self._idle = np.zeros(self.capacity, dtype=bool)
-        self._clock = 0
 
-    @property
-    def n_cached(self) -> int:
-        """Tokens kept although no sentence in flight has them."""
-        return int(self._idle[: len(self._keys)].sum())
+    def __missing__(self, token: str) -> int:
+        """Return a new entry, or that of another token that reads the same.
 
-    @property
-    def n_available(self) -> int:
-        """Entries that new tokens can have: free ones, and those of cached tokens."""
-        return self._n_free + self.n_cached
+        Raises:
+            CharacterError: If the token is empty or not valid Unicode.
+        """
+        key = _key(token)
+        found = self.get(key)
+        if found is None:
+            found = self[key] = self._new(key)
+            self.unknown.append(found)
+        return found
 
     @property
     def entries(self) -> Indices:
@@ -55,73 +52,58 @@ class TokenTable:
         return np.arange(len(self._keys))
 
     @property
-    def _n_free(self) -> int:
-        return self.capacity - len(self._keys) + len(self._free)
+    def n_available(self) -> int:
+        """Entries that stand for no token."""
+        return self.capacity - len(self)
 
-    def enter(self, tokens: Sequence[str]) -> Indices:
-        """Return the entries (T,) of a sentence's tokens, pinned until `leave`.
+    def entries_of(self, sentences: Sequence[Sequence[str]]) -> list[int]:
+        """Return the entries of the tokens and boundaries of some sentences, one after another; some may be new.
 
         Raises:
-            CharacterError: if a token is empty or not valid Unicode.
-            ValueError: if there are more new tokens than free entries. After either error nothing has changed.
+            CharacterError: If a token is empty or not valid Unicode. After this or any other error nothing has changed.
         """
-        keys = [read_bytes(token) for token in tokens]
-        n_new = len({key for key in keys if key not in self._entry_of})
-        if n_new > self._n_free:
-            raise ValueError(f"{n_new} new tokens don't fit: {self._n_free} entries free")
-        entries = np.array([self._find(key) for key in keys], dtype=np.int64)
-        self.stats.misses += n_new
-        self.stats.hits += len(keys) - n_new
-        self._clock += 1
-        np.add.at(self._pins, entries, 1)
-        self._used[entries] = self._clock
-        self._idle[entries] = False
+        n_unknown, entries, find = len(self.unknown), list[int](), self.__getitem__
+        try:
+            begin, end = (find(BEGIN_TOKEN), find(END_TOKEN)) if sentences else (0, 0)
+            for tokens in sentences:
+                entries.append(begin)
+                entries.extend(map(find, tokens))
+                entries.append(end)
+        except BaseException:
+            self.give_up(self.unknown[n_unknown:])
+            del self.unknown[n_unknown:]
+            raise
         return entries
 
-    def leave(self, entries: Indices) -> Indices:
-        """Unpin what `enter` gave; return the entries that stand for nothing any more."""
-        np.subtract.at(self._pins, entries, 1)
-        self._used[entries] = self._clock
-        self._idle[entries] = self._pins[entries] == 0
-        return self._evict()
+    def give_up(self, entries: Iterable[int]) -> None:
+        """Let entries stand for nothing any more."""
+        for entry in entries:
+            del self[self._keys[entry]]
+            self._free.append(entry)
 
-    def missing(self, entries: Indices) -> Indices:
-        """Return the different ones of these entries that have no vector: compute them, then call `encoded`."""
-        distinct = np.unique(entries)
-        return distinct[~self._known[distinct]]
-
-    def encoded(self, entries: Indices) -> None:
-        """Note that these entries have their vectors."""
-        self._known[entries] = True
-
-    def key(self, entry: int) -> bytes:
+    def read(self, entry: int) -> bytes:
         """Return the bytes of an entry's token, as many as the model reads."""
-        return self._keys[entry]
+        key = self._keys[entry]
+        return key if isinstance(key, bytes) else key.encode()
 
-    def _find(self, key: bytes) -> int:
-        entry = self._entry_of.get(key)
-        if entry is not None:
-            return entry
+    def _new(self, key: Key) -> int:
         if self._free:
             entry = self._free.pop()
             self._keys[entry] = key
         else:
             entry = len(self._keys)
             self._keys.append(key)
-        self._entry_of[key] = entry
         return entry
 
-    def _evict(self) -> Indices:
-        idle = np.flatnonzero(self._idle[: len(self._keys)])
-        if len(idle) <= self._n_cached:
-            return idle[:0]
-        n_evicted = len(idle) - self._n_cached + self._n_cached // _EVICTED_SHARE
-        victims = idle[np.argpartition(self._used[idle], n_evicted - 1)[:n_evicted]]
-        for entry in victims.tolist():
-            del self._entry_of[self._keys[entry]]
-            self._free.append(entry)
-        self._known[victims] = self._idle[victims] = False
-        return victims
+
+def _key(token: str) -> Key:
+    data = read_bytes(token)
+    if len(data) < MAX_TOKEN_BYTES:
+        return token
+    try:
+        return data.decode()  # what is read of a longer token is a token, too
+    except UnicodeDecodeError:
+        return data
 
 
 class InputPlaces:
@@ -130,45 +112,43 @@ class InputPlaces:
     A place costs nothing before its first use, as an entry of a table.
     """
 
-    def __init__(self, n_entries: int, capacity: int) -> None:
+    def __init__(self, n_entries: int, capacity: int, bind: Bind | None = None) -> None:
+        """Create an empty cache.
+
+        Args:
+            n_entries: Of the table of tokens.
+            capacity: Places.
+            bind: How loops run; None: the fastest way that works here.
+        """
         self.capacity = capacity
-        self._place_after = np.zeros(n_entries, dtype=np.int64)  # one more than an entry's place; 0: it has none
-        self._entry = np.zeros(capacity, dtype=np.int64)
-        self._used = np.zeros(capacity, dtype=np.int64)
-        self._free: list[int] = []  # of the places that have been used
-        self._n_touched = 0
-        self._clock = 0
+        self._bind = bind or fastest_bind()
+        self._numbers = np.zeros(8, dtype=np.int64)
+        self._numbers[loops.N_CACHE_PLACES] = capacity
+        self._numbers[[loops.FREE_CACHE_PLACE, loops.CACHE_OLDEST, loops.CACHE_NEWEST]] = loops.NONE
+        self._place_after = np.zeros(n_entries, dtype=np.int64)
+        self._of_places = np.zeros((4, capacity), dtype=np.int64)
+        self._make_room(1024)
+
+    def _make_room(self, n_given: int) -> None:
+        """Let a call have so many entries."""
+        self._given, self._missing, self._taken = np.zeros((3, n_given), dtype=np.int64)
+        entry_at, older, newer, used = self._of_places
+        given = (self._numbers, self._given, self._place_after)
+        self._take = self._bind(
+            loops.take_cache_places, (*given, entry_at, older, newer, used, self._missing, self._taken)
+        )
+        self._forget = self._bind(loops.forget_cache_places, (*given, older, newer))
 
     def take(self, entries: Indices) -> tuple[Indices, Indices]:
-        """Make room for different entries, at most `capacity`.
+        """Make room for entries of any shape, which may repeat; at most `capacity` different ones.
 
         Returns:
-            Those that are to be computed, and their places.
+            Those that are to be computed, each once, and their places.
         """
-        self._clock += 1
-        places = self.places(entries)
-        self._used[places[places >= 0]] = self._clock
-        missing = entries[places < 0]
-        if len(missing) == 0:
-            return missing, missing
-        taken = self._take_free(len(missing))
-        n_more = len(missing) - len(taken)
-        if n_more:
-            oldest = np.argpartition(self._used, n_more - 1)[:n_more]
-            self._place_after[self._entry[oldest]] = 0
-            taken = np.concatenate([taken, oldest])
-        self._entry[taken], self._place_after[missing], self._used[taken] = missing, taken + 1, self._clock
-        return missing, taken
-
-    def _take_free(self, n: int) -> Indices:
-        """Return up to n places that no entry has, marked as used now."""
-        n_new = min(max(0, n - len(self._free)), self.capacity - self._n_touched)
-        new = np.arange(self._n_touched, self._n_touched + n_new)
-        self._n_touched += n_new
-        freed, self._free = self._free[:n], self._free[n:]
-        taken = np.concatenate([np.array(freed, dtype=np.int64), new])
-        self._used[taken] = self._clock
-        return taken
+        self._give(entries)
+        self._take()
+        n_missing = int(self._numbers[loops.N_CACHE_MISSING])
+        return self._missing[:n_missing].copy(), self._taken[:n_missing].copy()
 
     def places(self, entries: Indices) -> Indices:
         """Return where these entries' projections are, taken before; −1: nowhere."""
@@ -176,7 +156,12 @@ class InputPlaces:
         return places
 
     def forget(self, entries: Indices) -> None:
-        """Give up the places of entries that will stand for something else."""
-        places = np.unique(self.places(entries))
-        self._free += places[places >= 0].tolist()
-        self._place_after[entries] = 0
+        """Give up the places of entries that will stand for something else; they may repeat."""
+        self._give(entries)
+        self._forget()
+
+    def _give(self, entries: Indices) -> None:
+        if entries.size > len(self._given):
+            self._make_room(2 * entries.size)
+        self._given[: entries.size] = entries.ravel()
+        self._numbers[loops.N_CACHE_GIVEN] = entries.size

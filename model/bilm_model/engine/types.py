@@ -84,7 +84,7 @@ class EngineSentence(Protocol):
 S = TypeVar("S", bound=EngineSentence)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class EngineResult(Generic[S]):
     """What came of a sentence.
 
@@ -172,6 +172,10 @@ class Engine(Protocol[S]):
         """What may be in flight."""
 
     @property
+    def ahead(self) -> int:
+        """Sentences that may join beyond the rows of `capacity`, so that a row that ends one can begin the next."""
+
+    @property
     def max_steps(self) -> int:
         """Steps of the longest sentence that can be computed."""
 
@@ -201,7 +205,7 @@ class Engine(Protocol[S]):
     def join(self, sentences: Sequence[S]) -> None:
         """Take sentences in, in the scheduler's order.
 
-        They fit the capacity that is free, or run ahead of it by one round at most, if the engine says so.
+        They fit the capacity that is free; of rows there are `ahead` more.
 
         Raises:
             CharacterError: If a token can't be read.

@@ -13,10 +13,9 @@ from bilm_model.engine.backend import Backend, Memory
 from bilm_model.engine.backends import NewBackend, new_backend
 from bilm_model.engine.cellular import CellularBatch
 from bilm_model.engine.cpu.backend import CpuBackend
-from bilm_model.engine.flight import Ticket
 from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.planner import Indices, RoundPlan
-from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence
+from bilm_model.engine.sentences import PlainSentence
 from bilm_model.errors import CharacterError, ConfigError, ModelError
 
 
@@ -29,73 +28,69 @@ def words(n: int) -> PlainSentence:
     return PlainSentence([f"w{i % 50}" for i in range(n)])
 
 
-def rounds_until(engine: CellularBatch, ticket: Ticket) -> int:
+def advance(engine: CellularBatch) -> list[int]:
+    """Execute a round; let what ended leave."""
+    ended = [sentence for sentence, _ in engine.advance()]
+    engine.leave(ended)
+    return ended
+
+
+def run_dry(engine: CellularBatch) -> None:
+    while engine.n_in_flight:
+        advance(engine)
+
+
+def rounds_until(engine: CellularBatch, sentence: int) -> int:
     n_rounds = 1
-    while ticket not in dict(engine.advance()):
+    while sentence not in advance(engine):
         n_rounds += 1
     return n_rounds
 
 
-def test_a_short_sentence_does_not_wait_for_the_results_of_long_ones() -> None:
+def test_a_short_sentence_does_not_wait_for_long_ones() -> None:
     engine = engine_of(max_rows=9)
-    long, *_ = [engine.join(words(3000)) for _ in range(8)]
-    short = None
-    while engine.n_in_flight == 8:
-        engine.advance()
-        if short is None and long.remaining and long.done > 2950:
-            short = engine.join(words(5))
-            assert rounds_until(engine, short) <= 3
-    assert short is not None
-    while engine.n_in_flight:
-        engine.advance()
-    assert engine.free_rows == 9
-
-
-def test_results_of_many_long_sentences_come_one_by_one() -> None:
-    engine = engine_of(max_rows=4)
-    for _ in range(4):
-        engine.join(words(3000))
-    counts: list[int] = []
-    while engine.n_in_flight:
-        counts.append(len(engine.advance()))
-    assert counts[-4:] == [1, 1, 1, 1]
+    engine.join([words(3000)] * 8)
+    for _ in range(5):
+        advance(engine)
+        (short,) = engine.join([words(5)])
+        assert rounds_until(engine, short) <= 2
+    run_dry(engine)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     engine = engine_of(max_rows=1, max_tokens=20)
-    with pytest.raises(ValueError, match="21 tokens and boundaries don't fit"):
-        engine.join(words(19))
+    assert engine.n_waiting == 4
+    with pytest.raises(ValueError, match="1 sentences of 21 tokens and boundaries don't fit: 5 rows, 20 free"):
+        engine.join([words(19)])
     with pytest.raises(CharacterError):
-        engine.join(PlainSentence(["a", ""]))
-    engine.join(words(18))
+        engine.join([words(3), PlainSentence(["a", ""])])
+    engine.join([words(1)] * 5)
     with pytest.raises(ValueError, match="0 rows"):
-        engine.join(words(1))
-    assert (engine.n_in_flight, engine.free_rows, engine.free_tokens) == (1, 0, 0)
-    (embedded,) = (embedded for _, embedded in engine.advance())
-    assert embedded.layers.shape == (3, 20, 16)
-    assert (engine.n_in_flight, engine.free_rows, engine.free_tokens) == (0, 1, 20)
+        engine.join([words(1)])
+    assert (engine.n_in_flight, engine.free_rows, engine.free_tokens) == (5, 0, 5)
+    assert len(advance(engine)) == 5
+    assert (engine.n_in_flight, engine.free_rows, engine.free_tokens) == (0, 5, 20)
 
 
-def test_a_sentence_without_tokens_takes_no_room_and_keeps_its_state() -> None:
+def test_a_sentence_without_tokens_keeps_its_state() -> None:
     engine = engine_of(max_rows=1, max_tokens=8)
     (before,) = engine.run([words(3)])
-    engine.join(words(6))
-    ticket = engine.join(PlainSentence([], (before.h.numpy(), before.c.numpy())))
-    found: dict[Ticket, EmbeddedSentence] = dict(engine.advance())
-    assert found[ticket].layers.shape == (3, 0, 16)
-    assert torch.equal(found[ticket].h, before.h)
-    assert torch.equal(found[ticket].c, before.c)
-    gone = engine.join(PlainSentence([]))
-    engine.leave(gone)
-    assert engine.n_in_flight == 0
+    empty = PlainSentence([], (before.h.numpy(), before.c.numpy()))
+    found, other, fresh = engine.run([empty, words(6), PlainSentence([])])
+    assert found.layers.shape == fresh.layers.shape == (3, 0, 16)
+    assert other.layers.shape == (3, 8, 16)
+    assert torch.equal(found.h, before.h)
+    assert torch.equal(found.c, before.c)
+    assert not fresh.h.any()
+    assert not fresh.c.any()
 
 
 def test_the_warm_up_drops_what_is_in_flight_and_finds_numbers_that_are_none() -> None:
     engine = engine_of(max_rows=2)
-    engine.join(words(500))
+    engine.join([words(500)])
     engine.advance()
     engine.warm_up()
-    assert (engine.n_in_flight, engine.free_rows) == (0, 2)
+    assert (engine.n_in_flight, engine.free_rows) == (0, 2 + engine.n_waiting)
     bilm = random_bilm(SIZES["tiny"])
     bilm.encoder.char_cnn.biases[0].data[3] = float("nan")
     with pytest.raises(ModelError, match="not finite"):
@@ -160,44 +155,41 @@ class Unfit(Sequence[str]):
         "tokens that can't be read",
         "h of another shape",
         "c of another shape",
-        "h of another shape and no tokens",
         "a scalar as c",
     ],
 )
 def test_a_sentence_that_cannot_join_leaves_nothing_behind(bad: str, cache: int) -> None:
     engine = engine_of(max_rows=2, max_tokens=20, token_cache_mib=cache)
     h, c = state_of(engine)
-    engine.join(words(3))  # in flight meanwhile: 15 of 20 are free
+    engine.join([words(3)])  # in flight meanwhile: 15 of 20 are free
     sentences = {
-        "too many steps": words(14),
+        "too many steps": words(11),
         "too many steps, all different": PlainSentence([f"new {i}" for i in range(100_000 if cache else 40)]),
         "an empty token": PlainSentence(["known", "new", ""]),
         "half of a surrogate pair": PlainSentence(["new", "\ud800"]),
         "tokens that can't be read": PlainSentence(Unfit()),
         "h of another shape": PlainSentence(["new"], (h[:, :, 1:], c)),
         "c of another shape": PlainSentence(["new"], (h, c[:1])),
-        "h of another shape and no tokens": PlainSentence([], (h[:1], c)),
         "a scalar as c": PlainSentence(["new"], (h, np.zeros((), np.float32))),
     }
     before = free(engine)
     expected = (CharacterError, MemoryError) if "token" in bad or "surrogate" in bad else ValueError
     for _ in range(30):
-        with pytest.raises(expected if bad != "h of another shape and no tokens" else ValueError):
-            engine.join(sentences[bad])
+        with pytest.raises(expected):
+            engine.join([words(1), sentences[bad]])
         assert free(engine) == before
-    engine.join(words(13))  # all of the room is still there
-    while engine.n_in_flight:
-        engine.advance()
-    assert free(engine)[:3] == (2, 20, 0)
+    engine.join([words(13)])  # all of the capacity is still there
+    run_dry(engine)
+    assert free(engine)[:3] == (2 + engine.n_waiting, 20, 0)
 
 
 def test_every_row_taken_is_a_refusal_that_leaves_nothing_behind() -> None:
     engine = engine_of(max_rows=1, max_tokens=1000)
-    engine.join(words(3))
+    engine.join([words(3)] * engine.free_rows)
     before = free(engine)
     for number in range(600):  # of new tokens, each of which would take an entry
         with pytest.raises(ValueError, match="0 rows"):
-            engine.join(PlainSentence([f"{number} {i}" for i in range(20)]))
+            engine.join([PlainSentence([f"{number} {i}" for i in range(20)])])
     assert free(engine) == before
 
 
@@ -241,57 +233,54 @@ def failing_engine(**options: int) -> tuple[CellularBatch, FailingBackend]:
 
 def test_a_state_that_cannot_be_written_leaves_nothing_behind() -> None:
     engine, backend = failing_engine(max_rows=1, max_tokens=20)
-    state, before = state_of(engine), free(engine)
+    state = state_of(engine)
+    before = free(engine)
     whole = backend.memory
     backend.memory = replace(whole, c=cast(torch.Tensor, Full()))
+    (sentence,) = engine.join([PlainSentence(["a"] * 18, state)])
     with pytest.raises(RuntimeError, match="simulated"):
-        engine.join(PlainSentence(words(18).tokens, state))
+        engine.advance()
     backend.memory = whole
+    engine.drop([sentence])
     assert free(engine) == before
     assert torch.isfinite(engine.run([words(18)])[0].layers).all()
 
 
 @pytest.mark.parametrize("where", ["encode", "run"])
 def test_after_a_round_that_failed_each_sentence_can_be_dropped_and_later_ones_are_right(where: str) -> None:
-    (engine, backend), other = failing_engine(max_rows=3, max_tokens=40), engine_of()
+    (engine, backend), other = failing_engine(max_rows=3, max_tokens=60), engine_of()
     expected = other.run([words(9)])[0].layers
     engine.run([words(2)])
     before = free(engine)
-    tickets = [engine.join(words(9)), engine.join(words(5)), engine.join(PlainSentence([]))]
+    sentences = engine.join([words(9), words(5), words(3), words(4)])
     backend.failure = where
     with pytest.raises(RuntimeError, match="simulated"):
         engine.advance()
     backend.failure = ""
-    for ticket in tickets:
-        engine.leave(ticket)
+    for sentence in sentences:
+        engine.drop([sentence])
     assert free(engine) == before
     assert torch.equal(engine.run([words(9)])[0].layers, expected)
 
 
-def test_a_sentence_leaves_once() -> None:
-    engine = engine_of(max_rows=2, max_tokens=20)
+def test_sentences_are_dropped_wherever_they_are() -> None:
+    engine = engine_of(max_rows=2, max_tokens=200)
     before = free(engine)
-    gone, empty, stays = engine.join(words(5)), engine.join(PlainSentence([])), engine.join(words(6))
-    for ticket in (gone, empty):
-        engine.leave(ticket)
-        with pytest.raises(ValueError, match="not in flight"):
-            engine.leave(ticket)
-    assert stays in dict(engine.advance())
-    with pytest.raises(ValueError, match="not in flight"):
-        engine.leave(stays)
+    running, gone, waiting, stays = engine.join([words(50), words(40), words(5), words(6)])
+    engine.drop([waiting])
+    advance(engine)
+    engine.drop([gone, running])
+    assert rounds_until(engine, stays) <= 2
     assert free(engine)[:3] == before[:3]
 
 
-def test_what_a_reset_dropped_cannot_leave_any_more_and_takes_no_room() -> None:
+def test_a_reset_drops_everything() -> None:
     engine = engine_of(max_rows=2, max_tokens=60)
     engine.warm_up()
     before = free(engine)
-    tickets = [engine.join(words(50)), engine.join(PlainSentence([]))]
+    engine.join([words(50)])
     engine.advance()
     engine.warm_up()
-    for ticket in tickets:
-        with pytest.raises(ValueError, match="not in flight"):
-            engine.leave(ticket)
     assert free(engine) == before
 
 
@@ -300,7 +289,7 @@ def test_a_run_that_fails_leaves_nothing_in_flight(bad: PlainSentence) -> None:
     engine = engine_of(max_rows=2, max_tokens=20)
     with pytest.raises((CharacterError, ValueError)):
         engine.run([words(3), words(4), bad])
-    assert free(engine)[:3] == (2, 20, 0)
+    assert free(engine)[:3] == (2 + engine.n_waiting, 20, 0)
     assert len(engine.run([words(18)])) == 1
 
 

@@ -49,7 +49,7 @@ def test_the_engine_names_its_paths() -> None:
     assert "prepacked oneDNN products in float32 of factors rounded to bfloat16" in engine.backend
     assert engine.paths["products"] == "rounded_prepacked"
     assert engine.paths["recurrence"] == "products"
-    assert set(engine.paths) == {"products", "elementwise", "recurrence"}
+    assert set(engine.paths) == {"products", "elementwise", "recurrence", "planner"}
 
 
 def test_rounded_factors_give_the_vectors_of_native_products() -> None:

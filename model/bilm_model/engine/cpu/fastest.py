@@ -6,11 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from bilm_model.config import BilmConfig
 from bilm_model.contexts.lstm import ClippedProjectedLstm
+from bilm_model.engine.backend import Memory
+from bilm_model.engine.planner import SentenceSteps
+from bilm_model.engine.results import Collector, TorchCollector
+from bilm_model.engine.types import OutputSpec
 from bilm_model.kernels.elementwise import Elementwise, TorchElementwise
+from bilm_model.scalar_mix import LayerMix, Selection
 
 if TYPE_CHECKING:
     from bilm_model.engine.cpu.recurrence import Recurrence
@@ -87,6 +93,35 @@ def last_level_cache_bytes(caches: Path = Path("/sys/devices/system/cpu/cpu0/cac
         return max(int(size.removesuffix("K")) * 2**10 for size in sizes)
     except (OSError, ValueError):  # no such folder here, or other units
         return _TYPICAL_CACHE_BYTES
+
+
+def fastest_collector(memory: Memory) -> Collector:
+    """Return the fastest way to make results that works here."""
+    try:
+        from bilm_model.engine.cpu.fused_results import FusedCollector  # noqa: PLC0415 - as above
+
+        _compare_collectors(FusedCollector, TorchCollector)
+        return FusedCollector(memory)
+    except Exception as error:  # whatever keeps a kernel from being compiled or from computing what it should
+        _log.warning("fused results unavailable, falling back to torch: %s", error)
+        return TorchCollector(memory)
+
+
+def _compare_collectors(*kinds: Callable[[Memory], Collector]) -> None:
+    """Make a few results in both ways.
+
+    Raises:
+        RuntimeError: if they differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vectors, outputs = torch.randn(6, 5, generator=generator), torch.randn(1, 2, 6, 5, generator=generator)
+    memory = Memory(vectors, outputs, h=torch.empty(0), c=torch.empty(0))
+    steps = SentenceSteps(np.array([4, 3]), np.array([5, 4, 3, 2, 0, 1, 5]), np.array([0, 1, 2, 3, 0, 4, 3]))
+    selections = (Selection("all", "max"), Selection(LayerMix((0.5, -0.5), 2.0, layer_norm=True), "mean", True))
+    specs = [OutputSpec(selection) for selection in selections]
+    found, expected = (kind(memory).collect(steps, specs).vectors() for kind in kinds)
+    if not all(np.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True)):
+        raise RuntimeError("they don't compute what they should")
 
 
 def _compare(fused: Elementwise, dtype: torch.dtype) -> None:

@@ -6,7 +6,6 @@ Legend: U different tokens, C cells.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +53,7 @@ class InputCache:
 
     def fill(self, entries: Indices, compute: Compute) -> None:
         """Compute what is missing of these entries."""
-        missing, places = self.places.take(np.unique(entries))
+        missing, places = self.places.take(entries)
         if len(missing):
             for direction, projections in enumerate(self.projections):
                 projections[torch.from_numpy(places)] = compute(direction, missing)[: len(missing)]

@@ -89,12 +89,11 @@ class CachedInputs:
             mib = -(-needed * entry_bytes // 2**20)
             raise ConfigError(f"input_cache_mib: expected 0 or at least {mib} for this model, found {n_bytes // 2**20}")
         self._places = InputPlaces(n_entries, self._n_places)
-        self._rank_of = np.zeros(n_entries, dtype=np.int64)
         self.projections = inputs.projections.new_empty(2 * self._n_places, n_gates)
 
     def plan(self, entries: Indices) -> tuple[Indices, Indices]:
         """See `FirstInputs`."""
-        missing, places = self._places.take(distinct(entries.ravel(), self._rank_of)[0])
+        missing, places = self._places.take(entries)
         first_row = np.array([[0], [self._n_places]])
         return first_row + self._places.places(entries), np.concatenate([missing, places])
 

@@ -1,0 +1,352 @@
+"""Results of a round in one kernel on a CPU: gathered, mixed, normalised and pooled, each sentence by itself.
+
+Legend: L layers with the token layer, N steps of all sentences, T tokens, D width, P projection.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from bilm_model.engine.backend import Memory
+from bilm_model.engine.planner import SentenceSteps
+from bilm_model.engine.results import Vectors, shape_of
+from bilm_model.engine.types import DataType, OutputSpec
+from bilm_model.kernels.numba_blocks import (
+    bfloat16s,
+    copy_block,
+    float32s,
+    inner,
+    int64s,
+    kernel,
+    openmp,
+    run,
+    share,
+    shifted,
+    store,
+)
+from bilm_model.scalar_mix import LAYER_NORM_EPSILON, LayerMix
+
+_SHARED_BYTES = 64 * 1024
+"""Of memory that pooled results share: bounds what one that is kept keeps beside itself."""
+_LEAST_NORM = np.float32(1e-12)
+"""As in `torch.nn.functional.normalize`."""
+_EPSILON = np.float32(LAYER_NORM_EPSILON)
+_POOLINGS = {"none": 0, "mean": 1, "max": 2}
+_KINDS: dict[DataType, int] = {"float32": 0, "float16": 1, "bfloat16": 2}
+_NUMPY_TYPES: dict[DataType, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}
+_JOB = 10
+"""Numbers that describe a sentence to the kernel."""
+
+
+@inner
+def _half(memory, layer, direction, step):  # type: ignore[no-untyped-def]
+    """Return a pointer to a direction's vector (P) of a step; `memory` as `_collect` is given it."""
+    n_components, _, n_places, vectors, outputs, places, entries, _ = memory
+    if layer == 0:
+        return float32s(vectors + int64s(entries)[step] * n_components * 4)
+    row = ((layer - 1) * 2 + direction) * n_places + int64s(places)[step]
+    return float32s(outputs + row * n_components * 4)
+
+
+@inner
+def _statistics(memory, layer, first, n_steps, sums):  # type: ignore[no-untyped-def]
+    """Return mean and 1 / deviation of a sentence's layer, boundaries included, in two passes; sums (P) is scratch."""
+    n_components = memory[0]
+    mean, squares = 0.0, 0.0
+    for second in range(2):
+        for k in range(n_components):
+            sums[k] = np.float32(0.0)
+        centre = np.float32(mean)
+        for step in range(first, first + n_steps):
+            for direction in range(2):
+                half = _half(memory, layer, direction, step)
+                for k in range(n_components):
+                    part = half[k] - centre
+                    sums[k] = sums[k] + (part * part if second else part)
+        total = 0.0
+        for k in range(n_components):
+            total += sums[k]
+        total /= n_steps * 2 * n_components
+        mean, squares = (mean, total) if second else (total, squares)
+    return np.float32(mean), np.float32(1.0) / np.sqrt(np.float32(squares) + _EPSILON)
+
+
+@inner
+def _mix_row(memory, step, weights, offset, row):  # type: ignore[no-untyped-def]
+    """Row (D) = offset + Σ weights[layer] · the layer's vector."""
+    n_components, n_layers = memory[0], memory[1]
+    for k in range(2 * n_components):
+        row[k] = offset
+    for layer in range(n_layers):
+        for direction in range(2):
+            half, part, weight = _half(memory, layer, direction, step), direction * n_components, weights[layer]
+            for k in range(n_components):
+                row[part + k] = row[part + k] + weight * half[k]
+
+
+@inner
+def _pool(pooling, n_before, n, row, pooled):  # type: ignore[no-untyped-def]
+    """Take n numbers of a row into the sum or maximum of those of the rows before it; without pooling, copy them."""
+    if pooling == 0 or n_before == 0:
+        copy_block(n, row, pooled)
+    elif pooling == 1:
+        for k in range(n):
+            pooled[k] = pooled[k] + row[k]
+    else:
+        for k in range(n):
+            # NaN stays NaN
+            pooled[k] = row[k] if row[k] > pooled[k] or row[k] != row[k] else pooled[k]
+
+
+@inner
+def _pool_layer(memory, layer, step, pooling, n_before, pooled):  # type: ignore[no-untyped-def] # noqa: PLR0917
+    """Take a layer's vector (D) of a step in, as `_pool` does."""
+    for direction in range(2):
+        half = _half(memory, layer, direction, step)
+        _pool(pooling, n_before, memory[0], half, shifted(pooled, direction * memory[0]))
+
+
+@inner
+def _end_pooling(pooling, count, n, pooled):  # type: ignore[no-untyped-def]
+    if pooling == 1:
+        for k in range(n):
+            pooled[k] = pooled[k] / np.float32(count)
+
+
+@inner
+def _normalise(width, row):  # type: ignore[no-untyped-def]
+    total = np.float32(0.0)
+    for k in range(width):
+        total += row[k] * row[k]
+    norm = np.sqrt(total)
+    norm = _LEAST_NORM if norm < _LEAST_NORM else norm
+    for k in range(width):
+        row[k] = row[k] / norm
+
+
+@inner
+def _mix_of(memory, first, n_steps, mix, normed, scratch):  # type: ignore[no-untyped-def] # noqa: PLR0917
+    """Write what each layer is multiplied by behind a row of scratch, and return what is added, for normed layers."""
+    offset, weights = np.float32(0.0), shifted(scratch, 2 * memory[0])
+    for layer in range(memory[1]):
+        weights[layer] = float32s(mix)[layer]
+        if normed:
+            mean, scale = _statistics(memory, layer, first, n_steps, scratch)
+            weights[layer] = weights[layer] * scale
+            offset -= weights[layer] * mean
+    return offset
+
+
+@intrinsic
+def _bits(typing_context, number):  # type: ignore[no-untyped-def]
+    """Return the bits of a float32 as int32."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@inner
+def _half_bits(number):  # type: ignore[no-untyped-def]
+    """Return the bits of the nearest float16, ties to even (IEEE 754, 5 bits of exponent, 10 of fraction)."""
+    bits = np.int64(_bits(number)) & np.int64(0xFFFFFFFF)
+    sign, size = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
+    normal = (size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13
+    # Below 2⁻¹⁴ the fraction counts units of 2⁻²⁴: which is what stands in the last bits of the number + ½
+    small = (np.int64(_bits(abs(number) + np.float32(0.5))) & np.int64(0xFFFFFFFF)) - 0x3F000000
+    found = small if size < 0x38800000 else normal
+    finite = found if size < 0x477FF000 else 0x7C00  # infinite from 65,520 on
+    return sign | (0x7E00 if size > 0x7F800000 else finite)
+
+
+@inner
+def _write(width, row, kind, out):  # type: ignore[no-untyped-def]
+    """Write a row as float32, float16 or bfloat16 (kinds 0, 1, 2)."""
+    if kind == 0:
+        copy_block(width, row, float32s(out))
+    elif kind == 1:
+        target = bfloat16s(out)  # 16 bits each
+        for k in range(width):
+            target[k] = np.uint16(_half_bits(row[k]))
+    else:
+        for k in range(width):
+            store(bfloat16s(out), k, row[k])
+
+
+@inner
+def _collect(memory, job, scratch):  # type: ignore[no-untyped-def]
+    """Make one sentence's result.
+
+    Args:
+        memory: P, L, A and the addresses of vectors, outputs, places and entries; the last number is of no use here.
+        job: first step, steps, first layer, layers that are returned, address of the mix's weights (L) or 0, whether
+            layers are normalised first, pooling, whether vectors are, kind of the numbers, and where the result goes.
+        scratch: (2·D + L) of this sentence: a row, the weights, what is pooled.
+    """
+    width = 2 * memory[0]
+    first, n_steps, first_layer, n_layers, mix, normed, pooling, unit, kind, out = carray(job, _JOB)
+    weights, offset = shifted(scratch, width), np.float32(0.0)
+    pooled, row_bytes = shifted(weights, memory[1]), width * (2 if kind else 4)
+    if mix != 0:
+        offset = _mix_of(memory, first, n_steps, mix, normed != 0, scratch)
+    for layer in range(n_layers):
+        for token in range(n_steps - 2):  # without the boundaries
+            step, target = first + 1 + token, pooled if pooling else scratch
+            if mix == 0:
+                _pool_layer(memory, first_layer + layer, step, pooling, token, target)
+            else:
+                _mix_row(memory, step, weights, offset, scratch)
+                if pooling:
+                    _pool(pooling, token, width, scratch, pooled)
+            if not pooling:
+                if unit:
+                    _normalise(width, scratch)
+                _write(width, scratch, kind, out)
+                out += row_bytes
+        if pooling:
+            _end_pooling(pooling, n_steps - 2, width, pooled)
+            if unit:
+                _normalise(width, pooled)
+            _write(width, pooled, kind, out)
+            out += row_bytes
+
+
+def _collect_all(arguments):  # type: ignore[no-untyped-def]
+    n_threads, n_jobs, jobs, scratch = carray(arguments, 4)
+    memory = carray(arguments, 12)[4:]
+    begin, end = share(n_jobs, n_threads)
+    n_scratch = 4 * memory[0] + memory[1]
+    for number in range(begin, end):
+        _collect(memory, int64s(jobs + number * _JOB * 8), float32s(scratch + number * n_scratch * 4))
+
+
+@dataclass(frozen=True, eq=False)
+class _Wish:
+    """An output as the kernel reads it.
+
+    Attributes:
+        numbers: First layer, layers that are returned, address of the weights, and the flags.
+        weights: (L,) float32 at that address, if layers are mixed.
+    """
+
+    numbers: tuple[int, ...]
+    weights: NDArray[np.float32] | None
+
+    @classmethod
+    def of(cls, output: OutputSpec, n_layers: int) -> "_Wish":
+        selection = output.selection
+        first, count, weights, normed = 0, n_layers, None, False
+        if isinstance(selection.layers, LayerMix):
+            weights, normed = np.array(selection.layers.shares(), dtype=np.float32), selection.layers.layer_norm
+        elif selection.layers == "average":
+            weights = np.full(n_layers, 1 / n_layers, dtype=np.float32)
+        elif selection.layers == "top":
+            first = n_layers - 1
+        if weights is not None or selection.layers == "top":
+            count = 1
+        flags = (int(normed), _POOLINGS[selection.pooling], int(selection.l2_normalize), _KINDS[output.data_type])
+        return cls((first, count, 0 if weights is None else weights.ctypes.data, *flags), weights)
+
+
+@dataclass(frozen=True, eq=False)
+class FusedCollected:
+    """`Collected`, on the host already.
+
+    Attributes:
+        found: Each sentence's vectors.
+    """
+
+    found: list[Vectors]
+
+    def done(self) -> bool:
+        """Return True."""
+        return True
+
+    def vectors(self) -> list[Vectors]:
+        """See `Collected`."""
+        return self.found
+
+
+class FusedCollector:
+    """`Collector` in one kernel, on a CPU."""
+
+    path = "fused"
+
+    def __init__(self, memory: Memory) -> None:
+        """Compile the kernel, or take it from the cache.
+
+        Raises:
+            Exception: Whatever keeps it from being compiled.
+        """
+        self._kernel, self._parallel = kernel(_collect_all), openmp()
+        self._n_layers, self._width = len(memory.outputs) + 1, 2 * memory.vectors.shape[1]
+        addresses = [tensor.data_ptr() for tensor in (memory.vectors, memory.outputs)]
+        self._memory = memory
+        self._numbers = (memory.vectors.shape[1], self._n_layers, memory.outputs.shape[2], *addresses)
+
+    def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec]) -> FusedCollected:
+        """See `Collector`."""
+        counts = steps.counts.tolist()
+        firsts = list(itertools.accumulate(counts, initial=0))
+        jobs: list[tuple[int, ...]] = [()] * len(counts)
+        found: list[Vectors] = [_NONE] * len(counts)
+        wishes: list[_Wish] = []
+        for output, numbers in _groups(outputs).items():
+            wishes.append(_Wish.of(output, self._n_layers))  # they hold what the kernel reads
+            memory = self._pooled(output, len(numbers)) if output.pooled else self._whole(output, numbers, counts)
+            for number, (vectors, address) in zip(numbers, memory, strict=True):
+                found[number] = vectors
+                jobs[number] = (firsts[number], counts[number], *wishes[-1].numbers, address)
+        self._run(steps, np.array(jobs))
+        return FusedCollected(found)
+
+    def _pooled(self, output: OutputSpec, n_sentences: int) -> Iterator[tuple[Vectors, int]]:
+        """Yield memory for each pooled result, which share some, and its address."""
+        shape = shape_of(0, self._n_layers, self._width, output)
+        dtype = np.dtype(_NUMPY_TYPES[output.data_type])
+        n_bytes = dtype.itemsize * math.prod(shape)
+        n_rows = max(1, _SHARED_BYTES // n_bytes)
+        for first in range(0, n_sentences, n_rows):
+            array = np.empty((min(n_rows, n_sentences - first), *shape), dtype)
+            address = array.ctypes.data
+            yield from zip(array, range(address, address + array.nbytes, n_bytes), strict=True)
+
+    def _whole(
+        self, output: OutputSpec, numbers: Sequence[int], counts: Sequence[int]
+    ) -> Iterator[tuple[Vectors, int]]:
+        """Yield memory for each result that isn't pooled, its own, and its address."""
+        for number in numbers:
+            shape = shape_of(counts[number] - 2, self._n_layers, self._width, output)
+            array = np.empty(shape, _NUMPY_TYPES[output.data_type])
+            yield array, array.ctypes.data
+
+    def _run(self, steps: SentenceSteps, jobs: NDArray[np.int64]) -> None:
+        scratch = np.empty(len(jobs) * (2 * self._width + self._n_layers), dtype=np.float32)
+        addresses = [array.ctypes.data for array in (jobs, scratch, steps.places, steps.entries)]
+        n_numbers = len(steps.places) * self._width
+        run(
+            self._kernel, n_numbers, len(jobs), *addresses[:2], *self._numbers, *addresses[2:], 0,
+            parallel=self._parallel,
+        )  # fmt: skip
+
+
+_NONE = np.empty(0, dtype=np.float32)
+
+
+def _groups(outputs: Sequence[OutputSpec]) -> dict[OutputSpec, list[int]]:
+    """Return the numbers of the sentences of each different output."""
+    groups: dict[OutputSpec, list[int]] = {}
+    last, numbers = None, list[int]()
+    for number, output in enumerate(outputs):
+        if output is not last:  # the sentences of a call share theirs
+            last, numbers = output, groups.setdefault(output, [])
+        numbers.append(number)
+    return groups
