@@ -29,7 +29,6 @@ _MIB = 2**20
 _PROCESS_BYTES = 400 * _MIB  # Python, torch and compiled kernels
 _CONNECTION_BYTES, _TLS_CONNECTION_BYTES = 20 * 1024, 60 * 1024
 _UNREAD_STREAM_BYTES = 256 * 1024 + _MIB  # what was sent on it, and one result message
-_COPIED_TOKENS = 2048  # of a result being copied out, unless a sentence is longer
 _FLOAT_BYTES = 4
 
 
@@ -105,8 +104,6 @@ def memory_sum(config: ServerConfig, header: ModelHeader, n_connections: int) ->
     options = engine_options(config).resolved(device)
     place = f"on {device}" if device.type == "cuda" else "in memory"
     parameters = _FLOAT_BYTES * header.parameter_count
-    layer_bytes = _FLOAT_BYTES * (header.config.n_layers + 1) * 2 * header.config.projection_dim  # of one token
-    copied = 2 * max(_COPIED_TOKENS, config.max_tokens_per_sentence) * layer_bytes
     connection = _CONNECTION_BYTES if config.tls_cert is None else _TLS_CONNECTION_BYTES
     answers_mib = 2 * (config.max_waiting_mib + config.max_stream_mib)
     return MemorySum(
@@ -116,7 +113,6 @@ def memory_sum(config: ServerConfig, header: ModelHeader, n_connections: int) ->
             (f"sentences in flight and the token cache, {place}", options.memory_bytes(header.config, device)),
             (f"the input cache, {place}", (options.input_cache_mib or 0) * _MIB),
             ("answers that wait to be sent, twice", answers_mib * _MIB),
-            ("two results being copied out", copied),
             (f"{n_connections} connections", n_connections * connection),
         ),
         memory_limit_bytes(),

@@ -98,12 +98,20 @@ class Scheduler(Generic[T]):
     Long sentences stay long: they would fill all rows and keep short ones waiting for thousands of ticks. So they have
     a lane of their own with a little less capacity. One that waits for other long ones lets short ones pass; one that
     waits for capacity that short ones take doesn't.
+
+    An engine may take some sentences ahead, so that a row that ends one can begin the next at once. Long ones never run
+    ahead: those that join have rows, as many as long ones may have, and so do short ones.
     """
 
-    def __init__(self, capacity: Capacity) -> None:
-        """Set the capacity of the engine."""
-        self._capacity = capacity
-        self._short: _Lane[T] = _Lane(capacity)
+    def __init__(self, capacity: Capacity, ahead: int = 0) -> None:
+        """Set what the engine takes.
+
+        Args:
+            capacity: What it computes at a time.
+            ahead: Sentences that may join beyond that.
+        """
+        self._capacity = capacity + Capacity(ahead, 0)
+        self._short: _Lane[T] = _Lane(self._capacity)
         self._long: _Lane[T] = _Lane(_for_long_ones(capacity))
         self._turns = 0
 

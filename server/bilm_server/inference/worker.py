@@ -56,7 +56,7 @@ class InferenceWorker:
             timing: how long the thread waits.
         """
         self._engine, self._clock, self._timing = engine, clock, timing
-        self._scheduler: Scheduler[Sentence] = Scheduler(engine.capacity)
+        self._scheduler: Scheduler[Sentence] = Scheduler(engine.capacity, engine.ahead)
         self._pending = PendingSentences()
         self._wake = threading.Condition()  # its lock is that of the scheduler and of the sentences' statuses
         self._batch = RunningBatch(engine, self._scheduler, self._pending, self._wake, clock=clock, on_round=on_round)

@@ -172,3 +172,17 @@ def test_single_sentences_can_be_taken_out_wherever_they_wait(waiting: list[tupl
             scheduler.release(need(waiting[item][1]))
     assert joined == left
     assert scheduler.used == Capacity(0, 0)
+
+
+def test_short_sentences_run_ahead_and_long_ones_leave_them_rows() -> None:
+    scheduler: Scheduler[int] = Scheduler(Capacity(8, 10_000), ahead=3)
+    for item in range(20):
+        scheduler.add(item, item, need(LONG_STEPS + 1), NEVER)
+    assert len(scheduler.decide(0.0).items) == 7  # of 8 rows, not of 11 sentences
+    for item in range(20, 40):
+        scheduler.add(item, item, need(5), NEVER)
+    assert len(scheduler.decide(0.0).items) == 4
+    assert scheduler.used.rows == 11
+    for _ in range(7):
+        scheduler.release(need(LONG_STEPS + 1))
+    assert len(scheduler.decide(0.0).items) == 7
