@@ -21,7 +21,7 @@ RUN ?= runs/wikitext2-mini
 # Tests have limits of their own (tests/support/time_limits.py); this one is for what comes before and after them.
 LIMITED := timeout --foreground --kill-after=30
 
-.PHONY: demo serve test tests test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-before bench-full bench-training bench-page train clean
+.PHONY: demo serve test tests test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-before bench-memory bench-full bench-training bench-page train clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -83,6 +83,10 @@ bench: $(VENV)/.dev
 # against the commit before, in a work tree and processes of its own: about two hours; ARGS='--rounds 3 --window-s 2'
 bench-before: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.experiments.before $(ARGS)
+
+# a server's memory under mixed requests: ten minutes; ARGS='--minutes 60' an hour
+bench-memory: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.experiments.memory $(ARGS)
 
 # load sweeps, and what else one could run: about an hour
 bench-full: $(VENV)/.dev $(TRITON_VENV)/.installed

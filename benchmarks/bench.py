@@ -22,9 +22,10 @@ from benchmarks.experiments.latency import (
     paced,
     short_among_long,
 )
+from benchmarks.experiments.memory import mixed_requests
 from benchmarks.experiments.planning import planning
 from benchmarks.experiments.served import CASES, ServedCase, event_loop_time, served_throughput
-from benchmarks.experiments.start import client_import, memory_after_start, start_to_serving
+from benchmarks.experiments.start import client_import, start_to_serving
 from benchmarks.load.sentences import read_sentences
 from benchmarks.machine import new_report
 from benchmarks.paths import RESULTS
@@ -67,7 +68,7 @@ def main() -> None:
         "served": lambda: served_throughput(report, sentences, few(3), CASES),
         "event-loop": lambda: event_loop_time(report, "", sentences, few(3)),
         "start": lambda: start_to_serving(report, effort),
-        "memory": lambda: memory_after_start(report, few(3)),
+        "memory": lambda: mixed_requests(report, "", minutes=0.5, sample_s=10.0, callers=8),
         "import": lambda: client_import(report, effort),
     }
     if arguments.smoke:
@@ -81,7 +82,7 @@ def main() -> None:
             "served": lambda: served_throughput(report, sentences, effort, _SMOKE_CASES),
             "event-loop": lambda: event_loop_time(report, "random:tiny", sentences, effort),
             "start": lambda: start_to_serving(report, effort, ("default",)),
-            "memory": lambda: memory_after_start(report, effort),
+            "memory": lambda: mixed_requests(report, "random:tiny", minutes=0.05, sample_s=1.0, callers=2),
             "import": lambda: client_import(report, effort),
         }
     run_sections(sections, arguments.only)

@@ -1,4 +1,4 @@
-"""The start: until the port opens, until the server is SERVING, what memory it has then; and the client's import."""
+"""The start: until the port opens, until the server is SERVING; and the client's import."""
 
 import os
 import socket
@@ -6,9 +6,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from bilm_bench.reporting.experiment import Finding, Findings
 from bilm_bench.statistics.rounds import Contestant, Spread, interleave, ratio
@@ -18,14 +18,12 @@ from bilm_model.config import SIZES
 from bilm_model.weights import single_file
 
 from benchmarks.experiments.in_process import Effort
-from benchmarks.process_usage import memory_mib
 
 OPEN_TARGET, SERVING_TARGET = 0.5, 2.2
 """In times of importing torch."""
-PRIVATE_MIB_TARGET, RESIDENT_MIB_TARGET = 230.0, 420.0
 IMPORT_TARGET_S = 0.3
 _LOOK_INTERVAL_S = 0.005
-_SETTLE_S = 3.0  # a server's last threads of its start have ended
+SETTLE_S = 3.0  # a server's last threads of its start have ended
 _STOP_TIMEOUT_S = 30.0
 _IMPORT = """
 import time
@@ -47,9 +45,9 @@ def start_to_serving(report: Findings, effort: Effort, sizes: Sequence[str] = ("
         opened: dict[str, list[float]] = {size: [] for size in sizes}
 
         def start_s(size: str, cache: Path) -> float:
-            with started_server(sources[size], cache) as (open_s, serving_s, _):
-                opened[size].append(open_s)
-            return serving_s
+            with StartedServer(sources[size], cache) as server:
+                opened[size].append(server.open_s)
+            return server.serving_s
 
         contestants: dict[str, Contestant] = {"torch": _torch_import_s}
         contestants |= {size: lambda size=size: start_s(size, caches) for size in sizes}  # type: ignore[misc]
@@ -73,50 +71,58 @@ def start_to_serving(report: Findings, effort: Effort, sizes: Sequence[str] = ("
         )
 
 
-def memory_after_start(report: Findings, effort: Effort) -> None:
-    """Measure the memory of a server that has just started, with the model that ships."""
-    found = []
-    with tempfile.TemporaryDirectory(prefix="bilm-bench-") as caches:
-        for number in range(effort.rounds + 1):
-            with started_server("", Path(caches)) as (_, _, process_id):
-                time.sleep(_SETTLE_S)
-                if number:  # the first start compiles the kernels
-                    found.append(memory_mib(process_id))
-    private, resident = ([each[name] for each in found] for name in ("RssAnon", "VmRSS"))
-    report.detail("memory after start", {"private_mib": private, "resident_mib": resident})
-    what = "after the start, the model that ships"
-    report.add(
-        Finding("memory/start/private", f"private memory {what}", Spread.of(private), "MiB", PRIVATE_MIB_TARGET, False),
-        Finding("memory/start/resident", f"resident {what}", Spread.of(resident), "MiB", RESIDENT_MIB_TARGET, False),
-    )
-
-
-@contextmanager
-def started_server(model: str, caches: Path, *arguments: str) -> Iterator[tuple[float, float, int]]:
-    """Start a server; give seconds until its port opened, until it was SERVING, and its process.
+class StartedServer:
+    """A server that is started with default settings, as a context manager that gives itself.
 
     Args:
         model: as bilm-serve's --model.
         caches: folder for compiled kernels.
-        arguments: further ones.
+
+    Attributes:
+        open_s: from the process's start until its port was open.
+        serving_s: from the process's start until it was SERVING.
     """
-    with tempfile.TemporaryDirectory(prefix="bilm-") as folder:
-        path = f"{folder}/bilm.sock"
-        flags = ["--model", model, "--listen", f"unix:{path}", "--drain-delay-s", "0", "--log-level", "warning"]
+
+    def __init__(self, model: str, caches: Path) -> None:
+        self._model, self._caches = model, caches
+        self._folder = tempfile.TemporaryDirectory(prefix="bilm-")
+        self._process: subprocess.Popen[bytes] | None = None
+        self.open_s = self.serving_s = float("nan")
+
+    def __enter__(self) -> Self:
+        path = f"{self._folder.name}/bilm.sock"
+        flags = ["--model", self._model, "--listen", self.target, "--drain-delay-s", "0", "--log-level", "warning"]
         environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
         begun_s = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bilm_server", *flags, *arguments],
-            env={**environment, "XDG_CACHE_HOME": str(caches)},
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bilm_server", *flags], env={**environment, "XDG_CACHE_HOME": str(self._caches)}
         )
         try:
-            _wait_for_port(path, process)
-            open_s = time.perf_counter() - begun_s
-            wait_until_serving(f"unix:{path}", process, START_TIMEOUT_S)
-            yield open_s, time.perf_counter() - begun_s, process.pid
-        finally:
-            process.terminate()
-            process.wait(_STOP_TIMEOUT_S)
+            _wait_for_port(path, self._process)
+            self.open_s = time.perf_counter() - begun_s
+            wait_until_serving(self.target, self._process, START_TIMEOUT_S)
+            self.serving_s = time.perf_counter() - begun_s
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process is not None
+        self._process.terminate()
+        self._process.wait(_STOP_TIMEOUT_S)
+        self._folder.cleanup()
+
+    @property
+    def target(self) -> str:
+        """Its address."""
+        return f"unix:{self._folder.name}/bilm.sock"
+
+    @property
+    def process_id(self) -> int:
+        """Its process."""
+        assert self._process is not None
+        return self._process.pid
 
 
 def _wait_for_port(path: str, process: "subprocess.Popen[bytes]") -> None:
