@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Final, Protocol
 
@@ -55,7 +55,7 @@ class CallGate:
 
     @contextmanager
     def call(
-        self, call: CallRecord, auth_context: AuthContext = NO_AUTH_CONTEXT, held: ExitStack | None = None
+        self, call: CallRecord, auth_context: AuthContext = NO_AUTH_CONTEXT, *, keeps_held: bool = False
     ) -> Iterator[None]:
         """Observe a call from begin to end, and let it in.
 
@@ -65,8 +65,8 @@ class CallGate:
         Args:
             call: becomes the current call.
             auth_context: what the connection proves of the caller, as grpc's `auth_context` has it.
-            held: takes what the call holds of the server, for the door to give back once its response is sent; None:
-                it is given back at the end of the context.
+            keeps_held: whether the door itself gives back what the call holds of the server, `CallRecord.held`, once
+                its response is sent; else it is given back at the end of the context.
 
         Raises:
             RefusalError: UNAUTHENTICATED or CALLER_LIMIT.
@@ -74,8 +74,6 @@ class CallGate:
         begun_s = self._clock()
         for observer in self._observers:
             observer.begin(call)
-        if held is not None:
-            call.held = held
         token = enter(call)
         try:
             self._let_in(call, auth_context)
@@ -92,7 +90,7 @@ class CallGate:
             raise
         finally:
             leave(token)
-            if held is None:
+            if not keeps_held:
                 call.held.close()
             call.duration_s = self._clock() - begun_s
             for observer in self._observers:
@@ -101,4 +99,4 @@ class CallGate:
     def _let_in(self, call: CallRecord, auth_context: AuthContext) -> None:
         call.caller = self._authenticator.identify(call.metadata, call.peer, auth_context).name
         call.is_test = is_marked(call.metadata) and self._rights.has(call.caller, Right.NO_LOG)
-        call.held.enter_context(self._limits.call(call.caller))
+        call.held.add(self._limits.call(call.caller).release)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from bilm_api.constants import Reason
 
+from bilm_server.embedding.admission import NOTHING, Cost, Reservation
 from bilm_server.errors import RefusalError
 
 _MAX_CALLERS = 4096
@@ -94,17 +95,15 @@ class CallerLimits:
         """Callers that are remembered."""
         return len(self._accounts)
 
-    def call(self, caller: str) -> AbstractContextManager[None]:
-        """Return a context for as long as which a call is counted.
+    def call(self, caller: str) -> Reservation:
+        """Count a call until the reservation is released.
 
-        Entering it raises:
+        Raises:
             RefusalError: CALLER_LIMIT, if the caller has as many already; with the time that it takes until one of them
                 ends, as far as the last ones tell.
         """
-        return self._counted(caller) if self._max_calls else nullcontext()
-
-    @contextmanager
-    def _counted(self, caller: str) -> Iterator[None]:
+        if not self._max_calls:
+            return Reservation(NOTHING, _keep)
         account = self._account(caller)
         if account.calls >= self._max_calls:
             raise RefusalError(
@@ -114,11 +113,12 @@ class CallerLimits:
             )
         account.calls += 1
         begun_s = self._clock()
-        try:
-            yield
-        finally:
+
+        def end(_: Cost) -> None:
             account.calls -= 1
             account.mean_call_s += _DURATION_WEIGHT * (self._clock() - begun_s - account.mean_call_s)
+
+        return Reservation(NOTHING, end)
 
     def charge(self, caller: str, tokens: int) -> None:
         """Take the tokens of an `Embed` out of the caller's bucket.
@@ -202,6 +202,10 @@ class CallerLimits:
                 del self._accounts[caller]
             else:
                 self._accounts.move_to_end(caller)  # it is in use right now
+
+
+def _keep(_: Cost) -> None:
+    """Give nothing back: nothing was counted."""
 
 
 def _pushback_ms(seconds: float) -> int:

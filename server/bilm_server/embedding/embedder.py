@@ -116,7 +116,7 @@ class Embedder:
         self.limits.check_count(len(sentences))
         price = self._preprocessing.price(sentences)
         room = self.admission.reserve(Cost(price, 0), self._retry_after_ms)  # before any work is done for it
-        current_call().held.push(room)
+        current_call().held.add(room.release)
         try:
             refusals, n_bytes = await self._prepare(sentences, request_bytes, room, response)
             results = await self._compute_all(sentences, refusals)

@@ -1,7 +1,6 @@
 """The record of a call: for the access log, the metrics and the traces. Never the caller's text."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,6 +26,22 @@ def caller_request_id(metadata: Metadata) -> str:
 def is_marked(metadata: Metadata) -> bool:
     """Return whether a call is marked as a test; whether that counts is a right of its caller."""
     return NO_LOG_KEY in [key for key, _ in metadata]
+
+
+class Held:
+    """What a call holds of the server: what is added last is given back first. Closing is idempotent."""
+
+    def __init__(self) -> None:
+        self._releases: list[Callable[[], None]] = []
+
+    def add(self, release: Callable[[], None]) -> None:
+        """Hold something until `close`, which gives it back by calling `release`; that must not raise."""
+        self._releases.append(release)
+
+    def close(self) -> None:
+        """Give everything back."""
+        while self._releases:
+            self._releases.pop()()
 
 
 @dataclass(eq=False)
@@ -67,7 +82,7 @@ class CallRecord:
     queue_s: float = 0.0
     inference_s: float = 0.0
     duration_s: float = 0.0
-    held: ExitStack = field(default_factory=ExitStack)
+    held: Held = field(default_factory=Held)
 
     def computed(self, tokens: int, queue_s: float, inference_s: float) -> None:
         """Count a sentence that was computed."""

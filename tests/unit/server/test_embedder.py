@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +56,7 @@ def refusal(task: "asyncio.Task[Any]") -> Reason:
 def a_call() -> Iterator[CallRecord]:
     """A call whose response is sent when the context ends."""
     call = CallRecord("Embed", "peer", caller="somebody")
-    with entered(call), call.held:
+    with entered(call), closing(call.held):
         yield call
 
 

@@ -141,7 +141,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # Not when the method returns: grpc keeps a response for as long as its client reads none of it
             context.add_done_callback(lambda _: call.held.close())  # type: ignore[arg-type] # the stub has no protocol
             try:
-                with self._gate.call(call, context.auth_context(), call.held):
+                with self._gate.call(call, context.auth_context(), keeps_held=True):
                     return await _run(call, behavior(requests, context), context)
             except RefusalError as refusal:
                 await _send_status(context, refusal, call.request_id)
