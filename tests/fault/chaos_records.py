@@ -26,7 +26,7 @@ VERDICTS: tuple[Verdict, ...] = ("right", "refused", "excused", "unexpected", "w
 # What a fault may do to calls that it meets: on which paths, and with which statuses they may fail
 _LATE = frozenset({"DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED OVERLOADED"})
 _BROKEN = _LATE | {"UNAVAILABLE", "CANCELLED"}
-_AWAY = _BROKEN | {"UNAVAILABLE SHUTTING_DOWN", "NOT_SERVING"}
+_AWAY = _BROKEN | {"UNAVAILABLE SHUTTING_DOWN", "UNAVAILABLE MODEL_LOADING", "NOT_SERVING"}
 _BOTH = ("direct", "proxy")
 EXCUSES: Mapping[str, tuple[tuple[str, ...], Set[str]]] = {
     "kill": (_BOTH, _AWAY),

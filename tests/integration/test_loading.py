@@ -107,15 +107,19 @@ class _LoadsAtARefusal(logging.Handler):
             self._may_load.set()
 
 
+@pytest.mark.parametrize("by", ["call", "stream"])
 async def test_a_client_tries_again_until_the_model_is_there(
-    loading: LoadingServer, caplog: pytest.LogCaptureFixture
+    loading: LoadingServer, caplog: pytest.LogCaptureFixture, by: str
 ) -> None:
     caplog.set_level("INFO")
     access, loads = logging.getLogger("bilm_server.observability.access_log"), _LoadsAtARefusal(loading.may_load)
     access.addHandler(loads)
     try:
         async with AsyncClient(loading.server.target) as client:
-            (embedding,) = await client.embed([["a", "b"]])
+            if by == "call":
+                (embedding,) = await client.embed([["a", "b"]])
+            else:
+                (embedding,) = [found async for found in client.embed_stream([["a", "b"]])]
     finally:
         access.removeHandler(loads)
     assert embedding.tokens == ("a", "b")

@@ -18,6 +18,7 @@ from bilm_server.observability.call_record import UNKNOWN_METHOD, CallRecord
 from bilm_server.protocols.grpc.handlers import from_bytes
 from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.grpc.interceptors import CallInterceptor, OpenInterceptor
+from bilm_server.protocols.grpc.late_service import RETRY_AFTER_MS, LateService
 from bilm_server.security.auth import Caller
 from bilm_server.security.callers import CallerRights
 from google.rpc import error_details_pb2, status_pb2
@@ -363,3 +364,41 @@ async def test_a_response_is_written_to_its_end_before_a_cancelled_call_ends() -
         with pytest.raises(asyncio.CancelledError):
             await call
     assert written == [b"first"]
+
+
+# ---- a service that comes later -------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def serving_later(ends: Ends) -> AsyncIterator[tuple[LateService, grpc.aio.Channel]]:
+    """A server whose service has the methods of `services`, and isn't there yet."""
+    late = LateService(OWN, [*KINDS, "Fails"])
+    server = grpc.aio.server(interceptors=[CallInterceptor(OWN, gate(ends))])
+    server.add_generic_rpc_handlers((late,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield late, channel
+    await server.stop(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_calls_of_a_service_that_is_not_there_yet_come_again(ends: Ends, kind: str) -> None:
+    async with serving_later(ends) as (late, channel):
+        for _ in range(2):
+            error = await called(channel, f"/{OWN}/{kind}", kind, metadata=AUTHORIZED)
+            assert isinstance(error, grpc.aio.AioRpcError)
+            assert (error.code(), error_info(error).reason) == (Code.UNAVAILABLE, "MODEL_LOADING")
+            pushback: Any = dict(error.trailing_metadata())
+            assert pushback["grpc-retry-pushback-ms"] == str(RETRY_AFTER_MS)
+            call = await ends.call()
+            assert (call.method, call.code, call.reason) == (kind, "UNAVAILABLE", "MODEL_LOADING")
+        late.add_generic_rpc_handlers([services()[0]])
+        assert await called(channel, f"/{OWN}/{kind}", kind, metadata=AUTHORIZED) == b"x"
+
+
+async def test_before_a_service_is_there_its_methods_are_guarded_and_others_unknown(ends: Ends) -> None:
+    async with serving_later(ends) as (_, channel):
+        assert error_info(await called(channel, f"/{OWN}/unary_unary")).reason == "UNAUTHENTICATED"
+        unknown = await called(channel, f"/{OWN}/Other", metadata=AUTHORIZED)
+        assert error_info(unknown).reason == "METHOD_NOT_FOUND"
