@@ -328,7 +328,6 @@ class CellularBatch:
 
     # ---- raw layers, for use without a server -----------------------------------------------------------------------
 
-    @torch.inference_mode()
     def _advance_run(self, running: dict[int, int], results: dict[int, EmbeddedSentence]) -> None:
         ended = self.advance()
         if not ended:

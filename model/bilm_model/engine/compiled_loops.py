@@ -21,10 +21,11 @@ _CALL = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
 
 
 def _enter(arguments):  # type: ignore[no-untyped-def]
-    a = carray(arguments, 15)
+    a = carray(arguments, 16)
     loops.enter(
         int64s(a[0]), int64s(a[1]), int64s(a[2]), int64s(a[3]), int64s(a[4]), int64s(a[5]), int64s(a[6]), int64s(a[7]),
         int64s(a[8]), int64s(a[9]), int64s(a[10]), int64s(a[11]), int64s(a[12]), int64s(a[13]), int64s(a[14]),
+        int64s(a[15]),
     )  # fmt: skip
 
 
@@ -42,9 +43,9 @@ def _leave(arguments):  # type: ignore[no-untyped-def]
 
 
 def _read_steps(arguments):  # type: ignore[no-untyped-def]
-    a = carray(arguments, 7)
+    a = carray(arguments, 8)
     loops.read_steps(
-        int64s(a[0]), int64s(a[1]), int64s(a[2]), int64s(a[3]), int64s(a[4]), int64s(a[5]), int64s(a[6])
+        int64s(a[0]), int64s(a[1]), int64s(a[2]), int64s(a[3]), int64s(a[4]), int64s(a[5]), int64s(a[6]), int64s(a[7])
     )  # fmt: skip
 
 

@@ -107,7 +107,6 @@ class RecurrentEngine(Generic[S]):
         if dropped:
             self._batch.drop(dropped)
 
-    @torch.inference_mode()
     def advance(self) -> list[EngineResult[S]]:
         """Execute a round; return the results that have ended and arrived on the host."""
         ended = self._batch.advance()

@@ -61,33 +61,34 @@ class Lanes:
             found: Indices = np.zeros((count, size), dtype=np.int64)  # pages that nothing writes to cost nothing
             return found
 
-        self._given, self._flags, self._n_steps, first, last, lane_of, queue, following = arrays(8, self.n_sentences)
-        self._ended, self._brought = arrays(2, 2 * self.n_sentences)
+        n_steps, flags, first, last, lane_of, queue, following = arrays(7, self.n_sentences)
+        self._given, self._ended, self._brought = (arrays(n, self.n_sentences) for n in (3, 2, 2))
         sentence_of, forward, backward, left, ticks_of, end_of, self._slots, self._last = arrays(8, self.n_lanes)
         sentence_of[:] = loops.NONE
         self._sizes, begins = arrays(2, max_ticks + 1)
         self._entries_given, after, before, entry_of, self._victims = arrays(5, self.n_places)
         self._read = arrays(2, self.n_places)
         self._pins, older, newer, idle, self._known = arrays(5, self._table.capacity)
-        self._places, self._entries = arrays(2, 2 * self._half)
+        self._places, self._entries = (arrays(2, self._half) for _ in range(2))
         self._fresh = arrays(1, self._half)[0]
         pinned = (self._pins, older, newer, idle)
+        given = self._given.ravel()  # a view, as below
         self._enter = bind(
             loops.enter,
-            (numbers, self._given, self._entries_given, first, last, self._n_steps, lane_of, queue,
+            (numbers, given, self._entries_given, first, last, n_steps, flags, lane_of, queue,
              after, before, entry_of, *pinned),
         )  # fmt: skip
-        self._withdraw = bind(loops.withdraw, (numbers, self._given, lane_of, queue, sentence_of))
+        self._withdraw = bind(loops.withdraw, (numbers, given, lane_of, queue, sentence_of))
         self._leave = bind(
-            loops.leave, (numbers, self._given, first, last, after, entry_of, *pinned, self._known, self._victims)
+            loops.leave, (numbers, given, first, last, after, entry_of, *pinned, self._known, self._victims)
         )
-        self._read_steps = bind(loops.read_steps, (numbers, self._given, first, after, entry_of, *self._read))
+        self._read_steps = bind(loops.read_steps, (numbers, given, first, n_steps, after, entry_of, *self._read))
         self._plan = bind(
             loops.plan,
-            (numbers, queue, first, last, self._n_steps, self._flags, lane_of, following,
+            (numbers, queue, first, last, n_steps, flags, lane_of, following,
              sentence_of, forward, backward, left, ticks_of, end_of, after, before, entry_of,
-             self._sizes, begins, self._slots, self._last, self._places, self._entries, self._fresh,
-             self._ended, self._brought),
+             self._sizes, begins, self._slots, self._last, self._places.ravel(), self._entries.ravel(), self._fresh,
+             self._ended.ravel(), self._brought.ravel()),
         )  # fmt: skip
 
     @property
@@ -124,8 +125,8 @@ class Lanes:
         n_left = len(self._free) - len(n_steps)
         sentences = self._free[n_left:]
         del self._free[n_left:]
-        self._give(sentences)
-        self._n_steps[sentences], self._flags[sentences] = n_steps, flags
+        self._given[:, : len(sentences)] = sentences, n_steps, flags
+        self._numbers[loops.N_GIVEN] = len(sentences)
         self._entries_given[: len(entries)] = entries
         self._enter()
         return sentences
@@ -171,31 +172,31 @@ class Lanes:
         plan = RoundPlan(
             slots=self._slots[:n_rows],
             sizes=tuple(self._sizes[:n_ticks].tolist()),
-            places=self._places.reshape(2, -1)[:, :n_steps],
+            places=self._places[:, :n_steps],
             last=self._last[:n_rows],
             fresh=self._fresh[:n_steps].astype(bool),
         )
         return Round(
             plan=plan,
-            entries=self._entries.reshape(2, -1)[:, :n_steps],
-            brought=self._pairs(self._brought, n_brought),
-            ended=self._pairs(self._ended, n_ended),
+            entries=self._entries[:, :n_steps],
+            brought=_pairs(self._brought, n_brought),
+            ended=_pairs(self._ended, n_ended),
         )
 
     def steps(self, sentences: Sequence[int]) -> SentenceSteps:
-        """Return the steps of sentences, one sentence after another."""
+        """Return the steps of sentences, one sentence after another; the next call overwrites them."""
         self._give(sentences)
         self._read_steps()
-        n_steps = self._n_steps[sentences]
-        places, entries = self._read[:, : int(n_steps.sum())].copy()
-        return SentenceSteps(n_steps, places, entries)
-
-    def _pairs(self, array: Indices, count: int) -> list[tuple[int, int]]:
-        """Return sentences and their lanes from an array of a round."""
-        halves = array.reshape(2, -1)[:, :count].tolist()
-        return list(zip(*halves, strict=True))
+        n_steps = int(self._numbers[loops.N_STEPS])
+        places, entries = self._read[:, :n_steps]
+        return SentenceSteps(self._given[1, : len(sentences)], places, entries)
 
     def _give(self, sentences: Iterable[int]) -> None:
         given = list(sentences)
-        self._given[: len(given)] = given
+        self._given[0, : len(given)] = given
         self._numbers[loops.N_GIVEN] = len(given)
+
+
+def _pairs(array: Indices, count: int) -> list[tuple[int, int]]:
+    """Return the first sentences of an array of a round, with their lanes."""
+    return list(zip(*array[:, :count].tolist(), strict=True)) if count else []

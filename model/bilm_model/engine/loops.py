@@ -95,17 +95,19 @@ def unlink(numbers, oldest, newest, older, newer, item):  # type: ignore[no-unty
 
 @loop
 def enter(  # type: ignore[no-untyped-def] # noqa: PLR0917
-    numbers, given, entries, first, last, n_steps, lane_of, queue, after, before, entry_of, pins, older, newer, idle
-):
+    numbers, given, entries, first, last, n_steps, flags, lane_of, queue,
+    after, before, entry_of, pins, older, newer, idle,
+):  # fmt: skip
     """Take sentences in: each gets its places and waits for a lane; the entries of its tokens are pinned.
 
     Args:
         numbers: N_GIVEN sentences.
-        given: (S,) which.
+        given: (3·S,) which from 0, the steps of each from S, the flags of each from 2·S.
         entries: of their steps, sentence after sentence.
         first: (S,) gets each one's first place.
         last: (S,) gets each one's last place.
-        n_steps: (S,) of each.
+        n_steps: (S,) gets those of each.
+        flags: (S,) gets those of each.
         lane_of: (S,) gets WAITING.
         queue: (S,) ring of waiting sentences.
         after: (A,) the next place of the same sentence, or the next free one.
@@ -116,9 +118,10 @@ def enter(  # type: ignore[no-untyped-def] # noqa: PLR0917
         newer: (E,) of entries that nothing in flight reads.
         idle: (E,) whether an entry is one of them.
     """
-    step = 0
+    step, size = 0, numbers[N_SENTENCES]
     for number in range(numbers[N_GIVEN]):
         sentence, previous = given[number], NONE
+        n_steps[sentence], flags[sentence] = given[size + number], given[2 * size + number]
         for _ in range(n_steps[sentence]):
             place = numbers[FREE_PLACE]
             if place == NONE:
@@ -143,7 +146,7 @@ def enter(  # type: ignore[no-untyped-def] # noqa: PLR0917
         after[previous] = NONE
         last[sentence] = previous
         lane_of[sentence] = WAITING
-        queue[(numbers[QUEUE_FIRST] + numbers[N_QUEUED]) % numbers[N_SENTENCES]] = sentence
+        queue[(numbers[QUEUE_FIRST] + numbers[N_QUEUED]) % size] = sentence
         numbers[N_QUEUED] += 1
     numbers[N_FREE_PLACES] -= step
 
@@ -219,15 +222,17 @@ def leave(  # type: ignore[no-untyped-def] # noqa: PLR0917
 
 
 @loop
-def read_steps(numbers, given, first, after, entry_of, places, entries):  # type: ignore[no-untyped-def] # noqa: PLR0917
-    """Write the places and entries of N_GIVEN sentences, one after another."""
+def read_steps(numbers, given, first, n_steps, after, entry_of, places, entries):  # type: ignore[no-untyped-def] # noqa: PLR0917
+    """Write the steps of N_GIVEN sentences into `given` from S, and their places and entries, one after another."""
     step = 0
     for number in range(numbers[N_GIVEN]):
+        given[numbers[N_SENTENCES] + number] = n_steps[given[number]]
         place = first[given[number]]
         while place != NONE:
             places[step], entries[step] = place, entry_of[place]
             place = after[place]
             step += 1
+    numbers[N_STEPS] = step
 
 
 # ---- a round --------------------------------------------------------------------------------------------------------

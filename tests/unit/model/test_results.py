@@ -12,7 +12,7 @@ from bilm_model.engine.planner import SentenceSteps
 from bilm_model.engine.results import SHARED_BYTES, Collector, TorchCollector, Vectors
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.scalar_mix import LayerMix, Pooling, Selection
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 P, PLACES, ENTRIES = 37, 400, 50
 COUNTS = [3, 9, 4, 30, 3, 5]
@@ -126,12 +126,12 @@ def test_a_result_that_is_kept_keeps_little_beside_itself(kind: type[Collector],
         assert base.nbytes <= vectors.nbytes or base.nbytes <= 4 * SHARED_BYTES
 
 
-class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operators."""
+class Counting(TorchFunctionMode):
+    """Counts operators and tensors' methods."""
 
     n_calls = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.n_calls += 1
         return func(*args, **(kwargs or {}))
 
@@ -141,7 +141,7 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_operators_do_not_grow_with_sentences(kind: type[Collector], output: OutputSpec) -> None:
     collector, counted = kind(memory_of()), []  # type: ignore[call-arg]
     for n_sentences in (2, 20):
-        with Counting() as counting:  # type: ignore[no-untyped-call]
+        with Counting() as counting:
             collector.collect(steps_of([5] * n_sentences), [output] * n_sentences)
         counted.append(counting.n_calls)
     assert counted[0] == counted[1]

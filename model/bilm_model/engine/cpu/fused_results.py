@@ -5,6 +5,7 @@ Legend: L layers with the token layer, N steps of all sentences, T tokens, D wid
 
 import itertools
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -295,17 +296,17 @@ class FusedCollector:
     def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec]) -> FusedCollected:
         """See `Collector`."""
         counts = steps.counts.tolist()
-        firsts = list(itertools.accumulate(counts, initial=0))
-        jobs: list[tuple[int, ...]] = [()] * len(counts)
+        jobs: list[Sequence[int]] = [()] * len(counts)
         found: list[Vectors] = [_NONE] * len(counts)
         wishes: list[_Wish] = []
+        firsts = list(itertools.accumulate(counts, initial=0))
         for output, numbers in _groups(outputs).items():
-            wishes.append(_Wish.of(output, self._n_layers))  # they hold what the kernel reads
+            wish = _Wish.of(output, self._n_layers)
+            wishes.append(wish)  # the kernel reads what it holds
             memory = self._pooled(output, len(numbers)) if output.pooled else self._whole(output, numbers, counts)
             for number, (vectors, address) in zip(numbers, memory, strict=True):
-                found[number] = vectors
-                jobs[number] = (firsts[number], counts[number], *wishes[-1].numbers, address)
-        self._run(steps, np.array(jobs))
+                found[number], jobs[number] = vectors, (firsts[number], counts[number], *wish.numbers, address)
+        self._run(steps, array("q", itertools.chain.from_iterable(jobs)))
         return FusedCollected(found)
 
     def _pooled(self, output: OutputSpec, n_sentences: int) -> Iterator[tuple[Vectors, int]]:
@@ -315,9 +316,9 @@ class FusedCollector:
         n_bytes = dtype.itemsize * math.prod(shape)
         n_rows = max(1, _SHARED_BYTES // n_bytes)
         for first in range(0, n_sentences, n_rows):
-            array = np.empty((min(n_rows, n_sentences - first), *shape), dtype)
-            address = array.ctypes.data
-            yield from zip(array, range(address, address + array.nbytes, n_bytes), strict=True)
+            results = np.empty((min(n_rows, n_sentences - first), *shape), dtype)
+            address = results.ctypes.data
+            yield from zip(results, range(address, address + results.nbytes, n_bytes), strict=True)
 
     def _whole(
         self, output: OutputSpec, numbers: Sequence[int], counts: Sequence[int]
@@ -325,15 +326,16 @@ class FusedCollector:
         """Yield memory for each result that isn't pooled, its own, and its address."""
         for number in numbers:
             shape = shape_of(counts[number] - 2, self._n_layers, self._width, output)
-            array = np.empty(shape, _NUMPY_TYPES[output.data_type])
-            yield array, array.ctypes.data
+            vectors = np.empty(shape, _NUMPY_TYPES[output.data_type])
+            yield vectors, vectors.ctypes.data
 
-    def _run(self, steps: SentenceSteps, jobs: NDArray[np.int64]) -> None:
-        scratch = np.empty(len(jobs) * (2 * self._width + self._n_layers), dtype=np.float32)
-        addresses = [array.ctypes.data for array in (jobs, scratch, steps.places, steps.entries)]
+    def _run(self, steps: SentenceSteps, jobs: "array[int]") -> None:
+        n_jobs = len(jobs) // _JOB
+        scratch = np.empty(n_jobs * (2 * self._width + self._n_layers), dtype=np.float32)
+        scratch_address, places, entries = (each.ctypes.data for each in (scratch, steps.places, steps.entries))
         n_numbers = len(steps.places) * self._width
         run(
-            self._kernel, n_numbers, len(jobs), *addresses[:2], *self._numbers, *addresses[2:], 0,
+            self._kernel, n_numbers, n_jobs, jobs.buffer_info()[0], scratch_address, *self._numbers, places, entries, 0,
             parallel=self._parallel,
         )  # fmt: skip
 
