@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from llvmlite import ir
 from numba import carray, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from bilm_model.config import BilmConfig
@@ -51,6 +53,30 @@ MAX_GROUP = 48
 
 _N_HEADER, _OWN_ADDRESS, _N_CELL = 8, 7, 20
 _PANEL_BYTES = 4 * PANEL
+
+
+@intrinsic
+def _fetch(typing_context, address):  # type: ignore[no-untyped-def]
+    """Have a cache line brought to the second-level cache."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        name, function = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        prefetch = builder.module.globals.get(name) or ir.Function(builder.module, function, name)
+        builder.call(prefetch, [builder.inttoptr(args[0], byte), number(0), number(2), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@inner
+def _fetch_gates(n_rows, at, n_cells, gates_x, index, slots, c):  # type: ignore[no-untyped-def] # noqa: PLR0917
+    """Have brought what `_gates` will read of memory, while the product is computed."""
+    for row in range(n_rows):
+        its_gates_x = gates_x + 4 * (int64s(index)[row] * 4 * n_cells + at)
+        for gate in range(4):
+            _fetch(its_gates_x + 4 * gate * n_cells)
+        _fetch(c + 4 * (int64s(slots)[row] * n_cells + at))
 
 
 @inner
@@ -93,8 +119,9 @@ def _run_group(cell, first, n_group, scratch):  # type: ignore[no-untyped-def]
         for i in range(n_panels):
             panel = n_panels - 1 - i if tick % 2 else i  # back and forth: the cache still has what was read last
             its_weight = recurrent + panel * size * _PANEL_BYTES
-            multiply_panel(n, size, h_block, h, h_stride, its_weight, gates, _PANEL_BYTES)
             at = panel * PANEL_CELLS
+            _fetch_gates(n, at, n_cells, gates_x, index + 8 * step, its_slots, c)
+            multiply_panel(n, size, h_block, h, h_stride, its_weight, gates, _PANEL_BYTES)
             _gates(n, at, n_cells, gates, gates_x, index + 8 * step, its_slots, c, m, m_stride, float32s(clips)[0])
         if projection != 0:
             for panel in range(-(-size // PANEL)):
