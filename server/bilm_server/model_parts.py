@@ -80,7 +80,7 @@ def engine_view(parts: LoadedParts) -> EngineView:
         kernel_paths=lambda: engine.description.paths,
         max_rows=engine.capacity.rows,
         stalled_s=lambda: watchdog.stalled_s,
-        rows=lambda: worker.in_flight,
+        rows=lambda: worker.rows,
         waiting_sentences=lambda: worker.waiting,
         cache=lambda: (engine.stats.cache.hits, engine.stats.cache.misses),
         ticks=lambda: engine.stats.ticks,

@@ -61,9 +61,11 @@ class FakeEngine(Generic[S]):
         checks: self-checks done.
     """
 
-    def __init__(self, capacity: Capacity = _CAPACITY, rounds: int = 0, codec: StateCodec | None = _COUNTS) -> None:
+    def __init__(
+        self, capacity: Capacity = _CAPACITY, rounds: int = 0, codec: StateCodec | None = _COUNTS, ahead: int = 0
+    ) -> None:
         self.capacity, self.state_codec, self._rounds = capacity, codec, rounds
-        self.ahead, self.max_steps = 0, capacity.steps
+        self.ahead, self.max_steps = ahead, capacity.steps
         self.stats = EngineStats()
         self.description = EngineDescription("fake", "cpu", {"products": "none"})
         self.broken = 0
@@ -94,7 +96,7 @@ class FakeEngine(Generic[S]):
             raise MemoryError
         for sentence in sentences:
             self._remaining[sentence] = self._rounds or len(sentence.tokens)
-        assert self.capacity.fits(self.used)
+        assert (self.capacity + Capacity(self.ahead, 0)).fits(self.used)
 
     def drop(self, sentences: Iterable[S]) -> None:
         """See `Engine`."""

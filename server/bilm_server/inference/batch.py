@@ -66,7 +66,7 @@ class RunningBatch:
 
     @property
     def in_flight(self) -> int:
-        """Sentences being computed."""
+        """Sentences in the engine, those ahead of its rows included."""
         return len(self._in_flight)
 
     @property
@@ -165,7 +165,8 @@ class RunningBatch:
     def _advance(self) -> None:
         if not self._in_flight:
             return
-        begun_s, rows, steps = self._clock(), len(self._in_flight), self._engine.stats.steps
+        begun_s, steps = self._clock(), self._engine.stats.steps
+        rows = min(len(self._in_flight), self._engine.capacity.rows)  # others have joined ahead of them
         try:
             found = self._engine.advance()
         except Exception:

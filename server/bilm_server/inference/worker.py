@@ -99,8 +99,13 @@ class InferenceWorker:
 
     @property
     def in_flight(self) -> int:
-        """Sentences being computed."""
+        """Sentences in the engine, those ahead of its rows included."""
         return self._batch.in_flight
+
+    @property
+    def rows(self) -> int:
+        """Sentences being computed."""
+        return min(self.in_flight, self._engine.capacity.rows)
 
     @property
     def pending(self) -> int:

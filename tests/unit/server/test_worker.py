@@ -148,6 +148,18 @@ async def test_every_round_is_reported() -> None:
     assert [(each.rows, each.steps, each.failed) for each in reports] == [(1, 1, False)] * 3 + [(1, 0, True)]
 
 
+async def test_what_runs_ahead_of_the_rows_is_not_counted_as_computed() -> None:
+    reports: list[RoundReport] = []
+    found = DrivenWorker(FakeEngine(Capacity(2, 100), ROUNDS, ahead=1), on_round=reports.append)
+    futures = [found.submit(Call(), "abc") for _ in range(5)]
+    found.worker.step()
+    assert (found.worker.in_flight, found.worker.rows, found.worker.waiting) == (3, 2, 2)
+    await found.settle()
+    assert reasons(futures) == {None}
+    assert {report.rows for report in reports} == {2}
+    found.check_nothing_is_left()
+
+
 async def test_the_speed_is_that_of_the_steps_and_not_of_sentences_that_ended() -> None:
     """Long sentences: none ends for a thousand rounds, each of which advances two of them by 25 steps in 0.5 s."""
     now_s = [0.0]
