@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from bilm_model.kernels import cells
 from bilm_model.kernels.kernel_cache import compiled
 
 _log = logging.getLogger(__name__)
@@ -143,25 +144,6 @@ def tanh_ratio(x):  # type: ignore[no-untyped-def]
 
 
 @inner
-def lstm_block(n, gates_h, h_stride, gates_x, x_stride, c, m, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
-    """N neighbouring cells of a row; their four gates stand a stride apart, in both halves. Two divisions a cell."""
-    for k in range(n):
-        p_i, q_i = tanh_ratio(HALF * (load(gates_h, k) + load(gates_x, k)))
-        p_j, q_j = tanh_ratio(load(gates_h, k + h_stride) + load(gates_x, k + x_stride))
-        p_f, q_f = tanh_ratio(HALF * (load(gates_h, k + 2 * h_stride) + load(gates_x, k + 2 * x_stride)))
-        p_o, q_o = tanh_ratio(HALF * (load(gates_h, k + 3 * h_stride) + load(gates_x, k + 3 * x_stride)))
-        # σ(f)·c + σ(i)·tanh(j), over one denominator
-        f_denominator, ij_denominator = TWO * q_f, TWO * q_i * q_j
-        kept, new = (q_f + p_f) * load(c, k), (q_i + p_i) * p_j
-        cell = (kept * ij_denominator + new * f_denominator) / (f_denominator * ij_denominator)
-        cell = clip if cell > clip else cell
-        cell = -clip if cell < -clip else cell
-        store(c, k, cell)
-        p_c, q_c = tanh_ratio(cell)
-        store(m, k, (q_o + p_o) * p_c / (TWO * q_o * q_c))
-
-
-@inner
 def clip_block(n, x, bound):  # type: ignore[no-untyped-def]
     """Clip n numbers to ±bound, in place; NaN stays NaN."""
     for k in range(n):
@@ -211,7 +193,7 @@ def kernel(function: Callable[..., Any]) -> Kernel:
 def native(signature: Any, function: Callable[..., Any], **options: Any) -> Any:
     """Compile a C function, or take it from the cache; see `kernel`."""
     openmp()
-    return compiled(signature, options, function, sys.modules[__name__])
+    return compiled(signature, options, function, sys.modules[__name__], cells)
 
 
 def run(kernel: Kernel, n_numbers: int, *arguments: int, parallel: Parallel | None) -> None:

@@ -59,10 +59,38 @@ def test_a_fresh_row_has_the_bits_of_a_zero_state(dtype: torch.dtype, kind: str,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_a_number_stays_one(dtype: torch.dtype) -> None:
-    gates_h = torch.zeros(2, 4 * 8, dtype=dtype)
+def test_bits_do_not_depend_on_where_a_cell_stands(dtype: torch.dtype) -> None:
+    """In a vector of any number of them, or alone: each of 100 cells stands in two places."""
+    n_cells = 100
+    order = torch.randperm(n_cells, generator=torch.Generator().manual_seed(0))
+    gates_h, gates_x, c = numbers(1, 4 * n_cells).to(dtype), numbers(1, 4 * n_cells).to(dtype), numbers(1, n_cells)
+    moved_h, moved_x = (gates.view(4, n_cells)[:, order].reshape(1, -1) for gates in (gates_h, gates_x))
+    moved_c, row, outs = c[:, order], torch.zeros(1, dtype=torch.int64), torch.zeros(2, 1, n_cells, dtype=dtype)
+    FUSED[dtype].lstm(gates_h, gates_x, row, c, row, fresh=rows_from(1), clip=1.5, out=outs[0])
+    FUSED[dtype].lstm(moved_h, moved_x, row, moved_c, row, fresh=rows_from(1), clip=1.5, out=outs[1])
+    assert torch.equal(c[:, order], moved_c)
+    assert torch.equal(outs[0][:, order], outs[1])
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "tanh"])
+def test_the_activations_are_exact(function: str) -> None:
+    """σ(o)·tanh(c) with one of the factors 1, over all that a gate can be."""
+    values = torch.cat([torch.linspace(-30, 30, 60001), torch.tensor([-math.inf, -1e-30, 0.0, 1e-30, 1e30, math.inf])])
+    n, is_tanh = len(values), function == "tanh"
+    gates_h, c, out, row = torch.zeros(1, 4 * n), torch.full((1, n), 30.0), torch.zeros(1, n), torch.zeros(1).long()
+    i, j, f, o = gates_h.chunk(4, dim=-1)
+    i[:], j[:], f[:], o[:] = (100.0, values, -100.0, 100.0) if is_tanh else (0.0, 0.0, 100.0, values)
+    FUSED[torch.float32].lstm(gates_h, torch.zeros_like(gates_h), row, c, row, fresh=rows_from(1), clip=30.0, out=out)
+    found, expected = (c, values.double().tanh()) if is_tanh else (out, values.double().sigmoid())
+    assert (found - expected).abs().max() < 2e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_cells", [8, 48])
+def test_what_is_not_a_number_stays_one(dtype: torch.dtype, n_cells: int) -> None:
+    gates_h = torch.zeros(2, 4 * n_cells, dtype=dtype)
     gates_h[1, 3] = math.nan
-    rows, c, out = torch.arange(2), torch.zeros(2, 8), torch.zeros(2, 8, dtype=dtype)
+    rows, c, out = torch.arange(2), torch.zeros(2, n_cells), torch.zeros(2, n_cells, dtype=dtype)
     FUSED[dtype].lstm(gates_h, torch.zeros_like(gates_h), rows, c, rows, fresh=rows_from(2), clip=3.0, out=out)
     assert c[1, 3].isnan()
     assert out[1, 3].isnan()

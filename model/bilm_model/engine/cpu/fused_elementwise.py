@@ -8,6 +8,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from bilm_model.kernels.cells import lstm_block
 from bilm_model.kernels.elementwise import Windows
 from bilm_model.kernels.numba_blocks import (
     BLOCK,
@@ -23,7 +24,6 @@ from bilm_model.kernels.numba_blocks import (
     int64s,
     kernel,
     load,
-    lstm_block,
     openmp,
     run,
     share,

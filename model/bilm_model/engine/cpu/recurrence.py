@@ -32,7 +32,8 @@ from bilm_model.engine.cpu.jobs import (
     wait_for_jobs,
 )
 from bilm_model.engine.cpu.panels import PANEL, PANEL_CELLS, ROWS, multiply_panel, packed, packed_gates
-from bilm_model.kernels import numba_blocks
+from bilm_model.kernels import cells, numba_blocks
+from bilm_model.kernels.cells import lstm_block
 from bilm_model.kernels.kernel_cache import compiled
 from bilm_model.kernels.numba_blocks import (
     clear_block,
@@ -42,7 +43,6 @@ from bilm_model.kernels.numba_blocks import (
     float32s,
     inner,
     int64s,
-    lstm_block,
     openmp,
     share,
 )
@@ -184,7 +184,7 @@ def _multiply_all(arguments):  # type: ignore[no-untyped-def]
 _KERNEL = types.void(types.CPointer(types.int64))
 openmp()  # makes the thread's number known before a kernel is compiled
 _team_kernel, _caller_kernel, _helper_kernel, _product = (
-    compiled(_KERNEL, {}, function, numba_blocks, panels, jobs)
+    compiled(_KERNEL, {}, function, numba_blocks, cells, panels, jobs)
     for function in (_run_in_team, _run_with_helper, _help, _multiply_all)
 )
 
