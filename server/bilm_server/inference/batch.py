@@ -175,11 +175,11 @@ class RunningBatch:
             self._recover()
             return
         now_s = self._clock()
-        report = RoundReport(rows, self._engine.stats.steps - steps, now_s - begun_s)
-        self._speed.add(report.steps, report.seconds)
         # What joined although the engine said that it didn't has ended already
         ended = [each for each in found if each.sentence in self._in_flight]
         self._exit([(each.sentence, _result(each, now_s)) for each in ended])
+        report = RoundReport(rows, self._engine.stats.steps - steps, now_s - begun_s)
+        self._speed.add(report.steps, report.seconds)
         self._on_round(report)
 
     def _recover(self) -> None:

@@ -1,7 +1,9 @@
 """Metrics for Prometheus: what is counted as calls and rounds come and go."""
 
 from collections import Counter as Counts
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import TypeVar
 
@@ -13,6 +15,7 @@ from prometheus_client.registry import Collector
 from bilm_server.errors import Code
 from bilm_server.observability.call_record import CallRecord
 
+T = TypeVar("T")
 M = TypeVar("M", Counter, Histogram)
 Series = Callable[..., M]
 """Returns a metric's series of given label values. Kept, as the client library's own look-up costs as much as counting;
@@ -23,6 +26,8 @@ NO_MODEL = ""
 """Label of calls that name no model that is served, and of those that end before that is known."""
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_BACKLOG = 64
+"""Calls, and rounds, after which they are counted without a scrape."""
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -39,6 +44,8 @@ class Metrics:
             models: names of those that are served.
         """
         self.registry = CollectorRegistry()
+        self._backlog = _Backlog(self._count)
+        self.registry.register(self._backlog)
         self._models = tuple(models)
         self._requests = self._counter("requests", "Calls ended.", "method", "code", "model")
         self._refusals = self._counter("refusals", "Calls refused as a whole, by reason.", "method", "reason", "model")
@@ -93,8 +100,32 @@ class Metrics:
 
     def end(self, call: CallRecord) -> None:
         """Count a call out, and what it did."""
-        method, model = call.method, call.model
         self._open.calls.discard(call)
+        self._backlog.ended.append(call)
+        if len(self._backlog.ended) >= _BACKLOG:
+            self._count()
+
+    # ---- in the inference thread ----
+
+    def round(self, model: str, rows: int, failed: bool = False) -> None:
+        """Count a round of a model's engine; only those that succeed have their rows counted."""
+        self._backlog.rounds.append((model, rows, failed))
+        if len(self._backlog.rounds) >= _BACKLOG:
+            self._count()
+
+    # ---- in any thread ----
+
+    def _count(self) -> None:
+        """Count what has happened."""
+        for call in _popped(self._backlog.ended):
+            self._count_call(call)
+        for model, rows, failed in _popped(self._backlog.rounds):
+            self._rounds("failed" if failed else "ok", model).inc()
+            if not failed:
+                self._rows(model).observe(rows)
+
+    def _count_call(self, call: CallRecord) -> None:
+        method, model = call.method, call.model
         self._requests(method, call.code or Code.UNKNOWN, model).inc()
         self._durations(method, model).observe(call.duration_s)
         if call.reason:
@@ -108,13 +139,29 @@ class Metrics:
         if call.failed_sentences:
             self._sentences("failed", model).inc(call.failed_sentences)
 
-    # ---- in the inference thread ----
 
-    def round(self, model: str, rows: int, failed: bool = False) -> None:
-        """Count a round of a model's engine; only those that succeed have their rows counted."""
-        self._rounds("failed" if failed else "ok", model).inc()
-        if not failed:
-            self._rows(model).observe(rows)
+class _Backlog(Collector):
+    """Calls and rounds that aren't counted yet: at once while a call is answered, counting takes several times as long.
+
+    Registered before all other collectors, it has them counted at the beginning of a scrape.
+    """
+
+    def __init__(self, count: Callable[[], None]) -> None:
+        self._count = count
+        self.ended: deque[CallRecord] = deque()
+        self.rounds: deque[tuple[str, int, bool]] = deque()
+
+    def collect(self) -> Iterator[Metric]:
+        """Count, and yield nothing."""
+        self._count()
+        yield from ()
+
+
+def _popped(queue: deque[T]) -> Iterator[T]:
+    """Yield what a queue holds; each item once, whichever threads do so."""
+    with suppress(IndexError):
+        while True:
+            yield queue.popleft()
 
 
 class _OpenCalls(Collector):
