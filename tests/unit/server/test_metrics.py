@@ -1,6 +1,7 @@
 import itertools
 import logging
 import types
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -87,6 +88,21 @@ def test_a_call_is_counted_with_what_it_did() -> None:
     assert found["bilm_sentences_total{model=tiny,result=ok}"] == 1
     assert found["bilm_sentences_total{model=tiny,result=failed}"] == 1
     assert found["bilm_tokens_total{model=tiny}"] == 7
+
+
+def test_what_is_not_scraped_is_counted_all_the_same_and_not_kept() -> None:
+    metrics, n = new_metrics(), 1000
+    call = a_call("Embed", model="tiny")
+    kept = weakref.ref(call)
+    for _ in range(n):
+        metrics.begin(call)
+        metrics.end(call)
+        metrics.round("tiny", 3)
+        call = a_call("Embed", model="tiny")
+    assert kept() is None
+    found = values(metrics.registry)
+    assert found["bilm_requests_total{code=OK,method=Embed,model=tiny}"] == n
+    assert found["bilm_round_rows_sum{model=tiny}"] == 3 * n
 
 
 def test_a_refusal_is_counted_by_its_reason_and_says_nothing_of_queue_and_engine() -> None:
