@@ -69,20 +69,23 @@ def read_bytes(token: str) -> bytes:
     return token_bytes(token)[:MAX_TOKEN_BYTES]
 
 
-def bytes_ids(data: bytes) -> CharacterIds:
-    """Return the character ids (MAX_CHARACTERS,) of a token, from the bytes that are read of it.
+def bytes_ids(tokens: Sequence[bytes]) -> CharacterIds:
+    """Return the character ids (tokens, MAX_CHARACTERS) of tokens, from the bytes that are read of them.
 
     A token longer than `MAX_TOKEN_BYTES` has been cut there, in the middle of a character if need be, as the published
     models were trained. "<S>" and "</S>" are the sentence boundaries.
     """
-    if data in _BOUNDARY_ROWS:
-        return _BOUNDARY_ROWS[data]
-    row = np.full(MAX_CHARACTERS, PADDING, dtype=np.int16)
-    row[0] = BEGIN_WORD
-    row[1 : 1 + len(data)] = np.frombuffer(data, dtype=np.uint8)
-    row[1 : 1 + len(data)] += _BYTE_SHIFT
-    row[1 + len(data)] = END_WORD
-    return row
+    lengths = np.array([len(token) for token in tokens], dtype=np.intp)
+    letters = np.frombuffer(b"".join(token.ljust(MAX_TOKEN_BYTES) for token in tokens), dtype=np.uint8)
+    letters = letters.reshape(-1, MAX_TOKEN_BYTES)
+    ids = np.full((len(tokens), MAX_CHARACTERS), PADDING, dtype=np.int16)
+    ids[:, 0] = BEGIN_WORD
+    np.add(letters, _BYTE_SHIFT, out=ids[:, 1:-1], where=np.arange(MAX_TOKEN_BYTES) < lengths[:, None], dtype=np.int16)
+    ids[np.arange(len(tokens)), 1 + lengths] = END_WORD
+    for row, token in enumerate(tokens):
+        if token in _BOUNDARY_ROWS:
+            ids[row] = _BOUNDARY_ROWS[token]
+    return ids
 
 
 def token_ids(token: str) -> CharacterIds:
@@ -91,7 +94,8 @@ def token_ids(token: str) -> CharacterIds:
     Raises:
         CharacterError: as `token_bytes`.
     """
-    return bytes_ids(read_bytes(token))
+    ids: CharacterIds = character_ids([token])[0]
+    return ids
 
 
 def character_ids(tokens: Iterable[str]) -> CharacterIds:
@@ -100,8 +104,7 @@ def character_ids(tokens: Iterable[str]) -> CharacterIds:
     Raises:
         CharacterError: as `token_bytes`.
     """
-    rows = [token_ids(token) for token in tokens]
-    return np.stack(rows) if rows else np.zeros((0, MAX_CHARACTERS), dtype=np.int16)
+    return bytes_ids([read_bytes(token) for token in tokens])
 
 
 def with_boundaries(tokens: Sequence[str]) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ class FieldCheck:
             assert 0 <= start < end <= n_bytes
         for token in prepared.tokens:
             assert token
-            assert 0 < int(bytes_ids(read_bytes(token)).max()) <= 261
+            assert 0 < int(bytes_ids([read_bytes(token)]).max()) <= 261
 
 
 def new_check(preprocessing: type[Preprocessing] = Preprocessing) -> FieldCheck:

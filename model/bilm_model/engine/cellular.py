@@ -302,7 +302,7 @@ class CellularBatch:
             return
         entries = self._lanes.unknown()
         if entries:
-            ids = np.stack([bytes_ids(self._table.read(entry)) for entry in entries])
+            ids = bytes_ids([self._table.read(entry) for entry in entries])
             check_ids(ids)
             self._backend.encode(np.array(entries), ids)
         self._lanes.know(entries)
