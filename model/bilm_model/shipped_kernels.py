@@ -9,14 +9,18 @@ import base64
 import importlib
 import os
 import pickle
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bilm_model.device import resolve_device
 from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.cpu.fastest import fastest_elementwise
 from bilm_model.engine.engine import RecurrentEngine
 from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.state import LstmStateCodec
@@ -26,6 +30,7 @@ from bilm_model.kernels.machine_code import LoadedKernel
 from bilm_model.weights.loading import load
 
 _MODE = 0o755
+_MACHINES = ("x86_64", "AMD64")
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ def needed_kernels() -> list[_Recorded]:
 
 
 def _build_engines() -> None:
+    fastest_elementwise(torch.bfloat16)  # an engine takes these only where bfloat16 products are native
     loaded = load("")
     for precision in ("float32", "bfloat16"):
         batch = CellularBatch(loaded.bilm, resolve_device("cpu"), EngineOptions(precision=precision))
@@ -144,6 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.level:
         requests = pickle.loads(base64.b64decode(sys.stdin.buffer.read()))  # noqa: S301 - from the process that started it
         compile_for_level(arguments.folder, arguments.level, requests)
+        return 0
+    if platform.machine() not in _MACHINES:
+        print(f"no level of instruction sets is known for {platform.machine()}: nothing to build")
         return 0
     arguments.folder.mkdir(mode=_MODE, parents=True, exist_ok=True)
     requests = needed_kernels()
