@@ -6,6 +6,7 @@ sentences and deadlines. Nothing here waits or locks: a driver does, and brings 
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,6 +24,9 @@ from bilm_client.errors import (
     OverloadedError,
     ResourceExhaustedError,
 )
+
+# Requests of one kind that are under way at once where many calls are made.
+_GROUPS_UNDER_WAY = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +100,17 @@ class CallGroup:
 
     Attributes:
         key: What all of them have in common.
-        cost: What they take together.
+        limit: What they may take together.
         due_s: When the request is to be sent, on the monotonic clock.
+        cost: What they take together.
         calls: In the order of their sentences.
         sent: Whether the request was sent, or is being sent.
     """
 
     key: Hashable
-    cost: RequestCost
+    limit: RequestCost
     due_s: float
+    cost: RequestCost = NO_COST
     calls: list[SharedCall] = field(default_factory=list)
     sent: bool = False
 
@@ -126,8 +132,11 @@ class CallGroup:
 class Coalescer:
     """Gathers calls into groups.
 
-    A call that finds no request under way is due at once: it has no company to wait for. While requests are under way,
-    a group gathers until `wait_s` has passed, until it is full, or until the last of them has ended.
+    Calls with equal options form a group, which is due after `wait_s`, or before that when it is full: when it has an
+    eighth of the sentences that are under way or gathering, or what a request may have. So up to eight calls at a time
+    go by themselves and wait for nothing, and more calls make larger groups. In larger groups all wait for the longest
+    sentence of more, and the server computes fewer sentences at once: 64 callers lose a tenth of their throughput
+    where nothing but `wait_s` = 5 ms bounds a group.
 
     Args:
         wait_s: The longest wait of a call for others.
@@ -136,69 +145,74 @@ class Coalescer:
     def __init__(self, wait_s: float) -> None:
         self._wait_s = wait_s
         self._gathering: dict[Hashable, CallGroup] = {}
-        self._in_flight = 0
+        self._sentences: Counter[Hashable] = Counter()  # under way or gathering
 
-    def join(self, call: SharedCall, now_s: float) -> list[CallGroup]:
-        """Let a call join the group of its kind; return the groups that are full now, which are due at once."""
-        key, cost, limit = sharing_key(call.job.options), call.job.cost, call.job.shared_limit
-        full = []
-        group = self._gathering.get(key)
-        if group is not None and not (group.cost + cost).fits(limit):
-            full.append(self._close(group))
-            group = None
-        if group is None:
-            due_s = now_s + self._wait_s if self._in_flight or full else now_s
-            group = self._gathering[key] = CallGroup(key, NO_COST, due_s)
-        group.cost += cost
-        group.calls.append(call)
-        call.group = group
-        if group.cost.sentences == limit.sentences or group.cost.tokens == limit.tokens:
-            full.append(self._close(group))
-        return full
+    def join(self, calls: Sequence[SharedCall], now_s: float) -> list[CallGroup]:
+        """Let calls that were made at the same time join groups; return the groups that are full now."""
+        for call in calls:
+            self._sentences[sharing_key(call.job.options)] += call.job.cost.sentences
+        return [full for call in calls for full in self._join(call, now_s)]
 
     def take(self, group: CallGroup) -> bool:
         """Take a group to send it; False: it was sent already, or has no calls any more."""
         if group.sent or not group.calls:
             return False
         self._close(group).sent = True
-        self._in_flight += 1
         return True
 
     def give_back(self, group: CallGroup) -> None:
         """Take a group back whose sending was interrupted: it is due again."""
         group.sent = False
-        self._in_flight -= 1
 
     def leave(self, call: SharedCall) -> None:
         """Remove a call that waits no longer; where it was sent already, its results are dropped."""
-        group = call.group
-        if group is None or call.ended:
+        if call.ended:
             return
-        call.ended = True
-        if group.sent:
+        call.ended, group = True, call.group
+        if group is None or group.sent:
             return
         group.calls.remove(call)
         group.cost = total_of([other.job.cost for other in group.calls])
+        self._forget(group.key, call.job.cost.sentences)
         if not group.calls:
             self._close(group)
 
     def end(self, group: CallGroup, outcome: pb.EmbedResponse | Exception) -> list[CallGroup]:
-        """Settle the calls of a group by what came of its request; return the groups that this makes due at once."""
-        self._in_flight -= 1
+        """Settle the calls of a group by what came of its request; return the groups that are full now."""
+        self._forget(group.key, group.cost.sentences)
         _settle(group, outcome)
-        if self._in_flight:
+        gathering = self._gathering.get(group.key)
+        if gathering is None or not self._is_full(gathering):
             return []
-        due = list(self._gathering.values())
-        for other in due:
-            other.due_s = -math.inf  # until it is taken, others may still join
-        return due
+        gathering.due_s = -math.inf  # until it is taken, others may still join
+        return [gathering]
 
     def close(self, error: BilmError) -> None:
         """End the calls that weren't sent with an error."""
         for group in list(self._gathering.values()):
             self._close(group).sent = True
+            self._forget(group.key, group.cost.sentences)
             for call in group.calls:
                 call.end(error)
+
+    def _join(self, call: SharedCall, now_s: float) -> list[CallGroup]:
+        key, cost, full = sharing_key(call.job.options), call.job.cost, []
+        group = self._gathering.get(key)
+        if group is not None and not (group.cost + cost).fits(group.limit):
+            full.append(self._close(group))
+            group = None
+        if group is None:
+            group = self._gathering[key] = CallGroup(key, call.job.shared_limit, now_s + self._wait_s)
+        group.cost += cost
+        group.calls.append(call)
+        call.group = group
+        if self._is_full(group):
+            full.append(self._close(group))
+        return full
+
+    def _is_full(self, group: CallGroup) -> bool:
+        enough = min(group.limit.sentences, self._sentences[group.key] / _GROUPS_UNDER_WAY)
+        return group.cost.sentences >= enough or group.cost.tokens == group.limit.tokens
 
     def _close(self, group: CallGroup) -> CallGroup:
         """Let no further call join."""
@@ -206,6 +220,11 @@ class Coalescer:
             del self._gathering[group.key]
         group.due_s = -math.inf
         return group
+
+    def _forget(self, key: Hashable, sentences: int) -> None:
+        self._sentences[key] -= sentences
+        if not self._sentences[key]:
+            del self._sentences[key]
 
 
 def may_share(job: EmbedJob, deadline: Deadline, until_s: float) -> bool:

@@ -30,6 +30,7 @@ class AsyncCoalescing:
         self._wait_s = wait_s
         self._embed = embed
         self._coalescer = Coalescer(wait_s)
+        self._made: list[SharedCall] = []  # in this round of the loop
         self._under_way: dict[CallGroup, asyncio.Task[pb.EmbedResponse]] = {}
 
     def accepts(self, job: EmbedJob, deadline: Deadline) -> bool:
@@ -46,7 +47,7 @@ class AsyncCoalescing:
         waiter = _TaskWaiter(asyncio.get_running_loop())
         call = SharedCall(job, deadline, waiter)
         try:
-            self._join(call)
+            self._add(call)
             await waiter.wait(deadline.remaining_s())
         finally:
             self._leave(call)
@@ -54,15 +55,22 @@ class AsyncCoalescing:
 
     def close(self) -> None:
         """End the calls that weren't sent yet with ClientClosedError."""
+        self._join()
         self._coalescer.close(ClientClosedError("the client was closed during the call"))
 
-    def _join(self, call: SharedCall) -> None:
-        now_s = time.monotonic()
-        for group in self._coalescer.join(call, now_s):
+    def _add(self, call: SharedCall) -> None:
+        if not self._made:  # tasks that are ready to run may make more calls
+            asyncio.get_running_loop().call_soon(self._join)
+        self._made.append(call)
+
+    def _join(self) -> None:
+        calls, self._made = self._made, []
+        now_s, loop = time.monotonic(), asyncio.get_running_loop()
+        for group in self._coalescer.join(calls, now_s):
             self._send(group)
-        if call.group is not None and math.isfinite(call.sends_at_s):
-            # Even where nothing waits, tasks that are ready to run may still join.
-            asyncio.get_running_loop().call_later(call.sends_at_s - now_s, self._send, call.group)
+        for call in calls:
+            if call.group is not None and math.isfinite(call.sends_at_s):
+                loop.call_later(call.sends_at_s - now_s, self._send, call.group)
 
     def _send(self, group: CallGroup) -> None:
         if self._coalescer.take(group):
@@ -77,10 +85,12 @@ class AsyncCoalescing:
         del self._under_way[group]
         loop = asyncio.get_running_loop()
         for due in self._coalescer.end(group, _outcome(task)):
-            loop.call_soon(self._send, due)  # after the callers that have just been woken, who may join
+            loop.call_soon(self._send, due)
 
     def _leave(self, call: SharedCall) -> None:
         self._coalescer.leave(call)
+        if call in self._made:
+            self._made.remove(call)
         if call.group is not None and call.group.ended and call.group in self._under_way:
             self._under_way[call.group].cancel()
 

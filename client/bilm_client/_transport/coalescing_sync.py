@@ -78,7 +78,7 @@ class _Groups:
         call = SharedCall(job, deadline, waiter)
         try:
             with self._lock:
-                full = self._coalescer.join(call, time.monotonic())
+                full = self._coalescer.join([call], time.monotonic())
             for group in full:
                 self._send(group, call)
             while not call.ended:

@@ -15,10 +15,11 @@ from bilm_client import RetryPolicy, SentenceError, errors
 from bilm_client._core.settings import Settings
 
 if TYPE_CHECKING:
-    from tests.support.scripted import Scripted
+    from tests.support.scripted import Hold, Scripted
     from tests.unit.client.conftest import Connect, Either
 
 NEVER_MS = 50_000  # less than the time-out of a call, which waits for others only if it has the time
+UNDER_WAY, FIRST = 8, ["first"] * 64
 ONE_ATTEMPT = RetryPolicy(max_attempts=1)
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -28,44 +29,51 @@ Together = Callable[..., list[Any]]
 
 @pytest.fixture
 def together(scripted: Scripted) -> Iterator[Together]:
-    """Embeds the sentences of several calls while another one is under way; errors take the results' places.
+    """Embeds the sentences of several calls at once; errors take the results' places.
 
-    The calls fill a group of 64 sentences, so that it is sent.
+    So much is under way that the calls gather until they are 64 sentences.
     """
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(16) as pool:
 
         def run(client: Either, *calls: Any, **options: Any) -> list[Any]:
             client.model_info()
             scripted.service.embed_requests.clear()
             script = list(scripted.service.embed_acts)
             scripted.service.embed_acts.clear()
-            hold = scripted.hold_next()
+            holds = [scripted.hold_next() for _ in range(UNDER_WAY)]
             scripted.service.embed_acts.extend(script)
             if client.runner is None:
-                first = pool.submit(client.embed, "first")
-                assert hold.arrived.wait(60)
+                first = [pool.submit(client.embed, FIRST, **options) for _ in holds]
+                assert all(hold.arrived.wait(60) for hold in holds)
                 futures = [pool.submit(client.embed, call, **options) for call in calls]
                 found = [future.exception(60) or future.result() for future in futures]
-                hold.released.set()
-                first.result(60)
+                release(holds)
+                for future in first:
+                    future.result(60)
                 return found
-            return client.runner.run(_in_tasks(client, hold, calls, options))
+            return client.runner.run(_in_tasks(client, holds, calls, options))
 
         yield run
 
 
-async def _in_tasks(client: Either, hold: Any, calls: Any, options: Any) -> list[Any]:
-    first = asyncio.ensure_future(client.client.embed("first"))
-    await asyncio.to_thread(hold.arrived.wait, 60)
+async def _in_tasks(client: Either, holds: list[Hold], calls: Any, options: Any) -> list[Any]:
+    first = [asyncio.ensure_future(client.client.embed(FIRST, **options)) for _ in holds]
+    for hold in holds:
+        await asyncio.to_thread(hold.arrived.wait, 60)
     found = await asyncio.gather(*(client.client.embed(call, **options) for call in calls), return_exceptions=True)
-    hold.released.set()
-    await first
+    release(holds)
+    await asyncio.gather(*first)
     return found
 
 
+def release(holds: list[Hold]) -> None:
+    for hold in holds:
+        hold.released.set()
+
+
 def requests_of(scripted: Scripted) -> list[int]:
-    """Sentences of each request, the one that was under way left out."""
-    return [len(request.sentences) for request in scripted.service.embed_requests[1:]]
+    """Sentences of each request, those that were under way left out."""
+    return [len(request.sentences) for request in scripted.service.embed_requests[UNDER_WAY:]]
 
 
 def test_calls_share_a_request_and_get_what_they_would_alone(

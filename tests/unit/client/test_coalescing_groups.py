@@ -36,17 +36,18 @@ def call_of(sentences: Any, deadline: Deadline = NO_DEADLINE, info: Any = INFO, 
 
 
 class Busy(Coalescer):
-    """Has one request under way."""
+    """Has so many requests under way that a group is full at 64 sentences.
 
-    def __init__(self) -> None:
+    Args:
+        kinds: The options of those requests.
+    """
+
+    def __init__(self, *kinds: dict[str, Any]) -> None:
         super().__init__(WAIT_S)
-        self.first = call_of("first")
-        self.join(self.first, 0.0)
-        assert self.take(self.group)
-
-    @property
-    def group(self) -> CallGroup:
-        return group_of(self.first)
+        self.under_way = [call_of(["x"] * 64, **options) for options in kinds or [{}] for _ in range(8)]
+        for call in self.under_way:
+            assert joined(self, call) == [group_of(call)]
+            assert self.take(group_of(call))
 
 
 def group_of(call: SharedCall) -> CallGroup:
@@ -55,7 +56,7 @@ def group_of(call: SharedCall) -> CallGroup:
 
 
 def joined(coalescer: Coalescer, *calls: SharedCall, now_s: float = 0.0) -> list[CallGroup]:
-    return [full for call in calls for full in coalescer.join(call, now_s)]
+    return [full for call in calls for full in coalescer.join([call], now_s)]
 
 
 def sent(coalescer: Coalescer, group: CallGroup) -> pb.EmbedRequest:
@@ -69,38 +70,56 @@ def taken(call: SharedCall) -> Sequence[pb.EmbedResult]:
     return shared.results
 
 
-def test_a_call_with_nothing_under_way_is_due_at_once() -> None:
-    coalescer, call = Coalescer(WAIT_S), call_of("a")
-    assert coalescer.join(call, 7.0) == []
-    assert call.sends_at_s == 7.0
+def test_up_to_eight_calls_go_by_themselves_at_once() -> None:
+    coalescer = Coalescer(WAIT_S)
+    calls = [call_of("a") for _ in range(9)]
+    for call in calls[:8]:
+        assert joined(coalescer, call) == [group_of(call)]
+        sent(coalescer, group_of(call))
+    assert joined(coalescer, calls[8], now_s=7.0) == []
+    assert calls[8].sends_at_s == 7.0 + WAIT_S
 
 
-def test_a_group_waits_so_long_while_a_request_is_under_way() -> None:
+def test_a_group_is_full_with_an_eighth_of_what_is_under_way() -> None:
+    coalescer = Coalescer(WAIT_S)
+    calls = [call_of("a") for _ in range(64)]
+    groups = coalescer.join(calls, 0.0)
+    assert [len(group.calls) for group in groups] == [8] * 8
+
+
+def test_a_group_waits_so_long() -> None:
     busy, first, second = Busy(), call_of("a"), call_of("b")
-    busy.join(first, 7.0)
-    busy.join(second, 7.004)
+    busy.join([first], 7.0)
+    busy.join([second], 7.004)
     assert group_of(first) is group_of(second)
     assert (first.sends_at_s, second.sends_at_s) == (7.0 + WAIT_S, math.inf)
     assert texts_of(sent(busy, group_of(first))) == ["a", "b"]
     assert first.sends_at_s == math.inf
 
 
-def test_a_group_is_due_when_nothing_is_under_way_any_more() -> None:
+def test_a_group_is_full_when_so_much_has_ended_and_others_may_join_until_it_is_sent() -> None:
     busy, early, late = Busy(), call_of("a"), call_of("b")
-    busy.join(early, 0.0)
-    sent(busy, group_of(early))
-    busy.join(late, 0.0)
-    assert busy.end(busy.group, SERVICE.embed(busy.group.request())) == []
-    assert late.sends_at_s == WAIT_S
-    assert busy.end(group_of(early), SERVICE.embed(group_of(early).request())) == [group_of(late)]
-    assert late.sends_at_s == -math.inf
+    joined(busy, early)
+    *others, last = (group_of(call) for call in busy.under_way)
+    for group in others:
+        assert busy.end(group, SERVICE.embed(group.request())) == []
+    assert early.sends_at_s == WAIT_S
+    assert busy.end(last, SERVICE.embed(last.request())) == [group_of(early)]
+    assert early.sends_at_s == -math.inf
+    joined(busy, late)
+    assert texts_of(sent(busy, group_of(early))) == ["a", "b"]
+
+
+def test_calls_of_another_kind_do_not_count() -> None:
+    busy, other = Busy({"pool": "max"}), call_of("a")
+    assert joined(busy, other) == [group_of(other)]
 
 
 def test_after_it_was_sent_no_call_joins() -> None:
     busy, early, late = Busy(), call_of("a"), call_of("b")
-    busy.join(early, 0.0)
+    joined(busy, early)
     sent(busy, group_of(early))
-    busy.join(late, 0.0)
+    joined(busy, late)
     assert group_of(late) is not group_of(early)
     assert not busy.take(group_of(early))
 
@@ -117,7 +136,7 @@ def test_after_it_was_sent_no_call_joins() -> None:
     ],
 )
 def test_only_calls_with_equal_options_share(options: dict[str, Any], others: dict[str, Any]) -> None:
-    busy = Busy()
+    busy = Busy(options, others)
     mine, other, same = call_of("a", **options), call_of("b", **others), call_of("c", **options)
     joined(busy, mine, other, same)
     assert group_of(mine) is group_of(same) is not group_of(other)
@@ -180,12 +199,6 @@ def test_a_call_that_does_not_fit_begins_another_group() -> None:
     assert joined(busy, small, large) == [group_of(small)]
     assert large.sends_at_s == WAIT_S
     assert group_of(large) is not group_of(small)
-
-
-def test_the_other_group_waits_though_nothing_was_sent_yet() -> None:
-    coalescer, small, large = Coalescer(WAIT_S), call_of([["a"] * 100]), call_of([["a"] * 2000])
-    assert joined(coalescer, small, large) == [group_of(small)]
-    assert large.sends_at_s == WAIT_S
 
 
 @pytest.mark.parametrize(("others", "expected"), [([3.0, 9.0, 5.0], 9.0), ([3.0, math.inf], math.inf)])
@@ -257,7 +270,7 @@ def test_a_failure_goes_to_all_with_its_pushback(error: errors.ServiceError) -> 
     ],
 )
 def test_what_may_concern_one_call_is_repeated_call_by_call(error: errors.ServiceError) -> None:
-    busy, mine, other, alone = Busy(), call_of("a"), call_of("b"), call_of("c", pool="max")
+    busy, mine, other, alone = Busy({}, {"pool": "max"}), call_of("a"), call_of("b"), call_of("c", pool="max")
     joined(busy, mine, other, alone)
     for call in (mine, alone):
         sent(busy, group_of(call))
@@ -293,12 +306,12 @@ def test_the_results_of_a_call_that_left_are_dropped() -> None:
 
 def test_a_group_without_calls_is_not_sent() -> None:
     busy, mine, late = Busy(), call_of("a"), call_of("b")
-    busy.join(mine, 0.0)
+    joined(busy, mine)
     group = group_of(mine)
     busy.leave(mine)
     busy.leave(mine)
     assert not busy.take(group)
-    busy.join(late, 1.0)
+    joined(busy, late)
     assert group_of(late) is not group
 
 
@@ -314,24 +327,25 @@ def test_a_request_that_no_call_waits_for_has_ended() -> None:
 
 def test_a_group_whose_sending_was_interrupted_is_due_again_and_closed() -> None:
     busy, mine, late = Busy(), call_of("a"), call_of("b")
-    busy.join(mine, 0.0)
+    joined(busy, mine)
     sent(busy, group_of(mine))
     busy.give_back(group_of(mine))
     assert mine.sends_at_s == -math.inf
-    busy.join(late, 0.0)
+    joined(busy, late)
     assert group_of(late) is not group_of(mine)
     assert texts_of(sent(busy, group_of(mine))) == ["a"]
 
 
 def test_closing_ends_what_was_not_sent() -> None:
-    busy, mine, other = Busy(), call_of("a"), call_of("b", pool="max")
+    busy, mine, other = Busy({}, {"pool": "max"}), call_of("a"), call_of("b", pool="max")
     joined(busy, mine, other)
     busy.close(ClientClosedError("closed"))
     for call in (mine, other):
         assert not busy.take(group_of(call))
         with pytest.raises(ClientClosedError):
             call.take()
-    assert not busy.first.ended
+    assert not any(call.ended for call in busy.under_way)
+    assert joined(busy, call_of("c")) == []  # as much is under way as before
 
 
 STEPS = st.lists(
@@ -357,7 +371,7 @@ def test_whatever_happens_each_call_ends_once_and_requests_are_within_their_limi
                 call = call_of([[f"w{len(calls)}"] * tokens] * count, pool=pool)
                 if may_share(call.job, NO_DEADLINE, 0.0):
                     calls.append(call)
-                    coalescer.join(call, 0.0)
+                    coalescer.join([call], 0.0)
             case ("take", number) if unsent and coalescer.take(group := unsent[number % len(unsent)]):
                 request = group.request()
                 assert 1 <= len(request.sentences) <= 64
@@ -377,3 +391,5 @@ def test_whatever_happens_each_call_ends_once_and_requests_are_within_their_limi
         assert call.waiter.count == (number not in left)
         if isinstance(call.outcome, SharedResults):
             assert len(call.outcome.results) == len(call.job.inputs)
+    for pool in ("mean", "max"):  # nothing is counted as under way any more
+        assert coalescer.join([call_of("a", pool=pool)], 0.0)

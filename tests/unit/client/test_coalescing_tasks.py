@@ -35,13 +35,23 @@ class Tasks:
         deadline = NO_DEADLINE if timeout_s is None else Deadline.after(timeout_s)
         return asyncio.ensure_future(self.coalescing.embed(planned_job(sentences), deadline))
 
-    async def busy(self, *sentences: Any) -> tuple[asyncio.Future[pb.EmbedResponse], list[Caller]]:
-        """Return a call that is under way, and others that gather."""
-        self.call("first")
-        _, first = await self.calls.get()
+    async def busy(self, *sentences: Any) -> tuple["Answers", list[Caller]]:
+        """Return what is under way, so much that others gather until they are 64 sentences, and calls that gather."""
+        for _ in range(8):
+            self.call(["first"] * 64)
+        first = [await self.calls.get() for _ in range(8)]
         callers = [self.call(each) for each in sentences]
-        await asyncio.sleep(0)
+        for _ in range(3):  # the tasks' first steps, and the joining behind them
+            await asyncio.sleep(0)
         return first, callers
+
+
+Answers = list[tuple[pb.EmbedRequest, asyncio.Future[pb.EmbedResponse]]]
+
+
+def finish(calls: Answers) -> None:
+    for request, answer in calls:
+        answer.set_result(SERVICE.embed(request))
 
 
 async def tokens_of(caller: Caller) -> list[list[str]]:
@@ -50,27 +60,31 @@ async def tokens_of(caller: Caller) -> list[list[str]]:
     return [list(result.embedding.tokens) for result in shared.results]
 
 
-def answered(request: pb.EmbedRequest) -> pb.EmbedResponse:
-    return SERVICE.embed(request)
-
-
-async def test_tasks_that_start_together_share_the_first_request() -> None:
+async def test_a_lone_call_is_sent_at_once() -> None:
     tasks = Tasks()
-    callers = [tasks.call("a"), tasks.call(["b", "c"])]
-    request, answer = await tasks.calls.get()
-    assert texts_of(request) == ["a", "b", "c"]
-    answer.set_result(answered(request))
-    assert [await tokens_of(caller) for caller in callers] == [[["a"]], [["b"], ["c"]]]
+    caller = tasks.call("a")
+    finish([await tasks.calls.get()])
+    assert await tokens_of(caller) == [["a"]]
+
+
+async def test_calls_that_are_made_at_once_are_eight_requests() -> None:
+    tasks = Tasks()
+    callers = [tasks.call(f"w{n}") for n in range(64)]
+    for _ in range(8):
+        request, answer = await tasks.calls.get()
+        assert len(request.sentences) == 8
+        answer.set_result(SERVICE.embed(request))
+    assert [await tokens_of(caller) for caller in callers] == [[[f"w{n}"]] for n in range(64)]
 
 
 async def test_calls_that_come_meanwhile_go_together_when_nothing_is_under_way() -> None:
     tasks = Tasks()
     first, callers = await tasks.busy("a", "b")
     assert tasks.calls.empty()
-    first.set_result(pb.EmbedResponse(results=[pb.EmbedResult()]))
+    finish(first)
     request, answer = await tasks.calls.get()
     assert texts_of(request) == ["a", "b"]
-    answer.set_result(answered(request))
+    answer.set_result(SERVICE.embed(request))
     assert [await tokens_of(caller) for caller in callers] == [[["a"]], [["b"]]]
 
 
@@ -78,17 +92,19 @@ async def test_a_caller_that_calls_again_at_once_joins_what_gathers() -> None:
     tasks = Tasks()
 
     async def twice() -> None:
-        for sentence in ("first", "again"):
-            await tasks.coalescing.embed(planned_job(sentence), NO_DEADLINE)
+        for sentences in (["first"] * 64, "again"):
+            await tasks.coalescing.embed(planned_job(sentences), NO_DEADLINE)
 
     caller = asyncio.ensure_future(twice())
-    request, first = await tasks.calls.get()
-    other = tasks.call("a")
-    await asyncio.sleep(0)
-    first.set_result(answered(request))
+    own = await tasks.calls.get()
+    first, [other] = await tasks.busy("a")
+    finish([own])
+    for _ in range(3):
+        await asyncio.sleep(0)
+    finish(first)
     request, answer = await tasks.calls.get()
     assert texts_of(request) == ["a", "again"]
-    answer.set_result(answered(request))
+    answer.set_result(SERVICE.embed(request))
     await asyncio.gather(caller, other)
 
 
@@ -108,34 +124,37 @@ async def test_a_full_group_is_sent_at_once_with_the_latest_deadline() -> None:
     left_s = tasks.deadlines[-1].remaining_s()
     assert left_s is not None
     assert left_s > 1000.0
-    answer.set_result(answered(request))
+    answer.set_result(SERVICE.embed(request))
     assert [len(await tokens_of(caller)) for caller in callers] == [32, 32]
 
 
 async def test_a_callers_own_deadline_ends_its_call_alone() -> None:
     tasks = Tasks()
-    hasty, patient = tasks.call("a", 0.05), tasks.call("b")
+    await tasks.busy()
+    hasty, patient = tasks.call("a", 0.05), tasks.call(["b"] * 63)
     request, answer = await tasks.calls.get()
     with pytest.raises(errors.DeadlineError):
         await hasty
-    answer.set_result(answered(request))
-    assert await tokens_of(patient) == [["b"]]
+    answer.set_result(SERVICE.embed(request))
+    assert await tokens_of(patient) == [["b"]] * 63
 
 
 async def test_cancelling_a_caller_leaves_the_others_alone() -> None:
     tasks = Tasks()
-    callers = [tasks.call("a"), tasks.call("b")]
+    await tasks.busy()
+    callers = [tasks.call("a"), tasks.call(["b"] * 63)]
     request, answer = await tasks.calls.get()
     callers[0].cancel()
     with pytest.raises(asyncio.CancelledError):
         await callers[0]
-    answer.set_result(answered(request))
-    assert await tokens_of(callers[1]) == [["b"]]
+    answer.set_result(SERVICE.embed(request))
+    assert await tokens_of(callers[1]) == [["b"]] * 63
 
 
 async def test_the_request_is_cancelled_when_all_have_left() -> None:
     tasks = Tasks()
-    callers = [tasks.call("a"), tasks.call("b", 0.05)]
+    await tasks.busy()
+    callers = [tasks.call("a"), tasks.call(["b"] * 63, 0.05)]
     _, answer = await tasks.calls.get()
     callers[0].cancel()
     await asyncio.wait(callers)
@@ -148,7 +167,7 @@ async def test_a_call_that_left_is_not_sent() -> None:
     first, callers = await tasks.busy("a", "b")
     callers[0].cancel()
     await asyncio.wait(callers[:1])
-    first.set_result(pb.EmbedResponse(results=[pb.EmbedResult()]))
+    finish(first)
     request, _ = await tasks.calls.get()
     assert texts_of(request) == ["b"]
 
@@ -158,7 +177,8 @@ async def test_a_call_that_left_is_not_sent() -> None:
 )
 async def test_a_failure_goes_to_all(error: Exception) -> None:
     tasks = Tasks()
-    callers = [tasks.call("a"), tasks.call("b")]
+    await tasks.busy()
+    callers = [tasks.call("a"), tasks.call(["b"] * 63)]
     _, answer = await tasks.calls.get()
     answer.set_exception(error)
     for caller in callers:
@@ -168,7 +188,8 @@ async def test_a_failure_goes_to_all(error: Exception) -> None:
 
 async def test_a_shared_request_that_something_else_cancels_cancels_no_task() -> None:
     tasks = Tasks()
-    callers = [tasks.call("a"), tasks.call("b")]
+    await tasks.busy()
+    callers = [tasks.call("a"), tasks.call(["b"] * 63)]
     _, answer = await tasks.calls.get()
     answer.cancel()
     for caller in callers:
@@ -184,5 +205,5 @@ async def test_closing_ends_what_gathers() -> None:
     for caller in callers:
         with pytest.raises(ClientClosedError):
             await caller
-    first.set_result(pb.EmbedResponse(results=[pb.EmbedResult()]))
+    finish(first)
     assert tasks.calls.empty()

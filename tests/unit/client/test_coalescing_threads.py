@@ -25,16 +25,20 @@ Caller = Future[SharedResults | None]
 class Threads:
     """A wire, what shares it, and calls in threads.
 
-    Attributes:
-        first: A call that is under way, so that others gather.
+    So many requests are under way that others gather until they are 64 sentences.
     """
 
     def __init__(self, pool: ThreadPoolExecutor, wait_s: float = NEVER_S) -> None:
         self.pool = pool
         self.wire = AnsweringWire()
         self.coalescing = SyncCoalescing(wait_s, self.wire)
-        self.first_caller = self.submit("first", NO_DEADLINE)
-        self.first = self.wire.next_call()
+        self.first_callers = [self.submit(["first"] * 64, NO_DEADLINE) for _ in range(8)]
+        self.first = [self.wire.next_call() for _ in range(8)]
+
+    def finish_first(self) -> None:
+        """End what is under way, so that nothing is any more."""
+        for call in self.first:
+            call.finish()
 
     def submit(self, sentences: Any, deadline: Deadline) -> Caller:
         return self.pool.submit(self.coalescing.embed, planned_job(sentences), deadline)
@@ -52,7 +56,7 @@ class Threads:
 
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as one:
+    with ThreadPoolExecutor(16) as one:
         yield one
 
 
@@ -63,17 +67,17 @@ def tokens_of(future: Caller) -> list[list[str]]:
 
 
 def test_a_lone_call_is_sent_at_once(pool: ThreadPoolExecutor) -> None:
-    threads = Threads(pool)
-    assert texts_of(threads.first.request) == ["first"]
-    threads.first.finish()
-    assert tokens_of(threads.first_caller) == [["first"]]
+    wire = AnsweringWire()
+    caller = pool.submit(SyncCoalescing(NEVER_S, wire).embed, planned_job("a"), NO_DEADLINE)
+    wire.next_call().finish()
+    assert tokens_of(caller) == [["a"]]
 
 
 def test_calls_that_come_meanwhile_go_together_when_nothing_is_under_way(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
     callers = threads.calls("a", ["b", "c"])
     assert threads.wire.idle
-    threads.first.finish()
+    threads.finish_first()
     call = threads.wire.next_call()
     assert texts_of(call.request) == ["a", "b", "c"]
     call.finish()
@@ -86,7 +90,7 @@ def test_a_group_is_sent_when_its_wait_is_over(pool: ThreadPoolExecutor) -> None
     call = threads.wire.next_call()
     call.finish()
     assert tokens_of(caller) == [["a"]]
-    threads.first.finish()
+    threads.finish_first()
 
 
 def test_a_full_group_is_sent_at_once_with_the_latest_deadline(pool: ThreadPoolExecutor) -> None:
@@ -97,13 +101,13 @@ def test_a_full_group_is_sent_at_once_with_the_latest_deadline(pool: ThreadPoolE
     assert call.deadline.at_s == 2e9
     call.finish()
     assert [len(tokens_of(caller)) for caller in callers] == [32, 32]
-    threads.first.finish()
+    threads.finish_first()
 
 
 def test_a_callers_own_deadline_ends_its_call_alone(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
     (hasty, deadline), (patient, _) = threads.call("a"), threads.call("b")
-    threads.first.finish()
+    threads.finish_first()
     call = threads.wire.next_call()
     assert texts_of(call.request) == ["a", "b"]
     deadline.passed.set()
@@ -125,7 +129,7 @@ def test_the_request_is_cancelled_when_all_have_left(pool: ThreadPoolExecutor) -
             caller.result(LIMIT_S)
     assert call.cancelled.wait(LIMIT_S)
     call.finish(errors.ServiceError("cancelled", code=grpc.StatusCode.CANCELLED))
-    threads.first.finish()
+    threads.finish_first()
 
 
 def test_another_thread_sends_when_the_first_of_a_group_has_left(pool: ThreadPoolExecutor) -> None:
@@ -134,7 +138,7 @@ def test_another_thread_sends_when_the_first_of_a_group_has_left(pool: ThreadPoo
     deadline.passed.set()
     with pytest.raises(errors.DeadlineError):
         hasty.result(LIMIT_S)
-    threads.first.finish()
+    threads.finish_first()
     call = threads.wire.next_call()
     assert texts_of(call.request) == ["b"]
     call.finish()
@@ -145,7 +149,7 @@ def test_another_thread_sends_when_the_sending_one_is_interrupted(pool: ThreadPo
     threads = Threads(pool)
     threads.wire.raises.append(KeyboardInterrupt())
     first, *others = threads.calls("a", "b", "c")
-    threads.first.finish()
+    threads.finish_first()
     assert isinstance(first.exception(LIMIT_S), KeyboardInterrupt)
     call = threads.wire.next_call()
     call.finish()
@@ -160,14 +164,14 @@ def test_another_thread_sends_when_the_one_that_filled_the_group_is_interrupted(
     assert isinstance(interrupted.exception(LIMIT_S), KeyboardInterrupt)
     threads.wire.next_call().finish()
     assert tokens_of(first) == [["a"]]
-    threads.first.finish()
+    threads.finish_first()
 
 
 def test_a_lone_call_that_is_interrupted_leaves_the_others_alone(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
     threads.wire.raises.append(KeyboardInterrupt())
     [interrupted] = threads.calls("a")
-    threads.first.finish()
+    threads.finish_first()
     assert isinstance(interrupted.exception(LIMIT_S), KeyboardInterrupt)
     caller = threads.submit("b", NO_DEADLINE)  # nothing is under way: it is sent at once
     threads.wire.next_call().finish()
@@ -178,7 +182,7 @@ def test_what_cannot_be_sent_fails_for_all(pool: ThreadPoolExecutor) -> None:
     threads = Threads(pool)
     threads.wire.raises.append(ClientClosedError("closed"))
     callers = threads.calls("a", "b")
-    threads.first.finish()
+    threads.finish_first()
     for caller in callers:
         with pytest.raises(ClientClosedError):
             caller.result(LIMIT_S)
@@ -191,7 +195,7 @@ def test_a_failure_goes_to_all(pool: ThreadPoolExecutor) -> None:
     for caller in callers:
         with pytest.raises(errors.UnavailableError):
             caller.result(LIMIT_S)
-    threads.first.finish()
+    threads.finish_first()
 
 
 def test_closing_ends_what_gathers(pool: ThreadPoolExecutor) -> None:
@@ -201,6 +205,6 @@ def test_closing_ends_what_gathers(pool: ThreadPoolExecutor) -> None:
     for caller in callers:
         with pytest.raises(ClientClosedError):
             caller.result(LIMIT_S)
-    threads.first.finish()
-    assert tokens_of(threads.first_caller) == [["first"]]
+    threads.finish_first()
+    assert [len(tokens_of(caller)) for caller in threads.first_callers] == [64] * 8
     assert threads.wire.idle
