@@ -168,16 +168,17 @@ class Embedder:
         return refusals, cost.response_bytes
 
     def _cost(self, sentences: Sequence[Sentence], response: ResponseFormat[object]) -> Cost:
-        n_bytes = sum(
-            self._preprocessing.computed_bytes(sentence) + response.overhead_bytes(sentence) for sentence in sentences
-        )
+        n_bytes = n_tokens = 0
+        for sentence in sentences:
+            n_bytes += self._preprocessing.computed_bytes(sentence) + response.overhead_bytes(sentence)
+            n_tokens += len(sentence.tokens)
         if n_bytes > self.limits.response_bytes:
             raise RefusalError(
                 Reason.RESPONSE_TOO_LARGE,
                 f"the response would have about {n_bytes} bytes, more than {self.limits.response_bytes}: send fewer "
                 "sentences, ask for less of them (layers, pooling, data_type), or use EmbedStream",
             )
-        return Cost(sum(len(sentence.tokens) for sentence in sentences), n_bytes)
+        return Cost(n_tokens, n_bytes)
 
     async def _compute_all(
         self, sentences: Sequence[Sentence], refusals: Sequence[RefusalError | None]

@@ -188,7 +188,10 @@ class InferenceWorker:
             return shutting_down()
         if not self._batch.healthy:
             return failing()
-        return None if all(self._scheduler.ever_fits(sentence.need) for sentence in sentences) else too_large()
+        for sentence in sentences:
+            if not self._scheduler.ever_fits(sentence.need):
+                return too_large()
+        return None
 
     # ---- in the thread ----
 

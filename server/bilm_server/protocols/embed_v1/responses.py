@@ -96,9 +96,13 @@ class WireFormat:
         return b"" if codec is None or result.state is None else codec.encode(result.state)
 
     def _fill_usage(self, usage: embed_pb2.Usage, computed: Sequence[tuple[Sentence, Result]]) -> None:
-        _set_duration(usage.queue_time, max([result.queue_s for _, result in computed], default=0.0))
-        _set_duration(usage.inference_time, max([result.inference_s for _, result in computed], default=0.0))
-        usage.tokens = sum([len(sentence.tokens) for sentence, _ in computed])
+        queue_s, inference_s, n_tokens = 0.0, 0.0, 0
+        for sentence, result in computed:
+            queue_s, inference_s = max(queue_s, result.queue_s), max(inference_s, result.inference_s)
+            n_tokens += len(sentence.tokens)
+        _set_duration(usage.queue_time, queue_s)
+        _set_duration(usage.inference_time, inference_s)
+        usage.tokens = n_tokens
         usage.model_version = self.model.version
 
 
