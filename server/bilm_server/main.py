@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from bilm_model.errors import ModelError
 from bilm_model.torch_libraries import open_libraries
+from bilm_system.allocation import bound_arenas, bound_product_kernels
 from bilm_system.files import reason
 from bilm_system.openmp import bound_spinning
 from bilm_system.terminal import run_command
@@ -45,6 +46,7 @@ engine plans a round: by the default, 5 ms, a health check beside full load took
 def load_model(config: ServerConfig) -> "ServedModel":
     """Load the model that the configuration names; in a thread that ends, see `load_served_model`."""
     bound_spinning(os.environ)
+    bound_product_kernels(os.environ)
     open_libraries()
     from bilm_server.served_model import load_served_model  # noqa: PLC0415 - it loads torch
 
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None, load: "LoadModel" = load_model) -> int:
         0 after SIGTERM or SIGINT, or if --check-config found nothing wrong; 1 if it couldn't start, 2 for a bad
         configuration, 3 if the engine was lost.
     """
+    bound_arenas(os.environ)
     return run_command("bilm-serve", partial(_main, sys.argv[1:] if argv is None else argv, load))
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
+from bilm_model.weights.header import inspect
+from bilm_server.checking import memory_sum
 from bilm_server.config import ServerConfig
 from bilm_server.config_sources import load_config
 from grpc_health.v1 import health_pb2
@@ -143,6 +145,21 @@ def test_kubernetes_waits_as_long_as_a_drain_takes(
     assert pod["terminationGracePeriodSeconds"] > config.drain_delay_s + config.grace_s
     probe = container["readinessProbe"]  # callers stop coming before they are refused
     assert probe["periodSeconds"] * probe["failureThreshold"] + probe["timeoutSeconds"] < config.drain_delay_s
+
+
+def test_kubernetes_gives_it_the_memory_that_it_may_take(
+    objects: dict[str, dict[str, Any]], container: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = check_choices({each["name"]: each["value"] for each in container["env"]}, monkeypatch)
+    needed = memory_sum(config, inspect(""), config.max_connections).total
+    kernels, limit = (
+        int(value.removesuffix("Mi")) * 2**20
+        for value in (
+            objects["Deployment"]["spec"]["template"]["spec"]["volumes"][0]["emptyDir"]["sizeLimit"],
+            container["resources"]["limits"]["memory"],
+        )
+    )
+    assert needed + kernels <= limit <= 1.2 * (needed + kernels)
 
 
 def test_kubernetes_runs_it_as_nobody(objects: dict[str, dict[str, Any]], container: dict[str, Any]) -> None:

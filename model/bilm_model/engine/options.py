@@ -12,7 +12,7 @@ from bilm_model.engine.backend import Memory
 from bilm_model.kernels.product_paths import Precision, ProductPath
 
 _ROWS_ON_A_CPU, _ROWS_ON_A_GPU = 128, 1024
-_INPUT_CACHE_MIB_ON_A_CPU = 256
+_INPUT_CACHE_MIB_ON_A_CPU = 128
 _MIB = 2**20
 
 
@@ -25,7 +25,7 @@ class EngineOptions:
         max_rows: sentences computed at a time; None: 128 on a CPU, 1024 on a GPU.
         max_tokens: tokens and boundaries of the sentences in flight; each takes (L - 1)·D·4 bytes for its outputs.
         token_cache_mib: for vectors of tokens that no sentence in flight has; 0: none are kept.
-        input_cache_mib: for layer 1's input projections; 0: none are kept; None: 256 on a CPU, 0 on a GPU,
+        input_cache_mib: for layer 1's input projections; 0: none are kept; None: 128 on a CPU, 0 on a GPU,
             where computing them again is as fast as looking them up.
         products: how a CPU computes products; None: the fastest way that works here, see `cpu_path`.
     """

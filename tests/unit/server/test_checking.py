@@ -98,7 +98,7 @@ def test_the_sum_grows_with_what_is_configured() -> None:
         return memory_sum(load_config(list(flags)), header, n_connections).total
 
     plain = total()
-    assert total("--input-cache-mib", "0") == plain - 256 * MIB
+    assert total("--input-cache-mib", "0") == plain - 128 * MIB
     assert total("--max-waiting-mib", "513") == plain + 2 * MIB
     assert total("--max-stream-mib", "1025") == plain + 2 * MIB
     assert total(n_connections=101) == plain + 20 * 1024
