@@ -39,13 +39,13 @@ class LineWriter:
             descriptor: of the file; None: everything is lost.
             lost_line: returns the line that reports how many were lost, once lines can be written again.
             write: writes to a descriptor; returns how many bytes it took.
-            gather_s: time from a line until it is written, so that others are written with it.
+            gather_s: time until a line that isn't urgent is written, so that others are written with it.
         """
         self._write, self._gather_s = write, gather_s
         self._descriptor, self._lost_line = descriptor, lost_line
         lock = threading.Lock()
         self._wake, self._written = threading.Condition(lock), threading.Condition(lock)
-        self._flushing = 0
+        self._urgent = False
         self._lines: deque[bytes | Callable[[], str]] = deque()
         self._queued_bytes = 0  # those being written included
         self._dropped = self._reported = 0
@@ -63,7 +63,11 @@ class LineWriter:
         self._thread.start()
 
     def write(self, line: str | Callable[[], str]) -> None:
-        """Queue a line, or what returns it, which the thread calls; never waits for the file."""
+        """Queue a line, which is written at once, or what returns one, which the thread calls a little later.
+
+        Never waits for the file.
+        """
+        urgent = isinstance(line, str)
         queued = _encoded(line) if isinstance(line, str) else line
         with self._wake:
             if self._closing or self._queued_bytes + _n_bytes(queued) > _MAX_QUEUED_BYTES:
@@ -71,7 +75,8 @@ class LineWriter:
                 return
             self._lines.append(queued)
             self._queued_bytes += _n_bytes(queued)
-            if len(self._lines) == 1:  # with more, the thread is awake
+            self._urgent |= urgent
+            if urgent or len(self._lines) == 1:  # with more, the thread is awake
                 self._wake.notify()
 
     def count_lost(self) -> None:
@@ -82,12 +87,9 @@ class LineWriter:
     def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
         """Wait until everything is written or lost; return whether it is."""
         with self._wake:
-            self._flushing += 1
+            self._urgent = True
             self._wake.notify()
-            try:
-                return self._written.wait_for(lambda: not self._queued_bytes or not self._thread.is_alive(), timeout_s)
-            finally:
-                self._flushing -= 1
+            return self._written.wait_for(lambda: not self._queued_bytes or not self._thread.is_alive(), timeout_s)
 
     def close(self) -> None:
         """Write what is queued, if that doesn't take long, and end the thread; idempotent."""
@@ -103,8 +105,8 @@ class LineWriter:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._lines or self._closing)
-                self._wake.wait_for(lambda: self._flushing or self._closing, self._gather_s)
-                queued = list(self._lines)
+                self._wake.wait_for(lambda: self._urgent or self._closing, self._gather_s)
+                queued, self._urgent = list(self._lines), False
                 self._lines.clear()
                 lost = self._dropped - self._reported
             if not queued:

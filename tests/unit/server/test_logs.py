@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,23 +263,30 @@ def test_a_reader_that_is_stuck_costs_lines_and_no_time(pipe: Pipe) -> None:
     assert sum(int(notice.removeprefix("lost ")) for notice in found if notice not in (line, "again")) == lost
 
 
-def test_lines_are_gathered_until_they_are_flushed() -> None:
+def test_lines_of_calls_are_gathered_until_one_is_urgent() -> None:
     written, n_bytes = list[bytes](), 3 * len("line 0\n")
+    seen = threading.Event()
 
     def write(_: int, data: memoryview) -> int:
         written.append(bytes(data))
+        seen.set()
         return len(data)
 
     writer = LineWriter(0, str, write=write, gather_s=threading.TIMEOUT_MAX)
     writer.start()
     for _ in range(2):
         for number in range(3):
-            writer.write(f"line {number}")
+            writer.write(partial("line {}".format, number))
         assert writer.flush()
     assert [len(each) for each in written] == [n_bytes, n_bytes]
-    writer.write("last")
+    seen.clear()
+    writer.write(lambda: "of a call")
+    writer.write("an error")
+    assert seen.wait(60)
+    assert written[2:] == [b"of a call\nan error\n"]
+    writer.write(lambda: "last")
     writer.close()
-    assert written[2:] == [b"last\n"]
+    assert written[3:] == [b"last\n"]
 
 
 def test_a_line_that_cannot_be_formatted_is_lost_alone(pipe: Pipe) -> None:
