@@ -75,7 +75,7 @@ def cells() -> list[tuple[Recurrence, LaneWork]]:
     """Two cells, and work for them in which rows end and begin."""
     generator = torch.Generator().manual_seed(3)
     found = []
-    for _ in range(2):
+    for table in (True, False):
         lstm = ClippedProjectedLstm(CONFIG)
         for parameter in lstm.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator)
@@ -85,8 +85,8 @@ def cells() -> list[tuple[Recurrence, LaneWork]]:
         sizes = [N_ROWS - 7 * tick for tick in range(N_TICKS)]
         n_steps = sum(sizes)
         work = LaneWork(
-            gates_x=torch.randn(n_steps, 4 * CONFIG.cell_dim, generator=generator),
-            index=torch.randperm(n_steps, generator=generator),
+            x=torch.randn(n_steps, 4 * CONFIG.cell_dim if table else CONFIG.projection_dim, generator=generator),
+            index=torch.randperm(n_steps, generator=generator) if table else None,
             h=torch.randn(N_ROWS, CONFIG.projection_dim, generator=generator),
             c=torch.randn(N_ROWS, CONFIG.cell_dim, generator=generator),
             slots=torch.randperm(N_ROWS, generator=generator),

@@ -95,10 +95,12 @@ class CpuBackend:
         self._elementwise = fastest_elementwise(self._dtype)
         one_kernel = self._products is ProductPath.PREPACKED and not isinstance(self._elementwise, TorchElementwise)
         lstms = [list(bilm.lstms(direction)) for direction in range(2)]
-        self._inputs = [
-            [self._products.new_product(lstm.input.weight, lstm.folded_input_bias()) for lstm in each] for each in lstms
-        ]
         self._recurrences = recurrences_or_none(lstms, config, new_recurrence) if one_kernel else None
+        n_projected = config.n_layers if self._recurrences is None else 1
+        self._inputs = [
+            [self._products.new_product(lstm.input.weight, lstm.folded_input_bias()) for lstm in each[:n_projected]]
+            for each in lstms
+        ]
         self._ticks = [
             [_TickProducts.of(lstm, config.proj_clip, self._products.new_product) for lstm in each]
             for each in (lstms if self._recurrences is None else ())
@@ -185,12 +187,13 @@ class CpuBackend:
                 self.memory.h[layer, d].index_copy_(0, torch.from_numpy(plan.slots), last)
                 yield y
             return
-        works = [self._lane_work(layer, d, plan, entries[d], x) for d, x in enumerate(xs)]
-        cells = [recurrences[layer] for recurrences in self._recurrences]
+        cells, works = (each[layer] for each in self._recurrences), self._lane_works(layer, plan, entries, xs)
         yield from self._team.run(list(zip(cells, works, strict=True)), self._threads_of_cells(plan))
 
     def _work(self, layer: int, direction: int, plan: RoundPlan, entries: Indices, x: Tensor | None) -> CellWork:
-        gates_x, index = self._gates_x(layer, direction, entries, x)
+        gates_x, index = (
+            self._first_inputs(direction, entries) if x is None else self._inputs_of(self._inputs[direction][layer], x)
+        )
         return CellWork(
             gates_x=gates_x,
             index=index,
@@ -201,25 +204,18 @@ class CpuBackend:
             sizes=plan.sizes,
         )
 
-    def _lane_work(self, layer: int, direction: int, plan: RoundPlan, entries: Indices, x: Tensor | None) -> "LaneWork":
+    def _lane_works(
+        self, layer: int, plan: RoundPlan, entries: Indices, xs: Sequence[Tensor | None]
+    ) -> "Iterator[LaneWork]":
         from bilm_model.engine.cpu.recurrence import LaneWork  # noqa: PLC0415 - there is Numba, or there were no such cells
 
-        gates_x, index = self._gates_x(layer, direction, entries, x)
-        return LaneWork(
-            gates_x=gates_x,
-            index=index,
-            h=self.memory.h[layer, direction],
-            c=self.memory.c[layer, direction],
-            slots=torch.from_numpy(plan.slots),
-            fresh=torch.from_numpy(plan.fresh),
-            ticks=torch.tensor(plan.sizes),
-        )
-
-    def _gates_x(self, layer: int, direction: int, entries: Indices, x: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return input projections (any, 4·C), and the index (N,) of each step's."""
-        return (
-            self._first_inputs(direction, entries) if x is None else self._inputs_of(self._inputs[direction][layer], x)
-        )
+        rows = {"slots": torch.from_numpy(plan.slots), "fresh": torch.from_numpy(plan.fresh)}
+        ticks = torch.tensor(plan.sizes)
+        for d, x in enumerate(xs):
+            inputs, index = self._first_inputs(d, entries[d]) if x is None else (x, None)
+            yield LaneWork(
+                x=inputs, index=index, h=self.memory.h[layer, d], c=self.memory.c[layer, d], ticks=ticks, **rows
+            )
 
     def _threads_of_cells(self, plan: RoundPlan) -> "Threads":
         """Return who runs cells: OpenMP's threads only where they compute this round's products, too.

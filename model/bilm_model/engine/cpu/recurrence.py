@@ -15,178 +15,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from llvmlite import ir
-from numba import carray, types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from bilm_model.config import BilmConfig
 from bilm_model.contexts.lstm import ClippedProjectedLstm
-from bilm_model.engine.cpu import jobs, panels
-from bilm_model.engine.cpu.jobs import (
-    arguments_of_jobs,
-    end_job,
-    publish_jobs,
-    spin_for_jobs,
-    take_job,
-    wait_for_jobs,
+from bilm_model.engine.cpu import jobs
+from bilm_model.engine.cpu.cell_kernel import (
+    MAX_GROUP,
+    OWN_ADDRESS,
+    caller_kernel,
+    helper_kernel,
+    product_kernel,
+    team_kernel,
 )
-from bilm_model.engine.cpu.panels import PANEL, PANEL_CELLS, ROWS, multiply_panel, packed, packed_gates
-from bilm_model.kernels import cells, numba_blocks
-from bilm_model.kernels.cells import lstm_block
-from bilm_model.kernels.kernel_cache import compiled
-from bilm_model.kernels.numba_blocks import (
-    clear_block,
-    clip_block,
-    copy_block,
-    flags,
-    float32s,
-    inner,
-    int64s,
-    openmp,
-    share,
-)
+from bilm_model.engine.cpu.panels import PANEL, PANEL_CELLS, ROWS, packed, packed_gates
+from bilm_model.kernels.numba_blocks import openmp
 from bilm_model.kernels.products import PackedProduct, padded_rows
-
-MAX_GROUP = 48
-"""Rows of a job at most: many enough to make up for reading the weights, few enough for the caches."""
-
-_N_HEADER, _OWN_ADDRESS, _N_CELL = 8, 7, 20
-_PANEL_BYTES = 4 * PANEL
-
-
-@intrinsic
-def _fetch(typing_context, address):  # type: ignore[no-untyped-def]
-    """Have a cache line brought to the second-level cache."""
-
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        name, function = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        prefetch = builder.module.globals.get(name) or ir.Function(builder.module, function, name)
-        builder.call(prefetch, [builder.inttoptr(args[0], byte), number(0), number(2), number(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@inner
-def _fetch_gates(n_rows, at, n_cells, gates_x, index, slots, c):  # type: ignore[no-untyped-def] # noqa: PLR0917
-    """Have brought what `_gates` will read of memory, while the product is computed."""
-    for row in range(n_rows):
-        its_gates_x = gates_x + 4 * (int64s(index)[row] * 4 * n_cells + at)
-        for gate in range(4):
-            _fetch(its_gates_x + 4 * gate * n_cells)
-        _fetch(c + 4 * (int64s(slots)[row] * n_cells + at))
-
-
-@inner
-def _gates(n_rows, at, n_cells, gates, gates_x, index, slots, c, m, m_stride, clip):  # type: ignore[no-untyped-def] # noqa: PLR0917
-    """From the gates (R, 64) of the cells from `at`, which h adds up to, the cells' outputs m."""
-    for row in range(n_rows):
-        its_gates, its_m = float32s(gates + row * _PANEL_BYTES), float32s(m + row * m_stride + 4 * at)
-        its_gates_x = float32s(gates_x + 4 * (int64s(index)[row] * 4 * n_cells + at))
-        its_c = float32s(c + 4 * (int64s(slots)[row] * n_cells + at))
-        if n_cells - at >= PANEL_CELLS:  # a number that is known when this is compiled
-            lstm_block(PANEL_CELLS, its_gates, PANEL_CELLS, its_gates_x, n_cells, its_c, its_m, clip)
-        else:
-            lstm_block(n_cells - at, its_gates, PANEL_CELLS, its_gates_x, n_cells, its_c, its_m, clip)
-
-
-@inner
-def _clear_fresh(n_rows, size, n_cells, fresh, h, h_stride, slots, c):  # type: ignore[no-untyped-def] # noqa: PLR0917
-    """Set the state of rows that begin to 0."""
-    for row in range(n_rows):
-        if flags(fresh)[row]:
-            clear_block(size, float32s(h + row * h_stride))
-            clear_block(n_cells, float32s(c + 4 * int64s(slots)[row] * n_cells))
-
-
-@inner
-def _run_group(cell, first, n_group, scratch):  # type: ignore[no-untyped-def]
-    """All ticks of the rows from `first` on, at most so many."""
-    n_ticks, sizes, gates_x, index, slots, c, fresh, h_state, outputs, size = carray(cell, _N_CELL)[:10]
-    n_cells, recurrent, projection, h_block, m_block, h_stride, m_stride, clips = carray(cell, _N_CELL)[10:18]
-    h, m, gates = scratch, scratch + n_group * h_stride, scratch + n_group * (h_stride + m_stride)
-    n_rows, its_slots, n_panels = min(n_group, int64s(sizes)[0] - first), slots + 8 * first, -(-n_cells // PANEL_CELLS)
-    for row in range(n_rows):
-        copy_block(size, float32s(h_state + 4 * int64s(its_slots)[row] * size), float32s(h + row * h_stride))
-    step = first
-    for tick in range(n_ticks):
-        n = min(n_rows, int64s(sizes)[tick] - first)
-        if n <= 0:
-            break
-        _clear_fresh(n, size, n_cells, fresh + step, h, h_stride, its_slots, c)
-        for i in range(n_panels):
-            panel = n_panels - 1 - i if tick % 2 else i  # back and forth: the cache still has what was read last
-            its_weight = recurrent + panel * size * _PANEL_BYTES
-            at = panel * PANEL_CELLS
-            _fetch_gates(n, at, n_cells, gates_x, index + 8 * step, its_slots, c)
-            multiply_panel(n, size, h_block, h, h_stride, its_weight, gates, _PANEL_BYTES)
-            _gates(n, at, n_cells, gates, gates_x, index + 8 * step, its_slots, c, m, m_stride, float32s(clips)[0])
-        if projection != 0:
-            for panel in range(-(-size // PANEL)):
-                its_weight = projection + panel * n_cells * _PANEL_BYTES
-                multiply_panel(n, n_cells, m_block, m, m_stride, its_weight, h + panel * _PANEL_BYTES, h_stride)
-        for row in range(n):
-            its_h = float32s(h + row * h_stride)
-            if projection != 0:
-                clip_block(size, its_h, float32s(clips)[1])
-            else:
-                copy_block(size, float32s(m + row * m_stride), its_h)
-            copy_block(size, its_h, float32s(outputs + 4 * (step + row) * size))
-        step += int64s(sizes)[tick]
-    for row in range(n_rows):
-        copy_block(size, float32s(h + row * h_stride), float32s(h_state + 4 * int64s(its_slots)[row] * size))
-
-
-@inner
-def _take_jobs(board, thread):  # type: ignore[no-untyped-def]
-    """Run jobs as long as there are any left; `thread` says whose memory to use."""
-    while True:
-        job = take_job(board)
-        if job < 0:
-            break
-        arguments = arguments_of_jobs(board)
-        n_cells, n_group, memory, thread_bytes = carray(int64s(arguments), 7)[3:]
-        cell = int64s(carray(int64s(arguments), _N_HEADER + n_cells)[_N_HEADER + job % n_cells])
-        _run_group(cell, job // n_cells * n_group, n_group, memory + thread * thread_bytes)
-        end_job(board)
-
-
-# ---- kernels: all threads of a team; the caller; the caller beside a helper; the helper ------------------------------
-
-
-def _run_in_team(arguments):  # type: ignore[no-untyped-def]
-    n_threads, board = carray(arguments, 2)
-    thread, _ = share(n_threads, n_threads)
-    _take_jobs(int64s(board), thread)
-
-
-def _run_with_helper(arguments):  # type: ignore[no-untyped-def]
-    yield_thread, board, n_jobs = carray(arguments, 3)
-    publish_jobs(int64s(board), n_jobs, carray(arguments, _N_HEADER)[_OWN_ADDRESS])
-    _take_jobs(int64s(board), 0)
-    wait_for_jobs(int64s(board), n_jobs, yield_thread)
-
-
-def _help(board):  # type: ignore[no-untyped-def]
-    while spin_for_jobs(board):
-        _take_jobs(board, 1)
-
-
-def _multiply_all(arguments):  # type: ignore[no-untyped-def]
-    n_rows, n_in, block, x, weight, out, n_panels = carray(arguments, 7)
-    for panel in range(n_panels):
-        its_weight, its_out = weight + panel * n_in * _PANEL_BYTES, out + panel * _PANEL_BYTES
-        multiply_panel(n_rows, n_in, block, x, 4 * n_in, its_weight, its_out, n_panels * _PANEL_BYTES)
-
-
-_KERNEL = types.void(types.CPointer(types.int64))
-openmp()  # makes the thread's number known before a kernel is compiled
-_team_kernel, _caller_kernel, _helper_kernel, _product = (
-    compiled(_KERNEL, {}, function, numba_blocks, cells, panels, jobs)
-    for function in (_run_in_team, _run_with_helper, _help, _multiply_all)
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,17 +46,21 @@ class _PanelWeight:
     block: int
 
     @classmethod
-    def of(cls, weight: Tensor) -> "_PanelWeight | None":
-        """Lay out a weight (out, K); None if the order of oneDNN's sums can't be found out."""
+    def of(cls, weight: Tensor, bias: Tensor | None = None, *, gates: bool = False) -> "_PanelWeight | None":
+        """Lay out a weight (out, K), by gates or by columns; None if the order of oneDNN's sums can't be found out.
+
+        The bias (out) is added to them.
+        """
         (n_out, n_in), weights = weight.shape, packed(weight)
         x = torch.randn(padded_rows(ROWS + 1), n_in, generator=torch.Generator().manual_seed(0))
-        expected = PackedProduct(weight)(x)
+        expected = PackedProduct(weight, bias)(x)
         for block in (n_in, 1024, 512, 256, 128, 64):
             found = torch.empty(len(x), len(weights) * PANEL)
             addresses = (x.data_ptr(), weights.data_ptr(), found.data_ptr())
-            _product.ctypes(_array(len(x), n_in, block, *addresses, len(weights)))
-            if torch.equal(found[:, :n_out], expected):
-                return cls(weights, block)
+            product_kernel.ctypes(_array(len(x), n_in, block, *addresses, len(weights)))
+            found = found[:, :n_out] if bias is None else found[:, :n_out] + bias
+            if torch.equal(found, expected):
+                return cls(packed_gates(weight) if gates else weights, block)
         return None
 
 
@@ -221,8 +69,8 @@ class LaneWork:
     """What a cell is to do in a round, on the lanes' own state.
 
     Attributes:
-        gates_x: (any, 4·C) what inputs add to the gates, biases and the forget gate's +1 included.
-        index: (N,) int64, the row of `gates_x` for each step.
+        x: (N, P) float32 inputs; or (any, 4·C) input projections, biases and the forget gate's +1 included.
+        index: (N,) int64, the row of `x` for each step, if these are input projections; None: they are inputs.
         h: (lanes, P) float32 recurrent outputs, changed in place.
         c: (lanes, C) float32 cells, changed in place.
         slots: (R,) int64, the lane of each row.
@@ -230,8 +78,8 @@ class LaneWork:
         ticks: (K,) int64, rows at each tick, never growing.
     """
 
-    gates_x: Tensor
-    index: Tensor
+    x: Tensor
+    index: Tensor | None
     h: Tensor
     c: Tensor
     slots: Tensor
@@ -239,39 +87,52 @@ class LaneWork:
     ticks: Tensor
 
 
+_Weights = tuple[_PanelWeight, _PanelWeight | None, _PanelWeight]
+"""Of the recurrent product, the projection and the input projections."""
+
+
 class Recurrence:
     """A cell's ticks; bit for bit what products and elementwise arithmetic give."""
 
-    def __init__(self, recurrent: _PanelWeight, projection: _PanelWeight | None, config: BilmConfig) -> None:
-        self._weights, self._clips = (recurrent, projection), torch.tensor([config.cell_clip, config.proj_clip])
-        strides = (4 * PANEL * -(-config.projection_dim // PANEL), 4 * PANEL_CELLS * -(-config.cell_dim // PANEL_CELLS))
+    def __init__(self, weights: _Weights, bias: Tensor, config: BilmConfig) -> None:
+        self._weights, self._bias = weights, packed_gates(bias[:, None])
+        self._clips = torch.tensor([config.cell_clip, config.proj_clip])
+        n_panels = -(-config.cell_dim // PANEL_CELLS)
+        strides = (4 * PANEL * -(-config.projection_dim // PANEL), 4 * PANEL_CELLS * n_panels)
+        recurrent, projection, weight_x = weights
         self._numbers = (
             config.cell_dim,
             recurrent.panels.data_ptr(),
             0 if projection is None else projection.panels.data_ptr(),
+            weight_x.panels.data_ptr(),
+            self._bias.data_ptr(),
             recurrent.block,
             0 if projection is None else projection.block,
+            weight_x.block,
             *strides,
             self._clips.data_ptr(),
         )
-        self.row_bytes = sum(strides) + _PANEL_BYTES
+        self.row_bytes = sum(strides) + 4 * PANEL * (1 + n_panels)
 
     @classmethod
     def of(cls, lstm: ClippedProjectedLstm, config: BilmConfig) -> "Recurrence | None":
         """Return a layer's; None where it can't give the bits of products."""
         if lstm.recurrent.weight.dtype != torch.float32:
             return None
-        recurrent = _PanelWeight.of(lstm.recurrent.weight)
+        bias = lstm.folded_input_bias().detach()
+        recurrent = _PanelWeight.of(lstm.recurrent.weight, gates=True)
         projection = None if lstm.projection is None else _PanelWeight.of(lstm.projection.weight)
-        if recurrent is None or (projection is None) != (lstm.projection is None):
+        weight_x = _PanelWeight.of(lstm.input.weight, bias, gates=True)
+        if recurrent is None or weight_x is None or (projection is None) != (lstm.projection is None):
             return None
-        return cls(_PanelWeight(packed_gates(lstm.recurrent.weight), recurrent.block), projection, config)
+        return cls((recurrent, projection, weight_x), bias, config)
 
     def arguments(self, work: LaneWork, outputs: Tensor) -> "ctypes.Array[ctypes.c_int64]":
         """Return the kernel's arguments, for outputs (N, P)."""
-        tensors = (work.ticks, work.gates_x, work.index, work.slots, work.c, work.fresh, work.h, outputs)
-        addresses = (tensor.data_ptr() for tensor in tensors)
-        return _array(len(work.ticks), *addresses, outputs.shape[1], *self._numbers)
+        x = work.x.data_ptr()
+        inputs = (0, 0, x) if work.index is None else (x, work.index.data_ptr(), 0)
+        states = (tensor.data_ptr() for tensor in (work.slots, work.c, work.fresh, work.h, outputs))
+        return _array(len(work.ticks), work.ticks.data_ptr(), *inputs, *states, outputs.shape[1], *self._numbers, 0)
 
 
 class RecurrenceTeam:
@@ -294,7 +155,7 @@ class RecurrenceTeam:
         """Run cells that don't depend on one another, for the same ticks and rows; return what each gives, (N, P)."""
         if threads == "team" and self._parallel is None:
             threads = "helper" if self._n_threads > 1 else "caller"
-        outputs = [work.h.new_empty(len(work.index), work.h.shape[1]) for _, work in cells]
+        outputs = [work.h.new_empty(len(work.fresh), work.h.shape[1]) for _, work in cells]
         arguments = [cell.arguments(work, out) for (cell, work), out in zip(cells, outputs, strict=True)]
         n_rows, n_threads = len(cells[0][1].slots), self._n_threads if threads == "team" else 1
         n_group = _group_rows(n_rows, -(-n_threads // len(cells)))
@@ -306,13 +167,13 @@ class RecurrenceTeam:
         board = self._helper.board if threads == "helper" else ctypes.addressof(self._board)
         first = n_threads if threads == "team" else self._yield
         values = _array(first, board, *numbers, 0, *addresses)
-        values[_OWN_ADDRESS] = ctypes.addressof(values)
+        values[OWN_ADDRESS] = ctypes.addressof(values)
         if threads == "team" and self._parallel is not None:
-            jobs.offer(self._board, n_jobs, values[_OWN_ADDRESS])
+            jobs.offer(self._board, n_jobs, values[OWN_ADDRESS])
             # Always the whole team: OpenMP ends and begins threads when a team's size changes
-            self._parallel(_team_kernel.address, values, n_threads, 0)
+            self._parallel(team_kernel.address, values, n_threads, 0)
         else:
-            _caller_kernel.ctypes(values)
+            caller_kernel.ctypes(values)
         return outputs
 
 
@@ -321,7 +182,7 @@ Threads = Literal["caller", "helper", "team"]
 
 
 def _follow(board: int) -> None:
-    _helper_kernel.ctypes((ctypes.c_int64 * jobs.BOARD_SIZE).from_address(board))
+    helper_kernel.ctypes((ctypes.c_int64 * jobs.BOARD_SIZE).from_address(board))
 
 
 def _group_rows(n_rows: int, n_groups: int) -> int:
