@@ -93,7 +93,7 @@ def test_every_module_that_a_kernel_is_made_of_is_part_of_its_key(requests: list
 
 
 def test_what_would_be_found() -> None:
-    from bilm_model.engine.cpu import fused_elementwise, recurrence
+    from bilm_model.engine.cpu import cell_kernel, fused_elementwise
 
     assert modules_of(function_of(fused_elementwise._lstm_float32)) >= {"bilm_model.kernels.cells"}  # type: ignore[arg-type]
-    assert modules_of(function_of(recurrence._run_in_team)) >= {"bilm_model.engine.cpu.panels"}  # type: ignore[arg-type]
+    assert modules_of(function_of(cell_kernel._run_in_team)) >= {"bilm_model.engine.cpu.panels"}  # type: ignore[arg-type]
