@@ -1,21 +1,23 @@
 """What the tests of calls that share requests have in common: jobs, a wire that the test answers, watched deadlines."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
 from bilm_api.v1 import embed_pb2 as pb
+from bilm_client._core.coalescing import CallGroup, Coalescer, SharedCall, SharedResults
 from bilm_client._core.job import EmbedJob, embed_job
 from bilm_client._core.keywords import EmbedArguments
-from bilm_client._core.settings import Deadline, Settings, deadline_passed
+from bilm_client._core.settings import NO_DEADLINE, Deadline, Settings, deadline_passed
 from bilm_client.results import ModelInfo
 from bilm_client.testing.service import FakeService
 
 SERVICE = FakeService()
 INFO = ModelInfo.from_proto(SERVICE.get_model())
 SETTINGS = Settings(target="nowhere")
+WAIT_S = 0.005
 _MOMENT_S = 0.02
 
 
@@ -122,3 +124,58 @@ class AnsweringWire:
     def idle(self) -> bool:
         """Whether no call waits to be taken."""
         return self._calls.empty()
+
+
+class CountedWaiter:
+    """A `Waiter` that counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def wake(self) -> None:
+        """See `Waiter`."""
+        self.count += 1
+
+
+def call_of(sentences: Any, deadline: Deadline = NO_DEADLINE, **options: Any) -> SharedCall:
+    """Return a call with a waiter that counts."""
+    return SharedCall(planned_job(sentences, **options), deadline, CountedWaiter())
+
+
+class BusyCoalescer(Coalescer):
+    """Has so many requests under way that a group is full at 64 sentences.
+
+    Args:
+        kinds: The options of those requests.
+    """
+
+    def __init__(self, *kinds: dict[str, Any]) -> None:
+        super().__init__(WAIT_S)
+        self.under_way = [call_of(["x"] * 64, **options) for options in kinds or [{}] for _ in range(8)]
+        for call in self.under_way:
+            assert joined(self, call) == [group_of(call)]
+            assert self.take(group_of(call))
+
+
+def group_of(call: SharedCall) -> CallGroup:
+    """Return the group of a call that has joined one."""
+    assert call.group is not None
+    return call.group
+
+
+def joined(coalescer: Coalescer, *calls: SharedCall, now_s: float = 0.0) -> list[CallGroup]:
+    """Let calls join one after another; return the groups that are full."""
+    return [full for call in calls for full in coalescer.join([call], now_s)]
+
+
+def sent(coalescer: Coalescer, group: CallGroup) -> pb.EmbedRequest:
+    """Take a group, and return its request."""
+    assert coalescer.take(group)
+    return group.request()
+
+
+def taken(call: SharedCall) -> Sequence[pb.EmbedResult]:
+    """Return the results of a call."""
+    shared = call.take()
+    assert isinstance(shared, SharedResults)
+    return shared.results

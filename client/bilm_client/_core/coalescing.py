@@ -134,9 +134,9 @@ class Coalescer:
 
     Calls with equal options form a group, which is due after `wait_s`, or before that when it is full: when it has an
     eighth of the sentences that are under way or gathering, or what a request may have. So up to eight calls at a time
-    go by themselves and wait for nothing, and more calls make larger groups. In larger groups all wait for the longest
-    sentence of more, and the server computes fewer sentences at once: 64 callers lose a tenth of their throughput
-    where nothing but `wait_s` = 5 ms bounds a group.
+    go by themselves and wait for nothing, and more calls make larger groups. Groups that only `wait_s` bounds merge
+    until few are left: a response wakes all its callers, whose next calls gather again. Then most sentences wait for
+    the longest one of many, and the server computes fewer at once.
 
     Args:
         wait_s: The longest wait of a call for others.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -283,6 +286,30 @@ def test_closing_ends_a_call_under_way(scripted: Scripted) -> None:
         with pytest.raises(ClientClosedError):
             future.result(60)
         hold.released.set()
+
+
+@pytest.mark.parametrize("coalesce_ms", [None, 5])
+def test_an_interrupt_cancels_the_call(scripted: Scripted, coalesce_ms: float | None) -> None:
+    arrived, cancelled = threading.Event(), threading.Event()
+
+    def act(_request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+        context.add_callback(cancelled.set)
+        arrived.set()
+        cancelled.wait(60)
+        return pb.EmbedResponse()
+
+    def interrupt() -> None:
+        assert arrived.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)  # to the main thread, which embeds
+
+    scripted.service.embed_acts.append(act)
+    with Client(scripted.target, coalesce_ms=coalesce_ms) as client, ThreadPoolExecutor(1) as pool:
+        interrupter = pool.submit(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            client.embed("a")
+        interrupter.result(60)
+        assert cancelled.wait(60)
+        assert client.embed("a")[0].tokens == ("a",)
 
 
 @pytest.mark.parametrize("call", [Link.stub, Link.health_stub])

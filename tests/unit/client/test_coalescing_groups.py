@@ -1,7 +1,6 @@
 """Which calls share a request, when it is sent, and what each gets back."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,60 +13,23 @@ from bilm_client._core.settings import NO_DEADLINE, Deadline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.shared_calls import INFO, SERVICE, planned_job, texts_of
+from tests.support.shared_calls import (
+    INFO,
+    SERVICE,
+    WAIT_S,
+    BusyCoalescer,
+    CountedWaiter,
+    call_of,
+    group_of,
+    joined,
+    planned_job,
+    sent,
+    taken,
+    texts_of,
+)
 
-WAIT_S = 0.005
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 MIX = ScalarMix([1.0, 2.0, 3.0])
-
-
-class Wakes:
-    """Counts."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def wake(self) -> None:
-        self.count += 1
-
-
-def call_of(sentences: Any, deadline: Deadline = NO_DEADLINE, info: Any = INFO, **options: Any) -> SharedCall:
-    return SharedCall(planned_job(sentences, info, **options), deadline, Wakes())
-
-
-class Busy(Coalescer):
-    """Has so many requests under way that a group is full at 64 sentences.
-
-    Args:
-        kinds: The options of those requests.
-    """
-
-    def __init__(self, *kinds: dict[str, Any]) -> None:
-        super().__init__(WAIT_S)
-        self.under_way = [call_of(["x"] * 64, **options) for options in kinds or [{}] for _ in range(8)]
-        for call in self.under_way:
-            assert joined(self, call) == [group_of(call)]
-            assert self.take(group_of(call))
-
-
-def group_of(call: SharedCall) -> CallGroup:
-    assert call.group is not None
-    return call.group
-
-
-def joined(coalescer: Coalescer, *calls: SharedCall, now_s: float = 0.0) -> list[CallGroup]:
-    return [full for call in calls for full in coalescer.join([call], now_s)]
-
-
-def sent(coalescer: Coalescer, group: CallGroup) -> pb.EmbedRequest:
-    assert coalescer.take(group)
-    return group.request()
-
-
-def taken(call: SharedCall) -> Sequence[pb.EmbedResult]:
-    shared = call.take()
-    assert isinstance(shared, SharedResults)
-    return shared.results
 
 
 def test_up_to_eight_calls_go_by_themselves_at_once() -> None:
@@ -88,7 +50,7 @@ def test_a_group_is_full_with_an_eighth_of_what_is_under_way() -> None:
 
 
 def test_a_group_waits_so_long() -> None:
-    busy, first, second = Busy(), call_of("a"), call_of("b")
+    busy, first, second = BusyCoalescer(), call_of("a"), call_of("b")
     busy.join([first], 7.0)
     busy.join([second], 7.004)
     assert group_of(first) is group_of(second)
@@ -98,7 +60,7 @@ def test_a_group_waits_so_long() -> None:
 
 
 def test_a_group_is_full_when_so_much_has_ended_and_others_may_join_until_it_is_sent() -> None:
-    busy, early, late = Busy(), call_of("a"), call_of("b")
+    busy, early, late = BusyCoalescer(), call_of("a"), call_of("b")
     joined(busy, early)
     *others, last = (group_of(call) for call in busy.under_way)
     for group in others:
@@ -111,12 +73,12 @@ def test_a_group_is_full_when_so_much_has_ended_and_others_may_join_until_it_is_
 
 
 def test_calls_of_another_kind_do_not_count() -> None:
-    busy, other = Busy({"pool": "max"}), call_of("a")
+    busy, other = BusyCoalescer({"pool": "max"}), call_of("a")
     assert joined(busy, other) == [group_of(other)]
 
 
 def test_after_it_was_sent_no_call_joins() -> None:
-    busy, early, late = Busy(), call_of("a"), call_of("b")
+    busy, early, late = BusyCoalescer(), call_of("a"), call_of("b")
     joined(busy, early)
     sent(busy, group_of(early))
     joined(busy, late)
@@ -136,20 +98,20 @@ def test_after_it_was_sent_no_call_joins() -> None:
     ],
 )
 def test_only_calls_with_equal_options_share(options: dict[str, Any], others: dict[str, Any]) -> None:
-    busy = Busy(options, others)
+    busy = BusyCoalescer(options, others)
     mine, other, same = call_of("a", **options), call_of("b", **others), call_of("c", **options)
     joined(busy, mine, other, same)
     assert group_of(mine) is group_of(same) is not group_of(other)
 
 
 def test_what_an_error_does_is_the_callers_affair() -> None:
-    busy, mine, other = Busy(), call_of("a"), call_of("b", on_error="return")
+    busy, mine, other = BusyCoalescer(), call_of("a"), call_of("b", on_error="return")
     joined(busy, mine, other)
     assert group_of(mine) is group_of(other)
 
 
 def test_texts_and_tokens_share() -> None:
-    busy, mine, other = Busy(), call_of("a b"), call_of([["c", "d"]])
+    busy, mine, other = BusyCoalescer(), call_of("a b"), call_of([["c", "d"]])
     joined(busy, mine, other)
     request = sent(busy, group_of(mine))
     assert not request.options.omit_tokens
@@ -186,7 +148,7 @@ def test_a_call_without_the_time_to_wait_does_not_share() -> None:
 
 @pytest.mark.parametrize("sentence", ["a", ["a"] * 32])
 def test_a_full_group_is_due_at_once(sentence: Any) -> None:
-    busy = Busy()
+    busy = BusyCoalescer()
     calls = [call_of([sentence]) for _ in range(64)]
     assert joined(busy, *calls[:-1]) == []
     assert joined(busy, calls[-1]) == [group_of(calls[0])]
@@ -195,7 +157,7 @@ def test_a_full_group_is_due_at_once(sentence: Any) -> None:
 
 
 def test_a_call_that_does_not_fit_begins_another_group() -> None:
-    busy, small, large = Busy(), call_of([["a"] * 100]), call_of([["a"] * 2000])
+    busy, small, large = BusyCoalescer(), call_of([["a"] * 100]), call_of([["a"] * 2000])
     assert joined(busy, small, large) == [group_of(small)]
     assert large.sends_at_s == WAIT_S
     assert group_of(large) is not group_of(small)
@@ -203,85 +165,14 @@ def test_a_call_that_does_not_fit_begins_another_group() -> None:
 
 @pytest.mark.parametrize(("others", "expected"), [([3.0, 9.0, 5.0], 9.0), ([3.0, math.inf], math.inf)])
 def test_the_request_has_the_latest_deadline(others: list[float], expected: float) -> None:
-    busy = Busy()
+    busy = BusyCoalescer()
     calls = [call_of("a", Deadline(at_s)) for at_s in others]
     joined(busy, *calls)
     assert group_of(calls[0]).deadline.at_s == expected
 
 
-def test_each_call_gets_its_own_results() -> None:
-    busy = Busy()
-    calls = [call_of(["a", "b"]), call_of("c"), call_of(["d", "e", "f"])]
-    joined(busy, *calls)
-    response = SERVICE.embed(sent(busy, group_of(calls[0])))
-    busy.end(group_of(calls[0]), response)
-    assert [[tuple(each.embedding.tokens) for each in taken(call)] for call in calls] == [
-        [("a",), ("b",)],
-        [("c",)],
-        [("d",), ("e",), ("f",)],
-    ]
-    assert [call.waiter.count for call in calls if isinstance(call.waiter, Wakes)] == [1, 1, 1]
-
-
-def test_another_number_of_results_concerns_all() -> None:
-    busy, mine, other = Busy(), call_of("a"), call_of("b")
-    joined(busy, mine, other)
-    sent(busy, group_of(mine))
-    busy.end(group_of(mine), pb.EmbedResponse(results=[pb.EmbedResult()] * 3))
-    for call in (mine, other):
-        with pytest.raises(errors.MalformedResponseError, match="expected 2 results, got 3"):
-            call.take()
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        errors.OverloadedError("busy", code=EXHAUSTED, reason="OVERLOADED", pushback_ms=250),
-        errors.UnavailableError("away", code=grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN"),
-        errors.DeadlineError("late", code=grpc.StatusCode.DEADLINE_EXCEEDED),
-        errors.ModelVersionError("other", code=grpc.StatusCode.FAILED_PRECONDITION),
-    ],
-)
-def test_a_failure_goes_to_all_with_its_pushback(error: errors.ServiceError) -> None:
-    busy, mine, other = Busy(), call_of("a"), call_of("b")
-    joined(busy, mine, other)
-    sent(busy, group_of(mine))
-    busy.end(group_of(mine), error)
-    raised = []
-    for call in (mine, other):
-        with pytest.raises(type(error)) as caught:
-            call.take()
-        raised.append(caught.value)
-        assert (caught.value.code, caught.value.reason, caught.value.pushback_ms, str(caught.value)) == (
-            error.code,
-            error.reason,
-            error.pushback_ms,
-            str(error),
-        )
-    assert len({id(each) for each in (*raised, error)}) == 3
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        errors.InvalidRequestError("bad", code=grpc.StatusCode.INVALID_ARGUMENT, reason="TOO_MANY_TOKENS"),
-        errors.ResourceExhaustedError("large", code=EXHAUSTED, reason="RESPONSE_TOO_LARGE", pushback_ms=-1),
-        errors.ResourceExhaustedError("large", code=EXHAUSTED, reason="CALLER_LIMIT", pushback_ms=-1),
-    ],
-)
-def test_what_may_concern_one_call_is_repeated_call_by_call(error: errors.ServiceError) -> None:
-    busy, mine, other, alone = Busy({}, {"pool": "max"}), call_of("a"), call_of("b"), call_of("c", pool="max")
-    joined(busy, mine, other, alone)
-    for call in (mine, alone):
-        sent(busy, group_of(call))
-        busy.end(group_of(call), error)
-    assert mine.take() is other.take() is None
-    with pytest.raises(type(error)):
-        alone.take()
-
-
 def test_a_call_that_left_before_the_request_is_not_in_it() -> None:
-    busy = Busy()
+    busy = BusyCoalescer()
     calls = [call_of(each, Deadline(at_s)) for each, at_s in (("a", 9.0), ("b", 5.0), ("c", 4.0))]
     joined(busy, *calls)
     busy.leave(calls[0])
@@ -292,7 +183,7 @@ def test_a_call_that_left_before_the_request_is_not_in_it() -> None:
 
 
 def test_the_results_of_a_call_that_left_are_dropped() -> None:
-    busy = Busy()
+    busy = BusyCoalescer()
     calls = [call_of("a"), call_of("b"), call_of("c")]
     joined(busy, *calls)
     group = group_of(calls[0])
@@ -305,7 +196,7 @@ def test_the_results_of_a_call_that_left_are_dropped() -> None:
 
 
 def test_a_group_without_calls_is_not_sent() -> None:
-    busy, mine, late = Busy(), call_of("a"), call_of("b")
+    busy, mine, late = BusyCoalescer(), call_of("a"), call_of("b")
     joined(busy, mine)
     group = group_of(mine)
     busy.leave(mine)
@@ -316,7 +207,7 @@ def test_a_group_without_calls_is_not_sent() -> None:
 
 
 def test_a_request_that_no_call_waits_for_has_ended() -> None:
-    busy, mine, other = Busy(), call_of("a"), call_of("b")
+    busy, mine, other = BusyCoalescer(), call_of("a"), call_of("b")
     joined(busy, mine, other)
     sent(busy, group_of(mine))
     busy.leave(mine)
@@ -326,7 +217,7 @@ def test_a_request_that_no_call_waits_for_has_ended() -> None:
 
 
 def test_a_group_whose_sending_was_interrupted_is_due_again_and_closed() -> None:
-    busy, mine, late = Busy(), call_of("a"), call_of("b")
+    busy, mine, late = BusyCoalescer(), call_of("a"), call_of("b")
     joined(busy, mine)
     sent(busy, group_of(mine))
     busy.give_back(group_of(mine))
@@ -337,7 +228,7 @@ def test_a_group_whose_sending_was_interrupted_is_due_again_and_closed() -> None
 
 
 def test_closing_ends_what_was_not_sent() -> None:
-    busy, mine, other = Busy({}, {"pool": "max"}), call_of("a"), call_of("b", pool="max")
+    busy, mine, other = BusyCoalescer({}, {"pool": "max"}), call_of("a"), call_of("b", pool="max")
     joined(busy, mine, other)
     busy.close(ClientClosedError("closed"))
     for call in (mine, other):
@@ -387,7 +278,7 @@ def test_whatever_happens_each_call_ends_once_and_requests_are_within_their_limi
                 left.add(number % len(calls))
     for number, call in enumerate(calls):
         assert call.ended
-        assert isinstance(call.waiter, Wakes)
+        assert isinstance(call.waiter, CountedWaiter)
         assert call.waiter.count == (number not in left)
         if isinstance(call.outcome, SharedResults):
             assert len(call.outcome.results) == len(call.job.inputs)

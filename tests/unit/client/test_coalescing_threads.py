@@ -1,6 +1,8 @@
 """Threads that share requests: who sends, who waits, and what an end in the middle does to the others."""
 
 import math
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -176,6 +178,25 @@ def test_a_lone_call_that_is_interrupted_leaves_the_others_alone(pool: ThreadPoo
     caller = threads.submit("b", NO_DEADLINE)  # nothing is under way: it is sent at once
     threads.wire.next_call().finish()
     assert tokens_of(caller) == [["b"]]
+
+
+def test_an_interrupt_ends_the_wait_of_one_call(pool: ThreadPoolExecutor) -> None:
+    threads, deadline = Threads(pool), WatchedDeadline(math.inf)
+
+    def interrupt() -> None:
+        assert deadline.asked.wait(LIMIT_S)
+        os.kill(os.getpid(), signal.SIGINT)  # to the main thread, this one
+
+    interrupter = pool.submit(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        threads.coalescing.embed(planned_job("a"), deadline)
+    interrupter.result(LIMIT_S)
+    [other] = threads.calls("b")
+    threads.finish_first()
+    call = threads.wire.next_call()
+    assert texts_of(call.request) == ["b"]
+    call.finish()
+    assert tokens_of(other) == [["b"]]
 
 
 def test_what_cannot_be_sent_fails_for_all(pool: ThreadPoolExecutor) -> None:
