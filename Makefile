@@ -21,7 +21,7 @@ RUN ?= runs/wikitext2-mini
 # Tests have limits of their own (tests/support/time_limits.py); this one is for what comes before and after them.
 LIMITED := timeout --foreground --kill-after=30
 
-.PHONY: demo serve test tests test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-before bench-memory bench-full bench-training bench-page train clean
+.PHONY: demo serve test tests test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-original bench-before bench-memory bench-full bench-training bench-page train clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -79,6 +79,10 @@ proto-baseline: $(PROTO_VENV)/.installed
 # under ten minutes on two cores, with nothing else running
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+# the original size: about six minutes
+bench-original: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.bench --original $(ARGS)
 
 # against the commit before, in a work tree and processes of its own: about two hours; ARGS='--rounds 3 --window-s 2'
 bench-before: $(VENV)/.dev

@@ -1,17 +1,18 @@
 """`make bench`: the engine against the baseline and the roofline, and the service around it; under ten minutes.
 
-Prints each figure with its target as it comes; writes them, with the machine, as JSON, and makes the page anew.
+`make bench-original` measures the original size: six minutes. Prints each figure with its target as it comes; writes
+them, with the machine, as JSON, and makes the page anew.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from bilm_bench.reporting.experiment_page import write_page
 from bilm_system.terminal import run_command
 
+from benchmarks.experiments.coalescing import coalesced_calls
 from benchmarks.experiments.in_process import Effort, in_flight, throughput
 from benchmarks.experiments.latency import (
     Company,
@@ -24,12 +25,12 @@ from benchmarks.experiments.latency import (
 )
 from benchmarks.experiments.memory import mixed_requests
 from benchmarks.experiments.planning import planning
-from benchmarks.experiments.served import CASES, ServedCase, event_loop_time, served_throughput
+from benchmarks.experiments.served import CASES, ORIGINAL_CASES, ServedCase, event_loop_time, served_throughput
 from benchmarks.experiments.start import client_import, start_to_serving
 from benchmarks.load.sentences import read_sentences
 from benchmarks.machine import new_report
 from benchmarks.paths import RESULTS
-from benchmarks.sections import run_sections
+from benchmarks.sections import Sections, run_sections
 
 # Enough for every batch of the baseline, few enough that all their words fit the caches.
 SENTENCES = 512
@@ -50,15 +51,14 @@ def main() -> None:
     effort = Effort(arguments.rounds, arguments.window_s, arguments.singles)
     cores = torch.get_num_threads()
     settings = {"sentences": len(sentences), "tokens": sum(map(len, sentences)), **vars(effort), "threads": cores}
-    report = new_report("bench", "benchmarks.bench", settings)
+    name = "original" if arguments.original else "bench"
+    report = new_report(name, "benchmarks.bench", settings)
 
     def few(rounds: int) -> Effort:
         return Effort(min(rounds, effort.rounds), effort.window_s, effort.singles)
 
-    sections: dict[str, Callable[[], None]] = {
+    sections: Sections = {
         "small": lambda: throughput(report, "small", sentences, effort, cores),
-        "original": lambda: throughput(report, "original", sentences, few(3), cores),
-        "in-flight": lambda: in_flight(report, sentences, few(3)),
         "planning": lambda: planning(report, effort),
         "added": lambda: added_latency(report, "", sentences, effort),
         "added-small": lambda: added_latency(report, "random:small", sentences, effort),
@@ -67,10 +67,18 @@ def main() -> None:
         "beside": lambda: beside_batch_run(report, "", sentences, few(3).rounds, Company()),
         "served": lambda: served_throughput(report, sentences, few(3), CASES),
         "event-loop": lambda: event_loop_time(report, "", sentences, few(3)),
+        "coalescing": lambda: coalesced_calls(report, "random:small", len(sentences), few(3)),
         "start": lambda: start_to_serving(report, effort),
-        "memory": lambda: mixed_requests(report, "", minutes=0.5, sample_s=10.0, callers=8),
+        "memory": lambda: mixed_requests(report, "", minutes=0.3, sample_s=6.0, callers=8),
+    }
+    original: Sections = {
+        "original": lambda: throughput(report, "original", sentences, few(3), cores),
+        "in-flight": lambda: in_flight(report, sentences, few(3)),
+        "served-original": lambda: served_throughput(report, sentences, few(3), ORIGINAL_CASES),
         "import": lambda: client_import(report, effort),
     }
+    if arguments.original:
+        sections = original
     if arguments.smoke:
         sections = {
             "small": lambda: throughput(report, "tiny", sentences, effort, cores),
@@ -81,14 +89,15 @@ def main() -> None:
             "beside": lambda: beside_batch_run(report, "random:tiny", sentences, effort.rounds, _SMOKE_COMPANY),
             "served": lambda: served_throughput(report, sentences, effort, _SMOKE_CASES),
             "event-loop": lambda: event_loop_time(report, "random:tiny", sentences, effort),
+            "coalescing": lambda: coalesced_calls(report, "random:tiny", len(sentences), effort),
             "start": lambda: start_to_serving(report, effort, ("default",)),
             "memory": lambda: mixed_requests(report, "random:tiny", minutes=0.05, sample_s=1.0, callers=2),
             "import": lambda: client_import(report, effort),
         }
     run_sections(sections, arguments.only)
-    report.write(arguments.out)
+    report.write(arguments.out or RESULTS / f"{name}.json")
     report.print_summary()
-    write_page(arguments.out.parent)
+    write_page((arguments.out or RESULTS / name).parent)
 
 
 def _arguments() -> argparse.Namespace:
@@ -99,11 +108,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         nargs="+",
-        help="sections: small original in-flight planning added added-small paced short beside served event-loop start "
-        "memory import",
+        help="sections: small planning added added-small paced short beside served event-loop coalescing start memory "
+        "import; with --original: original in-flight served-original",
     )
+    parser.add_argument("--original", action="store_true", help="the original size: `make bench-original`")
     parser.add_argument("--smoke", action="store_true", help="a tiny model: shows that everything runs")
-    parser.add_argument("--out", type=Path, default=RESULTS / "bench.json", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, help="(bench.json, or original.json, among the results)")
     return parser.parse_args()
 
 

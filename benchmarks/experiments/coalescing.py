@@ -14,8 +14,8 @@ from benchmarks.load.pipe import PipedProcess
 
 COALESCED_TARGET = 90.0
 _THREADS, _MANY = 64, 32
-_COALESCE_MS = 2.0
-_WARM_S = 2.0
+_COALESCE_MS = 5.0
+_WARM_S = 1.0
 
 
 def coalesced_calls(report: Findings, model: str, n_sentences: int, effort: Effort) -> None:

@@ -112,7 +112,7 @@ class Pace:
 
     tokens: int = 25
     pause_s: float = 0.25
-    calls: int = 20
+    calls: int = 15
     more: int = 5
 
 
@@ -130,7 +130,7 @@ class Company:
     rate: float = 20.0
     callers: int = 4
     per_call: int = 64
-    seconds: float = 10.0
+    seconds: float = 8.0
 
 
 def beside_batch_run(report: Findings, source: str, sentences: Sentences, rounds: int, company: Company) -> None:

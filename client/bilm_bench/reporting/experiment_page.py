@@ -12,7 +12,7 @@ from bilm_system.terminal import run_command
 from bilm_bench.reporting.numbers import short
 from bilm_bench.reporting.page import Cell, document, escaped, plot_section, table
 
-_EXPERIMENTS = ("bench", "full")
+_EXPERIMENTS = ("bench", "original", "full")
 
 _PLOTS = (
     ("speedups", "Against the baseline", "The published order of work at its own best batch size and thread layout."),
