@@ -86,6 +86,23 @@ class Elementwise(Protocol):
             out: (≥ R, C) gets σ(o)·tanh(c) in its first R rows; the others stay as they are.
         """
 
+    def outputs(
+        self, y: Tensor, x: Tensor | None, places: Tensor, *, returns_sum: bool, returned: Tensor, following: Tensor
+    ) -> None:
+        """What a layer returns, and what the next one reads.
+
+        Args:
+            y: (N, P) what the cells give, in the products' format.
+            x: (≥ N, P) float32, added to y; None: nothing is.
+            places: (N,) int64, all different.
+            returns_sum: whether the layer returns y + x; otherwise y.
+            returned: (any, P) float32, gets that in the rows `places`.
+            following: (≥ N, P) float32, gets y + x in its first N rows, and zeros in the others.
+        """
+
+    def keep(self, y: Tensor, last: Tensor, h: Tensor, slots: Tensor) -> None:
+        """Copy the rows `last` (R,) of y (N, P) to the rows `slots` (R,), all different, of h (any, P) float32."""
+
     def highway(self, x: Tensor, z: Tensor) -> Tensor:
         """X (N, F) float32, z (N, 2·F), the gate and the transform -> x + σ(gate)·(relu(transform) − x), float32."""
 
@@ -119,6 +136,19 @@ class TorchElementwise:
         cells = (sigmoid(f) * before + sigmoid(i) * torch.tanh(j)).clamp_(-clip, clip)
         c[slots] = cells
         out[:n_rows] = sigmoid(o) * torch.tanh(cells)
+
+    def outputs(
+        self, y: Tensor, x: Tensor | None, places: Tensor, *, returns_sum: bool, returned: Tensor, following: Tensor
+    ) -> None:
+        """See `Elementwise`."""
+        n_steps, y = len(y), y.float()
+        following[:n_steps] = y if x is None else y + x[:n_steps]
+        following[n_steps:] = 0.0
+        returned.index_copy_(0, places, following[:n_steps] if returns_sum else y)
+
+    def keep(self, y: Tensor, last: Tensor, h: Tensor, slots: Tensor) -> None:
+        """See `Elementwise`."""
+        h.index_copy_(0, slots, y.index_select(0, last).float())
 
     def highway(self, x: Tensor, z: Tensor) -> Tensor:
         """See `Elementwise`."""

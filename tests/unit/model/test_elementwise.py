@@ -98,6 +98,39 @@ def test_what_is_not_a_number_stays_one(dtype: torch.dtype, n_cells: int) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_steps", [1, 7, 100])
+@pytest.mark.parametrize("kind", ["added and returned", "added", "nothing added"])
+def test_outputs(dtype: torch.dtype, n_steps: int, kind: str) -> None:
+    y, x = numbers(n_steps, 70).to(dtype), None if kind == "nothing added" else numbers(n_steps + 3, 70)
+    places = torch.randperm(n_steps + 5, generator=torch.Generator().manual_seed(0))[:n_steps]
+    returned, following = torch.full((2, n_steps + 5, 70), 7.0), torch.full((2, n_steps + 2, 70), 7.0)
+    each: tuple[Elementwise, ...] = (FUSED[dtype], TORCH)
+    for elementwise, *outs in zip(each, returned, following, strict=True):
+        returns_sum = kind == "added and returned"
+        elementwise.outputs(y, x, places, returns_sum=returns_sum, returned=outs[0], following=outs[1])
+    total = y.float() if x is None else y.float() + x[:n_steps]
+    assert torch.equal(following[0], following[1])
+    assert torch.equal(following[0], torch.cat([total, torch.zeros(2, 70)]))
+    assert torch.equal(returned[0], returned[1])
+    assert torch.equal(returned[0][places], total if kind == "added and returned" else y.float())
+    assert (returned[0].sum(1) == 490.0).sum() == 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_rows", [1, 90])
+def test_keep(dtype: torch.dtype, n_rows: int) -> None:
+    y, h = numbers(n_rows + 20, 70).to(dtype), torch.full((2, n_rows + 4, 70), 7.0)
+    last = torch.randint(0, n_rows + 20, (n_rows,), generator=torch.Generator().manual_seed(0))
+    slots = torch.randperm(n_rows + 4, generator=torch.Generator().manual_seed(0))[:n_rows]
+    each: tuple[Elementwise, ...] = (FUSED[dtype], TORCH)
+    for elementwise, target in zip(each, h, strict=True):
+        elementwise.keep(y, last, target, slots)
+    assert torch.equal(h[0], h[1])
+    assert torch.equal(h[0][slots], y.float()[last])
+    assert int((h[0] == 7.0).all(1).sum()) == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_highway(dtype: torch.dtype) -> None:
     x, z = numbers(9, 70), numbers(9, 140, scale=5.0).to(dtype)
     assert torch.allclose(FUSED[dtype].highway(x, z), TORCH.highway(x, z), atol=2e-6)

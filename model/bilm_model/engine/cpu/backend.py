@@ -162,38 +162,42 @@ class CpuBackend:
         xs: list[Tensor | None] = [None, None]
         for layer in range(self._config.n_layers):
             for d, y in enumerate(self._run_layer(layer, plan, entries, xs)):
-                output, xs[d] = self._with_residual(y, xs[d], entries[d])
-                self.memory.outputs[layer, d].index_copy_(0, torch.from_numpy(plan.places[d]), output)
+                xs[d] = self._outputs(y, self._added(xs[d], entries[d]), self.memory.outputs[layer, d], plan.places[d])
 
-    def _with_residual(self, y: Tensor, x: Tensor | None, entries: Indices) -> tuple[Tensor, Tensor]:
-        """Return a layer's output and the next layer's input, (N, P) each, from its cells' output and its input.
+    def _added(self, x: Tensor | None, entries: Indices) -> Tensor | None:
+        """Return what is added to a layer's cells' output, of which the recurrence sees nothing; None: nothing."""
+        if self._config.residual == "none":
+            return None
+        if self._config.residual == "input_to_input" and x is None:
+            return self.memory.vectors.index_select(0, torch.from_numpy(entries))
+        return x
 
-        The recurrence sees neither.
-        """
-        if self._config.residual == "input_to_input":
-            return y, y + (self.memory.vectors.index_select(0, torch.from_numpy(entries)) if x is None else x)
-        if self._config.residual == "published" and x is not None:
-            y = y + x
-        return y, y
+    def _outputs(self, y: Tensor, added: Tensor | None, returned: Tensor, places: Indices) -> Tensor:
+        """Write what a layer returns to its places; return what the next layer reads, (padded N, P)."""
+        following = y.new_empty(padded_rows(len(y)), y.shape[1], dtype=torch.float32)
+        at, returns_sum = torch.from_numpy(places), self._config.residual == "published"
+        self._elementwise.outputs(y, added, at, returns_sum=returns_sum, returned=returned, following=following)
+        return following
 
     def _run_layer(
         self, layer: int, plan: RoundPlan, entries: Indices, xs: Sequence[Tensor | None]
     ) -> Iterator[Tensor]:
-        """Return what both directions' cells give (N, P) float32, for what they read; None: the tokens."""
+        """Return what both directions' cells give, (N, P), for what they read; None: the tokens."""
         if self._team is None or self._recurrences is None:
             for d, x in enumerate(xs):  # one after the other: see the module
                 y = self._run_cell(self._ticks[d][layer], self._work(layer, d, plan, entries[d], x))
-                last = y.index_select(0, torch.from_numpy(plan.last))
-                self.memory.h[layer, d].index_copy_(0, torch.from_numpy(plan.slots), last)
+                last, slots = torch.from_numpy(plan.last), torch.from_numpy(plan.slots)
+                self._elementwise.keep(y, last, self.memory.h[layer, d], slots)
                 yield y
             return
         cells, works = (each[layer] for each in self._recurrences), self._lane_works(layer, plan, entries, xs)
         yield from self._team.run(list(zip(cells, works, strict=True)), self._threads_of_cells(plan))
 
     def _work(self, layer: int, direction: int, plan: RoundPlan, entries: Indices, x: Tensor | None) -> CellWork:
-        gates_x, index = (
-            self._first_inputs(direction, entries) if x is None else self._inputs_of(self._inputs[direction][layer], x)
-        )
+        if x is None:
+            gates_x, index = self._first_inputs(direction, entries)
+        else:
+            gates_x, index = self._inputs[direction][layer](x.to(self._dtype)), torch.arange(len(entries))
         return CellWork(
             gates_x=gates_x,
             index=index,
@@ -250,7 +254,7 @@ class CpuBackend:
         return RecurrenceTeam(self._recurrences[0][0].row_bytes, self._n_threads)
 
     def _run_cell(self, products: _TickProducts, work: CellWork) -> Tensor:
-        """Execute all ticks of a cell; return what it gives, (N, P) float32."""
+        """Execute all ticks of a cell; return what it gives, (N, P)."""
         outputs, first, h = [], 0, work.h.to(self._dtype)
         for n_rows in work.sizes:
             n_padded = padded_rows(n_rows)
@@ -261,7 +265,7 @@ class CpuBackend:
             h = m.clone() if products.projection is None else products.projection(m)
             outputs.append(h[:n_rows])
             first += n_rows
-        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).float()
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _first_inputs(self, direction: int, entries: Indices) -> tuple[Tensor, Tensor]:
         """Layer 1's input projections, each different token's once, and the index (N,) of each step's."""
@@ -274,12 +278,6 @@ class CpuBackend:
         """Layer 1's input projections (padded U, 4·C) of these tokens."""
         x = self.memory.vectors[torch.from_numpy(_padded(entries))]
         return self._inputs[direction][0](x.to(self._dtype))
-
-    def _inputs_of(self, product: Product, x: Tensor) -> tuple[Tensor, Tensor]:
-        n_steps = len(x)
-        padding = padded_rows(n_steps) - n_steps
-        x = torch.cat([x, x.new_zeros(padding, x.shape[1])]) if padding else x
-        return product(x.to(self._dtype)), torch.arange(n_steps)
 
 
 def _padded(indices: Indices) -> Indices:

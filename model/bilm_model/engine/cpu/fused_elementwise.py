@@ -16,6 +16,7 @@ from bilm_model.kernels.numba_blocks import (
     TWO,
     Kernel,
     bfloat16s,
+    clear_block,
     clear_state,
     flags,
     float32s,
@@ -79,6 +80,45 @@ def _lstm(arguments, gates_h, gates_x, m):  # type: ignore[no-untyped-def]
 
 
 @inner
+def _output(n, y, x, returns_sum, returned, following):  # type: ignore[no-untyped-def] # noqa: PLR0917
+    for k in range(n):
+        total = load(y, k) + load(x, k)
+        following[k] = total
+        returned[k] = total if returns_sum else load(y, k)
+
+
+@inner
+def _widen(n, source, target):  # type: ignore[no-untyped-def]
+    for k in range(n):
+        target[k] = load(source, k)
+
+
+@inner
+def _outputs(arguments, y):  # type: ignore[no-untyped-def]
+    n_threads, n_padded, n_steps, width, _, x, places, returns_sum, returned, following = carray(arguments, 10)
+    first, end = share(n_padded, n_threads)
+    for step in range(first, end):
+        its_following = float32s(following + 4 * step * width)
+        if step >= n_steps:
+            clear_block(width, its_following)
+            continue
+        its_y, its_place = shifted(y, step * width), float32s(returned + 4 * int64s(places)[step] * width)
+        if x != 0:
+            _output(width, its_y, float32s(x + 4 * step * width), returns_sum, its_place, its_following)
+        else:
+            _widen(width, its_y, its_place)
+            _widen(width, its_y, its_following)
+
+
+@inner
+def _keep(arguments, y):  # type: ignore[no-untyped-def]
+    n_threads, n_rows, width, _, last, h, slots = carray(arguments, 7)
+    first, end = share(n_rows, n_threads)
+    for row in range(first, end):
+        _widen(width, shifted(y, int64s(last)[row] * width), float32s(h + 4 * int64s(slots)[row] * width))
+
+
+@inner
 def _highway(arguments, z):  # type: ignore[no-untyped-def]
     n_threads, n_rows, width, x, _, y = carray(arguments, 6)
     first, end = share(n_rows, n_threads)
@@ -113,6 +153,22 @@ def _lstm_bfloat16(arguments):  # type: ignore[no-untyped-def]
     _lstm(arguments, bfloat16s(arguments[4]), bfloat16s(arguments[5]), bfloat16s(arguments[10]))
 
 
+def _outputs_float32(arguments):  # type: ignore[no-untyped-def]
+    _outputs(arguments, float32s(arguments[4]))
+
+
+def _outputs_bfloat16(arguments):  # type: ignore[no-untyped-def]
+    _outputs(arguments, bfloat16s(arguments[4]))
+
+
+def _keep_float32(arguments):  # type: ignore[no-untyped-def]
+    _keep(arguments, float32s(arguments[3]))
+
+
+def _keep_bfloat16(arguments):  # type: ignore[no-untyped-def]
+    _keep(arguments, bfloat16s(arguments[3]))
+
+
 def _highway_float32(arguments):  # type: ignore[no-untyped-def]
     _highway(arguments, float32s(arguments[4]))
 
@@ -130,10 +186,10 @@ def _peaks_bfloat16(arguments):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _kernels(product_dtype: torch.dtype) -> tuple[Kernel, Kernel, Kernel]:
-    if product_dtype == torch.bfloat16:
-        return kernel(_lstm_bfloat16), kernel(_highway_bfloat16), kernel(_peaks_bfloat16)
-    return kernel(_lstm_float32), kernel(_highway_float32), kernel(_peaks_float32)
+def _kernels(product_dtype: torch.dtype) -> list[Kernel]:
+    float32 = (_lstm_float32, _outputs_float32, _keep_float32, _highway_float32, _peaks_float32)
+    bfloat16 = (_lstm_bfloat16, _outputs_bfloat16, _keep_bfloat16, _highway_bfloat16, _peaks_bfloat16)
+    return [kernel(function) for function in (bfloat16 if product_dtype == torch.bfloat16 else float32)]
 
 
 class FusedElementwise:
@@ -149,7 +205,7 @@ class FusedElementwise:
         found = openmp()
         self._parallel = None if one_thread else found
         self._run = functools.partial(run, parallel=self._parallel)
-        self._lstm, self._highway, self._peaks = _kernels(product_dtype)
+        self._lstm, self._outputs, self._keep, self._highway, self._peaks = _kernels(product_dtype)
 
     @property
     def name(self) -> str:
@@ -178,6 +234,20 @@ class FusedElementwise:
         bound = ctypes.c_float(clip)
         addresses = [tensor.data_ptr() for tensor in (gates_h, gates_x, index, c, slots, fresh, out)]
         self._run(self._lstm, n_rows * n_cells, n_rows, n_cells, BLOCK, *addresses, ctypes.addressof(bound))
+
+    def outputs(
+        self, y: Tensor, x: Tensor | None, places: Tensor, *, returns_sum: bool, returned: Tensor, following: Tensor
+    ) -> None:
+        """See `Elementwise`."""
+        addresses = (y.data_ptr(), 0 if x is None else x.data_ptr(), places.data_ptr())
+        numbers = (len(following), *y.shape, *addresses, returns_sum, returned.data_ptr(), following.data_ptr())
+        self._run(self._outputs, following.numel(), *numbers)
+
+    def keep(self, y: Tensor, last: Tensor, h: Tensor, slots: Tensor) -> None:
+        """See `Elementwise`."""
+        n_rows, width = len(last), y.shape[1]
+        addresses = (tensor.data_ptr() for tensor in (y, last, h, slots))
+        self._run(self._keep, n_rows * width, n_rows, width, *addresses)
 
     def highway(self, x: Tensor, z: Tensor) -> Tensor:
         """See `Elementwise`."""
