@@ -149,9 +149,10 @@ class Coalescer:
 
     def join(self, calls: Sequence[SharedCall], now_s: float) -> list[CallGroup]:
         """Let calls that were made at the same time join groups; return the groups that are full now."""
-        for call in calls:
-            self._sentences[sharing_key(call.job.options)] += call.job.cost.sentences
-        return [full for call in calls for full in self._join(call, now_s)]
+        keys = [sharing_key(call.job.options) for call in calls]
+        for key, call in zip(keys, calls, strict=True):
+            self._sentences[key] += call.job.cost.sentences
+        return [full for key, call in zip(keys, calls, strict=True) for full in self._join(key, call, now_s)]
 
     def take(self, group: CallGroup) -> bool:
         """Take a group to send it; False: it was sent already, or has no calls any more."""
@@ -195,8 +196,8 @@ class Coalescer:
             for call in group.calls:
                 call.end(error)
 
-    def _join(self, call: SharedCall, now_s: float) -> list[CallGroup]:
-        key, cost, full = sharing_key(call.job.options), call.job.cost, []
+    def _join(self, key: Hashable, call: SharedCall, now_s: float) -> list[CallGroup]:
+        cost, full = call.job.cost, []
         group = self._gathering.get(key)
         if group is not None and not (group.cost + cost).fits(group.limit):
             full.append(self._close(group))

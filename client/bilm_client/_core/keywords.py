@@ -7,7 +7,8 @@ on as one object.
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypedDict, TypeVar
+from functools import lru_cache
+from typing import Any, TypedDict, TypeVar, cast
 
 from bilm_client._core.inputs import check_bool, check_state
 from bilm_client._core.options import DTypeName, LayersName, Options, PoolName, ScalarMix
@@ -15,6 +16,9 @@ from bilm_client._core.options import DTypeName, LayersName, Options, PoolName, 
 WINDOW = 64
 WINDOW_TOKENS = 16_384
 RETURN_STATE_EVERY = 16
+
+# Arguments that may be large, and differ from call to call.
+_CARRYING = frozenset({"states", "initial_state"})
 
 _Arguments = TypeVar("_Arguments", bound=Options)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -111,7 +115,18 @@ def parse_keywords(arguments: type[_Arguments], method: str, keywords: Mapping[s
     """
     if unknown := keywords.keys() - arguments.__dataclass_fields__.keys():
         raise TypeError(f"{method}() got an unexpected keyword argument {min(unknown)!r}")
+    if _CARRYING.isdisjoint(keywords):
+        try:
+            checked: _Arguments = _checked(cast("Any", arguments), tuple(keywords), *keywords.values())
+            return checked
+        except TypeError:
+            pass  # a value that can't be hashed; or one of a wrong type, which the next line names
     return arguments(**keywords)
+
+
+@lru_cache(maxsize=256, typed=True)  # calls with equal options share them; `typed` tells 1 from True
+def _checked(arguments: type[Any], names: tuple[str, ...], *values: Any) -> Any:
+    return arguments(**dict(zip(names, values, strict=True)))
 
 
 def _check_positive_int(name: str, value: int) -> None:

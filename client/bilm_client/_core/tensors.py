@@ -146,6 +146,7 @@ def _row_count(message: pb.Embedding, options: Options) -> int:
 
 
 def _offsets(message: pb.Embedding) -> list[tuple[int, int]]:
-    if len(message.token_starts) != len(message.token_ends):
+    starts, ends = message.token_starts, message.token_ends
+    if len(starts) != len(ends):
         raise MalformedResponseError("token_starts and token_ends differ in number")
-    return list(zip(message.token_starts, message.token_ends, strict=True))
+    return list(zip(starts, ends, strict=True)) if starts else []

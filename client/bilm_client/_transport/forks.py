@@ -3,8 +3,6 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _FORK_TIMEOUT_S = 2.0
 # gRPC's threads work on a call for a moment after its caller has the result, and nothing says when they are done.
@@ -17,22 +15,26 @@ class ForkGate:
     def __init__(self) -> None:
         self._reset()
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Count a call for as long as the context lasts."""
+    def call(self) -> "_GatedCall":
+        """Return a context in which a call counts as under way."""
+        return _GatedCall(self)
+
+    def enter(self) -> threading.Condition:
+        """Count a call; return what `leave` takes."""
         state = self._changed
         with state:
             if self._forking:
                 state.wait_for(lambda: not self._forking, _FORK_TIMEOUT_S)
             self._under_way += 1
             self._used = True
-        try:
-            yield
-        finally:
-            with state:
-                self._under_way -= 1
-                if self._forking:
-                    state.notify_all()
+        return state
+
+    def leave(self, state: threading.Condition) -> None:
+        """Count a call no more."""
+        with state:
+            self._under_way -= 1
+            if self._forking:
+                state.notify_all()
 
     def before_fork(self) -> None:
         """Hold new calls, and wait for the others."""
@@ -58,6 +60,21 @@ class ForkGate:
     def register(self) -> None:
         """Take part in the forks of this process."""
         os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork, after_in_child=self._reset)
+
+
+class _GatedCall:
+    """A call under way; a class, because a generator's context costs a call as much again."""
+
+    __slots__ = ("_gate", "_state")
+
+    def __init__(self, gate: ForkGate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        self._state = self._gate.enter()
+
+    def __exit__(self, *_: object) -> None:
+        self._gate.leave(self._state)
 
 
 FORK_GATE = ForkGate()

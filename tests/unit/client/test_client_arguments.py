@@ -57,6 +57,13 @@ def test_embed_stream_tells_at_the_call(options: dict[str, Any], error: type[Exc
         client.embed_stream(["a"], **options)
 
 
+def test_arguments_that_only_look_equal_are_checked_apart() -> None:
+    with FakeClient() as client:
+        client.embed("a", l2_normalize=True)
+        with pytest.raises(TypeError, match="l2_normalize must be a bool, got 1"):
+            client.embed("a", l2_normalize=1)  # type: ignore[call-overload]
+
+
 def test_embed_stream_takes_no_lone_str() -> None:
     with FakeClient() as client, pytest.raises(TypeError, match="must be an iterable of sentences, got one str"):
         client.embed_stream("letters")
