@@ -4,8 +4,10 @@ A loop takes microseconds, so it is called with Python's lock held: to give the 
 """
 
 import ctypes
+import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numba import carray, types
@@ -83,13 +85,19 @@ _COMPILED: dict[Callable[..., None], Callable[..., None]] = {
 }
 
 
+@functools.cache
+def _kernel(loop: Callable[..., None]) -> Any:
+    """Return a compiled loop: once a process, as machine code stays in memory, and each reset binds loops anew."""
+    return compiled(_SIGNATURE, {}, _COMPILED[loop], loops, numba_blocks, sys.modules[__name__])
+
+
 def bind(loop: Callable[..., None], arrays: Sequence[NDArray[np.int64]]) -> Callable[[], None]:
     """Return a function that runs a loop over arrays, which must stay where they are.
 
     Raises:
         Exception: whatever keeps it from being compiled.
     """
-    kernel = compiled(_SIGNATURE, {}, _COMPILED[loop], loops, numba_blocks, sys.modules[__name__])
+    kernel = _kernel(loop)
     call = _CALL(kernel.address)
     addresses = (ctypes.c_int64 * len(arrays))(*(array.ctypes.data for array in arrays))
     address = ctypes.addressof(addresses)

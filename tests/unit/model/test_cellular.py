@@ -17,6 +17,8 @@ from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.planner import Indices, RoundPlan
 from bilm_model.engine.sentences import PlainSentence
 from bilm_model.errors import CharacterError, ConfigError, ModelError
+from bilm_model.kernels.kernel_cache import use_store
+from bilm_model.shipped_kernels import RecordedKernels
 
 
 def engine_of(new_backend: NewBackend = new_backend, **options: int) -> CellularBatch:
@@ -282,6 +284,16 @@ def test_a_reset_drops_everything() -> None:
     engine.advance()
     engine.warm_up()
     assert free(engine) == before
+
+
+def test_a_reset_loads_no_kernel_again() -> None:
+    engine, store = engine_of(max_rows=2, max_tokens=60), RecordedKernels()
+    before = use_store(store)
+    try:
+        engine.reset()
+    finally:
+        use_store(before)
+    assert store.requests == []
 
 
 @pytest.mark.parametrize("bad", [PlainSentence(["a", ""]), words(19)])
