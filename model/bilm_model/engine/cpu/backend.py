@@ -153,7 +153,8 @@ class CpuBackend:
 
     def run(self, plan: RoundPlan, entries: Indices) -> None:
         """See `Backend`."""
-        with self._threads(plan.sizes[0], 4 * self._config.cell_dim):
+        n_rows = plan.sizes[0] if self._team is None else 0  # whose products want threads
+        with self._threads(n_rows, 4 * self._config.cell_dim):
             self._run(plan, entries)
 
     def _run(self, plan: RoundPlan, entries: Indices) -> None:
@@ -222,15 +223,11 @@ class CpuBackend:
             )
 
     def _threads_of_cells(self, plan: RoundPlan) -> "Threads":
-        """Return who runs cells: OpenMP's threads only where they compute this round's products, too.
-
-        They spin after a product, and would keep a helper from its core.
-        """
+        """Return who runs cells: as many threads as there are jobs for, OpenMP's only where one helper isn't enough."""
         width = 4 * self._config.cell_dim
-        if self._is_parallel(plan.sizes[0], width):
-            return "team"
-        few = self._n_threads == 1 or not self._is_parallel(2 * sum(plan.sizes), width)
-        return "caller" if few else "helper"
+        if self._n_threads == 1 or not self._is_parallel(2 * sum(plan.sizes), width):
+            return "caller"
+        return "helper" if self._n_threads == 2 or not self._is_parallel(plan.sizes[0], width) else "team"
 
     def _is_parallel(self, n_rows: int, width: int) -> bool:
         """Return whether all threads compute products of so many rows, as wide as that on their wider side."""
@@ -277,7 +274,8 @@ class CpuBackend:
     def _input_projections(self, direction: int, entries: Indices) -> Tensor:
         """Layer 1's input projections (padded U, 4·C) of these tokens."""
         x = self.memory.vectors[torch.from_numpy(_padded(entries))]
-        return self._inputs[direction][0](x.to(self._dtype))
+        with self._threads(len(entries), 4 * self._config.cell_dim):
+            return self._inputs[direction][0](x.to(self._dtype))
 
 
 def _padded(indices: Indices) -> Indices:

@@ -10,6 +10,7 @@ Legend: R rows, N steps of the round, P projection, C cells, K components of a p
 """
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -46,22 +47,33 @@ class _PanelWeight:
     block: int
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None = None, *, gates: bool = False) -> "_PanelWeight | None":
+    def of(cls, weight: Tensor, *, biased: bool = False, gates: bool = False) -> "_PanelWeight | None":
         """Lay out a weight (out, K), by gates or by columns; None if the order of oneDNN's sums can't be found out.
 
-        The bias (out) is added to them.
+        Args:
+            weight: of the product.
+            biased: whether a bias is added to the sums.
+            gates: whether its columns are those of four gates.
         """
-        (n_out, n_in), weights = weight.shape, packed(weight)
-        x = torch.randn(padded_rows(ROWS + 1), n_in, generator=torch.Generator().manual_seed(0))
-        expected = PackedProduct(weight, bias)(x)
-        for block in (n_in, 1024, 512, 256, 128, 64):
-            found = torch.empty(len(x), len(weights) * PANEL)
-            addresses = (x.data_ptr(), weights.data_ptr(), found.data_ptr())
-            product_kernel.ctypes(_array(len(x), n_in, block, *addresses, len(weights)))
-            found = found[:, :n_out] if bias is None else found[:, :n_out] + bias
-            if torch.equal(found, expected):
-                return cls(packed_gates(weight) if gates else weights, block)
-        return None
+        block = _block(*weight.shape, biased=biased)
+        return None if block is None else cls(packed_gates(weight) if gates else packed(weight), block)
+
+
+@functools.cache
+def _block(n_out: int, n_in: int, *, biased: bool) -> int | None:
+    """Return the components that oneDNN adds up by themselves in products of a shape; None if that isn't found."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator) for shape in ((padded_rows(ROWS + 1), n_in), (n_out, n_in), n_out)
+    )
+    expected, weights = PackedProduct(weight, bias if biased else None)(x), packed(weight)
+    for block in (n_in, 1024, 512, 256, 128, 64):
+        found = torch.empty(len(x), len(weights) * PANEL)
+        addresses = (x.data_ptr(), weights.data_ptr(), found.data_ptr())
+        product_kernel.ctypes(_array(len(x), n_in, block, *addresses, len(weights)))
+        if torch.equal(found[:, :n_out] + (bias if biased else 0.0), expected):
+            return block
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +98,9 @@ class LaneWork:
     fresh: Tensor
     ticks: Tensor
 
+
+_MIN_SPLIT = 4 * ROWS
+"""Rows from which two groups are as fast as one."""
 
 _Weights = tuple[_PanelWeight, _PanelWeight | None, _PanelWeight]
 """Of the recurrent product, the projection and the input projections."""
@@ -122,7 +137,7 @@ class Recurrence:
         bias = lstm.folded_input_bias().detach()
         recurrent = _PanelWeight.of(lstm.recurrent.weight, gates=True)
         projection = None if lstm.projection is None else _PanelWeight.of(lstm.projection.weight)
-        weight_x = _PanelWeight.of(lstm.input.weight, bias, gates=True)
+        weight_x = _PanelWeight.of(lstm.input.weight, biased=True, gates=True)
         if recurrent is None or weight_x is None or (projection is None) != (lstm.projection is None):
             return None
         return cls((recurrent, projection, weight_x), bias, config)
@@ -158,7 +173,10 @@ class RecurrenceTeam:
         outputs = [work.h.new_empty(len(work.fresh), work.h.shape[1]) for _, work in cells]
         arguments = [cell.arguments(work, out) for (cell, work), out in zip(cells, outputs, strict=True)]
         n_rows, n_threads = len(cells[0][1].slots), self._n_threads if threads == "team" else 1
-        n_group = _group_rows(n_rows, -(-n_threads // len(cells)))
+        # A helper may come late: then the caller should find more than one job of a cell to take
+        n_group = _group_rows(
+            n_rows, 2 if threads == "helper" and n_rows >= _MIN_SPLIT else -(-n_threads // len(cells))
+        )
         n_jobs = len(cells) * -(-n_rows // n_group)
         numbers = (n_jobs, len(cells), n_group, self._memory.data_ptr(), self._memory.stride(0))
         addresses = (ctypes.addressof(each) for each in arguments)
