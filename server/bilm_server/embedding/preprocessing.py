@@ -144,7 +144,8 @@ class Preprocessing:
         sentence.truncated = max(map(len, sentence.tokens), default=0) > _NEVER_TRUNCATED and any(
             map(is_truncated, sentence.tokens)
         )
-        self._decode_state(sentence)
+        if sentence.state_bytes or sentence.return_state:
+            self._decode_state(sentence)
         sentence.content, sentence.state_bytes = None, b""  # they can keep a whole message in memory
 
     def computed_bytes(self, sentence: Sentence) -> int:
@@ -162,9 +163,9 @@ class Preprocessing:
 
     def _decode_state(self, sentence: Sentence) -> None:
         codec = self._model.engine.state_codec
-        if codec is None and (sentence.state_bytes or sentence.return_state):
+        if codec is None:
             raise RefusalError(Reason.STATE_INVALID, "state: this model has none")
-        if codec is None or not sentence.state_bytes:
+        if not sentence.state_bytes:
             return
         try:
             sentence.state = codec.decode(sentence.state_bytes)

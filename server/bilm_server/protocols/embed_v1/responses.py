@@ -85,7 +85,8 @@ class WireFormat:
         if sentence.starts:
             message.token_starts.extend(sentence.starts[rows])
             message.token_ends.extend(sentence.ends[rows])
-        message.truncated = sentence.truncated
+        if sentence.truncated:
+            message.truncated = True
         tensor = message.tensor
         tensor.data = vectors.tobytes()
         tensor.shape.extend(vectors.shape)
