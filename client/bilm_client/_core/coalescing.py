@@ -89,8 +89,10 @@ class SharedCall:
             BilmError: The shared request failed. It is a copy: exceptions that are raised in several threads at once
                 would share their tracebacks.
         """
-        if isinstance(self.outcome, Exception):
+        if isinstance(self.outcome, BilmError):
             raise copy.copy(self.outcome) from self.outcome
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
         return self.outcome
 
 
@@ -162,21 +164,18 @@ class Coalescer:
         return True
 
     def give_back(self, group: CallGroup) -> None:
-        """Take a group back whose sending was interrupted: it is due again."""
+        """Take a group back whose sending was interrupted: it is due again, less the calls that have left meanwhile."""
         group.sent = False
+        for call in [call for call in group.calls if call.ended]:
+            self._remove(call, group)
 
     def leave(self, call: SharedCall) -> None:
         """Remove a call that waits no longer; where it was sent already, its results are dropped."""
         if call.ended:
             return
         call.ended, group = True, call.group
-        if group is None or group.sent:
-            return
-        group.calls.remove(call)
-        group.cost = total_of([other.job.cost for other in group.calls])
-        self._forget(group.key, call.job.cost.sentences)
-        if not group.calls:
-            self._close(group)
+        if group is not None and not group.sent:
+            self._remove(call, group)
 
     def end(self, group: CallGroup, outcome: pb.EmbedResponse | Exception) -> list[CallGroup]:
         """Settle the calls of a group by what came of its request; return the groups that are full now."""
@@ -221,6 +220,13 @@ class Coalescer:
             del self._gathering[group.key]
         group.due_s = -math.inf
         return group
+
+    def _remove(self, call: SharedCall, group: CallGroup) -> None:
+        group.calls.remove(call)
+        group.cost = total_of([other.job.cost for other in group.calls])
+        self._forget(group.key, call.job.cost.sentences)
+        if not group.calls:
+            self._close(group)
 
     def _forget(self, key: Hashable, sentences: int) -> None:
         self._sentences[key] -= sentences

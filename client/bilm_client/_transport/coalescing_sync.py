@@ -160,7 +160,8 @@ class _Groups:
                 return
             pending = self._under_way.pop(group)
             self._coalescer.give_back(group)
-            group.calls[0].waiter.wake()
+            if group.calls:
+                group.calls[0].waiter.wake()
         if pending is not None:
             pending.cancel()
 

@@ -227,6 +227,16 @@ def test_a_group_whose_sending_was_interrupted_is_due_again_and_closed() -> None
     assert texts_of(sent(busy, group_of(mine))) == ["a"]
 
 
+def test_a_group_that_is_given_back_has_no_calls_that_left_meanwhile() -> None:
+    busy, mine, other = BusyCoalescer(), call_of("a"), call_of("b")
+    joined(busy, mine, other)
+    sent(busy, group_of(mine))
+    busy.leave(mine)
+    busy.give_back(group_of(other))
+    assert other.sends_at_s == -math.inf
+    assert texts_of(sent(busy, group_of(other))) == ["b"]
+
+
 def test_closing_ends_what_was_not_sent() -> None:
     busy, mine, other = BusyCoalescer({}, {"pool": "max"}), call_of("a"), call_of("b", pool="max")
     joined(busy, mine, other)
