@@ -52,7 +52,11 @@ class Collector(Protocol):
         """What it is, as a label of the metric `bilm_kernel_path`."""
 
     def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec]) -> Collected:
-        """Return what each sentence asks for, for sentences of at least one token; their memory may be used again."""
+        """Return what each sentence asks for, for sentences of at least one token; their memory may be used again.
+
+        Raises:
+            ValueError: If a mix has another number of weights than there are layers.
+        """
 
 
 def converted(vectors: Tensor, data_type: DataType) -> Tensor:

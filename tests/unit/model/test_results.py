@@ -53,6 +53,14 @@ def numbers(vectors: Vectors, data_type: DataType) -> torch.Tensor:
 
 
 @WAYS
+@pytest.mark.parametrize("n_weights", [1, 2, 4])
+def test_a_mix_of_another_number_of_layers_is_an_error(kind: type[Collector], n_weights: int) -> None:
+    collector = kind(memory_of())  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"weights|argument"):
+        collector.collect(steps_of([3]), [OutputSpec(Selection(LayerMix((0.0,) * n_weights)))])
+
+
+@WAYS
 @pytest.mark.parametrize("data_type", FORMATS)
 def test_each_sentence_gets_what_it_asks_for(kind: type[Collector], data_type: DataType) -> None:
     memory, outputs = memory_of(), outputs_of(data_type)

@@ -243,10 +243,17 @@ class _Wish:
 
     @classmethod
     def of(cls, output: OutputSpec, n_layers: int) -> "_Wish":
+        """Return how the kernel reads an output.
+
+        Raises:
+            ValueError: If a mix has another number of weights than there are layers.
+        """
         selection = output.selection
         first, count, weights, normed = 0, n_layers, None, False
         if isinstance(selection.layers, LayerMix):
             weights, normed = np.array(selection.layers.shares(), dtype=np.float32), selection.layers.layer_norm
+            if len(weights) != n_layers:  # the kernel would read beyond them
+                raise ValueError(f"a mix has {len(weights)} weights, expected one for each of {n_layers} layers")
         elif selection.layers == "average":
             weights = np.full(n_layers, 1 / n_layers, dtype=np.float32)
         elif selection.layers == "top":
