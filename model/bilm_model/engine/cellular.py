@@ -277,17 +277,16 @@ class CellularBatch:
         for sentence in sentences:
             self.check_state(sentence.state)
         self._check_fits(n_steps)
+        # Before anything is taken, as reading what callers bring may fail
+        states = [_copied(sentence.state) for sentence in sentences]
+        flags = [_flags(sentence, keeps_states=keeps_states) for sentence in sentences]
         n_new = len(self._table.unknown)
         entries = self._table.entries_of(tokens)
         cache, n_misses = self._counters.cache, len(self._table.unknown) - n_new
         cache.misses += n_misses
         cache.hits += len(entries) - n_misses
-        flags = [_flags(sentence, keeps_states=keeps_states) for sentence in sentences]
         numbers = self._lanes.enter(entries, n_steps, flags)
-        for number, sentence in zip(numbers, sentences, strict=True):
-            if sentence.state is not None:
-                h, c = sentence.state
-                self._states[number] = (h.copy(), c.copy())  # the owner may change them, or they may be read-only
+        self._states |= {number: state for number, state in zip(numbers, states, strict=True) if state is not None}
         return numbers
 
     def _check_fits(self, n_steps: Sequence[int]) -> None:
@@ -357,6 +356,11 @@ class CellularBatch:
             np.zeros((config.n_layers, 2, size), dtype=np.float32) for size in (config.projection_dim, config.cell_dim)
         )
         return h, c
+
+
+def _copied(state: LstmState | None) -> LstmState | None:
+    """Return a state of one's own: the owner may change it, or it may be read-only."""
+    return None if state is None else (state[0].copy(), state[1].copy())
 
 
 def _flags(sentence: EngineSentence, *, keeps_states: bool) -> int:

@@ -146,6 +146,13 @@ class Unfit(Sequence[str]):
         raise MemoryError
 
 
+class Uncopied(np.ndarray[Any, Any]):
+    """Numbers that there is no memory to copy."""
+
+    def copy(self, *_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+
 @pytest.mark.parametrize("cache", [0, 1])
 @pytest.mark.parametrize(
     "bad",
@@ -158,6 +165,7 @@ class Unfit(Sequence[str]):
         "h of another shape",
         "c of another shape",
         "a scalar as c",
+        "a state that can't be copied",
     ],
 )
 def test_a_sentence_that_cannot_join_leaves_nothing_behind(bad: str, cache: int) -> None:
@@ -173,9 +181,11 @@ def test_a_sentence_that_cannot_join_leaves_nothing_behind(bad: str, cache: int)
         "h of another shape": PlainSentence(["new"], (h[:, :, 1:], c)),
         "c of another shape": PlainSentence(["new"], (h, c[:1])),
         "a scalar as c": PlainSentence(["new"], (h, np.zeros((), np.float32))),
+        "a state that can't be copied": PlainSentence(["new"], (h, c.view(Uncopied))),
     }
     before = free(engine)
-    expected = (CharacterError, MemoryError) if "token" in bad or "surrogate" in bad else ValueError
+    unreadable = any(part in bad for part in ("token", "surrogate", "copied"))
+    expected = (CharacterError, MemoryError) if unreadable else ValueError
     for _ in range(30):
         with pytest.raises(expected):
             engine.join([words(1), sentences[bad]])
