@@ -139,9 +139,9 @@ class RecurrentEngine(Generic[S]):
         collected = self._collector.collect(self._batch.steps(numbers), [sentence.output for sentence in sentences])
         wanted = [position for position, sentence in enumerate(sentences) if sentence.return_state]
         states = self._states([ended[position][1] for position in wanted]) if wanted else None
-        self._batch.leave(numbers)
-        for number, sentence in zip(numbers, sentences, strict=True):
+        for number, sentence in zip(numbers, sentences, strict=True):  # first, so that none leaves twice
             del self._sentences[number], self._numbers[sentence]
+        self._batch.leave(numbers)
         return _Arriving(sentences, collected, dict(zip(wanted, range(len(wanted)), strict=True)), states, set())
 
     def _states(self, slots: Sequence[int]) -> tuple[HostCopy, HostCopy]:

@@ -62,6 +62,7 @@ class Lanes:
             return found
 
         n_steps, flags, first, last, lane_of, queue, following = arrays(7, self.n_sentences)
+        first[:], lane_of[:] = loops.NONE, loops.ENDED
         self._given, self._ended, self._brought = (arrays(n, self.n_sentences) for n in (3, 2, 2))
         sentence_of, forward, backward, left, ticks_of, end_of, self._slots, self._last = arrays(8, self.n_lanes)
         sentence_of[:] = loops.NONE
@@ -132,16 +133,19 @@ class Lanes:
         return sentences
 
     def drop(self, sentences: Sequence[int]) -> list[int]:
-        """Take sentences out, wherever they are; return the entries that stand for nothing any more."""
+        """Take sentences out, wherever they are, as `leave` does."""
         self._give(sentences)
         self._withdraw()
         return self.leave(sentences)
 
     def leave(self, sentences: Sequence[int]) -> list[int]:
-        """Free what sentences hold that have ended; return the entries that stand for nothing any more."""
+        """Free what sentences hold that have ended; return the entries that stand for nothing any more.
+
+        Those that have left already are ignored.
+        """
         self._give(sentences)
         self._leave()
-        self._free += sentences
+        self._free += self._given[0, : self._numbers[loops.N_GIVEN]].tolist()
         victims: list[int] = self._victims[: self._numbers[loops.N_VICTIMS]].tolist()
         self._table.give_up(victims)
         if not self.n_in_flight:

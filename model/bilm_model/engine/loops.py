@@ -104,7 +104,7 @@ def enter(  # type: ignore[no-untyped-def] # noqa: PLR0917
         numbers: N_GIVEN sentences.
         given: (3·S,) which from 0, the steps of each from S, the flags of each from 2·S.
         entries: of their steps, sentence after sentence.
-        first: (S,) gets each one's first place.
+        first: (S,) gets each one's first place; NONE of those that hold nothing.
         last: (S,) gets each one's last place.
         n_steps: (S,) gets those of each.
         flags: (S,) gets those of each.
@@ -177,10 +177,12 @@ def leave(  # type: ignore[no-untyped-def] # noqa: PLR0917
 ):
     """Free what N_GIVEN sentences hold. Entries that nothing reads any more become idle; the oldest are given up.
 
+    What holds nothing, as it has left already, is ignored: to free a place twice would make a ring of the free ones.
+
     Args:
-        numbers: gets N_VICTIMS.
-        given: (S,) which sentences.
-        first: (S,) of each.
+        numbers: gets N_VICTIMS, and N_GIVEN sentences that have left now.
+        given: (S,) which sentences; gets those that have left now.
+        first: (S,) of each; gets NONE.
         last: (S,) of each.
         after: (A,) see `enter`.
         entry_of: (A,) see `enter`.
@@ -191,10 +193,14 @@ def leave(  # type: ignore[no-untyped-def] # noqa: PLR0917
         known: (E,) whether an entry has its vector; one that has none is given up.
         victims: (A,) gets the entries that are given up.
     """
-    n_victims, n_freed = 0, 0
+    n_victims, n_freed, n_left = 0, 0, 0
     for number in range(numbers[N_GIVEN]):
         sentence = given[number]
         place = first[sentence]
+        if place == NONE:
+            continue
+        given[n_left] = sentence
+        n_left += 1
         while place != NONE:
             entry = entry_of[place]
             pins[entry] -= 1
@@ -209,7 +215,7 @@ def leave(  # type: ignore[no-untyped-def] # noqa: PLR0917
             place = after[place]
             n_freed += 1
         after[last[sentence]] = numbers[FREE_PLACE]
-        numbers[FREE_PLACE] = first[sentence]
+        numbers[FREE_PLACE], first[sentence] = first[sentence], NONE
     while numbers[N_IDLE] > numbers[N_CACHED]:
         entry = numbers[OLDEST]
         unlink(numbers, OLDEST, NEWEST, older, newer, entry)
@@ -218,7 +224,7 @@ def leave(  # type: ignore[no-untyped-def] # noqa: PLR0917
         victims[n_victims] = entry
         n_victims += 1
     numbers[N_FREE_PLACES] += n_freed
-    numbers[N_VICTIMS] = n_victims
+    numbers[N_VICTIMS], numbers[N_GIVEN] = n_victims, n_left
 
 
 @loop

@@ -1,7 +1,7 @@
 """The compiled planner against a plain one: who has which lane at which tick, what is read and written there."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -219,3 +219,21 @@ def test_a_lane_keeps_a_state_that_is_returned_to_the_end_of_the_round() -> None
 
 def test_without_sentences_there_is_no_round() -> None:
     assert lanes_of(2, []).plan(1000) is None
+
+
+@WAYS
+@pytest.mark.parametrize("twice", [Lanes.drop, Lanes.leave])
+def test_what_has_left_already_leaves_nothing_else_behind(bind: Bind, twice: Callable[..., object]) -> None:
+    table = TokenTable(60)
+    lanes = Lanes(table, n_lanes=1, n_waiting=2, n_places=60, n_cached=0, max_ticks=9, bind=bind)
+    entries = table.entries_of([["a", "b"], ["c"]])
+    gone, stays = lanes.enter(entries, [4, 3], [0, 0])
+    lanes.drop([gone, gone])
+    twice(lanes, [gone])
+    twice(lanes, [next(number for number in range(3) if number not in {gone, stays})])  # it has never entered
+    assert (lanes.n_free, lanes.n_free_places, lanes.n_in_flight) == (2, 57, 1)
+    found = lanes.plan(1000)
+    assert found is not None
+    assert [sentence for sentence, _ in found.ended] == [stays]
+    lanes.leave([stays])
+    assert (lanes.n_free, lanes.n_free_places, len(table)) == (3, 60, 0)
