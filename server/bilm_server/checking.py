@@ -26,7 +26,7 @@ from bilm_server.security.auth import Authenticator
 from bilm_server.served_model import engine_options
 
 _MIB = 2**20
-_PROCESS_BYTES = 500 * _MIB  # Python, torch and compiled kernels
+_PROCESS_BYTES = 600 * _MIB  # Python, torch, compiled kernels and what compiling them leaves behind
 _CONNECTION_BYTES, _TLS_CONNECTION_BYTES = 20 * 1024, 60 * 1024
 _UNREAD_STREAM_BYTES = 256 * 1024 + _MIB  # what was sent on it, and one result message
 _FLOAT_BYTES = 4
