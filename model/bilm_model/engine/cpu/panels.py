@@ -147,24 +147,27 @@ def _times_few(n_rows, n_in, x, x_stride, panel, out, out_stride, adds):  # type
 
 
 @inner
-def _times_up_to_six(n_rows, n_in, x, x_stride, panel, out, out_stride, adds):  # type: ignore[no-untyped-def] # noqa: PLR0917
+def _times_one_or_two(n_rows, n_in, x, x_stride, panel, out, out_stride, adds):  # type: ignore[no-untyped-def] # noqa: PLR0917
     if n_rows == 1:
         _one(n_in, x, x_stride, panel, out, out_stride, adds)
-    elif n_rows == 2:
+    else:
         for part in range(1 if _WIDE else 2):
             at = part * 2 * PANEL
             _two(n_in, x, x_stride, panel + at, out + at, out_stride, adds)
-    else:
-        for part in range(PANEL // _AT_ONCE):
-            at = part * 4 * _AT_ONCE
-            _times_few(n_rows, n_in, x, x_stride, panel + at, out + at, out_stride, adds)
 
 
 @inner
 def multiply_panel(n_rows, n_in, block, x, x_stride, panel, out, out_stride):  # type: ignore[no-untyped-def] # noqa: PLR0917
     """Out (R, 64) = x (R, K)·panel (K, 64), sums of `block` components each, added up. Strides are in bytes."""
+    rest = n_rows % ROWS if n_rows % ROWS < 3 else 0  # of too few rows to fill the registers by a part of a panel
+    n_many = n_rows - rest
     for first in range(0, n_in, block):
-        n, its_panel = min(block, n_in - first), panel + 4 * PANEL * first
-        for row in range(0, n_rows, ROWS):
-            its_x, its_out = x + row * x_stride + 4 * first, out + row * out_stride
-            _times_up_to_six(min(ROWS, n_rows - row), n, its_x, x_stride, its_panel, its_out, out_stride, first)
+        n, its_x, its_panel = min(block, n_in - first), x + 4 * first, panel + 4 * PANEL * first
+        for part in range(PANEL // _AT_ONCE):  # which stays in the first-level cache for all rows
+            at = part * 4 * _AT_ONCE
+            for row in range(0, n_many, ROWS):
+                row_x, row_out, n_few = its_x + row * x_stride, out + row * out_stride + at, min(ROWS, n_many - row)
+                _times_few(n_few, n, row_x, x_stride, its_panel + at, row_out, out_stride, first)
+        if rest > 0:
+            rest_x, rest_out = its_x + n_many * x_stride, out + n_many * out_stride
+            _times_one_or_two(rest, n, rest_x, x_stride, its_panel, rest_out, out_stride, first)
