@@ -31,7 +31,8 @@ WAITING, ENDED = -1, -2
 BROUGHT, RETURNED = 1, 2
 """Flags of a sentence: it brings a state, its state is returned."""
 FEW_LANES = 32
-"""So many lanes or fewer end a round with the first sentence that ends, if none waits: its result needn't wait."""
+"""So many lanes or fewer end a round with the first sentence that ends and that none can follow before: its result
+needn't wait, nor what brings a state."""
 
 # ---- places in the array `numbers` ----------------------------------------------------------------------------------
 
@@ -257,8 +258,13 @@ def take_waiting(numbers, queue):  # type: ignore[no-untyped-def]
 def fill_lanes(  # type: ignore[no-untyped-def] # noqa: PLR0917
     numbers, queue, first, last, n_steps, flags, lane_of, sentence_of, forward, backward, left, brought
 ):
-    """Let waiting sentences take the free lanes; return how many lanes run, and the fewest steps left in one."""
-    n_running, shortest, n_brought = 0, numbers[MAX_STEPS], 0
+    """Let waiting sentences take the free lanes.
+
+    Returns:
+        How many lanes run, the fewest steps left in one, and in one that keeps its state to the round's end.
+    """
+    n_running, n_brought = 0, 0
+    shortest = kept = numbers[MAX_STEPS]
     for lane in range(numbers[N_LANES]):
         if sentence_of[lane] == NONE and numbers[N_QUEUED] > 0:
             sentence = take_waiting(numbers, queue)
@@ -270,12 +276,14 @@ def fill_lanes(  # type: ignore[no-untyped-def] # noqa: PLR0917
         if sentence_of[lane] != NONE:
             n_running += 1
             shortest = min(shortest, left[lane])
+            if flags[sentence_of[lane]] & RETURNED:
+                kept = min(kept, left[lane])
     numbers[N_BROUGHT] = n_brought
-    return n_running, shortest
+    return n_running, shortest, kept
 
 
 @loop
-def ticks_of_round(numbers, n_running, shortest):  # type: ignore[no-untyped-def]
+def ticks_of_round(numbers, queue, flags, n_running, shortest, kept):  # type: ignore[no-untyped-def] # noqa: PLR0917
     """Return how many ticks to do together: many for few lanes, few for many.
 
     The input projections of a round are computed in one block: with few lanes it takes many ticks to fill a block, and
@@ -283,8 +291,9 @@ def ticks_of_round(numbers, n_running, shortest):  # type: ignore[no-untyped-def
     waiting.
     """
     n_ticks = max(1, min(numbers[MAX_TICKS], numbers[BLOCK_ROWS] // n_running))
-    if n_running <= FEW_LANES and numbers[N_QUEUED] == 0:
-        n_ticks = min(n_ticks, shortest)
+    if n_running <= FEW_LANES:
+        follows = numbers[N_QUEUED] > 0 and not flags[queue[numbers[QUEUE_FIRST]]] & BROUGHT
+        n_ticks = min(n_ticks, kept if follows else shortest)
     return n_ticks
 
 
@@ -396,13 +405,13 @@ def plan(  # type: ignore[no-untyped-def] # noqa: PLR0917
         ended: (2·S,) gets the sentences that end in the round from 0, and each one's lane from S.
         brought: (2·S,) gets the sentences that begin with a state that they bring from 0, and each one's lane from S.
     """
-    n_running, shortest = fill_lanes(
+    n_running, shortest, kept = fill_lanes(
         numbers, queue, first, last, n_steps, flags, lane_of, sentence_of, forward, backward, left, brought
     )
     numbers[N_ROWS], numbers[N_TICKS], numbers[N_STEPS], numbers[N_ENDED] = 0, 0, 0, 0
     if n_running == 0:
         return
-    n_ticks = ticks_of_round(numbers, n_running, shortest)
+    n_ticks = ticks_of_round(numbers, queue, flags, n_running, shortest, kept)
     hand_over_lanes(numbers, n_ticks, queue, n_steps, flags, sentence_of, left, ticks_of, end_of, following)
     sort_lanes(numbers, n_ticks, ticks_of, sizes, begins, slots)
     n_ended, half = 0, numbers[MAX_STEPS]

@@ -51,8 +51,10 @@ class PlainPlanner:
         if not self.lanes:
             return ticks, brought, ended
         n_ticks = max(1, min(self.max_ticks, block_rows // len(self.lanes)))
-        if not self.waiting and len(self.lanes) <= FEW_LANES:
-            n_ticks = min(n_ticks, *(each.length - each.done for each in self.lanes.values()), n_ticks)
+        if len(self.lanes) <= FEW_LANES:
+            follows = bool(self.waiting) and not self.waiting[0].flags & BROUGHT
+            ends = [each for each in self.lanes.values() if not follows or each.flags & RETURNED]
+            n_ticks = min([n_ticks, *(each.length - each.done for each in ends)])
         running = dict(self.lanes)
         for tick in range(n_ticks):
             for lane in sorted(self.lanes) if tick else ():
@@ -198,6 +200,13 @@ def test_few_lanes_end_a_round_with_the_first_sentence_that_ends_unless_others_w
     many = lanes_of(FEW_LANES + 1, [20] * FEW_LANES + [7]).plan(1000)
     assert many is not None
     assert many.plan.sizes == (FEW_LANES + 1,) * 7 + (FEW_LANES,) * 13
+
+
+@pytest.mark.parametrize("flags", [BROUGHT, RETURNED])
+def test_few_lanes_end_a_round_where_a_state_keeps_the_next_sentence_waiting(flags: int) -> None:
+    found = lanes_of(2, [20, 7, 9], flags=flags).plan(1000)
+    assert found is not None
+    assert found.plan.sizes == (2,) * 7
 
 
 def test_a_lane_takes_the_next_sentence_in_the_tick_after_its_last_one_ended() -> None:
