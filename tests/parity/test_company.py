@@ -174,6 +174,7 @@ def test_one_kernel_gives_the_bits_of_products(name: str, n_threads: int) -> Non
             for new in (new_backend, products_only)
         )
         assert [each.paths["recurrence"] for each in (found, expected)] == ["one_kernel", "products"]
+        assert ("with a helper" in found.backend) == (n_threads > 1)
         alone = sentences[:9]
         results = [[*each.run(sentences), *(each.run([one])[0] for one in alone)] for each in (found, expected)]
     finally:

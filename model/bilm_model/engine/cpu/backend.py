@@ -123,7 +123,7 @@ class CpuBackend:
         """See `Backend`."""
         parts = [f"torch {torch.__version__}", self._products.description, self._elementwise.name]
         if self._team is not None:
-            parts.append("all ticks of a cell in one kernel")
+            parts.append(self._team.description)
         return f"cpu ({', '.join(parts)}, {self._n_threads} threads)"
 
     @property

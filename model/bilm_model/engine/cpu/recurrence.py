@@ -29,7 +29,7 @@ from bilm_model.engine.cpu.cell_kernel import (
     product_kernel,
     team_kernel,
 )
-from bilm_model.engine.cpu.panels import PANEL, PANEL_CELLS, ROWS, packed, packed_gates
+from bilm_model.engine.cpu.panels import PANEL, PANEL_CELLS, ROWS, has_512_bit_registers, packed, packed_gates
 from bilm_model.kernels.numba_blocks import openmp
 from bilm_model.kernels.products import PackedProduct, padded_rows
 
@@ -165,6 +165,13 @@ class RecurrenceTeam:
         self._n_threads = n_threads
         self._parallel = openmp() if n_threads > 1 else None
         self._helper = jobs.Helper(_follow)
+
+    @property
+    def description(self) -> str:
+        """The kernel and who runs it, for people to read."""
+        registers = 512 if has_512_bit_registers() else 256
+        helpers = {1: "", 2: " with a helper"}.get(self._n_threads, " with a helper or a team")
+        return f"all ticks of a cell in one kernel for {registers}-bit registers{helpers}"
 
     def run(self, cells: Sequence[tuple[Recurrence, LaneWork]], threads: "Threads") -> list[Tensor]:
         """Run cells that don't depend on one another, for the same ticks and rows; return what each gives, (N, P)."""
