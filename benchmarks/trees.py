@@ -5,6 +5,7 @@ installed.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,11 +64,12 @@ PRESENT = Tree(ROOT)
 
 @contextmanager
 def work_tree(commit: str = BEFORE) -> Iterator[Tree]:
-    """Check a commit out into a folder that is removed at the end.
+    """Check a commit out into a folder that is removed at the end; SIGTERM ends the program in order meanwhile.
 
     Raises:
         WorkTreeError: If git can't check it out, or processes would load other code.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="bilm-before-") as folder:
         root = Path(folder) / "tree"
         _git("worktree", "add", "--quiet", "--detach", str(root), commit)
