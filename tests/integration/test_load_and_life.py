@@ -399,6 +399,7 @@ def test_log_lines_can_be_json_and_never_hold_text() -> None:
     with ProcessServer("--log-format", "json") as server:
         with grpc.insecure_channel(server.target) as channel:
             embed_pb2_grpc.EmbedServiceStub(channel).Embed(one("confidential"))
+        wait_until(lambda: "Embed OK" in server.text(), "the call's line is written")
         for _ in range(2):
             server.send_signal(signal.SIGTERM)
         server.wait()
