@@ -67,7 +67,7 @@ def main() -> None:
         "beside": lambda: beside_batch_run(report, "", sentences, few(3).rounds, Company()),
         "served": lambda: served_throughput(report, sentences, few(3), CASES),
         "event-loop": lambda: event_loop_time(report, "", sentences, few(3)),
-        "coalescing": lambda: coalesced_calls(report, "random:small", len(sentences), few(3)),
+        "coalescing": lambda: coalesced_calls(report, "", len(sentences), few(2)),
         "start": lambda: start_to_serving(report, effort),
         "memory": lambda: mixed_requests(report, "", minutes=0.3, sample_s=6.0, callers=8),
     }

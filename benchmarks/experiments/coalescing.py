@@ -16,6 +16,8 @@ COALESCED_TARGET = 90.0
 _THREADS, _MANY = 64, 32
 _COALESCE_MS = 5.0
 _WARM_S = 1.0
+_LEAST_WINDOW_S = 6.0
+"""64 calls of 32 sentences take two seconds together."""
 
 
 def coalesced_calls(report: Findings, model: str, n_sentences: int, effort: Effort) -> None:
@@ -28,7 +30,7 @@ def coalesced_calls(report: Findings, model: str, n_sentences: int, effort: Effo
         command = [sys.executable, "-m", "benchmarks.load.thread_callers", *flags]
         coalescing = stack.enter_context(PipedProcess([*command, "--coalesce-ms", str(_COALESCE_MS)], {}))
         plain = stack.enter_context(PipedProcess(command, {}))
-        window_s = effort.window_s
+        window_s = max(effort.window_s, _LEAST_WINDOW_S)
         contestants: dict[str, Contestant] = {
             "coalesced": partial(_tokens_per_s, coalescing, _THREADS, 1, window_s),
             "one a call": partial(_tokens_per_s, plain, _THREADS, 1, window_s),

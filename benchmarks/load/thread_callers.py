@@ -54,7 +54,7 @@ class ThreadCallers:
             thread.join()
         if failures:
             return {"error": repr(failures[0])}
-        sentences, tokens = (sum(column) for column in zip(*done, strict=True))
+        sentences, tokens = (sum(column) for column in zip((0, 0), *done, strict=True))
         return {"calls": len(done), "sentences": sentences, "tokens": tokens, "seconds": seconds}
 
     def _part(self, size: int) -> list[list[str]]:

@@ -29,9 +29,15 @@ from bilm_model.kernels.products import NewProduct, Product, padded_rows
 if TYPE_CHECKING:
     from bilm_model.engine.cpu.recurrence import LaneWork, RecurrenceTeam, Threads
 
+_WITH_HELPER = 2
+"""Threads with which a helper always runs the cells; with more, OpenMP's do where there are many rows."""
 _MIN_PARALLEL = 2**20
 """Multiply-adds of a product below which one thread does it. Threads that wait for one another at every small product
 gain little, and lose a lot when something else runs on one of their cores. The bits are the same."""
+
+_MIN_BESIDE_HELPER = 2**25
+"""The same where a helper runs cells beside the caller: OpenMP's threads spin for milliseconds after a product, and
+would keep it from its core, so only what takes about as long is worth it."""
 
 _BLOCK_BYTES, _BLOCK_ROWS = 8 * 2**20, 256
 """Of a block of input projections at most: it should still be in the last-level cache when the ticks read it, and more
@@ -227,17 +233,21 @@ class CpuBackend:
         width = 4 * self._config.cell_dim
         if self._n_threads == 1 or not self._is_parallel(2 * sum(plan.sizes), width):
             return "caller"
-        return "helper" if self._n_threads == 2 or not self._is_parallel(plan.sizes[0], width) else "team"
+        return "helper" if self._n_threads == _WITH_HELPER or not self._is_parallel(plan.sizes[0], width) else "team"
 
     def _is_parallel(self, n_rows: int, width: int) -> bool:
-        """Return whether all threads compute products of so many rows, as wide as that on their wider side."""
-        return n_rows * width * self._config.projection_dim >= _MIN_PARALLEL
+        """Return whether all threads compute cells of so many rows, as wide as that on their wider side."""
+        return self._multiply_adds(n_rows, width) >= _MIN_PARALLEL
+
+    def _multiply_adds(self, n_rows: int, width: int) -> int:
+        return n_rows * width * self._config.projection_dim
 
     @contextmanager
     def _threads(self, n_rows: int, width: int) -> Iterator[None]:
         """Decide how many threads products of so many rows get, as wide as that on their wider side."""
         before = torch.get_num_threads()
-        torch.set_num_threads(self._n_threads if self._is_parallel(n_rows, width) else 1)
+        least = _MIN_BESIDE_HELPER if self._team is not None and self._n_threads == _WITH_HELPER else _MIN_PARALLEL
+        torch.set_num_threads(self._n_threads if self._multiply_adds(n_rows, width) >= least else 1)
         try:
             yield
         finally:

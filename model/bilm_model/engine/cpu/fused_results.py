@@ -36,6 +36,9 @@ from bilm_model.scalar_mix import LAYER_NORM_EPSILON, LayerMix
 
 _SHARED_BYTES = 64 * 1024
 """Of memory that pooled results share: bounds what one that is kept keeps beside itself."""
+_MIN_PARALLEL = 2**20
+"""Numbers that are read from which on all threads make results: OpenMP's threads spin afterwards, and would keep the
+cells' helper from its core."""
 _LEAST_NORM = np.float32(1e-12)
 """As in `torch.nn.functional.normalize`."""
 _EPSILON = np.float32(LAYER_NORM_EPSILON)
@@ -340,10 +343,10 @@ class FusedCollector:
         n_jobs = len(jobs) // _JOB
         scratch = np.empty(n_jobs * (2 * self._width + self._n_layers), dtype=np.float32)
         scratch_address, places, entries = (each.ctypes.data for each in (scratch, steps.places, steps.entries))
-        n_numbers = len(steps.places) * self._width
+        n_numbers = len(steps.places) * self._width * self._n_layers
         run(
             self._kernel, n_numbers, n_jobs, jobs.buffer_info()[0], scratch_address, *self._numbers, places, entries, 0,
-            parallel=self._parallel,
+            parallel=self._parallel if n_numbers >= _MIN_PARALLEL else None,
         )  # fmt: skip
 
 
