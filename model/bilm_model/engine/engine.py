@@ -57,7 +57,7 @@ class RecurrentEngine(Generic[S]):
     @property
     def in_flight(self) -> int:
         """Sentences that have joined and whose results have not been returned."""
-        arriving = sum(len(each.sentences) for each in self._arriving)
+        arriving = sum(len(each.sentences) - len(each.dropped) for each in self._arriving)
         return len(self._numbers) + len(self._without_tokens) + arriving
 
     @property
@@ -103,7 +103,8 @@ class RecurrentEngine(Generic[S]):
                 del self._sentences[number]
                 dropped.append(number)
             for arriving in self._arriving:
-                arriving.dropped.add(sentence)
+                if sentence in arriving.sentences:
+                    arriving.dropped.add(sentence)
         if dropped:
             self._batch.drop(dropped)
 

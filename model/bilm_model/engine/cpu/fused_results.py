@@ -3,6 +3,7 @@
 Legend: L layers with the token layer, N steps of all sentences, T tokens, D width, P projection.
 """
 
+import functools
 import itertools
 import math
 from array import array
@@ -20,6 +21,7 @@ from bilm_model.engine.planner import SentenceSteps
 from bilm_model.engine.results import Vectors, shape_of
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.kernels.numba_blocks import (
+    Kernel,
     bfloat16s,
     copy_block,
     float32s,
@@ -232,6 +234,12 @@ def _collect_all(arguments):  # type: ignore[no-untyped-def]
         _collect(memory, int64s(jobs + number * _JOB * 8), float32s(scratch + number * n_scratch * 4))
 
 
+@functools.cache
+def _kernel() -> Kernel:
+    """Return the kernel, once a process: what is loaded stays loaded."""
+    return kernel(_collect_all)
+
+
 @dataclass(frozen=True, eq=False)
 class _Wish:
     """An output as the kernel reads it.
@@ -297,7 +305,7 @@ class FusedCollector:
         Raises:
             Exception: Whatever keeps it from being compiled.
         """
-        self._kernel, self._parallel = kernel(_collect_all), openmp()
+        self._kernel, self._parallel = _kernel(), openmp()
         self._n_layers, self._width = len(memory.outputs) + 1, 2 * memory.vectors.shape[1]
         addresses = [tensor.data_ptr() for tensor in (memory.vectors, memory.outputs)]
         self._memory = memory
