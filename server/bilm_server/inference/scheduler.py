@@ -1,9 +1,8 @@
 """Which sentences join the engine next. Pure: no gRPC, no torch, no clock of its own."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Hashable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 from bilm_model.engine.types import Capacity
 
@@ -15,8 +14,7 @@ LONG_STEPS = 128
 """Sentences of more steps (tokens and boundaries) are long: they leave some capacity to the others."""
 
 
-@dataclass(frozen=True)
-class Decision(Generic[T]):
+class Decision(NamedTuple, Generic[T]):
     """What to do next.
 
     Attributes:
@@ -28,64 +26,67 @@ class Decision(Generic[T]):
     expired: tuple[T, ...]
 
 
-@dataclass(frozen=True)
-class _Entry(Generic[T]):
-    item: T
-    need: Capacity
-    deadline_s: float
-
-
-@dataclass
 class _Queue(Generic[T]):
-    """What one caller has waiting, and since when it waits for its turn (a count of turns)."""
+    """What one caller has waiting, and since when it waits for its turn (a count of turns).
 
-    entries: OrderedDict[T, _Entry[T]]
-    since: int
+    An entry is the rows and steps that an item needs, and its deadline. Numbers rather than objects: this is done for
+    every sentence of every round, between two rounds.
+    """
+
+    __slots__ = ("entries", "since")
+
+    def __init__(self, since: int) -> None:
+        self.entries: OrderedDict[T, tuple[int, int, float]] = OrderedDict()
+        self.since = since
 
 
 class _Lane(Generic[T]):
-    """Callers take turns, an entry a turn."""
+    """Callers take turns, an entry a turn.
+
+    Attributes:
+        capacity: that its items may take together.
+        rows: that they take.
+        steps: that they take.
+        n_waiting: items that wait.
+        queues: by caller; the first one's turn is next.
+    """
 
     def __init__(self, capacity: Capacity) -> None:
         self.capacity = capacity
-        self.used = Capacity(0, 0)
-        self.n_waiting = 0
-        self._queues: OrderedDict[Hashable, _Queue[T]] = OrderedDict()
+        self.rows = self.steps = self.n_waiting = 0
+        self.queues: OrderedDict[Hashable, _Queue[T]] = OrderedDict()
 
-    def __bool__(self) -> bool:
-        return bool(self._queues)
-
-    def add(self, caller: Hashable, entry: _Entry[T], now: int) -> None:
-        self._queues.setdefault(caller, _Queue(OrderedDict(), now)).entries[entry.item] = entry
+    def add(self, caller: Hashable, item: T, entry: tuple[int, int, float], now: int) -> None:
+        queue = self.queues.get(caller)
+        if queue is None:
+            queue = self.queues[caller] = _Queue(now)
+        queue.entries[item] = entry
         self.n_waiting += 1
 
     def remove(self, caller: Hashable, item: T) -> bool:
-        queue = self._queues.get(caller)
+        queue = self.queues.get(caller)
         if queue is None or queue.entries.pop(item, None) is None:
             return False
         self.n_waiting -= 1
         if not queue.entries:
-            del self._queues[caller]
+            del self.queues[caller]
         return True
 
-    def since(self) -> int:
-        """Return when the caller whose turn it is began to wait for it."""
-        return next(iter(self._queues.values())).since
+    def first(self) -> tuple[Hashable, _Queue[T]]:
+        """Return the caller whose turn it is, and its queue."""
+        return next(iter(self.queues.items()))
 
-    def head(self) -> _Entry[T]:
-        return next(iter(next(iter(self._queues.values())).entries.values()))
-
-    def pop(self, now: int) -> _Entry[T]:
-        """Take the head out and end its caller's turn."""
-        caller, queue = next(iter(self._queues.items()))
-        _, entry = queue.entries.popitem(last=False)
+    def pop(self, now: int) -> T:
+        """Take out the item whose turn it is and end its caller's turn."""
+        caller, queue = self.first()
+        item, _ = queue.entries.popitem(last=False)
         self.n_waiting -= 1
         queue.since = now
         if queue.entries:
-            self._queues.move_to_end(caller)
+            self.queues.move_to_end(caller)
         else:
-            del self._queues[caller]
-        return entry
+            del self.queues[caller]
+        return item
 
 
 class Scheduler(Generic[T]):
@@ -117,7 +118,7 @@ class Scheduler(Generic[T]):
 
     def __bool__(self) -> bool:
         """Whether any sentence waits."""
-        return bool(self._short or self._long)
+        return bool(self._short.queues or self._long.queues)
 
     def __len__(self) -> int:
         """Sentences that wait."""
@@ -126,62 +127,72 @@ class Scheduler(Generic[T]):
     @property
     def used(self) -> Capacity:
         """What is taken."""
-        return self._short.used + self._long.used
+        return Capacity(self._short.rows + self._long.rows, self._short.steps + self._long.steps)
 
     def ever_fits(self, need: Capacity) -> bool:
         """Return whether a sentence that needs so much could join if nothing else had."""
-        return self._lane(need).capacity.fits(need)
+        return self._lane(need.steps).capacity.fits(need)
 
     def add(self, item: T, caller: Hashable, need: Capacity, deadline_s: float) -> None:
         """Let a sentence wait, until the deadline on the clock that `decide` is given."""
         self._turns += 1
-        self._lane(need).add(caller, _Entry(item, need, deadline_s), self._turns)
+        self._lane(need.steps).add(caller, item, (need.rows, need.steps, deadline_s), self._turns)
 
     def remove(self, item: T, caller: Hashable) -> bool:
         """Take out one waiting sentence of a caller; return whether it was waiting."""
-        return any(lane.remove(caller, item) for lane in self._lanes())
+        return self._short.remove(caller, item) or self._long.remove(caller, item)
 
     def release(self, need: Capacity) -> None:
         """Give back the capacity of a sentence that has left the engine."""
-        self._lane(need).used -= need
+        lane = self._lane(need.steps)
+        lane.rows -= need.rows
+        lane.steps -= need.steps
 
     def decide(self, now_s: float) -> Decision[T]:
         """Take out the sentences that join now."""
         items: list[T] = []
         expired: list[T] = []
-        while (lane := self._whose_turn(now_s)) is not None:
+        while (turn := self._next_turn(now_s)) is not None:
+            lane, (rows, steps, deadline_s) = turn
             self._turns += 1
-            entry = lane.pop(self._turns)
-            if entry.deadline_s <= now_s:
-                expired.append(entry.item)
+            item = lane.pop(self._turns)
+            if deadline_s <= now_s:
+                expired.append(item)
             else:
-                lane.used += entry.need
-                items.append(entry.item)
+                lane.rows += rows
+                lane.steps += steps
+                items.append(item)
         return Decision(tuple(items), tuple(expired))
 
     def drain(self) -> tuple[T, ...]:
         """Take out everything that waits."""
         items: list[T] = []
-        for lane in self._lanes():
-            while lane:
-                items.append(lane.pop(self._turns).item)
+        for lane in (self._short, self._long):
+            while lane.queues:
+                items.append(lane.pop(self._turns))
         return tuple(items)
 
-    def _whose_turn(self, now_s: float) -> _Lane[T] | None:
-        """Return the lane whose head is to be taken out; None if all must wait."""
-        for lane in sorted(filter(None, self._lanes()), key=_Lane.since):
-            head = lane.head()
-            if head.deadline_s <= now_s:
-                return lane
-            if (lane.capacity - lane.used).fits(head.need):
-                return lane if (self._capacity - self.used).fits(head.need) else None
+    def _next_turn(self, now_s: float) -> tuple[_Lane[T], tuple[int, int, float]] | None:
+        """Return the lane whose head is to be taken out, and the head's entry; None if all must wait."""
+        short, long, whole = self._short, self._long, self._capacity
+        for lane, queue in self._by_turn():
+            head = rows, steps, deadline_s = next(iter(queue.entries.values()))
+            if deadline_s <= now_s:
+                return lane, head
+            if lane.rows + rows <= lane.capacity.rows and lane.steps + steps <= lane.capacity.steps:
+                rows, steps = rows + short.rows + long.rows, steps + short.steps + long.steps
+                return (lane, head) if rows <= whole.rows and steps <= whole.steps else None
         return None
 
-    def _lanes(self) -> Iterator[_Lane[T]]:
-        yield from (self._short, self._long)
+    def _by_turn(self) -> Sequence[tuple[_Lane[T], _Queue[T]]]:
+        """Return the lanes in which something waits, with the queues whose turn it is, by how long they wait for it."""
+        turns = [(lane, lane.first()[1]) for lane in (self._short, self._long) if lane.queues]
+        if len(turns) > 1 and turns[1][1].since < turns[0][1].since:
+            turns.reverse()
+        return turns
 
-    def _lane(self, need: Capacity) -> _Lane[T]:
-        return self._long if need.steps > LONG_STEPS else self._short
+    def _lane(self, steps: int) -> _Lane[T]:
+        return self._long if steps > LONG_STEPS else self._short
 
 
 def _for_long_ones(capacity: Capacity) -> Capacity:
