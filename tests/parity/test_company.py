@@ -157,13 +157,13 @@ def test_threads_change_nothing() -> None:
         assert all(same_bits(a, b) for a, b in zip(others, found[0], strict=True))
 
 
-@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize(("n_threads", "input_cache_mib"), [(1, 0), (1, 400), (3, 0), (3, 400)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_one_kernel_gives_the_bits_of_products(name: str, n_threads: int) -> None:
+def test_one_kernel_gives_the_bits_of_products(name: str, n_threads: int, input_cache_mib: int) -> None:
     def products_only(bilm: Bilm, memory: Memory, options: EngineOptions) -> Backend:
         return CpuBackend(bilm, memory, 100, options.input_cache_bytes, new_recurrence=lambda *_: None)
 
-    chance, options = random.Random(6), EngineOptions(max_rows=100)
+    chance, options = random.Random(6), EngineOptions(max_rows=100, input_cache_mib=input_cache_mib)
     engine = engine_of(CONFIGS[name], "float32")
     sentences = [sentence for _ in range(3) for sentence in random_sentences(engine, chance)]  # several groups of rows
     before = torch.get_num_threads()

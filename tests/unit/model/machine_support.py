@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 _PRODUCTS = ("addmm", "bmm", "baddbmm", "conv", "linear", "mm", "mv", "matmul", "reorder_linear_weight")
 
 
-class NoBfloat16Products(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it untyped
-    """A processor without bfloat16: any product of bfloat16 factors ends the test."""
+class _NoProducts(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it untyped
+    dtype: torch.dtype
+    message: str
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -22,11 +23,23 @@ class NoBfloat16Products(TorchDispatchMode):  # type: ignore[no-untyped-call] # 
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         leaves = tree_leaves((args, kwargs or {}))
-        if any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.bfloat16 for leaf in leaves):
+        if any(isinstance(leaf, torch.Tensor) and leaf.dtype == self.dtype for leaf in leaves):
             name = func.__name__
             if any(product in name for product in _PRODUCTS):
-                raise RuntimeError(f"{name}: bfloat16 path needs the cpu support avx512bw, avx512vl and avx512dq")
+                raise RuntimeError(f"{name}: {self.message}")
         return func(*args, **(kwargs or {}))
+
+
+class NoBfloat16Products(_NoProducts):  # type: ignore[no-untyped-call] # likewise
+    """A processor without bfloat16: any product of bfloat16 factors ends the test."""
+
+    dtype, message = torch.bfloat16, "bfloat16 path needs the cpu support avx512bw, avx512vl and avx512dq"
+
+
+class NoFloat32Products(_NoProducts):  # type: ignore[no-untyped-call] # likewise
+    """Any product of float32 factors outside of our own kernels ends the test."""
+
+    dtype, message = torch.float32, "expected no product outside of the kernel for all ticks"
 
 
 def needs_bfloat16() -> None:

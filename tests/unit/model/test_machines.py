@@ -17,7 +17,7 @@ from bilm_model.engine.sentences import PlainSentence
 from bilm_model.kernels.product_paths import ProductPath
 from torch import Tensor
 
-from tests.unit.model.machine_support import NoBfloat16Products, needs_bfloat16
+from tests.unit.model.machine_support import NoBfloat16Products, NoFloat32Products, needs_bfloat16
 
 CPU = torch.device("cpu")
 ROUNDED = [ProductPath.ROUNDED_PREPACKED, ProductPath.ROUNDED_PLAIN]
@@ -83,6 +83,21 @@ def test_the_engine_works_without_the_kernel_for_all_ticks(caplog: pytest.LogCap
     assert engine.paths["recurrence"] == "products"
     assert "one kernel for all ticks unavailable" in caplog.text
     assert torch.equal(engine.run([PlainSentence(TOKENS)])[0].layers, expected)
+
+
+@pytest.mark.parametrize("input_cache_mib", [0, 128])
+def test_known_words_are_computed_by_the_kernel_for_all_ticks_alone(input_cache_mib: int) -> None:
+    engine = CellularBatch(random_bilm(SIZES["tiny"]), CPU, EngineOptions(input_cache_mib=input_cache_mib))
+    if engine.paths["recurrence"] != "one_kernel":
+        pytest.skip(f"needs the kernel for all ticks: {engine.backend}")
+    sentence = PlainSentence(TOKENS)
+    with NoFloat32Products(), pytest.raises(RuntimeError, match="expected no product"):
+        engine.run([sentence])  # whose words are new
+    engine.warm_up()
+    (expected,) = engine.run([sentence])
+    with NoFloat32Products():
+        (found,) = engine.run([sentence])
+    assert torch.equal(found.layers, expected.layers)
 
 
 @pytest.mark.parametrize(

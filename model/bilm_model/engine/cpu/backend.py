@@ -102,7 +102,7 @@ class CpuBackend:
         one_kernel = self._products is ProductPath.PREPACKED and not isinstance(self._elementwise, TorchElementwise)
         lstms = [list(bilm.lstms(direction)) for direction in range(2)]
         self._recurrences = recurrences_or_none(lstms, config, new_recurrence) if one_kernel else None
-        n_projected = config.n_layers if self._recurrences is None else 1
+        n_projected = config.n_layers if self._recurrences is None else int(input_cache_bytes > 0)
         self._inputs = [
             [self._products.new_product(lstm.input.weight, lstm.folded_input_bias()) for lstm in each[:n_projected]]
             for each in lstms
@@ -223,7 +223,7 @@ class CpuBackend:
         rows = {"slots": torch.from_numpy(plan.slots), "fresh": torch.from_numpy(plan.fresh)}
         ticks = torch.tensor(plan.sizes)
         for d, x in enumerate(xs):
-            inputs, index = self._first_inputs(d, entries[d]) if x is None else (x, None)
+            inputs, index = self._first_inputs_of_lanes(d, entries[d]) if x is None else (x, None)
             yield LaneWork(
                 x=inputs, index=index, h=self.memory.h[layer, d], c=self.memory.c[layer, d], ticks=ticks, **rows
             )
@@ -280,6 +280,15 @@ class CpuBackend:
             return self.input_cache.projections[direction], torch.from_numpy(self.input_cache.places.places(entries))
         distinct, index = np.unique(entries, return_inverse=True)
         return self._input_projections(direction, distinct), torch.from_numpy(index)
+
+    def _first_inputs_of_lanes(self, direction: int, entries: Indices) -> tuple[Tensor, Tensor | None]:
+        """Layer 1's input projections from their cache, with their index; without a cache the tokens' vectors (N, P).
+
+        The kernel projects those itself. A product would wake OpenMP's threads, which keep its helper waiting.
+        """
+        if self.input_cache is not None:
+            return self._first_inputs(direction, entries)
+        return self.memory.vectors.index_select(0, torch.from_numpy(entries)), None
 
     def _input_projections(self, direction: int, entries: Indices) -> Tensor:
         """Layer 1's input projections (padded U, 4·C) of these tokens."""
