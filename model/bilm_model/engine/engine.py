@@ -83,15 +83,15 @@ class RecurrentEngine(Generic[S]):
     def join(self, sentences: Sequence[S]) -> None:
         """Take sentences in that fit the free capacity, `ahead` included; see `Engine.join`."""
         with_tokens = [sentence for sentence in sentences if sentence.tokens]
-        for sentence in sentences:
-            if not sentence.tokens:
-                self._batch.check_state(sentence.state)
+        without = [] if len(with_tokens) == len(sentences) else [each for each in sentences if not each.tokens]
+        for sentence in without:
+            self._batch.check_state(sentence.state)
         if with_tokens:
             numbers = self._batch.join(with_tokens)
             self._sentences.update(zip(numbers, with_tokens, strict=True))
             self._numbers.update(zip(with_tokens, numbers, strict=True))
-        if len(with_tokens) < len(sentences):
-            self._without_tokens |= dict.fromkeys(sentence for sentence in sentences if not sentence.tokens)
+        if without:
+            self._without_tokens |= dict.fromkeys(without)
 
     def drop(self, sentences: Iterable[S]) -> None:
         """Take sentences out; see `Engine.drop`."""
@@ -143,7 +143,8 @@ class RecurrentEngine(Generic[S]):
         for number, sentence in zip(numbers, sentences, strict=True):  # first, so that none leaves twice
             del self._sentences[number], self._numbers[sentence]
         self._batch.leave(numbers)
-        return _Arriving(sentences, collected, dict(zip(wanted, range(len(wanted)), strict=True)), states, set())
+        place_of = {position: place for place, position in enumerate(wanted)}
+        return _Arriving(sentences, collected, place_of, states, set())
 
     def _states(self, slots: Sequence[int]) -> tuple[HostCopy, HostCopy]:
         """Return h and c (L, 2, n, …) of so many slots, on their way to the host."""
@@ -167,7 +168,7 @@ class RecurrentEngine(Generic[S]):
             each.clear()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _Arriving(Generic[S]):
     """The results of a round on their way to the host.
 

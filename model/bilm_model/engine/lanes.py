@@ -3,7 +3,7 @@
 A sentence is a number below S; everything about it stands in arrays.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -145,8 +145,10 @@ class Lanes:
         """
         self._give(sentences)
         self._leave()
-        self._free += self._given[0, : self._numbers[loops.N_GIVEN]].tolist()
-        victims: list[int] = self._victims[: self._numbers[loops.N_VICTIMS]].tolist()
+        n_left, *_, n_victims = self._numbers[loops.N_GIVEN :].tolist()
+        # All of them, unless some had left already
+        self._free += sentences if n_left == len(sentences) else self._given[0, :n_left].tolist()
+        victims: list[int] = self._victims[:n_victims].tolist() if n_victims else []
         self._table.give_up(victims)
         if not self.n_in_flight:
             self._table.unknown.clear()
@@ -195,10 +197,9 @@ class Lanes:
         places, entries = self._read[:, :n_steps]
         return SentenceSteps(self._given[1, : len(sentences)], places, entries)
 
-    def _give(self, sentences: Iterable[int]) -> None:
-        given = list(sentences)
-        self._given[0, : len(given)] = given
-        self._numbers[loops.N_GIVEN] = len(given)
+    def _give(self, sentences: Sequence[int]) -> None:
+        self._given[0, : len(sentences)] = sentences
+        self._numbers[loops.N_GIVEN] = len(sentences)
 
 
 def _pairs(array: Indices, count: int) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ Indices = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class RoundPlan:
     """Some ticks of all lanes that run: at each tick, each of them makes one step in both directions.
 
@@ -39,7 +39,7 @@ class RoundPlan:
     fresh: Flags
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Round:
     """A round, and what ends in it.
 
@@ -57,7 +57,7 @@ class Round:
     ended: Sequence[tuple[int, int]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class SentenceSteps:
     """The steps of some sentences, one sentence after another.
 

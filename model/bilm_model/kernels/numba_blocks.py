@@ -28,6 +28,9 @@ BLOCK = 512
 """Columns that a thread takes at a time, as a whole."""
 _MIN_PARALLEL = 4096
 """Numbers below which a second thread costs more than it brings."""
+_MIN_WITHOUT_LOCK = 2**15
+"""Numbers below which a kernel keeps Python's lock: it takes some ten microseconds, but a thread that gives the lock
+back waits until another one lets go of it, which may be milliseconds."""
 
 _THREAD_NUMBER = "bilm_omp_get_thread_num"
 CONTRACT = {"contract", "nsz"}  # lets multiply and add become one instruction; NaN stays NaN
@@ -208,10 +211,19 @@ def run(kernel: Kernel, n_numbers: int, *arguments: int, parallel: Parallel | No
     # Always the whole team or none of it: OpenMP ends and begins threads when a team's size changes.
     n_threads = torch.get_num_threads() if parallel and n_numbers >= _MIN_PARALLEL else 1
     values = (ctypes.c_int64 * (1 + len(arguments)))(n_threads, *arguments)
-    if parallel and n_threads > 1:
+    if n_threads > 1 and parallel:
         parallel(kernel.address, values, n_threads, 0)
+    elif n_numbers < _MIN_WITHOUT_LOCK:
+        _with_lock(kernel.address)(values)
     else:
         kernel.ctypes(values)
+
+
+@functools.cache
+def _with_lock(address: int) -> Callable[[Any], None]:
+    """Return what calls a kernel and keeps Python's lock; kernels stay loaded, so an address stays what it is."""
+    found: Callable[[Any], None] = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address)
+    return found
 
 
 @functools.cache

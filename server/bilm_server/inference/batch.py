@@ -45,7 +45,7 @@ class RunningBatch:
         """
         self._engine, self._scheduler, self._pending, self._lock = engine, scheduler, pending, lock
         self._clock, self._on_round = clock, on_round
-        self._recovery = Recovery(engine)
+        self._recovery, self._rows = Recovery(engine), engine.capacity.rows
         self._in_flight: dict[Sentence, None] = {}
         self._speed = Speed()
         self._healthy = True
@@ -127,8 +127,10 @@ class RunningBatch:
             decision = self._scheduler.decide(now_s)
             for sentence in decision.items:
                 sentence.status, sentence.joined_s = Status.COMPUTING, now_s
-        self._exit([(sentence, late()) for sentence in decision.expired])
-        self._join(decision.items)
+        if decision.expired:
+            self._exit([(sentence, late()) for sentence in decision.expired])
+        if decision.items:
+            self._join(decision.items)
 
     def _let_suspects_join(self) -> None:
         """Let one group of suspects join, and nothing else."""
@@ -137,7 +139,8 @@ class RunningBatch:
 
     def _join(self, sentences: Sequence[Sentence]) -> None:
         cancelled = [sentence for sentence in sentences if sentence.cancelled]
-        self._exit([(sentence, None) for sentence in cancelled])
+        if cancelled:
+            self._exit([(sentence, None) for sentence in cancelled])
         joining = [sentence for sentence in sentences if sentence.status is not Status.ENDED]
         if not joining:
             return
@@ -165,8 +168,9 @@ class RunningBatch:
     def _advance(self) -> None:
         if not self._in_flight:
             return
-        begun_s, steps = self._clock(), self._engine.stats.steps
-        rows = min(len(self._in_flight), self._engine.capacity.rows)  # others have joined ahead of them
+        stats = self._engine.stats
+        begun_s, steps = self._clock(), stats.steps
+        rows = min(len(self._in_flight), self._rows)  # others have joined ahead of them
         try:
             found = self._engine.advance()
         except Exception:
@@ -178,7 +182,7 @@ class RunningBatch:
         # What joined although the engine said that it didn't has ended already
         ended = [each for each in found if each.sentence in self._in_flight]
         self._exit([(each.sentence, _result(each, now_s)) for each in ended])
-        report = RoundReport(rows, self._engine.stats.steps - steps, now_s - begun_s)
+        report = RoundReport(rows, stats.steps - steps, now_s - begun_s)
         self._speed.add(report.steps, report.seconds)
         self._on_round(report)
 
@@ -230,7 +234,7 @@ class RunningBatch:
         if not exits:
             return
         with self._lock:
-            self.end(sentence for sentence, _ in exits)
+            self.end([sentence for sentence, _ in exits])
         self._pending.deliver(exits)
 
 

@@ -113,7 +113,7 @@ class Sentence:
         return self.future is not None and self.future.done()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RoundReport:
     """What a round did.
 

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +49,8 @@ _KINDS: dict[DataType, int] = {"float32": 0, "float16": 1, "bfloat16": 2}
 _NUMPY_TYPES: dict[DataType, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}
 _JOB = 10
 """Numbers that describe a sentence to the kernel."""
+_KEPT_WISHES = 64
+"""Different outputs that are remembered."""
 
 
 @inner
@@ -252,30 +254,31 @@ class _Wish:
     numbers: tuple[int, ...]
     weights: NDArray[np.float32] | None
 
-    @classmethod
-    def of(cls, output: OutputSpec, n_layers: int) -> "_Wish":
-        """Return how the kernel reads an output.
 
-        Raises:
-            ValueError: If a mix has another number of weights than there are layers.
-        """
-        selection = output.selection
-        first, count, weights, normed = 0, n_layers, None, False
-        if isinstance(selection.layers, LayerMix):
-            weights, normed = np.array(selection.layers.shares(), dtype=np.float32), selection.layers.layer_norm
-            if len(weights) != n_layers:  # the kernel would read beyond them
-                raise ValueError(f"a mix has {len(weights)} weights, expected one for each of {n_layers} layers")
-        elif selection.layers == "average":
-            weights = np.full(n_layers, 1 / n_layers, dtype=np.float32)
-        elif selection.layers == "top":
-            first = n_layers - 1
-        if weights is not None or selection.layers == "top":
-            count = 1
-        flags = (int(normed), _POOLINGS[selection.pooling], int(selection.l2_normalize), _KINDS[output.data_type])
-        return cls((first, count, 0 if weights is None else weights.ctypes.data, *flags), weights)
+@functools.lru_cache(_KEPT_WISHES)
+def _wish(output: OutputSpec, n_layers: int) -> _Wish:
+    """Return how the kernel reads an output; most rounds ask for what the one before asked for.
+
+    Raises:
+        ValueError: If a mix has another number of weights than there are layers.
+    """
+    selection = output.selection
+    first, count, weights, normed = 0, n_layers, None, False
+    if isinstance(selection.layers, LayerMix):
+        weights, normed = np.array(selection.layers.shares(), dtype=np.float32), selection.layers.layer_norm
+        if len(weights) != n_layers:  # the kernel would read beyond them
+            raise ValueError(f"a mix has {len(weights)} weights, expected one for each of {n_layers} layers")
+    elif selection.layers == "average":
+        weights = np.full(n_layers, 1 / n_layers, dtype=np.float32)
+    elif selection.layers == "top":
+        first = n_layers - 1
+    if weights is not None or selection.layers == "top":
+        count = 1
+    flags = (int(normed), _POOLINGS[selection.pooling], int(selection.l2_normalize), _KINDS[output.data_type])
+    return _Wish((first, count, 0 if weights is None else weights.ctypes.data, *flags), weights)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class FusedCollected:
     """`Collected`, on the host already.
 
@@ -310,6 +313,8 @@ class FusedCollector:
         addresses = [tensor.data_ptr() for tensor in (memory.vectors, memory.outputs)]
         self._memory = memory
         self._numbers = (memory.vectors.shape[1], self._n_layers, memory.outputs.shape[2], *addresses)
+        self._n_scratch = 2 * self._width + self._n_layers
+        self._grow_scratch(1)
 
     def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec]) -> FusedCollected:
         """See `Collector`."""
@@ -318,8 +323,8 @@ class FusedCollector:
         found: list[Vectors] = [_NONE] * len(counts)
         wishes: list[_Wish] = []
         firsts = list(itertools.accumulate(counts, initial=0))
-        for output, numbers in _groups(outputs).items():
-            wish = _Wish.of(output, self._n_layers)
+        for output, numbers in _groups(outputs):
+            wish = _wish(output, self._n_layers)
             wishes.append(wish)  # the kernel reads what it holds
             memory = self._pooled(output, len(numbers)) if output.pooled else self._whole(output, numbers, counts)
             for number, (vectors, address) in zip(numbers, memory, strict=True):
@@ -349,24 +354,31 @@ class FusedCollector:
 
     def _run(self, steps: SentenceSteps, jobs: "array[int]") -> None:
         n_jobs = len(jobs) // _JOB
-        scratch = np.empty(n_jobs * (2 * self._width + self._n_layers), dtype=np.float32)
-        scratch_address, places, entries = (each.ctypes.data for each in (scratch, steps.places, steps.entries))
+        if n_jobs * self._n_scratch > len(self._scratch):
+            self._grow_scratch(n_jobs)
+        places, entries = steps.places.ctypes.data, steps.entries.ctypes.data
         n_numbers = len(steps.places) * self._width * self._n_layers
         run(
-            self._kernel, n_numbers, n_jobs, jobs.buffer_info()[0], scratch_address, *self._numbers, places, entries, 0,
-            parallel=self._parallel if n_numbers >= _MIN_PARALLEL else None,
+            self._kernel, n_numbers, n_jobs, jobs.buffer_info()[0], self._scratch_address, *self._numbers, places,
+            entries, 0, parallel=self._parallel if n_numbers >= _MIN_PARALLEL else None,
         )  # fmt: skip
+
+    def _grow_scratch(self, n_jobs: int) -> None:
+        self._scratch = np.empty(n_jobs * self._n_scratch, dtype=np.float32)
+        self._scratch_address = self._scratch.ctypes.data
 
 
 _NONE = np.empty(0, dtype=np.float32)
 
 
-def _groups(outputs: Sequence[OutputSpec]) -> dict[OutputSpec, list[int]]:
-    """Return the numbers of the sentences of each different output."""
+def _groups(outputs: Sequence[OutputSpec]) -> Iterable[tuple[OutputSpec, Sequence[int]]]:
+    """Return each different output, with the numbers of its sentences."""
+    if outputs.count(outputs[0]) == len(outputs):
+        return [(outputs[0], range(len(outputs)))]
     groups: dict[OutputSpec, list[int]] = {}
     last, numbers = None, list[int]()
     for number, output in enumerate(outputs):
         if output is not last:  # the sentences of a call share theirs
             last, numbers = output, groups.setdefault(output, [])
         numbers.append(number)
-    return groups
+    return groups.items()
