@@ -21,7 +21,7 @@ RUN ?= runs/wikitext2-mini
 # Tests have limits of their own (tests/support/time_limits.py); this one is for what comes before and after them.
 LIMITED := timeout --foreground --kill-after=30
 
-.PHONY: demo serve test tests test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-original bench-before bench-memory bench-full bench-training bench-page train clean
+.PHONY: demo serve test tests test-gpu test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-original bench-before bench-memory bench-full bench-training bench-page train clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -38,6 +38,10 @@ test: $(VENV)/.dev $(PROTO_VENV)/.installed
 # share takes over half of the longest one that is left.
 tests: $(VENV)/.dev
 	OMP_WAIT_POLICY=passive $(LIMITED) 60m $(BIN)/pytest -m "not slow" --numprocesses $(WORKERS) --dist worksteal
+
+# on a machine with a GPU; without `make`: python -m pytest -m gpu tests/parity
+test-gpu: $(VENV)/.dev
+	$(LIMITED) 30m $(BIN)/pytest -m gpu tests/parity
 
 test-slow: $(VENV)/.dev
 	$(LIMITED) 4h $(BIN)/pytest -m slow

@@ -1,7 +1,9 @@
 """Where the project, its results and the texts for benchmarks are."""
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2"
+CORPORA = Path(os.environ.get("BILM_TEST_DATA", ROOT.parent / "shared" / "data"))
+WIKITEXT = CORPORA / "wikitext-2"

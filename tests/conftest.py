@@ -10,7 +10,7 @@ from hypothesis import settings
 from tests.support.fork_server import stop_fork_server
 from tests.support.signals import reset_inherited_signals
 
-pytest_plugins = ["tests.support.garbage", "tests.support.time_limits"]
+pytest_plugins = ["tests.support.devices", "tests.support.garbage", "tests.support.time_limits"]
 
 reset_inherited_signals()  # in the main thread of each worker, before any fixture starts a thread
 for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):  # the tests' own channels go to this machine only

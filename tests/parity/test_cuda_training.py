@@ -15,7 +15,7 @@ from bilm_training.learner import Learner, TrainStepResult
 from bilm_training.objectives.language_model import BilmObjective
 from bilm_training.recipe import Optimisation, Softmax
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch sees none")
+pytestmark = pytest.mark.gpu
 
 CONFIG = BilmConfig(char_dim=8, filters=((1, 16), (2, 32), (3, 48)), projection_dim=32, cell_dim=128)
 N_STEPS = 5
