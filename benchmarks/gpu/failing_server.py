@@ -59,7 +59,7 @@ def _fail(device: torch.device) -> None:
         torch._assert_async(torch.zeros(1, device=device))
         torch.cuda.synchronize(device)
     error = torch.AcceleratorError("the check lets the device fail")
-    error.error_code = _ERROR_ASSERT
+    error.error_code = _ERROR_ASSERT  # type: ignore[attr-defined] # what torch sets from C
     raise error
 
 

@@ -35,6 +35,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def is_lost(error: BaseException) -> bool:
+    """Return whether an error says that its device can't be used any more in this process.
+
+    Such an error breaks the context: every later call fails, whatever it computes, so only another process helps. Being
+    out of memory is none of them. An error without a code that breaks the context (cuBLAS, Triton) shows at the next
+    operator, which raises one with a code.
+    """
+    return getattr(error, "error_code", None) in _FINAL_CUDA_ERRORS
+
+
 def default_threads(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     """Return the CPU threads to use: one for each core that this process may use, 16 at most.
 
@@ -50,4 +60,17 @@ def default_threads(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     return max(1, math.ceil(min(n_cores, cpu_quota(proc, cgroups), _MAX_THREADS)))
 
 
+_FINAL_CUDA_ERRORS = frozenset(
+    {
+        46,  # no device available
+        214,  # an uncorrectable memory error
+        220,  # an NVLink error
+        700,  # an illegal address
+        702,  # a kernel that took too long
+        709,  # the context was destroyed
+        710,  # an assertion in a kernel
+        *range(714, 720),  # exceptions of the hardware, an illegal instruction or address space, a failed launch
+    }
+)
+"""`cudaError_t`, which `torch.AcceleratorError.error_code` is (CUDA Runtime API, "Data types used by CUDA Runtime")."""
 _MAX_THREADS = 16

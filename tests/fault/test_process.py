@@ -19,7 +19,7 @@ from bilm_client.errors import BilmError, DeadlineError, SentenceError, ServiceE
 
 from tests.fault.fault_support import missing, missing_namespace, unshare
 from tests.fault.known_answers import OPTIONS, KnownAnswers
-from tests.support.faulty_server import BROKEN, EXHAUST, HANG, POISON
+from tests.support.faulty_server import BROKEN, EXHAUST, HANG, LOSE, POISON
 from tests.support.processes import descriptors, resident_bytes, wait_until
 from tests.support.server_processes import ProcessServer
 
@@ -262,4 +262,13 @@ def test_a_model_that_hangs_ends_the_process(start_faulty: Callable[..., Process
             client.embed([[HANG]])
         assert error.value.reason == "MODEL_FAILING"
         assert _health(client) in (HealthStatus.NOT_SERVING, None)
+    assert server.wait() == EX_ENGINE_LOST
+
+
+def test_a_device_that_breaks_ends_the_process_at_once(start_faulty: Callable[..., ProcessServer]) -> None:
+    server = start_faulty("--give-up-s", str(20 * LIMIT_S))
+    with Client(server.target, retry=ONCE, timeout_s=LIMIT_S, channel_options=CHANNEL) as client:
+        with pytest.raises(UnavailableError) as error:
+            client.embed([[LOSE]])
+        assert error.value.reason in ("MODEL_FAILING", "")  # or the process was faster than its response
     assert server.wait() == EX_ENGINE_LOST

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Generic
 
 import numpy as np
+import torch
 from bilm_model.config import BilmConfig
 from bilm_model.engine.types import (
     Capacity,
@@ -26,6 +27,16 @@ CONFIG = BilmConfig(char_dim=1, filters=((1, 1),), projection_dim=2, cell_dim=2)
 """3 layers of 4 numbers."""
 
 _ITEM_TYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}
+
+
+DEVICE_ASSERT = 710
+
+
+def device_error(code: int) -> Exception:
+    """Return what torch raises for a CUDA error."""
+    error = torch.AcceleratorError("CUDA error: as the test wishes")
+    error.error_code = code  # type: ignore[attr-defined]
+    return error
 
 
 class CountCodec:
@@ -57,6 +68,7 @@ class FakeEngine(Generic[S]):
     Attributes:
         go_on: cleared, it holds the next round.
         computing: set by each round that begins.
+        error: what the next round, the next joining and the next check raise, one of them and once.
         groups: sentences of each round.
         checks: self-checks done.
     """
@@ -69,6 +81,7 @@ class FakeEngine(Generic[S]):
         self.stats = EngineStats()
         self.description = EngineDescription("fake", "cpu", {"products": "none"})
         self.broken = 0
+        self.error: Exception | None = None
         self.groups: list[int] = []
         self.checks = 0
         self.go_on, self.computing = threading.Event(), threading.Event()
@@ -92,6 +105,7 @@ class FakeEngine(Generic[S]):
     def join(self, sentences: Sequence[S]) -> None:
         """See `Engine`."""
         assert not any(sentence in self._remaining for sentence in sentences)
+        self._raise_error()
         if any("unfit" in sentence.tokens for sentence in sentences):
             raise MemoryError
         for sentence in sentences:
@@ -110,6 +124,7 @@ class FakeEngine(Generic[S]):
         self.computing.set()
         self.go_on.wait()
         self.groups.append(len(self._remaining))
+        self._raise_error()
         if self.broken or any("poison" in sentence.tokens for sentence in self._remaining):
             raise RuntimeError("boom")
         ended = [sentence for sentence, left in self._remaining.items() if left <= 1]
@@ -134,8 +149,14 @@ class FakeEngine(Generic[S]):
         assert not self._remaining
         self.go_on.wait()
         self.checks += 1
+        self._raise_error()
         if self.broken:
             raise RuntimeError("broken while idle")
+
+    def _raise_error(self) -> None:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
 
     def _state_after(self, sentence: S) -> State | None:
         if self.state_codec is None or not sentence.return_state:

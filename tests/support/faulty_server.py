@@ -15,12 +15,15 @@ from bilm_server.config import ServerConfig
 from bilm_server.inference.types import Sentence
 from bilm_server.served_model import ServedModel, load_served_model
 
+from tests.support.fake_engine import DEVICE_ASSERT, device_error
 from tests.support.hooked_engine import HookedEngine, Hooks
 
 POISON = "<poison>"
 """An exception as long as this sentence is in flight."""
 EXHAUST = "<exhaust>"
 """The same, and it is a MemoryError."""
+LOSE = "<lose>"
+"""An error of the device after which nothing can be computed in the process."""
 HANG = "<hang>"
 """A round that never ends."""
 UNFIT_TOKENS = 1313
@@ -50,6 +53,8 @@ class Faults:
             raise ValueError("a poisoned sentence")
         if EXHAUST in first:
             raise MemoryError
+        if LOSE in first:
+            raise device_error(DEVICE_ASSERT)
         if HANG in first:
             threading.Event().wait()
         if (

@@ -60,6 +60,11 @@ class RunningBatch:
         return self._healthy
 
     @property
+    def lost(self) -> bool:
+        """Whether the device has failed for good."""
+        return self._recovery.lost
+
+    @property
     def steps_per_s(self) -> float:
         """Recent speed while computing: tokens and boundaries a second; never 0."""
         return self._speed.steps_per_s
@@ -115,8 +120,9 @@ class RunningBatch:
             return
         try:
             self._engine.drop(cancelled)
-        except Exception:
+        except Exception as error:
             _log.exception("a sentence can't leave")
+            self._recovery.note(error)
             self._recover()
         else:
             self._exit([(sentence, None) for sentence in cancelled])
@@ -147,8 +153,9 @@ class RunningBatch:
         self._in_flight |= dict.fromkeys(joining)
         try:
             unfit = self._recovery.join(joining)
-        except Exception:
+        except Exception as error:
             _log.exception("sentences that can't join can't leave either")
+            self._recovery.note(error)
             self._recover()
         else:
             self._refuse_unfit(unfit)
@@ -173,8 +180,9 @@ class RunningBatch:
         rows = min(len(self._in_flight), self._rows)  # others have joined ahead of them
         try:
             found = self._engine.advance()
-        except Exception:
+        except Exception as error:
             _log.exception("a round of %d sentences failed", rows)
+            self._recovery.note(error)
             self._on_round(RoundReport(rows, 0, self._clock() - begun_s, failed=True))
             self._recover()
             return

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 
+from bilm_model.device import is_lost
 from bilm_model.engine.types import Engine
 
 from bilm_server.inference.types import Sentence
@@ -11,16 +12,20 @@ _log = logging.getLogger(__name__)
 
 
 class Recovery:
-    """Probing and bisection; used from the worker's thread only, save `n_suspects`.
+    """Probing and bisection; used from the worker's thread only, save `n_suspects` and `lost`.
 
     A failed round doesn't identify the sentence at fault. So its sentences become suspects: they are computed again
     from their beginnings, in halves and halves of halves, until the one that fails by itself is found.
+
+    Attributes:
+        lost: whether the device has failed for good, see `is_lost`.
     """
 
     def __init__(self, engine: Engine[Sentence]) -> None:
         """Set the engine."""
         self._engine = engine
         self._groups: list[list[Sentence]] = []
+        self.lost = False
 
     def __bool__(self) -> bool:
         """Whether there are suspects."""
@@ -31,12 +36,19 @@ class Recovery:
         """Sentences that are to be computed again; for any thread."""
         return sum(map(len, tuple(self._groups)))
 
+    def note(self, error: Exception) -> None:
+        """Take what the engine has raised."""
+        self.lost = self.lost or is_lost(error)
+
     def probe(self) -> bool:
         """Drop everything in flight and compute something small; return whether that succeeded."""
+        if self.lost:
+            return False
         try:
             self._engine.warm_up()
-        except Exception:
+        except Exception as error:
             _log.exception("the model fails")
+            self.note(error)
             return False
         return True
 
@@ -44,8 +56,9 @@ class Recovery:
         """Compute something small while nothing is in flight; return whether the result is the expected one."""
         try:
             self._engine.check()
-        except Exception:
+        except Exception as error:
             _log.exception("the model failed a self-check")
+            self.note(error)
             return False
         return True
 
@@ -57,8 +70,9 @@ class Recovery:
         """
         try:
             self._engine.join(sentences)
-        except Exception:
+        except Exception as error:
             _log.exception("%s can't join", "a sentence" if len(sentences) == 1 else f"{len(sentences)} sentences")
+            self.note(error)
         else:
             return []
         self._engine.drop(sentences)  # it should hold none of them, but it has just failed

@@ -24,6 +24,10 @@ class Watched(Protocol):
         """Whether the last thing that the model computed succeeded."""
 
     @property
+    def lost(self) -> bool:
+        """Whether the device has failed for good."""
+
+    @property
     def heartbeats(self) -> int:
         """Grows with everything that the thread gets done."""
 
@@ -87,6 +91,8 @@ class Watchdog:
             self._watched.refuse_pending()
         if not self._watched.alive:
             raise EngineLostError("the inference thread has ended")
+        if self._watched.lost:
+            raise EngineLostError("the device has failed for good, so nothing can be computed in this process any more")
         if self._bad > self._looks_to_loss:
             what = "hangs" if hung else "fails"
             raise EngineLostError(f"the model {what} and hasn't recovered in {self._bad * _INTERVAL_S:g} s")

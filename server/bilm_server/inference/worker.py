@@ -83,6 +83,11 @@ class InferenceWorker:
         return self._batch.healthy
 
     @property
+    def lost(self) -> bool:
+        """Whether the device has failed for good: nothing can be computed in this process any more."""
+        return self._batch.lost
+
+    @property
     def heartbeats(self) -> int:
         """Grows with everything that the thread gets done."""
         return self._heartbeats

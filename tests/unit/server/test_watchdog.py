@@ -13,6 +13,7 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.alive = True
         self.healthy = True
+        self.lost = False
         self.heartbeats = 0
         self.has_work = False
         self.refusals = 0
@@ -87,6 +88,15 @@ def test_a_dead_thread_is_lost_at_once() -> None:
     engine.alive = False
     watch = Watch(engine, hang_s=1, give_up_s=100)
     with pytest.raises(EngineLostError, match="ended"):
+        watch.look()
+    assert watch.said == [False]
+
+
+def test_a_lost_device_is_lost_at_once() -> None:
+    engine = ScriptedEngine()
+    engine.healthy, engine.lost = False, True
+    watch = Watch(engine, hang_s=1, give_up_s=100)
+    with pytest.raises(EngineLostError, match="for good"):
         watch.look()
     assert watch.said == [False]
 

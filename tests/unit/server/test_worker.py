@@ -5,12 +5,13 @@ import logging
 from collections.abc import Iterator, Sequence
 
 import pytest
+import torch
 from bilm_api.constants import Reason
 from bilm_model.engine.types import Capacity, EngineResult
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Call, Result, RoundReport, Sentence
 
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import DEVICE_ASSERT, FakeEngine, device_error
 from tests.support.sentences import DrivenWorker, delivered, reasons, result
 
 ROUNDS = 3
@@ -54,6 +55,45 @@ async def test_a_poisoned_sentence_costs_the_others_nothing(n_others: int) -> No
     fresh = found.submit(Call(), "z")  # the capacity that the suspects had has come back
     await found.settle()
     assert reasons([fresh]) == {None}
+    found.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("code", [46, 214, 220, 700, 702, 709, 710, *range(714, 720)])
+async def test_an_error_that_breaks_the_device_is_not_tried_again(code: int) -> None:
+    found = driven(rounds=ROUNDS)
+    futures = [found.submit(Call(), name) for name in ("a", "b")]
+    await found.step()
+    found.engine.error = device_error(code)
+    await found.step()
+    assert found.worker.lost
+    assert not health(found)
+    assert reasons(futures) == {Reason.MODEL_FAILING}
+    await found.step()  # a probe would find an engine that works
+    assert not health(found)
+    assert found.worker.idle
+
+
+@pytest.mark.parametrize("where", ["joining", "a check"])
+async def test_a_device_can_break_outside_of_a_round(where: str) -> None:
+    found = driven(rounds=ROUNDS)
+    found.engine.error = device_error(DEVICE_ASSERT)
+    futures = [found.submit(Call(), "a")] if where == "joining" else []
+    await found.step()
+    assert found.worker.lost
+    assert not health(found)
+    assert reasons(futures) <= {Reason.MODEL_FAILING}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), device_error(2), device_error(999)])
+async def test_other_errors_of_a_device_heal(error: Exception) -> None:
+    found = driven(rounds=ROUNDS)
+    futures = [found.submit(Call(), name) for name in ("a", "b", "c")]
+    await found.step()
+    found.engine.error = error
+    await found.settle()
+    assert reasons(futures) == {None}
+    assert not found.worker.lost
+    assert health(found)
     found.check_nothing_is_left()
 
 
