@@ -64,6 +64,33 @@ class _TickProducts:
         )
 
 
+@dataclass(eq=False, slots=True)
+class _Steps:
+    """A round's plan as tensors, made once a round.
+
+    Attributes:
+        sizes: rows at each tick.
+        ticks: (K,) the same.
+        slots: (R,) see `RoundPlan`.
+        last: (R,) see `RoundPlan`.
+        fresh: (N,) see `RoundPlan`.
+        places: (N,) of each direction.
+    """
+
+    sizes: tuple[int, ...]
+    ticks: Tensor
+    slots: Tensor
+    last: Tensor
+    fresh: Tensor
+    places: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, plan: RoundPlan) -> "_Steps":
+        ticks = torch.from_numpy(np.array(plan.sizes))
+        slots, last, fresh = (torch.from_numpy(each) for each in (plan.slots, plan.last, plan.fresh))
+        return cls(plan.sizes, ticks, slots, last, fresh, [torch.from_numpy(each) for each in plan.places])
+
+
 class CpuBackend:
     """See `backend.Backend`.
 
@@ -96,6 +123,7 @@ class CpuBackend:
         """
         config = self._config = bilm.config
         self.memory = memory
+        self._h, self._c, self._returned = (_by_cell(states) for states in (memory.h, memory.c, memory.outputs))
         self._dtype = bilm.product_dtype
         self._products = products or cpu_path(self._dtype)
         self._elementwise = fastest_elementwise(self._dtype)
@@ -166,10 +194,11 @@ class CpuBackend:
     def _run(self, plan: RoundPlan, entries: Indices) -> None:
         if self.input_cache is not None:
             self.input_cache.fill(entries, self._input_projections)
+        steps = _Steps.of(plan)
         xs: list[Tensor | None] = [None, None]
         for layer in range(self._config.n_layers):
-            for d, y in enumerate(self._run_layer(layer, plan, entries, xs)):
-                xs[d] = self._outputs(y, self._added(xs[d], entries[d]), self.memory.outputs[layer, d], plan.places[d])
+            for d, y in enumerate(self._run_layer(layer, steps, entries, xs)):
+                xs[d] = self._outputs(y, self._added(xs[d], entries[d]), self._returned[layer][d], steps.places[d])
 
     def _added(self, x: Tensor | None, entries: Indices) -> Tensor | None:
         """Return what is added to a layer's cells' output, of which the recurrence sees nothing; None: nothing."""
@@ -179,28 +208,25 @@ class CpuBackend:
             return self.memory.vectors.index_select(0, torch.from_numpy(entries))
         return x
 
-    def _outputs(self, y: Tensor, added: Tensor | None, returned: Tensor, places: Indices) -> Tensor:
+    def _outputs(self, y: Tensor, added: Tensor | None, returned: Tensor, places: Tensor) -> Tensor:
         """Write what a layer returns to its places; return what the next layer reads, (padded N, P)."""
-        following = y.new_empty(padded_rows(len(y)), y.shape[1], dtype=torch.float32)
-        at, returns_sum = torch.from_numpy(places), self._config.residual == "published"
-        self._elementwise.outputs(y, added, at, returns_sum=returns_sum, returned=returned, following=following)
+        n_steps, width = y.shape
+        following, returns_sum = torch.empty(padded_rows(n_steps), width), self._config.residual == "published"
+        self._elementwise.outputs(y, added, places, returns_sum=returns_sum, returned=returned, following=following)
         return following
 
-    def _run_layer(
-        self, layer: int, plan: RoundPlan, entries: Indices, xs: Sequence[Tensor | None]
-    ) -> Iterator[Tensor]:
+    def _run_layer(self, layer: int, steps: _Steps, entries: Indices, xs: Sequence[Tensor | None]) -> Iterator[Tensor]:
         """Return what both directions' cells give, (N, P), for what they read; None: the tokens."""
         if self._team is None or self._recurrences is None:
             for d, x in enumerate(xs):  # one after the other: see the module
-                y = self._run_cell(self._ticks[d][layer], self._work(layer, d, plan, entries[d], x))
-                last, slots = torch.from_numpy(plan.last), torch.from_numpy(plan.slots)
-                self._elementwise.keep(y, last, self.memory.h[layer, d], slots)
+                y = self._run_cell(self._ticks[d][layer], self._work(layer, d, steps, entries[d], x))
+                self._elementwise.keep(y, steps.last, self._h[layer][d], steps.slots)
                 yield y
             return
-        cells, works = (each[layer] for each in self._recurrences), self._lane_works(layer, plan, entries, xs)
-        yield from self._team.run(list(zip(cells, works, strict=True)), self._threads_of_cells(plan))
+        cells, works = (each[layer] for each in self._recurrences), self._lane_works(layer, steps, entries, xs)
+        yield from self._team.run(list(zip(cells, works, strict=True)), self._threads_of_cells(steps))
 
-    def _work(self, layer: int, direction: int, plan: RoundPlan, entries: Indices, x: Tensor | None) -> CellWork:
+    def _work(self, layer: int, direction: int, steps: _Steps, entries: Indices, x: Tensor | None) -> CellWork:
         if x is None:
             gates_x, index = self._first_inputs(direction, entries)
         else:
@@ -208,32 +234,29 @@ class CpuBackend:
         return CellWork(
             gates_x=gates_x,
             index=index,
-            h=self.memory.h[layer, direction].index_select(0, torch.from_numpy(_padded(plan.slots))),
-            c=self.memory.c[layer, direction],
-            slots=torch.from_numpy(plan.slots),
-            fresh=torch.from_numpy(plan.fresh),
-            sizes=plan.sizes,
+            h=self._h[layer][direction].index_select(0, torch.from_numpy(_padded(steps.slots.numpy()))),
+            c=self._c[layer][direction],
+            slots=steps.slots,
+            fresh=steps.fresh,
+            sizes=steps.sizes,
         )
 
     def _lane_works(
-        self, layer: int, plan: RoundPlan, entries: Indices, xs: Sequence[Tensor | None]
+        self, layer: int, steps: _Steps, entries: Indices, xs: Sequence[Tensor | None]
     ) -> "Iterator[LaneWork]":
         from bilm_model.engine.cpu.recurrence import LaneWork  # noqa: PLC0415 - there is Numba, or there were no such cells
 
-        rows = {"slots": torch.from_numpy(plan.slots), "fresh": torch.from_numpy(plan.fresh)}
-        ticks = torch.tensor(plan.sizes)
         for d, x in enumerate(xs):
             inputs, index = self._first_inputs_of_lanes(d, entries[d]) if x is None else (x, None)
-            yield LaneWork(
-                x=inputs, index=index, h=self.memory.h[layer, d], c=self.memory.c[layer, d], ticks=ticks, **rows
-            )
+            h, c = self._h[layer][d], self._c[layer][d]
+            yield LaneWork(inputs, index, h, c, steps.slots, steps.fresh, steps.ticks)
 
-    def _threads_of_cells(self, plan: RoundPlan) -> "Threads":
+    def _threads_of_cells(self, steps: _Steps) -> "Threads":
         """Return who runs cells: as many threads as there are jobs for, OpenMP's only where one helper isn't enough."""
         width = 4 * self._config.cell_dim
-        if self._n_threads == 1 or not self._is_parallel(2 * sum(plan.sizes), width):
+        if self._n_threads == 1 or not self._is_parallel(2 * sum(steps.sizes), width):
             return "caller"
-        return "helper" if self._n_threads == _WITH_HELPER or not self._is_parallel(plan.sizes[0], width) else "team"
+        return "helper" if self._n_threads == _WITH_HELPER or not self._is_parallel(steps.sizes[0], width) else "team"
 
     def _is_parallel(self, n_rows: int, width: int) -> bool:
         """Return whether all threads compute cells of so many rows, as wide as that on their wider side."""
@@ -295,6 +318,11 @@ class CpuBackend:
         x = self.memory.vectors[torch.from_numpy(_padded(entries))]
         with self._threads(len(entries), 4 * self._config.cell_dim):
             return self._inputs[direction][0](x.to(self._dtype))
+
+
+def _by_cell(states: Tensor) -> list[list[Tensor]]:
+    """Return a view of each layer's and direction's part (L, 2, …): to take one of a tensor costs microseconds."""
+    return [list(directions) for directions in states]
 
 
 def _padded(indices: Indices) -> Indices:

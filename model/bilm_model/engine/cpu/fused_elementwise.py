@@ -240,8 +240,9 @@ class FusedElementwise:
     ) -> None:
         """See `Elementwise`."""
         addresses = (y.data_ptr(), 0 if x is None else x.data_ptr(), places.data_ptr())
-        numbers = (len(following), *y.shape, *addresses, returns_sum, returned.data_ptr(), following.data_ptr())
-        self._run(self._outputs, following.numel(), *numbers)
+        n_following, width = following.shape
+        numbers = (n_following, *y.shape, *addresses, returns_sum, returned.data_ptr(), following.data_ptr())
+        self._run(self._outputs, n_following * width, *numbers)
 
     def keep(self, y: Tensor, last: Tensor, h: Tensor, slots: Tensor) -> None:
         """See `Elementwise`."""

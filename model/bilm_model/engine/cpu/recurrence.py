@@ -76,7 +76,7 @@ def _block(n_out: int, n_in: int, *, biased: bool) -> int | None:
     return None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class LaneWork:
     """What a cell is to do in a round, on the lanes' own state.
 
@@ -147,7 +147,8 @@ class Recurrence:
         x = work.x.data_ptr()
         inputs = (0, 0, x) if work.index is None else (x, work.index.data_ptr(), 0)
         states = (tensor.data_ptr() for tensor in (work.slots, work.c, work.fresh, work.h, outputs))
-        return _array(len(work.ticks), work.ticks.data_ptr(), *inputs, *states, outputs.shape[1], *self._numbers, 0)
+        n_ticks, width = work.ticks.shape[0], outputs.shape[1]
+        return _array(n_ticks, work.ticks.data_ptr(), *inputs, *states, width, *self._numbers, 0)
 
 
 class RecurrenceTeam:
@@ -177,9 +178,9 @@ class RecurrenceTeam:
         """Run cells that don't depend on one another, for the same ticks and rows; return what each gives, (N, P)."""
         if threads == "team" and self._parallel is None:
             threads = "helper" if self._n_threads > 1 else "caller"
-        outputs = [work.h.new_empty(len(work.fresh), work.h.shape[1]) for _, work in cells]
+        outputs = [torch.empty(work.fresh.shape[0], work.h.shape[1]) for _, work in cells]
         arguments = [cell.arguments(work, out) for (cell, work), out in zip(cells, outputs, strict=True)]
-        n_rows, n_threads = len(cells[0][1].slots), self._n_threads if threads == "team" else 1
+        n_rows, n_threads = cells[0][1].slots.shape[0], self._n_threads if threads == "team" else 1
         # A helper may come late: then the caller should find more than one job of a cell to take
         n_group = _group_rows(
             n_rows, 2 if threads == "helper" and n_rows >= _MIN_SPLIT else -(-n_threads // len(cells))
