@@ -168,17 +168,14 @@ class Embedder:
         return refusals, cost.response_bytes
 
     def _cost(self, sentences: Sequence[Sentence], response: ResponseFormat[object]) -> Cost:
-        n_bytes = n_tokens = 0
-        for sentence in sentences:
-            n_bytes += self._preprocessing.computed_bytes(sentence) + response.overhead_bytes(sentence)
-            n_tokens += len(sentence.tokens)
+        n_bytes = self._preprocessing.computed_bytes(*sentences) + sum(map(response.overhead_bytes, sentences))
         if n_bytes > self.limits.response_bytes:
             raise RefusalError(
                 Reason.RESPONSE_TOO_LARGE,
                 f"the response would have about {n_bytes} bytes, more than {self.limits.response_bytes}: send fewer "
                 "sentences, ask for less of them (layers, pooling, data_type), or use EmbedStream",
             )
-        return Cost(n_tokens, n_bytes)
+        return Cost(sum([len(sentence.tokens) for sentence in sentences]), n_bytes)
 
     async def _compute_all(
         self, sentences: Sequence[Sentence], refusals: Sequence[RefusalError | None]
@@ -259,12 +256,17 @@ class SentenceStream:
 
 
 def _count(sentences: Sequence[Sentence], results: Sequence[Outcome]) -> None:
-    call = current_call()
-    for sentence, result in zip(sentences, results, strict=True):
-        if isinstance(result, RefusalError):
-            call.sentence_failed()
-        else:
-            call.computed(len(sentence.tokens), result.queue_s, result.inference_s)
+    call, pairs = current_call(), zip(sentences, results, strict=True)
+    computed = [(sentence, result) for sentence, result in pairs if not isinstance(result, RefusalError)]
+    for _ in range(len(sentences) - len(computed)):
+        call.sentence_failed()
+    if computed:
+        call.computed(
+            sum([len(sentence.tokens) for sentence, _ in computed]),
+            max([result.queue_s for _, result in computed]),
+            max([result.inference_s for _, result in computed]),
+            len(computed),
+        )
 
 
 def _count_failed(error: RefusalError) -> None:

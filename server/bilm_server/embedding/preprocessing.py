@@ -139,20 +139,25 @@ class Preprocessing:
             case None:
                 raise RefusalError(Reason.SENTENCE_MISSING, "the sentence has neither text nor tokens")
             case tokens:
-                sentence.tokens = tuple(tokens)
+                sentence.tokens = tuple(tokens[:])  # a slice of protobuf's takes half as long as its iterator
         _check_tokens(sentence, self.limits.sentence_tokens)
-        sentence.truncated = max(map(len, sentence.tokens), default=0) > _NEVER_TRUNCATED and any(
-            map(is_truncated, sentence.tokens)
-        )
+        if max(map(len, sentence.tokens), default=0) > _NEVER_TRUNCATED:
+            sentence.truncated = any(map(is_truncated, [t for t in sentence.tokens if len(t) > _NEVER_TRUNCATED]))
         if sentence.state_bytes or sentence.return_state:
             self._decode_state(sentence)
         sentence.content, sentence.state_bytes = None, b""  # they can keep a whole message in memory
 
-    def computed_bytes(self, sentence: Sentence) -> int:
-        """Return the bytes of a prepared sentence's vectors and of the state that it asks for."""
-        n_rows = 1 if sentence.output.pooled else len(sentence.tokens)
-        state_bytes = self._model.state_bytes if sentence.return_state else 0
-        return n_rows * row_bytes(sentence.output, self._model) + state_bytes
+    def computed_bytes(self, *sentences: Sentence) -> int:
+        """Return the bytes of prepared sentences' vectors and of the states that they ask for."""
+        n_bytes, output, pooled, n_row_bytes = 0, None, False, 0
+        for sentence in sentences:
+            if sentence.output is not output:  # a call's sentences share it
+                output = sentence.output
+                pooled, n_row_bytes = output.pooled, row_bytes(output, self._model)
+            n_bytes += n_row_bytes if pooled else n_row_bytes * len(sentence.tokens)
+            if sentence.return_state:
+                n_bytes += self._model.state_bytes
+        return n_bytes
 
     def _tokenize(self, sentence: Sentence, text: str) -> None:
         try:
@@ -205,7 +210,7 @@ def _check_tokens(sentence: Sentence, max_tokens: int) -> None:
     tokens = sentence.tokens
     if len(tokens) > max_tokens:
         raise RefusalError(Reason.SENTENCE_TOO_LONG, f"{len(tokens)} tokens are more than {max_tokens}")
-    if "" in tokens:
+    if not all(tokens):
         raise RefusalError(Reason.TOKEN_EMPTY, f"token {tokens.index('')} is empty")
-    if sentence.output.pooled and not tokens:
+    if not tokens and sentence.output.pooled:
         raise RefusalError(Reason.POOLING_EMPTY, "a sentence without tokens can't be pooled")

@@ -53,6 +53,7 @@ class CallRecord:
         peer: as grpc names it.
         metadata: the caller's; never logged.
         request_id: the caller's name of the call, "" without one.
+        request_bytes: of a unary call's message, once it is there.
         model: name of the model that the call is for, once that is known; "" for one that isn't served.
         caller: who it is, once that is known; an address where nothing better is.
         is_test: whether its caller marked it so and may; False until it is known who calls.
@@ -71,6 +72,7 @@ class CallRecord:
     peer: str
     metadata: Metadata = ()
     request_id: str = ""
+    request_bytes: int = 0
     model: str = ""
     caller: str = ""
     is_test: bool = False
@@ -84,9 +86,9 @@ class CallRecord:
     duration_s: float = 0.0
     held: Held = field(default_factory=Held)
 
-    def computed(self, tokens: int, queue_s: float, inference_s: float) -> None:
-        """Count a sentence that was computed."""
-        self.sentences += 1
+    def computed(self, tokens: int, queue_s: float, inference_s: float, sentences: int = 1) -> None:
+        """Count sentences that were computed: tokens of all of them, the longest times of any."""
+        self.sentences += sentences
         self.tokens += tokens
         self.queue_s = max(self.queue_s, queue_s)
         self.inference_s = max(self.inference_s, inference_s)
@@ -117,6 +119,13 @@ def current_call() -> CallRecord:
         LookupError: outside of a call.
     """
     return _current.get()
+
+
+def request_arrived(n_bytes: int) -> None:
+    """Note the size of the running call's message, unless nothing records the call."""
+    call = _current.get(None)
+    if call is not None:
+        call.request_bytes = n_bytes
 
 
 def enter(call: CallRecord) -> "Token[CallRecord]":

@@ -1,6 +1,7 @@
 """Results as messages; the expected ones are written out field by field."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -20,6 +21,11 @@ from tests.support.fake_engine import CONFIG, FakeEngine, fake_model
 ALL, POOLED = OutputSpec(Selection()), OutputSpec(Selection("top", "mean"), "float16")
 MODEL = fake_model()
 WIRE = WireFormat(MODEL, omit_tokens=False)
+DATA_TYPES: dict[DataType, embed_pb2.DataType] = {
+    "float32": embed_pb2.DATA_TYPE_FLOAT32,
+    "float16": embed_pb2.DATA_TYPE_FLOAT16,
+    "bfloat16": embed_pb2.DATA_TYPE_BFLOAT16,
+}
 
 
 def sentence(*tokens: str, output: OutputSpec = ALL, return_state: bool = False) -> Sentence:
@@ -182,3 +188,45 @@ def test_a_model_without_states_sends_none() -> None:
     wire = WireFormat(fake_model(FakeEngine(codec=None)), omit_tokens=False)
     (message,) = wire.rows(1, sentence("a"), result(numbers(1)), with_state=True)
     assert not message.rows.embedding.state
+
+
+@pytest.mark.parametrize("data_type", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("layers", ["top", "all"])
+def test_vectors_alone_are_on_the_wire_as_protobuf_writes_them(
+    data_type: DataType, layers: Literal["top", "all"]
+) -> None:
+    """Lengths of one, two and three bytes; values that look like a part of a length; a view that isn't contiguous."""
+    wire, output = WireFormat(MODEL, omit_tokens=True), OutputSpec(Selection(layers, "mean"), data_type)
+    for width in (1, 2, 63, 64, 5_000):
+        shape = (width,) if layers == "top" else (3, width)
+        for vectors in (np.full(shape, -1, np.int16), np.ones((*shape, 2), np.int16)[..., 0]):
+            asked = Sentence(Call(), None, output, tokens=("a", "b"))
+            expected = embed_pb2.EmbedResponse(usage=usage(2))
+            tensor = expected.results.add().embedding.tensor
+            tensor.data, tensor.data_type = vectors.tobytes(), DATA_TYPES[data_type]
+            tensor.shape.extend(shape)
+            assert wire.build([asked], [result(vectors)]) == expected.SerializeToString(deterministic=True)
+
+
+def test_a_vector_alone_keeps_its_place_beside_others() -> None:
+    wire = WireFormat(MODEL, omit_tokens=True)
+    refusal, vector = RefusalError(Reason.TOKEN_EMPTY, "token 0 is empty"), np.arange(4, dtype="<f2")
+    alone = Sentence(Call(), None, POOLED, tokens=("a",))
+    cut = Sentence(Call(), None, POOLED, tokens=("b",), truncated=True)
+    carried = Sentence(Call(), None, POOLED, tokens=("c",), return_state=True)
+    text = sentence("d", output=POOLED)
+    asked = [alone, cut, alone, carried, alone, text]
+    found = built(
+        wire, asked, [result(vector), result(vector), refusal, result(vector, 7), result(vector * 2), result(vector)]
+    )
+    assert [each.WhichOneof("outcome") for each in found.results] == [
+        "embedding", "embedding", "error", "embedding", "embedding", "embedding",
+    ]  # fmt: skip
+    embeddings = [each.embedding for each in found.results]
+    assert [each.truncated for each in embeddings] == [False, True, False, False, False, False]
+    assert [each.state for each in embeddings] == [b"", b"", b"", (7).to_bytes(8, "little"), b"", b""]
+    assert [list(each.token_ends) for each in embeddings] == [[], [], [], [], [], [1]]
+    assert [each.tensor.data for each in embeddings] == [
+        vector.tobytes(), vector.tobytes(), b"", vector.tobytes(), (vector * 2).tobytes(), vector.tobytes(),
+    ]  # fmt: skip
+    assert found.usage == usage(5)

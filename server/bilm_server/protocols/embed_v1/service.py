@@ -12,6 +12,7 @@ from bilm_model.alphabet import MAX_TOKEN_BYTES
 import bilm_server
 from bilm_server.embedding.embedder import Embedder
 from bilm_server.inference.types import NO_DEADLINE_S, Call
+from bilm_server.observability.call_record import current_call
 from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options
 from bilm_server.protocols.embed_v1.responses import WireFormat
 from bilm_server.protocols.embed_v1.stream import StreamHandler
@@ -42,7 +43,7 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         embedder.limits.check_count(len(request.sentences))
         output, call = parse_options(request.options, embedder.model), _new_call(context)
         sentences = [new_sentence(sentence, output, call) for sentence in request.sentences]
-        return await embedder.embed(sentences, request.ByteSize(), self._wires[request.options.omit_tokens])
+        return await embedder.embed(sentences, current_call().request_bytes, self._wires[request.options.omit_tokens])
 
     async def EmbedStream(  # type: ignore[override] # noqa: N802 - grpc.aio also takes a coroutine that writes
         self, request_iterator: AsyncIterator[embed_pb2.EmbedStreamRequest], context: "Context"

@@ -11,6 +11,7 @@ from bilm_api.constants import Reason
 from google.protobuf.message import DecodeError
 
 from bilm_server.errors import RefusalError
+from bilm_server.observability.call_record import request_arrived
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -57,6 +58,7 @@ def _from_stream(behavior: Behavior, parse: Parse) -> Behavior:
         data = await context.read()
         if data is grpc.aio.EOF:
             raise RefusalError(Reason.MALFORMED_REQUEST, "the call ended before a whole message came")
+        request_arrived(len(data))
         return await behavior(parse(data), context)
 
     return fed
