@@ -1,6 +1,6 @@
 """What the engine does between products, plainly, in torch: the fallback, and what the fused kernels are tested with.
 
-Legend: R rows, N steps or tokens, C cells, P projection, F filters, W windows of characters.
+Legend: R rows, N steps or tokens, C cells, P projection, F filters, W windows of each token.
 """
 
 from dataclasses import dataclass
@@ -10,21 +10,6 @@ import torch
 from torch import Tensor
 
 from bilm_model.affine import sigmoid
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """The windows of some tokens, token after token.
-
-    Attributes:
-        first: (N + 1,) each token's first window; the last entry is W.
-        start: (W,) the window's first character, counted in its token.
-        last_start: (F,) the last start at which each filter, as wide as it is, fits a token.
-    """
-
-    first: Tensor
-    start: Tensor
-    last_start: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +91,19 @@ class Elementwise(Protocol):
     def highway(self, x: Tensor, z: Tensor) -> Tensor:
         """X (N, F) float32, z (N, 2·F), the gate and the transform -> x + σ(gate)·(relu(transform) − x), float32."""
 
-    def peaks(self, responses: Tensor, windows: Windows, bias: Tensor, activation: str) -> Tensor:
-        """Responses (≥ W, F) -> (N, F) float32: the largest of each token's windows, plus the bias (F,), activated."""
+    def peaks(
+        self, responses: Tensor, n_windows: int, floor: Tensor, bias: Tensor, activation: str, *, out: Tensor
+    ) -> None:
+        """Find each filter's largest response in each token.
+
+        Args:
+            responses: (≥ N·W, F) token after token, window after window.
+            n_windows: W, of each token.
+            floor: (F,) float32, the peaks at least; −∞ where there is no such bound.
+            bias: (F,) float32, added to the peaks.
+            activation: "relu" or "tanh", after that.
+            out: (N, F) float32.
+        """
 
 
 class TorchElementwise:
@@ -155,12 +151,11 @@ class TorchElementwise:
         gate, transform = z.float().chunk(2, dim=-1)
         return x + sigmoid(gate) * (torch.relu(transform) - x)
 
-    def peaks(self, responses: Tensor, windows: Windows, bias: Tensor, activation: str) -> Tensor:
+    def peaks(
+        self, responses: Tensor, n_windows: int, floor: Tensor, bias: Tensor, activation: str, *, out: Tensor
+    ) -> None:
         """See `Elementwise`."""
-        n_windows = len(windows.start)
-        fits = windows.start[:, None] <= windows.last_start
-        lengths = windows.first.diff()
-        masked = responses[:n_windows].float().masked_fill(~fits, -torch.inf)
-        # unsafe: the lengths aren't checked, for which a GPU would have to be waited for
-        peaks = torch.segment_reduce(masked, "max", lengths=lengths, axis=0, unsafe=True) + bias
-        return torch.relu(peaks) if activation == "relu" else torch.tanh(peaks)
+        n_tokens, n_filters = out.shape
+        largest = responses[: n_tokens * n_windows].view(n_tokens, n_windows, n_filters).float().amax(1)
+        peaks = torch.maximum(largest, floor) + bias
+        out.copy_(torch.relu(peaks) if activation == "relu" else torch.tanh(peaks))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from bilm_model.engine.cpu.fused_elementwise import FusedElementwise
-from bilm_model.kernels.elementwise import Elementwise, TorchElementwise, Windows
+from bilm_model.kernels.elementwise import Elementwise, TorchElementwise
 
 DTYPES = [torch.float32, torch.bfloat16]
 TORCH = TorchElementwise()
@@ -138,24 +138,26 @@ def test_highway(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
-def test_peaks(dtype: torch.dtype, activation: str) -> None:
-    lengths = torch.tensor([1, 4, 2, 50, 3])
-    first = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    start = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths.tolist()])
-    last_start = torch.tensor([49, 45, 40, 0], dtype=torch.int32).repeat(20)
-    responses, bias = numbers(len(start) + 2, 80).to(dtype), numbers(80, scale=0.5)
-    windows = Windows(first, start, last_start)
-    found, expected = (e.peaks(responses, windows, bias, activation) for e in (FUSED[dtype], TORCH))
-    assert found.dtype == expected.dtype == torch.float32
+@pytest.mark.parametrize("n_windows", [1, 7, 50])
+def test_peaks(dtype: torch.dtype, activation: str, n_windows: int) -> None:
+    n_tokens, n_filters = 6, 83
+    responses = numbers(n_tokens * n_windows + 2, n_filters).to(dtype)
+    floor, bias = numbers(n_filters), numbers(n_filters, scale=0.5)
+    floor[::2] = -math.inf
+    found, expected = torch.zeros(2, n_tokens, n_filters)
+    both: tuple[Elementwise, ...] = (FUSED[dtype], TORCH)
+    for elementwise, out in zip(both, (found, expected), strict=True):
+        elementwise.peaks(responses, n_windows, floor, bias, activation, out=out)
     assert torch.allclose(found, expected, atol=1e-6)
 
 
-def test_a_peak_that_is_not_a_number_stays_one() -> None:
-    windows = Windows(torch.tensor([0, 3]), torch.arange(3, dtype=torch.int32), torch.full((4,), 49, dtype=torch.int32))
-    responses = torch.ones(3, 4)
+@pytest.mark.parametrize("elementwise", [FUSED[torch.float32], TORCH], ids=["fused", "torch"])
+def test_a_peak_that_is_not_a_number_stays_one(elementwise: Elementwise) -> None:
+    responses, out = torch.ones(6, 4), torch.zeros(2, 4)
     responses[1, 2] = math.nan
-    found = FUSED[torch.float32].peaks(responses, windows, torch.zeros(4), "relu")
-    assert found.isnan().tolist() == [[False, False, True, False]]
+    floor = torch.tensor([math.nan, 0.0, 0.0, 0.0])
+    elementwise.peaks(responses, 3, floor, torch.zeros(4), "relu", out=out)
+    assert out.isnan().tolist() == [[True, False, True, False], [True, False, False, False]]
 
 
 def test_without_openmp_one_thread_does_it() -> None:

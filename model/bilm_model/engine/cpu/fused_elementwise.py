@@ -9,7 +9,6 @@ from numba import carray
 from torch import Tensor
 
 from bilm_model.kernels.cells import lstm_block
-from bilm_model.kernels.elementwise import Windows
 from bilm_model.kernels.numba_blocks import (
     BLOCK,
     HALF,
@@ -18,10 +17,10 @@ from bilm_model.kernels.numba_blocks import (
     bfloat16s,
     clear_block,
     clear_state,
+    copy_block,
     flags,
     float32s,
     inner,
-    int32s,
     int64s,
     kernel,
     load,
@@ -44,11 +43,10 @@ def _highway_block(n, x, gate, transform, y):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _raise_peaks(n, responses, start, last_start, peaks):  # type: ignore[no-untyped-def]
+def _raise_peaks(n, responses, peaks):  # type: ignore[no-untyped-def]
     for k in range(n):
         response = load(responses, k)
-        if start <= last_start[k] and (response > peaks[k] or response != response):  # noqa: PLR0124 - NaN
-            peaks[k] = response
+        peaks[k] = response if response > peaks[k] or response != response else peaks[k]  # noqa: PLR0124 - NaN
 
 
 @inner
@@ -130,15 +128,13 @@ def _highway(arguments, z):  # type: ignore[no-untyped-def]
 
 @inner
 def _peaks(arguments, responses):  # type: ignore[no-untyped-def]
-    n_threads, n_tokens, width, _, first_window, start, last_start, bias, tanh, y = carray(arguments, 10)
+    n_threads, n_tokens, width, n_windows, _, floor, bias, tanh, y = carray(arguments, 9)
     first, end = share(n_tokens, n_threads)
     for token in range(first, end):
         largest = float32s(y + token * width * 4)
-        for k in range(width):
-            largest[k] = -np.inf
-        for window in range(int64s(first_window)[token], int64s(first_window)[token + 1]):
-            at = shifted(responses, window * width)
-            _raise_peaks(width, at, int32s(start)[window], int32s(last_start), largest)
+        copy_block(width, float32s(floor), largest)
+        for window in range(token * n_windows, (token + 1) * n_windows):
+            _raise_peaks(width, shifted(responses, window * width), largest)
         _activate(width, largest, float32s(bias), tanh != 0)
 
 
@@ -178,11 +174,11 @@ def _highway_bfloat16(arguments):  # type: ignore[no-untyped-def]
 
 
 def _peaks_float32(arguments):  # type: ignore[no-untyped-def]
-    _peaks(arguments, float32s(arguments[3]))
+    _peaks(arguments, float32s(arguments[4]))
 
 
 def _peaks_bfloat16(arguments):  # type: ignore[no-untyped-def]
-    _peaks(arguments, bfloat16s(arguments[3]))
+    _peaks(arguments, bfloat16s(arguments[4]))
 
 
 @functools.cache
@@ -256,11 +252,11 @@ class FusedElementwise:
         self._run(self._highway, x.numel(), *x.shape, x.data_ptr(), z.data_ptr(), y.data_ptr())
         return y
 
-    def peaks(self, responses: Tensor, windows: Windows, bias: Tensor, activation: str) -> Tensor:
+    def peaks(
+        self, responses: Tensor, n_windows: int, floor: Tensor, bias: Tensor, activation: str, *, out: Tensor
+    ) -> None:
         """See `Elementwise`."""
-        n_tokens, width = len(windows.first) - 1, responses.shape[1]
-        y = torch.empty(n_tokens, width)
-        tensors = (responses, windows.first, windows.start, windows.last_start, bias)
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        self._run(self._peaks, responses.numel(), n_tokens, width, *addresses, activation == "tanh", y.data_ptr())
-        return y
+        n_tokens, width = out.shape
+        addresses = (responses.data_ptr(), floor.data_ptr(), bias.data_ptr())
+        numbers = (n_tokens, width, n_windows, *addresses, activation == "tanh", out.data_ptr())
+        self._run(self._peaks, n_tokens * n_windows * width, *numbers)
