@@ -102,6 +102,9 @@ class LaneWork:
 _MIN_SPLIT = 4 * ROWS
 """Rows from which two groups are as fast as one."""
 
+_N_WORK = 11
+"""Arguments of the kernel that say what to do in a round; those behind them are a cell's own."""
+
 _Weights = tuple[_PanelWeight, _PanelWeight | None, _PanelWeight]
 """Of the recurrent product, the projection and the input projections."""
 
@@ -115,7 +118,8 @@ class Recurrence:
         n_panels = -(-config.cell_dim // PANEL_CELLS)
         strides = (4 * PANEL * -(-config.projection_dim // PANEL), 4 * PANEL_CELLS * n_panels)
         recurrent, projection, weight_x = weights
-        self._numbers = (
+        self._arguments = _array(
+            *(0,) * _N_WORK,
             config.cell_dim,
             recurrent.panels.data_ptr(),
             0 if projection is None else projection.panels.data_ptr(),
@@ -126,7 +130,9 @@ class Recurrence:
             weight_x.block,
             *strides,
             self._clips.data_ptr(),
+            0,
         )
+        self._address = ctypes.addressof(self._arguments)
         self.row_bytes = sum(strides) + 4 * PANEL * (1 + n_panels)
 
     @classmethod
@@ -142,13 +148,15 @@ class Recurrence:
             return None
         return cls((recurrent, projection, weight_x), bias, config)
 
-    def arguments(self, work: LaneWork, outputs: Tensor) -> "ctypes.Array[ctypes.c_int64]":
-        """Return the kernel's arguments, for outputs (N, P)."""
+    def arguments(self, work: LaneWork, outputs: Tensor) -> int:
+        """Return the address of the kernel's arguments, for outputs (N, P); the next call overwrites them."""
         x = work.x.data_ptr()
-        inputs = (0, 0, x) if work.index is None else (x, work.index.data_ptr(), 0)
-        states = (tensor.data_ptr() for tensor in (work.slots, work.c, work.fresh, work.h, outputs))
-        n_ticks, width = work.ticks.shape[0], outputs.shape[1]
-        return _array(n_ticks, work.ticks.data_ptr(), *inputs, *states, width, *self._numbers, 0)
+        table, index, inputs = (0, 0, x) if work.index is None else (x, work.index.data_ptr(), 0)
+        self._arguments[:_N_WORK] = [
+            work.ticks.shape[0], work.ticks.data_ptr(), table, index, inputs, work.slots.data_ptr(), work.c.data_ptr(),
+            work.fresh.data_ptr(), work.h.data_ptr(), outputs.data_ptr(), outputs.shape[1],
+        ]  # fmt: skip
+        return self._address
 
 
 class RecurrenceTeam:
@@ -179,7 +187,7 @@ class RecurrenceTeam:
         if threads == "team" and self._parallel is None:
             threads = "helper" if self._n_threads > 1 else "caller"
         outputs = [torch.empty(work.fresh.shape[0], work.h.shape[1]) for _, work in cells]
-        arguments = [cell.arguments(work, out) for (cell, work), out in zip(cells, outputs, strict=True)]
+        addresses = [cell.arguments(work, out) for (cell, work), out in zip(cells, outputs, strict=True)]
         n_rows, n_threads = cells[0][1].slots.shape[0], self._n_threads if threads == "team" else 1
         # A helper may come late: then the caller should find more than one job of a cell to take
         n_group = _group_rows(
@@ -187,7 +195,6 @@ class RecurrenceTeam:
         )
         n_jobs = len(cells) * -(-n_rows // n_group)
         numbers = (n_jobs, len(cells), n_group, self._memory.data_ptr(), self._memory.stride(0))
-        addresses = (ctypes.addressof(each) for each in arguments)
         if threads == "helper":
             self._helper.wake()
         board = self._helper.board if threads == "helper" else ctypes.addressof(self._board)
