@@ -5,9 +5,11 @@ service.
 """
 
 import logging
+import math
 import os
 import select
 import threading
+import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
@@ -19,7 +21,8 @@ _UNFORMATTED_BYTES = 1024
 """What a line counts that isn't formatted yet; an access line has 300, and its names are bounded."""
 _FLUSH_TIMEOUT_S = 2.0
 _GATHER_S = 0.02
-"""Time that the thread waits for further lines: a busy server wakes it 50 times a second, not once a line."""
+"""Time between two writes of lines that aren't urgent: a busy server wakes the thread 50 times a second, not once a
+line."""
 
 
 class LineWriter:
@@ -39,7 +42,8 @@ class LineWriter:
             descriptor: of the file; None: everything is lost.
             lost_line: returns the line that reports how many were lost, once lines can be written again.
             write: writes to a descriptor; returns how many bytes it took.
-            gather_s: time until a line that isn't urgent is written, so that others are written with it.
+            gather_s: time from one write until a line that isn't urgent is written, so that others are written with
+                it; after a longer pause it is written at once.
         """
         self._write, self._gather_s = write, gather_s
         self._descriptor, self._lost_line = descriptor, lost_line
@@ -63,7 +67,7 @@ class LineWriter:
         self._thread.start()
 
     def write(self, line: str | Callable[[], str]) -> None:
-        """Queue a line, which is written at once, or what returns one, which the thread calls a little later.
+        """Queue a line, which is written at once, or what returns one, which the thread calls: that isn't urgent.
 
         Never waits for the file.
         """
@@ -102,10 +106,13 @@ class LineWriter:
     # ---- in the thread ----
 
     def _run(self) -> None:
+        written_s = -math.inf
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._lines or self._closing)
-                self._wake.wait_for(lambda: self._urgent or self._closing, self._gather_s)
+                left_s = self._gather_s - (time.monotonic() - written_s)
+                if left_s > 0:
+                    self._wake.wait_for(lambda: self._urgent or self._closing, left_s)
                 queued, self._urgent = list(self._lines), False
                 self._lines.clear()
                 lost = self._dropped - self._reported
@@ -114,6 +121,7 @@ class LineWriter:
             notice = [_encoded(self._lost_line(lost))] if lost else []
             lines = [line for each in queued if (line := _formatted(each))]
             n_written = self._write_all([*notice, *lines]) - len(notice)
+            written_s = time.monotonic()
             with self._wake:
                 if n_written >= 0:
                     self._reported += lost
