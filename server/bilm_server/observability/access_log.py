@@ -2,7 +2,9 @@
 
 import logging
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from bilm_server.errors import Code
 from bilm_server.observability.call_record import CallRecord
@@ -23,6 +25,48 @@ def caller_trace_id(call: CallRecord) -> str:
     return ""
 
 
+Value = str | int | float
+
+
+class Fields(Mapping[str, Value]):
+    """What a line says of a call: taken when the call ends, named and rounded when the line is formatted."""
+
+    __slots__ = ("_found", "_taken")
+
+    def __init__(self, call: CallRecord, trace_id: str) -> None:
+        self._taken = (
+            call.method, call.code or Code.UNKNOWN, call.reason, call.model, call.duration_s, call.queue_s,
+            call.inference_s, call.sentences, call.failed_sentences, call.tokens, call.caller, call.peer,
+            call.request_id, trace_id,
+        )  # fmt: skip
+        self._found: dict[str, Value] | None = None
+
+    def __getitem__(self, key: str) -> Value:
+        return self._named()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named())
+
+    def __len__(self) -> int:
+        return len(self._named())
+
+    def _named(self) -> dict[str, Value]:
+        if self._found is None:
+            values = (_rounded_ms(value) if isinstance(value, float) else value for value in self._taken)
+            self._found = {key: value for key, value in zip(_KEYS, values, strict=True) if value != ""}
+        return self._found
+
+
+_KEYS = (
+    "method", "code", "reason", "model", "duration_ms", "queue_ms", "inference_ms", "sentences", "failed_sentences",
+    "tokens", "caller", "peer", "request_id", "trace_id",
+)  # fmt: skip
+
+
+def _rounded_ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)
+
+
 class AccessLog:
     """One line a call. The line of a call that is marked as a test goes to the test log, if there is one."""
 
@@ -33,6 +77,7 @@ class AccessLog:
             trace_id: returns that of a call, "" if it isn't traced.
         """
         self._trace_id = trace_id
+        self._shared: dict[logging.Logger, dict[str, Any]] = {}
 
     def begin(self, call: CallRecord) -> None:
         """Do nothing: the line is written at the end."""
@@ -41,30 +86,25 @@ class AccessLog:
         """Write the line."""
         log = test_calls if call.is_test else _log
         if log.isEnabledFor(logging.INFO):
-            fields = _fields(call, self._trace_id(call))
-            arguments, extra = (call.method, fields["code"]), {"fields": fields}
-            # `log.info` would look for the caller's file and line at each call
-            log.handle(log.makeRecord(log.name, logging.INFO, __file__, _LINE, "%s %s", arguments, None, extra=extra))
+            log.handle(self._record(log, call))
+
+    def _record(self, log: logging.Logger, call: CallRecord) -> logging.LogRecord:
+        """Return a record as `log.info` makes it, which would look for file, line, thread and process at each call."""
+        shared = self._shared.get(log)
+        if shared is None:
+            made = log.makeRecord(log.name, logging.INFO, __file__, _LINE, "%s %s", (), None)
+            shared = self._shared[log] = vars(made)
+        now_s = time.time()
+        record = object.__new__(logging.LogRecord)
+        vars(record).update(
+            shared,
+            args=(call.method, call.code or Code.UNKNOWN),
+            created=now_s,
+            msecs=int((now_s - int(now_s)) * 1000) + 0.0,
+            relativeCreated=shared["relativeCreated"] + 1000 * (now_s - shared["created"]),
+            fields=Fields(call, self._trace_id(call)),
+        )
+        return record
 
 
 _LINE = AccessLog.end.__code__.co_firstlineno
-
-
-def _fields(call: CallRecord, trace_id: str) -> dict[str, str | int | float]:
-    fields: dict[str, str | int | float] = {
-        "method": call.method,
-        "code": call.code or Code.UNKNOWN,
-        "reason": call.reason,
-        "model": call.model,
-        "duration_ms": round(1000 * call.duration_s, 3),
-        "queue_ms": round(1000 * call.queue_s, 3),
-        "inference_ms": round(1000 * call.inference_s, 3),
-        "sentences": call.sentences,
-        "failed_sentences": call.failed_sentences,
-        "tokens": call.tokens,
-        "caller": call.caller,
-        "peer": call.peer,
-        "request_id": call.request_id,
-        "trace_id": trace_id,
-    }
-    return {key: value for key, value in fields.items() if value != ""}
