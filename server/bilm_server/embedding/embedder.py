@@ -119,11 +119,13 @@ class Embedder:
         current_call().held.add(room.release)
         try:
             refusals, n_bytes = await self._prepare(sentences, request_bytes, room, response)
-            results = await self._compute_all(sentences, refusals)
+            good = _good(sentences, refusals)
+            outcomes = await self.worker.submit(good) if good else ()
         except BaseException:
             room.release()  # at once, not when the status has been sent
             raise
         self.admission.resize(room, Cost(0, n_bytes))
+        results = outcomes if good is sentences else _in_their_order(refusals, outcomes)
         _count(sentences, results)
         return await self.conversions.response(n_bytes, lambda: response.build(sentences, results))
 
@@ -161,8 +163,7 @@ class Embedder:
         with self._caller_limits.charged(current_call().caller, room.cost.tokens) as charge:
             weight = self._preprocessing.weight(sentences, request_bytes)
             refusals = await self.conversions.request(weight, lambda: self._preprocessing.prepare_all(sentences))
-            good = [sentence for sentence, refusal in zip(sentences, refusals, strict=True) if refusal is None]
-            cost = self._cost(good, response)
+            cost = self._cost(_good(sentences, refusals), response)
             self.admission.resize(room, cost, self._retry_after_ms)
             charge.tokens = cost.tokens
         return refusals, cost.response_bytes
@@ -176,14 +177,6 @@ class Embedder:
                 "sentences, ask for less of them (layers, pooling, data_type), or use EmbedStream",
             )
         return Cost(sum([len(sentence.tokens) for sentence in sentences]), n_bytes)
-
-    async def _compute_all(
-        self, sentences: Sequence[Sentence], refusals: Sequence[RefusalError | None]
-    ) -> list[Outcome]:
-        """Compute those that aren't refused; raise the first refusal that isn't a sentence's own."""
-        good = [sentence for sentence, refusal in zip(sentences, refusals, strict=True) if refusal is None]
-        outcomes = iter(await self.worker.submit(good) if good else ())
-        return [refusal or next(outcomes) for refusal in refusals]
 
 
 class SentenceStream:
@@ -253,6 +246,18 @@ class SentenceStream:
         except BaseException:
             self._caller_limits.correct(caller, -cost.tokens)  # what isn't admitted costs nothing
             raise
+
+
+def _good(sentences: Sequence[Sentence], refusals: Sequence[RefusalError | None]) -> Sequence[Sentence]:
+    """Return the sentences that aren't refused; the same object if none is."""
+    if not any(refusals):
+        return sentences
+    return [sentence for sentence, refusal in zip(sentences, refusals, strict=True) if refusal is None]
+
+
+def _in_their_order(refusals: Sequence[RefusalError | None], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+    computed = iter(outcomes)
+    return [refusal or next(computed) for refusal in refusals]
 
 
 def _count(sentences: Sequence[Sentence], results: Sequence[Outcome]) -> None:
