@@ -39,7 +39,7 @@ RUN PYTHONPATH="$(echo /project/opt/bilm/lib/python3*/site-packages)" PYTHONDONT
     /opt/bilm/bin/python -m bilm_model.shipped_kernels /project/opt/bilm/share/bilm-serve/kernels
 
 
-FROM ${BASE_IMAGE}
+FROM ${BASE_IMAGE} AS runtime
 
 LABEL org.opencontainers.image.title="bilm-serve" \
       org.opencontainers.image.description="Contextual word embeddings (ELMo's biLM) as a gRPC service" \
@@ -63,3 +63,19 @@ EXPOSE 50051
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["bilm-health", "--timeout-s", "3"]
 ENTRYPOINT ["bilm-serve"]
+
+
+# For a GPU: `docker build --target gpu`. Triton compiles a launcher at run time, with a C compiler and Python's headers,
+# which the base image has; it needs a temporary folder and a cache that can be written to, which are mounted.
+FROM runtime AS gpu
+
+USER 0:0
+RUN command -v gcc > /dev/null \
+    || { apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; }
+USER 10001:10001
+ENV CC=gcc \
+    BILM_KERNEL_CACHE=/var/cache/bilm/kernels
+
+
+# Built where no target is named
+FROM runtime

@@ -11,7 +11,7 @@ from bilm_model.errors import ModelError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that a user names.
+    """Return the device that a user names; where it is a GPU, the process computes exactly from then on.
 
     Args:
         name: "cpu", "cuda", "cuda:N", or "auto": the first CUDA device where there is one, else the CPU.
@@ -32,7 +32,19 @@ def resolve_device(name: str) -> torch.device:
         raise ModelError(
             f"device {name}: this machine has {available} CUDA devices that torch {torch.__version__} sees"
         )
+    if device.type == "cuda":
+        compute_exactly()
     return device
+
+
+def compute_exactly() -> None:
+    """Have GPUs compute float32 in float32, and the sums of bfloat16 products, too.
+
+    By default cuDNN's convolutions round their factors to TF32, which has 11 significant bits, and cuBLAS may add up
+    bfloat16 products in bfloat16.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def is_lost(error: BaseException) -> bool:

@@ -83,6 +83,9 @@ class ServerConfig(BaseSettings):
         description="folder that compiled kernels are kept in, closed to other users; by default bilm-serve in "
         "XDG_CACHE_HOME or ~/.cache",
     )
+    require_kernels: bool = Field(
+        False, description="refuse to serve where a kernel doesn't compile or work, instead of computing more slowly"
+    )
     reflection: bool = Field(False, description="offer server reflection")
 
     max_rows: int | None = Field(

@@ -13,6 +13,8 @@ from bilm_model.engine.engine import RecurrentEngine
 from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.state import LstmStateCodec
 from bilm_model.engine.types import Engine
+from bilm_model.errors import ModelError
+from bilm_model.kernels.fallbacks import fallback_counts
 from bilm_model.kernels.kernel_cache import CachedKernels, keep_triton_kernels, use_store
 from bilm_model.kernels.product_paths import Precision, ProductPath, resolve_precision
 from bilm_model.tokenization.types import Tokenizer
@@ -75,7 +77,7 @@ def load_served_model(config: ServerConfig, bfloat16: ProductPath | None = None)
         bfloat16: how a CPU computes bfloat16 products; None: the fastest way that works here.
 
     Raises:
-        ModelError: if that can't be served.
+        ModelError: if that can't be served, or a kernel that is required doesn't work.
         ConfigurationError: if its tokenizer doesn't know the language.
     """
     with ThreadPoolExecutor(1, "loading") as loading:
@@ -93,13 +95,16 @@ def _load(config: ServerConfig, bfloat16: ProductPath | None) -> ServedModel:
     loaded = load(config.model, config.options)
     bilm = loaded.bilm
     batch = CellularBatch(bilm, device, engine_options(config, precision, bfloat16))
+    engine: Engine[Any] = RecurrentEngine(batch, LstmStateCodec(bilm.config, loaded.version))
+    if config.require_kernels and (parts := ", ".join(fallback_counts())):
+        raise ModelError(f"require_kernels: {parts}: kernels don't work here; the errors above say why")
     return ServedModel(
         name=served_name(config, loaded.name),
         version=loaded.version,
         config=bilm.config,
         parameter_count=bilm.parameter_count,
         precision=precision,
-        engine=RecurrentEngine(batch, LstmStateCodec(bilm.config, loaded.version)),
+        engine=engine,
         tokenizer=configured_tokenizer(config),
     )
 

@@ -25,6 +25,8 @@ KUBERNETES = DEPLOY / "kubernetes" / "bilm-serve.yaml"
 ENVOY = DEPLOY / "envoy" / "envoy.yaml"
 SYSTEMD = DEPLOY / "systemd" / "bilm-serve@.service"
 COMPOSE = DEPLOY / "compose" / "compose.yaml"
+COMPOSE_GPU = DEPLOY / "compose" / "compose.gpu.yaml"
+KUBERNETES_GPU = DEPLOY / "kubernetes" / "gpu-patch.yaml"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -173,6 +175,19 @@ def test_kubernetes_runs_it_as_nobody(objects: dict[str, dict[str, Any]], contai
     assert own["capabilities"] == {"drop": ["ALL"]}
 
 
+def test_the_patch_for_gpus_has_known_fields_and_settings(
+    container: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = pytest.importorskip("kubernetes.client.models", reason="needs the package kubernetes")
+    pod = yaml.safe_load(KUBERNETES_GPU.read_text())["spec"]["template"]["spec"]
+    check_object(pod, "V1PodSpec", models, "pod")
+    [patch] = pod["containers"]
+    assert patch["name"] == container["name"]  # by which the two are merged
+    config = check_choices({each["name"]: each["value"] for each in patch["env"]}, monkeypatch)
+    assert (config.device, config.require_kernels) == ("cuda", True)
+    assert {each["name"] for each in patch["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[LoopServer]:
     with serving() as server:
@@ -240,6 +255,19 @@ def services() -> dict[str, dict[str, Any]]:
 
 def test_compose_takes_the_file() -> None:
     assert said(program("docker-compose"), "-f", COMPOSE, "config", "--quiet") == ""
+
+
+def test_compose_takes_the_file_for_gpus_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = yaml.safe_load(said(program("docker-compose"), "-f", COMPOSE, "-f", COMPOSE_GPU, "config"))
+    for name in ("replica1", "replica2"):
+        replica = found["services"][name]
+        config = check_choices(replica["environment"], monkeypatch)
+        assert (config.device, config.require_kernels) == ("cuda", True)
+        cache = str(config.kernel_cache)
+        folders = [each.split(":")[0] for each in replica["tmpfs"]]
+        assert "/tmp" in folders
+        assert any(cache.startswith(f"{folder}/") for folder in folders)
+        assert replica["read_only"]
 
 
 def test_compose_mounts_what_is_there(services: dict[str, dict[str, Any]]) -> None:

@@ -62,6 +62,7 @@ def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
         drops=NO_DROPS,
         no_log_calls=lambda: {"team-a": 1},
         spans_failed=lambda: 0,
+        fallbacks=lambda: {"results": 1},
         gpu=lambda: Gpu(FakeNvml(), None),
     )
     metrics = Metrics(["tiny"])

@@ -209,3 +209,18 @@ def test_a_bad_model_ends_the_process_before_the_port_opens(tmp_path: Any) -> No
         assert server.lines[-1] == f"bilm-serve: {tmp_path / 'none'}: no such file or folder\n"
     finally:
         server.kill()
+
+
+def test_kernels_that_are_required_and_missing_end_the_process() -> None:
+    code = """
+import sys
+from bilm_model.kernels.fallbacks import note_fallback
+from bilm_server.main import main
+note_fallback("a part", "fused kernels unavailable, simulated", RuntimeError("no compiler"))
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", code, "--model", "random:tiny", "--listen", "127.0.0.1:0", "--require-kernels"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "fused kernels unavailable, simulated: no compiler" in run.stderr
+    assert "require_kernels: a part: kernels don't work here" in run.stderr

@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 from weakref import WeakKeyDictionary
@@ -14,11 +15,12 @@ import torch
 from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.characters import character_ids, with_boundaries
 from bilm_model.config import BilmConfig, Residual
+from bilm_model.device import compute_exactly, resolve_device
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.backends import MAX_TICKS
 from bilm_model.engine.cellular import CellularBatch
 from bilm_model.engine.cuda.backend import CudaBackend, n_slices, row_bucket
-from bilm_model.engine.cuda.fastest import fastest_steps
+from bilm_model.engine.cuda.fastest import fastest_steps, missing_for_triton, triton_steps
 from bilm_model.engine.cuda.inputs import distinct
 from bilm_model.engine.cuda.schedule import Schedule
 from bilm_model.engine.cuda.steps import Steps, TorchSteps
@@ -26,18 +28,21 @@ from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence
 from bilm_model.engine.transfer import HostCopy, to_device
 from bilm_model.errors import ConfigError
+from bilm_model.kernels.fallbacks import fallback_counts
 from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights.loading import load
+from torch import Tensor
 
 from tests.parity.interpreted import interpreted_steps
 from tests.parity.test_golden import Golden
 from tests.parity.test_oracle import CONFIGS
+from tests.support.fake_engine import DEVICE_ASSERT, device_error
 from tests.support.plans import plan_of
 
 # of torch's own way to find the peaks, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:index_reduce")
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+CPU, GPU = torch.device("cpu"), resolve_device("cuda") if torch.cuda.is_available() else torch.device("cuda:0")
 TOLERANCE = 1e-5
 SLICED = BilmConfig(char_dim=4, filters=((1, 6), (3, 10)), projection_dim=16, cell_dim=1024)
 """Its projection is a product of several slices of the cells."""
@@ -281,8 +286,75 @@ def test_distinct() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and so the kernels work")
 def test_without_triton_torch_does(caplog: pytest.LogCaptureFixture) -> None:
-    assert isinstance(fastest_steps(GPU), TorchSteps)
+    before = fallback_counts().get("elementwise", 0)
+    assert isinstance(fastest_steps(GPU, [torch.float32], triton_steps), TorchSteps)
     assert "Triton kernels unavailable, falling back to torch" in caplog.text
+    assert fallback_counts()["elementwise"] == before + 1
+
+
+class Failing(TorchSteps):
+    """Fail in one format, or give other numbers there."""
+
+    def __init__(self, dtype: torch.dtype, error: Exception | None) -> None:
+        super().__init__()
+        self._dtype, self._error = dtype, error
+
+    def outputs(self, schedule: Schedule, parts: Tensor, **others: Any) -> None:
+        super().outputs(schedule, parts, **others)
+        if others["h_next"].dtype == self._dtype:
+            if self._error is not None:
+                raise self._error
+            others["h_next"].zero_()
+
+
+FORMATS = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no such architecture"), None])
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_kernels_are_tried_in_each_format_that_serves(
+    dtype: torch.dtype, error: Exception | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = fastest_steps(CPU, FORMATS, lambda: Failing(dtype, error))
+    assert type(found) is TorchSteps
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert Path(record.pathname).name == "fastest.py"
+    others = [each for each in FORMATS if each != dtype]
+    assert isinstance(fastest_steps(CPU, others, lambda: Failing(dtype, error)), Failing)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), device_error(DEVICE_ASSERT)])
+def test_a_device_that_fails_is_no_reason_to_compute_more_slowly(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        fastest_steps(CPU, FORMATS, lambda: Failing(torch.bfloat16, error))
+
+
+def test_float32_is_float32_on_a_gpu(request: pytest.FixtureRequest) -> None:
+    flags = (
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (torch.backends.cudnn, "allow_tf32"),
+        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+    )
+    for where, name in flags:
+        request.addfinalizer(partial(setattr, where, name, getattr(where, name)))
+        setattr(where, name, True)
+    compute_exactly()
+    assert not any(getattr(where, name) for where, name in flags)
+
+
+def test_what_triton_needs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "Python.h").touch()
+    compiler = tmp_path / "cc"
+    compiler.touch(0o755)
+    whole = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    assert missing_for_triton(whole, tmp_path) == []
+    (other,) = missing_for_triton({**whole, "CC": "no-such-cc"}, tmp_path)
+    assert other == "there is no C compiler (no-such-cc) on PATH"
+    found = missing_for_triton({"PATH": ""}, tmp_path / "include")
+    assert [each.split()[:3] for each in found] == [
+        ["there", "is", "no"], ["Python's", "headers", "are"], ["its", "cache", "can't"],
+    ]  # fmt: skip
 
 
 def test_what_is_on_the_host_already() -> None:

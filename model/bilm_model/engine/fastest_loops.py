@@ -1,15 +1,13 @@
 """The choice of how the engine's loops run: compiled where that works, interpreted otherwise."""
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bilm_model.engine import loops
-
-_log = logging.getLogger(__name__)
+from bilm_model.kernels.fallbacks import note_fallback
 
 Bind = Callable[[Callable[..., None], Sequence[NDArray[np.int64]]], Callable[[], None]]
 """Makes a function of a loop of `loops` and the arrays that it runs over, which must stay where they are."""
@@ -29,7 +27,7 @@ def fastest_bind() -> Bind:
 
         _compare(bind)
     except Exception as error:
-        _log.warning("compiled loops unavailable, planning is interpreted: %s", error)
+        note_fallback("planner", "compiled loops unavailable, planning is interpreted", error)
         return interpreted
     return bind
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bilm_model.kernels.fallbacks import note_fallback
 from bilm_model.kernels.products import (
     BlockedProduct,
     NewProduct,
@@ -215,13 +216,14 @@ def packed_works(dtype: torch.dtype, kind: NewProduct = PackedProduct) -> bool:
         product = kind(weight, bias, 3.0)
         found = torch.cat([product(x[:3]), product(x)])
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
-        _log.warning("prepacked %s products unavailable with torch %s: %s", name, torch.__version__, error)
+        note_fallback("products", f"prepacked {name} products unavailable with torch {torch.__version__}", error)
         return False
     exact = F.linear(x.double(), weight.double(), bias.double()).clamp(-3.0, 3.0)
     distance = float((found.double() - torch.cat([exact[:3], exact])).abs().max())
     bound = 0.02 if dtype == torch.bfloat16 else 1e-4
     if not distance <= bound:  # nan compares as False
-        _log.warning("prepacked %s products not used: off by %.2g, expected at most %g", name, distance, bound)
+        wrong = RuntimeError(f"off by {distance:.2g}, expected at most {bound:g}")
+        note_fallback("products", f"prepacked {name} products not used", wrong)
         return False
     return True
 

@@ -4,14 +4,12 @@ Legend: B streams, C cells. Gates stand in the order input, candidate, forget, o
 """
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from bilm_model.kernels.fallbacks import note_fallback
 from torch import Tensor
-
-_log = logging.getLogger(__name__)
 
 
 class CellArithmetic(Protocol):
@@ -89,7 +87,7 @@ def cell_arithmetic(
         fused = new_fused()
         _compare(fused)
     except Exception as error:  # whatever keeps a kernel from being compiled or from computing what it should
-        _log.warning("fused kernels unavailable, training falls back to torch and is slower: %s", error)
+        note_fallback("training", "fused kernels unavailable, training falls back to torch and is slower", error)
         return TorchCell()
     return fused
 

@@ -98,6 +98,7 @@ class ServerView:
         drops: log lines and alerts lost.
         no_log_calls: kept out of the access log since the start, by caller; "": without authentication.
         spans_failed: since the start.
+        fallbacks: since the start, by part: something slower stands in for kernels that didn't compile.
         gpu: that computes; None: a CPU does, or nothing yet.
     """
 
@@ -108,6 +109,7 @@ class ServerView:
     drops: DropCounts
     no_log_calls: Callable[[], Mapping[str, int]]
     spans_failed: Callable[[], int]
+    fallbacks: Callable[[], Mapping[str, int]]
     gpu: Callable[[], Gpu | None] = lambda: None
 
 
@@ -128,6 +130,7 @@ class ServerCollector(Collector):
         yield _count("bilm_alerts_dropped", "Errors that no alert could be sent about.", view.drops.alerts())
         yield _count("bilm_trace_spans_failed", "Spans that the collector didn't take.", view.spans_failed())
         yield _no_log_calls(view.no_log_calls())
+        yield _fallbacks(view.fallbacks())
         yield from _engines(view.engines())
         yield from _admission(view.admitted())
         if (gpu := view.gpu()) is not None:
@@ -182,6 +185,15 @@ def _no_log_calls(counts: Mapping[str, int]) -> Metric:
     found = CounterMetricFamily("bilm_no_log_calls", "Calls kept out of the access log.", labels=["caller"])
     for caller, count in counts.items():
         found.add_metric([caller], count)
+    return found
+
+
+def _fallbacks(counts: Mapping[str, int]) -> Metric:
+    found = CounterMetricFamily(
+        "bilm_fallbacks", "Kernels that didn't compile or work, replaced by something slower.", labels=["part"]
+    )
+    for part, count in counts.items():
+        found.add_metric([part], count)
     return found
 
 

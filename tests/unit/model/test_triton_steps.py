@@ -168,8 +168,9 @@ def test_the_functions_are_exact(function: str) -> None:
     assert (found - expected).abs().max() < 2e-7
 
 
-def test_the_check_at_the_start() -> None:
-    check_steps(interpreted_steps(), CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_at_the_start(dtype: torch.dtype) -> None:
+    check_steps(interpreted_steps(), CPU, dtype)
 
     class Wrong(TorchSteps):
         def gates(
@@ -186,7 +187,7 @@ def test_the_check_at_the_start() -> None:
             super().gates(schedule, column, gates_h, gates_x, c, clip=2 * clip, m=m)
 
     with pytest.raises(RuntimeError, match="don't compute"):
-        check_steps(Wrong(), CPU)
+        check_steps(Wrong(), CPU, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -35,6 +35,7 @@ VIEW = ServerView(
     drops=DropCounts(lambda: 1, lambda: 2),
     no_log_calls=lambda: {"team-a": 6},
     spans_failed=lambda: 4,
+    fallbacks=lambda: {"results": 2},
 )  # fmt: skip
 
 
@@ -181,6 +182,7 @@ def test_the_view_is_read_at_each_scrape() -> None:
     assert found["bilm_alerts_dropped_total"] == 2
     assert found["bilm_trace_spans_failed_total"] == 4
     assert found["bilm_no_log_calls_total{caller=team-a}"] == 6
+    assert found["bilm_fallbacks_total{part=results}"] == 2
     model = "{backend=cpu,name=tiny,precision=float32,tokenizer=moses-en,version=abc}"
     assert found[f"bilm_model_info{model}"] == 1
     assert found["bilm_kernel_path{model=tiny,part=products,path=prepacked}"] == 1

@@ -1,7 +1,6 @@
 """The choice of the arithmetic on a CPU: compiled kernels where they work, torch's operators otherwise."""
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +15,11 @@ from bilm_model.engine.planner import SentenceSteps
 from bilm_model.engine.results import Collector, TorchCollector
 from bilm_model.engine.types import OutputSpec
 from bilm_model.kernels.elementwise import Elementwise, TorchElementwise
+from bilm_model.kernels.fallbacks import note_fallback
 from bilm_model.scalar_mix import LayerMix, Selection
 
 if TYPE_CHECKING:
     from bilm_model.engine.cpu.recurrence import Recurrence
-
-_log = logging.getLogger(__name__)
 
 _TYPICAL_CACHE_BYTES = 16 * 2**20
 
@@ -38,7 +36,7 @@ def fastest_elementwise(dtype: torch.dtype) -> Elementwise:
         fused = FusedElementwise(dtype)
         _compare(fused, dtype)
     except Exception as error:  # whatever keeps a kernel from being compiled or from computing what it should
-        _log.warning("fused kernels unavailable, falling back to torch: %s", error)
+        note_fallback("elementwise", "fused kernels unavailable, falling back to torch", error)
         return TorchElementwise()
     return fused
 
@@ -67,7 +65,7 @@ def recurrences_or_none(
             try:
                 recurrence = new(lstm, config)
             except Exception as error:  # whatever keeps a kernel from being compiled
-                _log.warning("one kernel for all ticks unavailable, products do the work: %s", error)
+                note_fallback("recurrence", "one kernel for all ticks unavailable, products do the work", error)
                 return None
             if recurrence is None:
                 return None
@@ -103,7 +101,7 @@ def fastest_collector(memory: Memory) -> Collector:
         _compare_collectors(FusedCollector, TorchCollector)
         return FusedCollector(memory)
     except Exception as error:  # whatever keeps a kernel from being compiled or from computing what it should
-        _log.warning("fused results unavailable, falling back to torch: %s", error)
+        note_fallback("results", "fused results unavailable, falling back to torch", error)
         return TorchCollector(memory)
 
 

@@ -25,10 +25,10 @@ from torch import Tensor
 from bilm_model.bilm import Bilm
 from bilm_model.characters import CharacterIds
 from bilm_model.engine.backend import Memory
-from bilm_model.engine.cuda.fastest import fastest_steps
+from bilm_model.engine.cuda.fastest import fastest_steps, triton_steps
 from bilm_model.engine.cuda.inputs import CachedInputs, FirstInputs, RoundInputs, multiply_inputs
 from bilm_model.engine.cuda.schedule import FIRST_INPUTS, LATER_INPUTS, Schedule
-from bilm_model.engine.cuda.steps import Steps
+from bilm_model.engine.cuda.steps import Steps, TorchSteps
 from bilm_model.engine.encoder import WindowEncoder
 from bilm_model.engine.planner import Indices, RoundPlan
 from bilm_model.engine.transfer import to_device
@@ -141,9 +141,6 @@ class CudaBackend:
             ConfigError: if that isn't enough for one round.
         """
         self._device = memory.vectors.device
-        # float32 means float32; and sums of bfloat16 products are in float32, too
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         config = self._config = bilm.to(self._device).config
         self.memory = memory
         self.block_rows = block_rows or max(_MIN_BLOCK_ROWS, _TICKS_WHEN_FULL * max_rows)
@@ -156,7 +153,7 @@ class CudaBackend:
         first = RoundInputs(cell.input_weights, cell.input_biases, memory.vectors, projections)
         self._first: FirstInputs = CachedInputs(first, input_cache_bytes) if input_cache_bytes else first
         with self._on_device():
-            self._steps = steps or fastest_steps(self._device)
+            self._steps = steps or self._fastest_steps(bilm.product_dtype)
         self.graphs: dict[tuple[int, int, int], Graph] = {}
 
     @property
@@ -237,6 +234,9 @@ class CudaBackend:
         n_steps = entries.shape[1]
         self._buffers.x[:, :n_steps] = self.memory.vectors.index_select(0, tokens).view(2, n_steps, -1)
         self._first.fill(words)
+
+    def _fastest_steps(self, dtype: torch.dtype) -> Steps:
+        return TorchSteps() if self._device.type != "cuda" else fastest_steps(self._device, [dtype], triton_steps)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()

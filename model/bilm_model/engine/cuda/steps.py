@@ -129,18 +129,19 @@ def _rows_and_steps(schedule: Schedule, tick: Tensor, n_rows: int) -> tuple[Tens
     return rows, first + rows
 
 
-def check_steps(steps: Steps, device: torch.device) -> None:
-    """Try both kernels on a few numbers.
+def check_steps(steps: Steps, device: torch.device, dtype: torch.dtype) -> None:
+    """Try both kernels on a few numbers in a format.
 
     Raises:
         RuntimeError: if they don't compute what `TorchSteps` does.
     """
-    found, expected = (_sample(each, device) for each in (steps, TorchSteps()))
-    if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True)):
+    found, expected = (_sample(each, device, dtype) for each in (steps, TorchSteps()))
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    if not all(torch.allclose(a.float(), b.float(), atol=tolerance) for a, b in zip(found, expected, strict=True)):
         raise RuntimeError("they don't compute what they should")
 
 
-def _sample(steps: Steps, device: torch.device) -> list[Tensor]:
+def _sample(steps: Steps, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Return what a step of two rows, in a bucket of four, leaves behind."""
     generator = torch.Generator().manual_seed(0)
 
@@ -151,9 +152,10 @@ def _sample(steps: Steps, device: torch.device) -> list[Tensor]:
     schedule.begins.copy_(torch.tensor([0, 2, 4]))
     schedule.slots[:2] = torch.tensor([3, 1])
     schedule.steps.copy_(torch.tensor([[1, 2, 0, 3, 2, 1, 0], [0, 1, 3, 1, 1, 0, 1]]).repeat(2, 1))
-    c, m, h, h_next = numbers(2, 4, 32), torch.zeros(4, 4, 16, device=device), numbers(2, 4, 8), numbers(2, 4, 8)
+    c, h, h_next = numbers(2, 4, 32), numbers(2, 4, 8), numbers(2, 4, 8).to(dtype)
+    m, gates_h, gates_x = h_next.new_zeros(4, 4, 16), numbers(2, 4, 128).to(dtype), numbers(4, 128).to(dtype)
     x, outputs = numbers(2, 4, 8), numbers(2, 4, 8)
-    steps.gates(schedule, FIRST_INPUTS, numbers(2, 4, 128), numbers(4, 128), c, clip=0.8, m=m)
+    steps.gates(schedule, FIRST_INPUTS, gates_h, gates_x, c, clip=0.8, m=m)
     parts, left = numbers(4, 4, 8), []
     for residual in get_args(Residual):
         steps.outputs(schedule, parts, clip=0.5, residual=residual, h=h, h_next=h_next, x=x, outputs=outputs)
