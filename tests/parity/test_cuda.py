@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -330,6 +332,25 @@ def test_a_device_that_fails_is_no_reason_to_compute_more_slowly(error: Exceptio
         fastest_steps(CPU, FORMATS, lambda: Failing(torch.bfloat16, error))
 
 
+_START = """
+import logging, torch
+from bilm_model.engine.cuda.fastest import fastest_steps, triton_steps
+from bilm_model.kernels.fallbacks import fallback_counts
+logging.basicConfig(format="%(levelname)s %(filename)s %(message)s")
+print(type(fastest_steps(torch.device("cpu"), [torch.float32], triton_steps)).__name__, fallback_counts())
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and so the kernels work")
+def test_a_start_without_home_and_path_says_what_is_missing() -> None:
+    environment = {"HOME": "/nonexistent", "PATH": ""}
+    run = subprocess.run([sys.executable, "-c", _START], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "TorchSteps {'elementwise': 1}"
+    (line,) = run.stderr.strip().splitlines()
+    assert line.startswith("ERROR fastest.py Triton kernels unavailable, falling back to torch: ")
+    assert "there is no C compiler (cc, gcc, clang) on PATH" in line
+
+
 def test_float32_is_float32_on_a_gpu(request: pytest.FixtureRequest) -> None:
     flags = (
         (torch.backends.cuda.matmul, "allow_tf32"),
@@ -351,7 +372,7 @@ def test_what_triton_needs_is_named(tmp_path: Path) -> None:
     assert missing_for_triton(whole, tmp_path) == []
     (other,) = missing_for_triton({**whole, "CC": "no-such-cc"}, tmp_path)
     assert other == "there is no C compiler (no-such-cc) on PATH"
-    found = missing_for_triton({"PATH": ""}, tmp_path / "include")
+    found = missing_for_triton({"PATH": "", "HOME": str(tmp_path / "Python.h" / "home")}, tmp_path / "include")
     assert [each.split()[:3] for each in found] == [
         ["there", "is", "no"], ["Python's", "headers", "are"], ["its", "cache", "can't"],
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The choice of the arithmetic between a tick's products."""
 
 import os
+import pwd
 import shutil
 import sysconfig
 import tempfile
@@ -65,7 +66,7 @@ def missing_for_triton(environment: Mapping[str, str], include: Path | None = No
     """
     named, path = environment.get("CC"), environment.get("PATH", os.defpath)
     headers = include or Path(sysconfig.get_path("include"))
-    kept = environment.get("TRITON_CACHE_DIR") or environment.get("TRITON_HOME") or environment.get("HOME")
+    kept = environment.get("TRITON_CACHE_DIR") or environment.get("TRITON_HOME") or environment.get("HOME") or _home()
     found = []
     if not any(shutil.which(each, path=path) for each in ([named] if named else _COMPILERS)):
         found.append(f"there is no C compiler ({named or ', '.join(_COMPILERS)}) on PATH")
@@ -76,6 +77,14 @@ def missing_for_triton(environment: Mapping[str, str], include: Path | None = No
     if not any(os.access(folder, os.W_OK) for folder in _temporary_folders(environment)):
         found.append("no temporary folder can be written to")
     return found
+
+
+def _home() -> str | None:
+    """Return this user's home folder where no variable names it; None: there is no such user."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return None
 
 
 def _can_write(folder: Path) -> bool:
