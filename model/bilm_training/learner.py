@@ -67,7 +67,7 @@ class Learner:
         self.products: ProductPath | None = None
         if optimisation.precision == "bfloat16":
             self.products = bfloat16 or training_path(torch.bfloat16, device.type)
-        self._optimiser = _optimiser(self.module, optimisation)
+        self._optimiser = _optimiser(self.module, optimisation, device.type)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, _schedule(optimisation, total_steps))
 
     def learn(self, pair: WindowPair, states: States) -> TrainStepResult:
@@ -102,11 +102,19 @@ class Learner:
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
+        fused = self._optimiser.param_groups[0]["fused"]
         self._optimiser.load_state_dict(content["optimiser"])
+        for group in self._optimiser.param_groups:
+            group["fused"] = fused  # of this device: a run may be resumed on another one
         self._schedule.load_state_dict(content["schedule"])
 
 
-def _optimiser(module: nn.Module, optimisation: Optimisation) -> torch.optim.Optimizer:
+def can_fuse(optimiser: str, device_type: str) -> bool:
+    """Return whether torch has an optimiser as one kernel on a device: Adagrad it has for CPUs only."""
+    return optimiser != "adagrad" or device_type == "cpu"
+
+
+def _optimiser(module: nn.Module, optimisation: Optimisation, device_type: str) -> torch.optim.Optimizer:
     kinds: dict[str, Any] = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
@@ -114,8 +122,9 @@ def _optimiser(module: nn.Module, optimisation: Optimisation) -> torch.optim.Opt
         "sgd": torch.optim.SGD,
     }
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    fused = True if can_fuse(optimisation.optimiser, device_type) else None
     optimiser: torch.optim.Optimizer = kinds[optimisation.optimiser](
-        parameters, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay, fused=True
+        parameters, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay, fused=fused
     )
     return optimiser
 

@@ -14,10 +14,12 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
-from bilm_model.bilm import Bilm
+from bilm_model.bilm import Bilm, initialize
 from bilm_model.weights.loading import load
+from bilm_training.learner import Learner
 from bilm_training.main import main
-from bilm_training.recipe import read_recipe
+from bilm_training.objectives.language_model import BilmObjective
+from bilm_training.recipe import Optimisation, Softmax, read_recipe
 from bilm_training.runs.checkpoints import read_vocabulary
 from bilm_training.runs.run_folder import RunFolder
 from bilm_training.trainer import RunWriters
@@ -153,6 +155,31 @@ def test_other_ways_to_learn(  # noqa: PLR0917
     share = {"linear": 0.5, "constant": 1.0, "cosine": 0.5}[schedule]
     assert [steps[n].learning_rate for n in (0, 1, middle)] == pytest.approx([rate / 2, rate, rate * share])
     assert math.isfinite(next(RUN.read_epochs()).valid_mean)
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "fused_on_gpu"), [("adam", True), ("adamw", True), ("sgd", True), ("adagrad", None)]
+)
+def test_an_optimiser_is_fused_where_torch_has_it(optimiser: str, fused_on_gpu: bool | None) -> None:
+    def learner(device_type: str) -> Learner:
+        bilm = initialize(Bilm(TINY), torch.Generator().manual_seed(1))
+        objective = BilmObjective(bilm, 20, Softmax(kind="full"), dropout=0.0)
+        chosen = Optimisation.model_validate(
+            {"optimiser": optimiser, "epochs": 1, "batch": 2, "steps": 3, "learning_rate": 0.1, "precision": "float32"}
+        )
+        return Learner(objective, chosen, 10, torch.device(device_type))
+
+    on_cpu, on_gpu = learner("cpu"), learner("cuda")
+    assert _fused(on_cpu) is True
+    assert _fused(on_gpu) is fused_on_gpu
+    on_gpu.load_state_dict(on_cpu.state_dict())  # a run that began on a CPU
+    assert _fused(on_gpu) is fused_on_gpu
+
+
+def _fused(learner: Learner) -> bool | None:
+    (group,) = learner.state_dict()["optimiser"]["param_groups"]
+    found: bool | None = group["fused"]
+    return found
 
 
 def test_windows_without_anything_to_predict_change_nothing(here: Path) -> None:
