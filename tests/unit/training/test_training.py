@@ -160,12 +160,12 @@ def test_other_ways_to_learn(  # noqa: PLR0917
 @pytest.mark.parametrize(
     ("optimiser", "fused_on_gpu"), [("adam", True), ("adamw", True), ("sgd", True), ("adagrad", None)]
 )
-def test_an_optimiser_is_fused_where_torch_has_it(optimiser: str, fused_on_gpu: bool | None) -> None:
+def test_an_optimiser_is_fused_where_torch_has_it(optimiser: Any, fused_on_gpu: bool | None) -> None:
     def learner(device_type: str) -> Learner:
         bilm = initialize(Bilm(TINY), torch.Generator().manual_seed(1))
         objective = BilmObjective(bilm, 20, Softmax(kind="full"), dropout=0.0)
-        chosen = Optimisation.model_validate(
-            {"optimiser": optimiser, "epochs": 1, "batch": 2, "steps": 3, "learning_rate": 0.1, "precision": "float32"}
+        chosen = Optimisation(
+            optimiser=optimiser, epochs=1, batch=2, steps=3, learning_rate=0.1, gradient_clip=1.0, dropout=0.0
         )
         return Learner(objective, chosen, 10, torch.device(device_type))
 
