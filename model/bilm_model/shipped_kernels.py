@@ -18,8 +18,12 @@ from typing import Any
 
 import torch
 
+from bilm_model.bilm import Bilm
 from bilm_model.device import resolve_device
+from bilm_model.engine.backend import Memory
+from bilm_model.engine.backends import NewBackend, new_backend
 from bilm_model.engine.cellular import CellularBatch
+from bilm_model.engine.cpu.backend import CpuBackend
 from bilm_model.engine.cpu.fastest import fastest_elementwise
 from bilm_model.engine.engine import RecurrentEngine
 from bilm_model.engine.options import EngineOptions
@@ -27,6 +31,7 @@ from bilm_model.engine.state import LstmStateCodec
 from bilm_model.kernels.instruction_levels import LEVELS
 from bilm_model.kernels.kernel_cache import KernelRequest, cache_key, compiled, keep_in, use_store
 from bilm_model.kernels.machine_code import LoadedKernel
+from bilm_model.kernels.product_paths import Precision
 from bilm_model.weights.loading import load
 
 _MODE = 0o755
@@ -119,9 +124,16 @@ def needed_kernels() -> list[_Recorded]:
 def _build_engines() -> None:
     fastest_elementwise(torch.bfloat16)  # an engine takes these only where bfloat16 products are native
     loaded = load("")
-    for precision in ("float32", "bfloat16"):
-        batch = CellularBatch(loaded.bilm, resolve_device("cpu"), EngineOptions(precision=precision))
+    engines: dict[Precision, NewBackend] = {"float32": new_backend, "bfloat16": _backend_without_tiles}
+    for precision, backend in engines.items():
+        batch = CellularBatch(loaded.bilm, resolve_device("cpu"), EngineOptions(precision=precision), backend)
         RecurrentEngine(batch, LstmStateCodec(loaded.bilm.config, loaded.version)).warm_up()
+
+
+def _backend_without_tiles(bilm: Bilm, memory: Memory, options: EngineOptions) -> CpuBackend:
+    """Return a back end as machines of the levels have it: the cells' kernel for bfloat16 needs more than these do."""
+    cache_bytes, n_rows = options.input_cache_bytes, options.max_rows or 1
+    return CpuBackend(bilm, memory, n_rows, cache_bytes, options.products, new_recurrence=lambda lstm, config: None)
 
 
 def compile_for_level(folder: Path, level: str, requests: list[_Recorded]) -> None:

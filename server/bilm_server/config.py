@@ -98,7 +98,8 @@ class ServerConfig(BaseSettings):
     input_cache_mib: int | None = Field(
         None,
         ge=0,
-        description="MiB for layer 1's input projections of tokens seen before; 0: none; by default 128, on a GPU 0",
+        description="MiB for layer 1's input projections of tokens seen before; 0: none; by default 128, on a GPU 0; "
+        "small cells in bfloat16 by AMX have none",
     )
     max_sentences_per_request: int = Field(1024, ge=1, description="sentences in one Embed")
     max_tokens_per_request: int = Field(16384, ge=1, description="tokens in one Embed")

@@ -26,7 +26,8 @@ class EngineOptions:
         max_tokens: tokens and boundaries of the sentences in flight; each takes (L - 1)·D·4 bytes for its outputs.
         token_cache_mib: for vectors of tokens that no sentence in flight has; 0: none are kept.
         input_cache_mib: for layer 1's input projections; 0: none are kept; None: 128 on a CPU, 0 on a GPU,
-            where computing them again is as fast as looking them up.
+            where computing them again is as fast as looking them up. Small cells in bfloat16 on a CPU with AMX, which
+            project their inputs themselves in any case, have none.
         products: how a CPU computes products; None: the fastest way that works here, see `cpu_path`.
     """
 

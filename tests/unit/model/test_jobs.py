@@ -10,7 +10,7 @@ import torch
 from bilm_model.config import SIZES
 from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.engine.cpu.jobs import Helper
-from bilm_model.engine.cpu.recurrence import LaneWork, Recurrence, RecurrenceTeam, Threads
+from bilm_model.engine.cpu.recurrence import LaneWork, PanelRecurrence, RecurrenceTeam, Threads
 from torch import Tensor
 
 CONFIG = SIZES["tiny"]
@@ -71,7 +71,7 @@ def test_a_helper_whose_thread_is_gone_is_started_again() -> None:
     assert looked.acquire(timeout=TIME_LIMIT_S)
 
 
-def cells() -> list[tuple[Recurrence, LaneWork]]:
+def cells() -> list[tuple[PanelRecurrence, LaneWork]]:
     """Two cells, and work for them in which rows end and begin."""
     generator = torch.Generator().manual_seed(3)
     found = []
@@ -79,7 +79,7 @@ def cells() -> list[tuple[Recurrence, LaneWork]]:
         lstm = ClippedProjectedLstm(CONFIG)
         for parameter in lstm.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator)
-        recurrence = Recurrence.of(lstm, CONFIG)
+        recurrence = PanelRecurrence.of(lstm, CONFIG)
         if recurrence is None:
             pytest.skip("oneDNN's order of sums isn't known here")
         sizes = [N_ROWS - 7 * tick for tick in range(N_TICKS)]
@@ -100,7 +100,7 @@ def cells() -> list[tuple[Recurrence, LaneWork]]:
 def run(n_threads: int, threads: Threads, times: int = 1) -> list[Tensor]:
     """Return what the cells give, and their state, after the last of so many runs."""
     its_cells = cells()
-    team = RecurrenceTeam(its_cells[0][0].row_bytes, n_threads)
+    team = RecurrenceTeam(its_cells[0][0], n_threads)
     outputs: list[Tensor] = []
     for _ in range(times):
         outputs = team.run(its_cells, threads)

@@ -31,7 +31,8 @@ class Noting(CachedKernels):
 
 use_store(Noting())
 fastest_elementwise(torch.bfloat16)
-CellularBatch(random_bilm(SIZES["tiny"]), torch.device("cpu"), EngineOptions())
+for precision in ("float32", "bfloat16"):
+    CellularBatch(random_bilm(SIZES["tiny"]), torch.device("cpu"), EngineOptions(precision))
 print(json.dumps(found))
 """
 

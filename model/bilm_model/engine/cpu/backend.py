@@ -18,7 +18,13 @@ from bilm_model.bilm import Bilm
 from bilm_model.characters import CharacterIds
 from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.engine.backend import Memory
-from bilm_model.engine.cpu.fastest import NewRecurrence, fastest_elementwise, new_recurrence, recurrences_or_none
+from bilm_model.engine.cpu.fastest import (
+    NewRecurrence,
+    fastest_elementwise,
+    new_recurrence,
+    recurrences_or_none,
+    stands_in_for,
+)
 from bilm_model.engine.cpu.input_cache import InputCache
 from bilm_model.engine.encoder import WindowEncoder
 from bilm_model.engine.planner import Indices, RoundPlan
@@ -114,7 +120,7 @@ class CpuBackend:
             bilm: its products in the format that they are to be computed in.
             memory: on the CPU.
             max_rows: rows of a round at most.
-            input_cache_bytes: for layer 1's input projections; 0: none are kept.
+            input_cache_bytes: for layer 1's input projections; 0: none are kept, nor for cells that project themselves.
             products: how products are computed; None: the fastest way that works here.
             new_recurrence: makes a cell's kernel for all ticks.
 
@@ -127,9 +133,11 @@ class CpuBackend:
         self._dtype = bilm.product_dtype
         self._products = products or cpu_path(self._dtype)
         self._elementwise = fastest_elementwise(self._dtype)
-        one_kernel = self._products is ProductPath.PREPACKED and not isinstance(self._elementwise, TorchElementwise)
+        one_kernel = stands_in_for(self._products, self._dtype) and not isinstance(self._elementwise, TorchElementwise)
         lstms = [list(bilm.lstms(direction)) for direction in range(2)]
         self._recurrences = recurrences_or_none(lstms, config, new_recurrence) if one_kernel else None
+        if self._recurrences is not None and not self._recurrences[0][0].reads_projections:
+            input_cache_bytes = 0
         n_projected = config.n_layers if self._recurrences is None else int(input_cache_bytes > 0)
         self._inputs = [
             [self._products.new_product(lstm.input.weight, lstm.folded_input_bias()) for lstm in each[:n_projected]]
@@ -139,6 +147,8 @@ class CpuBackend:
             [_TickProducts.of(lstm, config.proj_clip, self._products.new_product) for lstm in each]
             for each in (lstms if self._recurrences is None else ())
         ]
+        # What the kernel gives is in float32
+        self._after_cells = self._elementwise if self._recurrences is None else fastest_elementwise(torch.float32)
         self._encoder = WindowEncoder(bilm.encoder, config, self._products.new_product, self._elementwise)
         gate_bytes = 4 * config.cell_dim * self._dtype.itemsize
         self.block_rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // gate_bytes))
@@ -212,7 +222,7 @@ class CpuBackend:
         """Write what a layer returns to its places; return what the next layer reads, (padded N, P)."""
         n_steps, width = y.shape
         following, returns_sum = torch.empty(padded_rows(n_steps), width), self._config.residual == "published"
-        self._elementwise.outputs(y, added, places, returns_sum=returns_sum, returned=returned, following=following)
+        self._after_cells.outputs(y, added, places, returns_sum=returns_sum, returned=returned, following=following)
         return following
 
     def _run_layer(self, layer: int, steps: _Steps, entries: Indices, xs: Sequence[Tensor | None]) -> Iterator[Tensor]:
@@ -281,7 +291,7 @@ class CpuBackend:
             return None
         from bilm_model.engine.cpu.recurrence import RecurrenceTeam  # noqa: PLC0415 - as above
 
-        return RecurrenceTeam(self._recurrences[0][0].row_bytes, self._n_threads)
+        return RecurrenceTeam(self._recurrences[0][0], self._n_threads)
 
     def _run_cell(self, products: _TickProducts, work: CellWork) -> Tensor:
         """Execute all ticks of a cell; return what it gives, (N, P)."""

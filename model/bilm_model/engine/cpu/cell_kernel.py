@@ -3,6 +3,9 @@
 Legend: R rows of a group, N steps of the round, P projection, C cells, K components of a product's input.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
@@ -37,6 +40,23 @@ MAX_GROUP = 48
 
 N_HEADER, OWN_ADDRESS = 8, 7
 """Arguments before the cells' addresses, and the place among them of the arguments' own address."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What runs the jobs of a board.
+
+    Attributes:
+        team: each of OpenMP's threads.
+        caller: the calling thread, which offers them first, and waits for the helper.
+        helper: the thread beside it.
+    """
+
+    team: Any
+    caller: Any
+    helper: Any
+
+
 _N_CELL = 23
 _PANEL_BYTES = 4 * PANEL
 _GROUP_PANEL_BYTES = MAX_GROUP * _PANEL_BYTES
@@ -86,10 +106,10 @@ def _gates(n_rows, at, n_cells, gates, gates_x, index, slots, c, m, m_stride, cl
 
 
 @inner
-def _n_projected(tick, n_ticks, sizes, first, n_rows):  # type: ignore[no-untyped-def]
-    """Return how many ticks' inputs, which lie one behind the other, to project at once: all rows must be in them."""
+def n_projected(tick, n_ticks, sizes, first, n_rows, most):  # type: ignore[no-untyped-def] # noqa: PLR0917
+    """Return how many ticks' inputs to project at once, `most` steps: they lie one behind the other if all rows do."""
     n_steps, end = n_rows, tick + 1
-    while first == 0 and end < n_ticks and sizes[tick] == n_rows and n_steps + sizes[end] <= MAX_GROUP:
+    while first == 0 and end < n_ticks and sizes[tick] == n_rows and n_steps + sizes[end] <= most:
         n_steps += sizes[end]
         end += 1
     return n_steps, end
@@ -134,7 +154,7 @@ def _run_group(cell, first, n_group, scratch):  # type: ignore[no-untyped-def]
         if n <= 0:
             break
         if x != 0 and tick == projected_end:
-            n_steps, projected_end = _n_projected(tick, n_ticks, int64s(sizes), first, n)
+            n_steps, projected_end = n_projected(tick, n_ticks, int64s(sizes), first, n, MAX_GROUP)
             _project(n_steps, size, n_panels, x_block, x + 4 * step * size, weight_x, bias, projected)
             projected_step = step
         its_index = index + 8 * step if index != 0 else 0
@@ -165,7 +185,7 @@ def _run_group(cell, first, n_group, scratch):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _take_jobs(board, thread):  # type: ignore[no-untyped-def]
+def take_jobs(board, thread, run_group):  # type: ignore[no-untyped-def]
     """Run jobs as long as there are any left; `thread` says whose memory to use."""
     while True:
         job = take_job(board)
@@ -174,7 +194,7 @@ def _take_jobs(board, thread):  # type: ignore[no-untyped-def]
         arguments = arguments_of_jobs(board)
         n_cells, n_group, memory, thread_bytes = carray(int64s(arguments), 7)[3:]
         cell = int64s(carray(int64s(arguments), N_HEADER + n_cells)[N_HEADER + job % n_cells])
-        _run_group(cell, job // n_cells * n_group, n_group, memory + thread * thread_bytes)
+        run_group(cell, job // n_cells * n_group, n_group, memory + thread * thread_bytes)
         end_job(board)
 
 
@@ -184,19 +204,19 @@ def _take_jobs(board, thread):  # type: ignore[no-untyped-def]
 def _run_in_team(arguments):  # type: ignore[no-untyped-def]
     n_threads, board = carray(arguments, 2)
     thread, _ = share(n_threads, n_threads)
-    _take_jobs(int64s(board), thread)
+    take_jobs(int64s(board), thread, _run_group)
 
 
 def _run_with_helper(arguments):  # type: ignore[no-untyped-def]
     yield_thread, board, n_jobs = carray(arguments, 3)
     publish_jobs(int64s(board), n_jobs, carray(arguments, N_HEADER)[OWN_ADDRESS])
-    _take_jobs(int64s(board), 0)
+    take_jobs(int64s(board), 0, _run_group)
     wait_for_jobs(int64s(board), n_jobs, yield_thread)
 
 
 def _help(board):  # type: ignore[no-untyped-def]
     while spin_for_jobs(board):
-        _take_jobs(board, 1)
+        take_jobs(board, 1, _run_group)
 
 
 def _multiply_all(arguments):  # type: ignore[no-untyped-def]
@@ -208,7 +228,8 @@ def _multiply_all(arguments):  # type: ignore[no-untyped-def]
 
 _KERNEL = types.void(types.CPointer(types.int64))
 openmp()  # makes the thread's number known before a kernel is compiled
-team_kernel, caller_kernel, helper_kernel, product_kernel = (
+product_kernel, *_kernels = (
     compiled(_KERNEL, {}, function, numba_blocks, cells, panels, jobs)
-    for function in (_run_in_team, _run_with_helper, _help, _multiply_all)
+    for function in (_multiply_all, _run_in_team, _run_with_helper, _help)
 )
+KERNELS = Kernels(*_kernels)

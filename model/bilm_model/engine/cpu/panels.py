@@ -46,13 +46,18 @@ def packed_gates(weight: Tensor) -> Tensor:
     return padded.view(4, -1, PANEL_CELLS, n_in).permute(1, 3, 0, 2).reshape(-1, n_in, PANEL).contiguous()
 
 
-def has_512_bit_registers() -> bool:
-    """Return whether kernels are compiled for a processor with 32 registers of 512 bits; AVX2 has 16 of 256."""
+def processor_features() -> str:
+    """Return the features of the processor that kernels are compiled for, in LLVM's names: "+avx2,-avx512f,…"."""
     features = numba.config.CPU_FEATURES
     if features is None:
         named = numba.config.CPU_NAME not in (None, "host")
         features = "" if named else llvm.get_host_cpu_features().flatten()
-    return "+avx512f" in features
+    return str(features)
+
+
+def has_512_bit_registers() -> bool:
+    """Return whether kernels are compiled for a processor with 32 registers of 512 bits; AVX2 has 16 of 256."""
+    return "+avx512f" in processor_features()
 
 
 def _times_rows(n_rows: int, n_columns: int, n_unrolled: int) -> Any:

@@ -13,7 +13,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,14 +21,7 @@ from torch import Tensor
 from bilm_model.config import BilmConfig
 from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.engine.cpu import jobs
-from bilm_model.engine.cpu.cell_kernel import (
-    MAX_GROUP,
-    OWN_ADDRESS,
-    caller_kernel,
-    helper_kernel,
-    product_kernel,
-    team_kernel,
-)
+from bilm_model.engine.cpu.cell_kernel import KERNELS, MAX_GROUP, OWN_ADDRESS, Kernels, product_kernel
 from bilm_model.engine.cpu.panels import PANEL, PANEL_CELLS, ROWS, has_512_bit_registers, packed, packed_gates
 from bilm_model.kernels.numba_blocks import openmp
 from bilm_model.kernels.products import PackedProduct, padded_rows
@@ -70,7 +63,7 @@ def _block(n_out: int, n_in: int, *, biased: bool) -> int | None:
     for block in (n_in, 1024, 512, 256, 128, 64):
         found = torch.empty(len(x), len(weights) * PANEL)
         addresses = (x.data_ptr(), weights.data_ptr(), found.data_ptr())
-        product_kernel.ctypes(_array(len(x), n_in, block, *addresses, len(weights)))
+        product_kernel.ctypes(array(len(x), n_in, block, *addresses, len(weights)))
         if torch.equal(found[:, :n_out] + (bias if biased else 0.0), expected):
             return block
     return None
@@ -99,8 +92,53 @@ class LaneWork:
     ticks: Tensor
 
 
-_MIN_SPLIT = 4 * ROWS
-"""Rows from which two groups are as fast as one."""
+@dataclass(frozen=True)
+class Grouping:
+    """How rows are divided into groups, each with memory for as many as a group has at most.
+
+    Attributes:
+        max_rows: of a group.
+        step: whose multiples groups have.
+        row_bytes: that a row takes while it is computed.
+    """
+
+    max_rows: int
+    step: int
+    row_bytes: int
+
+    @property
+    def min_split(self) -> int:
+        """Rows from which two groups are as fast as one."""
+        return 4 * self.step
+
+    def rows(self, n_rows: int, n_groups: int) -> int:
+        """Return the rows of a group: so many groups at least, as far as there are rows for it."""
+        rows = -(-n_rows // n_groups)
+        return min(self.max_rows, -(-rows // self.step) * self.step)
+
+
+class Recurrence(Protocol):
+    """A layer's ticks in one kernel."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """What runs it."""
+
+    @property
+    def grouping(self) -> Grouping:
+        """How its rows are divided into groups."""
+
+    @property
+    def description(self) -> str:
+        """What of the processor it is for, for people to read."""
+
+    @property
+    def reads_projections(self) -> bool:
+        """Whether products may have projected its inputs before."""
+
+    def arguments(self, work: LaneWork, outputs: Tensor) -> int:
+        """Return the address of the kernel's arguments, for outputs (N, P); the next call overwrites them."""
+
 
 _N_WORK = 11
 """Arguments of the kernel that say what to do in a round; those behind them are a cell's own."""
@@ -109,8 +147,11 @@ _Weights = tuple[_PanelWeight, _PanelWeight | None, _PanelWeight]
 """Of the recurrent product, the projection and the input projections."""
 
 
-class Recurrence:
-    """A cell's ticks; bit for bit what products and elementwise arithmetic give."""
+class PanelRecurrence:
+    """A cell's ticks; bit for bit what products and elementwise arithmetic give (`Recurrence`)."""
+
+    kernels = KERNELS
+    reads_projections = True
 
     def __init__(self, weights: _Weights, bias: Tensor, config: BilmConfig) -> None:
         self._weights, self._bias = weights, packed_gates(bias[:, None])
@@ -118,7 +159,7 @@ class Recurrence:
         n_panels = -(-config.cell_dim // PANEL_CELLS)
         strides = (4 * PANEL * -(-config.projection_dim // PANEL), 4 * PANEL_CELLS * n_panels)
         recurrent, projection, weight_x = weights
-        self._arguments = _array(
+        self._arguments = array(
             *(0,) * _N_WORK,
             config.cell_dim,
             recurrent.panels.data_ptr(),
@@ -133,10 +174,15 @@ class Recurrence:
             0,
         )
         self._address = ctypes.addressof(self._arguments)
-        self.row_bytes = sum(strides) + 4 * PANEL * (1 + n_panels)
+        self.grouping = Grouping(MAX_GROUP, ROWS, sum(strides) + 4 * PANEL * (1 + n_panels))
+
+    @property
+    def description(self) -> str:
+        """See `Recurrence`."""
+        return f"for {512 if has_512_bit_registers() else 256}-bit registers"
 
     @classmethod
-    def of(cls, lstm: ClippedProjectedLstm, config: BilmConfig) -> "Recurrence | None":
+    def of(cls, lstm: ClippedProjectedLstm, config: BilmConfig) -> "PanelRecurrence | None":
         """Return a layer's; None where it can't give the bits of products."""
         if lstm.recurrent.weight.dtype != torch.float32:
             return None
@@ -162,25 +208,26 @@ class Recurrence:
 class RecurrenceTeam:
     """Threads that run cells, each with memory for a group of rows."""
 
-    def __init__(self, row_bytes: int, n_threads: int) -> None:
+    def __init__(self, recurrence: Recurrence, n_threads: int) -> None:
         """Allocate the memory, of which nothing is touched before it is used.
 
         Args:
-            row_bytes: that a row takes while it is computed.
+            recurrence: one of those that are run, which are of one kind and size.
             n_threads: to use at most.
         """
-        self._memory = torch.empty(max(2, n_threads), MAX_GROUP * row_bytes, dtype=torch.uint8)
+        self._kernels, self._grouping, self._kind = recurrence.kernels, recurrence.grouping, recurrence.description
+        n_bytes = self._grouping.max_rows * self._grouping.row_bytes
+        self._memory = torch.empty(max(2, n_threads), n_bytes, dtype=torch.uint8)
         self._board, self._yield = jobs.new_board(), jobs.yield_address()
         self._n_threads = n_threads
         self._parallel = openmp() if n_threads > 1 else None
-        self._helper = jobs.Helper(_follow)
+        self._helper = jobs.Helper(functools.partial(_follow, self._kernels))
 
     @property
     def description(self) -> str:
         """The kernel and who runs it, for people to read."""
-        registers = 512 if has_512_bit_registers() else 256
         helpers = {1: "", 2: " with a helper"}.get(self._n_threads, " with a helper or a team")
-        return f"all ticks of a cell in one kernel for {registers}-bit registers{helpers}"
+        return f"all ticks of a cell in one kernel {self._kind}{helpers}"
 
     def run(self, cells: Sequence[tuple[Recurrence, LaneWork]], threads: "Threads") -> list[Tensor]:
         """Run cells that don't depend on one another, for the same ticks and rows; return what each gives, (N, P)."""
@@ -190,23 +237,22 @@ class RecurrenceTeam:
         addresses = [cell.arguments(work, out) for (cell, work), out in zip(cells, outputs, strict=True)]
         n_rows, n_threads = cells[0][1].slots.shape[0], self._n_threads if threads == "team" else 1
         # A helper may come late: then the caller should find more than one job of a cell to take
-        n_group = _group_rows(
-            n_rows, 2 if threads == "helper" and n_rows >= _MIN_SPLIT else -(-n_threads // len(cells))
-        )
+        splits = threads == "helper" and n_rows >= self._grouping.min_split
+        n_group = self._grouping.rows(n_rows, 2 if splits else -(-n_threads // len(cells)))
         n_jobs = len(cells) * -(-n_rows // n_group)
         numbers = (n_jobs, len(cells), n_group, self._memory.data_ptr(), self._memory.stride(0))
         if threads == "helper":
             self._helper.wake()
         board = self._helper.board if threads == "helper" else ctypes.addressof(self._board)
         first = n_threads if threads == "team" else self._yield
-        values = _array(first, board, *numbers, 0, *addresses)
+        values = array(first, board, *numbers, 0, *addresses)
         values[OWN_ADDRESS] = ctypes.addressof(values)
         if threads == "team" and self._parallel is not None:
             jobs.offer(self._board, n_jobs, values[OWN_ADDRESS])
             # Always the whole team: OpenMP ends and begins threads when a team's size changes
-            self._parallel(team_kernel.address, values, n_threads, 0)
+            self._parallel(self._kernels.team.address, values, n_threads, 0)
         else:
-            caller_kernel.ctypes(values)
+            self._kernels.caller.ctypes(values)
         return outputs
 
 
@@ -214,15 +260,10 @@ Threads = Literal["caller", "helper", "team"]
 """Who runs jobs: the calling thread, that and a helper, which is waited for only while it has a job, or OpenMP's."""
 
 
-def _follow(board: int) -> None:
-    helper_kernel.ctypes((ctypes.c_int64 * jobs.BOARD_SIZE).from_address(board))
+def _follow(kernels: Kernels, board: int) -> None:
+    kernels.helper.ctypes((ctypes.c_int64 * jobs.BOARD_SIZE).from_address(board))
 
 
-def _group_rows(n_rows: int, n_groups: int) -> int:
-    """Return the rows of a group: so many groups at least, as far as there are rows for it."""
-    rows = -(-n_rows // n_groups)
-    return min(MAX_GROUP, -(-rows // ROWS) * ROWS)
-
-
-def _array(*numbers: int) -> "ctypes.Array[ctypes.c_int64]":
+def array(*numbers: int) -> "ctypes.Array[ctypes.c_int64]":
+    """Return numbers as kernels take them."""
     return (ctypes.c_int64 * len(numbers))(*numbers)
