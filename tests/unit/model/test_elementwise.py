@@ -160,12 +160,13 @@ def test_a_peak_that_is_not_a_number_stays_one(elementwise: Elementwise) -> None
     assert out.isnan().tolist() == [[True, False, True, False], [True, False, False, False]]
 
 
-def test_without_openmp_one_thread_does_it() -> None:
+@pytest.mark.parametrize("n_rows", [130, 600], ids=["with Python's lock", "without it"])
+def test_without_openmp_one_thread_does_it(n_rows: int) -> None:
     alone = FusedElementwise(torch.float32, one_thread=True)
     assert (alone.name, alone.path) == ("fused kernels on one thread", "fused_one_thread")
-    rows = torch.arange(130)
-    outs, cells = torch.zeros(2, 130, 64), torch.zeros(2, 130, 64)
+    rows, gates, fresh = torch.arange(n_rows), numbers(n_rows, 256), rows_from(n_rows)
+    outs, cells = torch.zeros(2, n_rows, 64), torch.zeros(2, n_rows, 64)
     for elementwise, c, out in zip((alone, FUSED[torch.float32]), cells, outs, strict=True):
-        elementwise.lstm(numbers(130, 256), numbers(130, 256), rows, c, rows, fresh=rows_from(130), clip=1.5, out=out)
+        elementwise.lstm(gates.clone(), gates, rows, c, rows, fresh=fresh, clip=1.5, out=out)
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(cells[0], cells[1])
