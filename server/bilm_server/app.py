@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import grpc
 from bilm_api.v1 import embed_pb2
-from bilm_model.kernels.fallbacks import fallback_counts
 from grpc_health.v1 import health_pb2
 
 from bilm_server.config import ServerConfig
@@ -172,7 +171,6 @@ class _App:
             drops=self._drops,
             no_log_calls=lambda: self._no_log_calls.counts,
             spans_failed=lambda: 0 if tracing is None else tracing.failed,
-            fallbacks=fallback_counts,
             gpu=lambda: self._gpu,
         )
 

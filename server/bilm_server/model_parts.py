@@ -7,6 +7,7 @@ from typing import cast
 import grpc
 import torch
 from bilm_api.v1 import embed_pb2_grpc
+from bilm_model.kernels.fallbacks import fallback_counts
 from bilm_model.tokenization.deferred import DeferredTokenizer
 
 from bilm_server.config import ServerConfig
@@ -78,6 +79,7 @@ def engine_view(parts: LoadedParts) -> EngineView:
     return EngineView(
         model=_labels(model),
         kernel_paths=lambda: engine.description.paths,
+        fallbacks=fallback_counts,  # kernels are the process's, and so every model's
         max_rows=engine.capacity.rows,
         stalled_s=lambda: watchdog.stalled_s,
         rows=lambda: worker.rows,

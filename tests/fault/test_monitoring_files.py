@@ -47,6 +47,7 @@ def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
     engine = EngineView(
         model={"name": "tiny", "version": "abc", "precision": "float32", "backend": "cpu", "tokenizer": "moses-en"},
         kernel_paths=lambda: {"products": "prepacked", "elementwise": "fused"},
+        fallbacks=lambda: {"results": 2},
         max_rows=128,
         stalled_s=lambda: 0.0,
         rows=lambda: 3,
@@ -62,7 +63,6 @@ def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
         drops=NO_DROPS,
         no_log_calls=lambda: {"team-a": 1},
         spans_failed=lambda: 0,
-        fallbacks=lambda: {"results": 1},
         gpu=lambda: Gpu(FakeNvml(), None),
     )
     metrics = Metrics(["tiny"])

@@ -68,6 +68,7 @@ class EngineView:
     Attributes:
         model: labels of `bilm_model_info`: name, version, precision, backend, tokenizer.
         kernel_paths: by part of the engine, the implementation that it runs on.
+        fallbacks: since the start, by part: something slower stands in for kernels that don't work.
         max_rows: sentences computed at a time.
         stalled_s: how long the engine has had work and made no progress; 0 while it makes some.
         rows: sentences being computed.
@@ -78,6 +79,7 @@ class EngineView:
 
     model: Mapping[str, str]
     kernel_paths: Callable[[], Mapping[str, str]]
+    fallbacks: Callable[[], Mapping[str, int]]
     max_rows: int
     stalled_s: Callable[[], float]
     rows: Callable[[], int]
@@ -98,7 +100,6 @@ class ServerView:
         drops: log lines and alerts lost.
         no_log_calls: kept out of the access log since the start, by caller; "": without authentication.
         spans_failed: since the start.
-        fallbacks: since the start, by part: something slower stands in for kernels that didn't compile.
         gpu: that computes; None: a CPU does, or nothing yet.
     """
 
@@ -109,7 +110,6 @@ class ServerView:
     drops: DropCounts
     no_log_calls: Callable[[], Mapping[str, int]]
     spans_failed: Callable[[], int]
-    fallbacks: Callable[[], Mapping[str, int]]
     gpu: Callable[[], Gpu | None] = lambda: None
 
 
@@ -130,7 +130,6 @@ class ServerCollector(Collector):
         yield _count("bilm_alerts_dropped", "Errors that no alert could be sent about.", view.drops.alerts())
         yield _count("bilm_trace_spans_failed", "Spans that the collector didn't take.", view.spans_failed())
         yield _no_log_calls(view.no_log_calls())
-        yield _fallbacks(view.fallbacks())
         yield from _engines(view.engines())
         yield from _admission(view.admitted())
         if (gpu := view.gpu()) is not None:
@@ -141,6 +140,7 @@ def _engines(engines: Sequence[EngineView]) -> Iterator[Metric]:
     """Yield the metrics of all engines, a family each."""
     yield _models(engines)
     yield _kernel_paths(engines)
+    yield _fallbacks(engines)
     values: dict[str, Callable[[EngineView], float]] = {
         "bilm_engine_stalled_seconds": lambda engine: engine.stalled_s(),
         "bilm_slots": lambda engine: engine.max_rows,
@@ -188,13 +188,13 @@ def _no_log_calls(counts: Mapping[str, int]) -> Metric:
     return found
 
 
-def _fallbacks(counts: Mapping[str, int]) -> Metric:
-    found = CounterMetricFamily(
-        "bilm_fallbacks", "Kernels that didn't compile or work, replaced by something slower.", labels=["part"]
-    )
-    for part, count in counts.items():
-        found.add_metric([part], count)
-    return found
+def _fallbacks(engines: Sequence[EngineView]) -> Metric:
+    text = "Kernels that didn't compile or work, replaced by something slower."
+    family = CounterMetricFamily("bilm_fallbacks", text, labels=["model", "part"])
+    for engine in engines:
+        for part, count in engine.fallbacks().items():
+            family.add_metric([engine.model["name"], part], count)
+    return family
 
 
 def _kernel_paths(engines: Sequence[EngineView]) -> Metric:

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 ENGINE = EngineView(
     model={"name": "tiny", "version": "abc", "precision": "float32", "backend": "cpu", "tokenizer": "moses-en"},
     kernel_paths=lambda: {"products": "prepacked", "elementwise": "fused"},
+    fallbacks=lambda: {"results": 2},
     max_rows=128,
     stalled_s=lambda: 0.5,
     rows=lambda: 3,
@@ -35,7 +36,6 @@ VIEW = ServerView(
     drops=DropCounts(lambda: 1, lambda: 2),
     no_log_calls=lambda: {"team-a": 6},
     spans_failed=lambda: 4,
-    fallbacks=lambda: {"results": 2},
 )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def test_the_view_is_read_at_each_scrape() -> None:
     assert found["bilm_alerts_dropped_total"] == 2
     assert found["bilm_trace_spans_failed_total"] == 4
     assert found["bilm_no_log_calls_total{caller=team-a}"] == 6
-    assert found["bilm_fallbacks_total{part=results}"] == 2
+    assert found["bilm_fallbacks_total{model=tiny,part=results}"] == 2
     model = "{backend=cpu,name=tiny,precision=float32,tokenizer=moses-en,version=abc}"
     assert found[f"bilm_model_info{model}"] == 1
     assert found["bilm_kernel_path{model=tiny,part=products,path=prepacked}"] == 1
