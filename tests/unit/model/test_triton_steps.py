@@ -17,6 +17,7 @@ from bilm_model.engine.cuda.schedule import FIRST_INPUTS, FRESH, LATER_INPUTS, N
 from bilm_model.engine.cuda.steps import Steps, TorchSteps, check_steps
 from bilm_model.engine.planner import RoundPlan
 from bilm_model.kernels.elementwise import TorchElementwise
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.parity.interpreted import interpreted_steps
@@ -148,24 +149,68 @@ def test_outputs(  # noqa: PLR0917
     assert int(s.schedule.clock[0]) == 2
 
 
-@pytest.mark.parametrize("function", ["sigmoid", "tanh"])
-def test_the_functions_are_exact(function: str) -> None:
-    """σ(o)·tanh(c) with one of the factors 1, over all that a gate can be."""
-    values = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e30, -100.0, -1e-30, 0.0, 1e-30, 100.0, 1e30])])
-    n = len(values)
-    is_tanh = function == "tanh"
+def gate_functions(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return σ and tanh as the interpreted kernel computes them: as outputs of cells whose other factor is 1."""
+    n, steps, found = len(values), interpreted_steps(), []
     s = Setting((1, 1), n_bucket=1)
-    gates_h, c, m = torch.zeros(2, 1, 4 * n), torch.zeros(2, 6, n), torch.zeros(2, 1, n)
-    i, j, f, o = gates_h.chunk(4, dim=-1)
-    # The cell becomes tanh(value), or 30, whose tanh is 1; then m is tanh(tanh(value)), or the output gate alone
-    i[:], j[:], f[:], o[:] = (100.0, values, -100.0, 100.0) if is_tanh else (0.0, 0.0, 100.0, values)
-    c[:] = 30.0
-    s.schedule.clock[0] = 1
-    interpreted_steps().gates(s.schedule, FIRST_INPUTS, gates_h, torch.zeros(4, 4 * n), c, clip=30.0, m=m)
-    found, expected = (
-        (c[:, s.plan.slots[0]], values.double().tanh()) if is_tanh else (m[:, 0], values.double().sigmoid())
+    for i, j, f, o in ((0.0, 0.0, 100.0, values), (100.0, values, -torch.inf, 0.0)):
+        gates_h, c, m = torch.zeros(2, 1, 4 * n), torch.zeros(2, 6, n), torch.zeros(2, 1, n)
+        for gate, value in zip(gates_h.chunk(4, dim=-1), (i, j, f, o), strict=True):
+            gate[:] = value
+        # Where the forget gate is 1, it stays 30, whose tanh is 1; where it is 0, the cell becomes the candidate
+        c[:] = 30.0
+        s.schedule.clock[0] = 1
+        steps.gates(s.schedule, FIRST_INPUTS, gates_h, torch.zeros(4, 4 * n), c, clip=30.0, m=m)
+        found.append((m[0, 0], c[0, s.plan.slots[0]]))
+    return found[0][0], found[1][1]
+
+
+def ulps(found: Tensor, expected: Tensor) -> Tensor:
+    """Return the errors against float64, in units of the last place that float32 has there."""
+    size = expected.abs().clamp(min=2.0**-126)
+    return (found.double() - expected).abs() / torch.exp2(size.log2().floor() - 23)
+
+
+def inexact_power(exponents: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return 2^x as far off as PTX's ex2.approx may be: by 2^-22.5 of it, up or down."""
+    errors = np.where(np.arange(exponents.size) % 2, 2.0**-22.5, -(2.0**-22.5)).reshape(exponents.shape)
+    powers: NDArray[np.float32] = (np.exp2(exponents.astype(np.float64)) * (1 + errors)).astype(np.float32)
+    return powers
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of the exponent of 1e38, which is meant to
+@pytest.mark.parametrize(("as_on_a_gpu", "of_sigmoid"), [(False, 2), (True, 6)])
+def test_the_functions_are_within_a_few_units_in_the_last_place(
+    as_on_a_gpu: bool, of_sigmoid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64, over all that float32 can be: a dense grid where they bend, and all exponents."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+    if as_on_a_gpu:
+        builder = interpreter.InterpreterBuilder
+        monkeypatch.setattr(builder, "create_exp2", lambda self, x: self.unary_op(x, inexact_power))
+    grid, sizes = torch.linspace(-20, 20, 4_001), torch.logspace(-126, 127.9, 1_000, base=2)
+    values = torch.cat([grid, grid / 32, sizes, -sizes])
+    sigmoid, tanh = gate_functions(values)
+    # Below 2^-126 the error is that of a number which a GPU may cut off to 0
+    assert ulps(sigmoid, values.double().sigmoid()).max() <= of_sigmoid
+    assert ulps(tanh, values.double().tanh()).max() <= 2
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_the_functions_of_special_numbers() -> None:
+    special = torch.tensor(
+        [-torch.inf, torch.inf, torch.nan, 0.0, 1e-45, -1e-45, 1e-39, 3.4e38, -3.4e38, -104.0, -88.0]
     )
-    assert (found - expected).abs().max() < 2e-7
+    sigmoid, tanh = gate_functions(special)
+    assert sigmoid[:2].tolist() == [0.0, 1.0]
+    assert tanh[:2].tolist() == [-1.0, 1.0]
+    assert sigmoid[2].isnan()
+    assert tanh[2].isnan()
+    assert torch.equal(tanh[3:7], special[3:7])  # tanh(x) is x there, denormals included
+    assert (sigmoid[3:7] == 0.5).all()
+    assert tanh[7:].tolist() == [1.0, -1.0, -1.0, -1.0]
+    assert sigmoid[7:9].tolist() == [1.0, 0.0]
+    assert torch.allclose(sigmoid[9:].double(), special[9:].double().sigmoid(), rtol=1e-6, atol=1e-44)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -202,6 +247,7 @@ def test_the_kernels_compile_for_a_gpu(dtype: str, tmp_path_factory: pytest.Temp
     pointers = dict.fromkeys(("clock", "begins", "slots", "steps"), "*i64")
     pointers |= dict.fromkeys(("c", "parts", "h", "x", "outputs"), "*fp32") | dict.fromkeys(in_dtype, f"*{dtype}")
     constants = {"FRESH": FRESH, "N_COLUMNS": N_COLUMNS, "PLACES": 0, "BLOCK": 256}
+    constants |= {"N_SLICES": 4, "EXACT": dtype == "fp32"}
     sizes = {"n_cells", "n_slice_cells", "n_components"}
     for kernel in (gates_kernel, outputs_kernel):
         names = kernel.arg_names
@@ -217,6 +263,9 @@ def test_the_kernels_compile_for_a_gpu(dtype: str, tmp_path_factory: pytest.Temp
             compiled = triton.compile(
                 source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1, "enable_fp_fusion": True}
             )
+        ptx = compiled.asm["ptx"]
         assert compiled.asm["cubin"]
-        assert "ld.global.v4" in compiled.asm["ptx"]
-        assert "st.global.v4" in compiled.asm["ptx"]
+        assert "ld.global.v4" in ptx
+        assert "st.global.v4" in ptx
+        if kernel is gates_kernel:
+            assert ("div.rn.f32" in ptx, "tanh.approx" in ptx) == ((True, False) if dtype == "fp32" else (False, True))

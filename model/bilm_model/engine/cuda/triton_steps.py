@@ -1,11 +1,15 @@
 """The same as `steps.TorchSteps`, each step one Triton kernel.
 
-All arithmetic is in float32, whatever the formats in memory. A kernel is compiled once for each format, not for each
-bucket: numbers that differ from bucket to bucket are ordinary arguments, and Triton is told not to make much of them.
+All arithmetic is in float32, whatever the formats in memory. Where the gates are float32, their functions are within a
+few units in the last place; in bfloat16 they are the processor's tanh, whose error is below that of the format.
+
+A kernel is compiled once for each format and number of slices, not for each bucket: other numbers that differ from
+bucket to bucket are ordinary arguments, for which Triton is told not to specialize.
 
 Legend: see `steps`. A program computes one row's block of cells or components.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,19 +21,59 @@ _BLOCK = 256
 """Cells of a program: for one warp, 16 bytes of bfloat16 a thread, the widest access there is."""
 
 
-@triton.jit
-def _sigmoid(x):
-    # By the exponential of what is not positive: it can't overflow, and NaN stays NaN
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+_LOG2_E = tl.constexpr(1.4426950216293335)  # rounded to float32
+_LOG2_E_REST = tl.constexpr(1.925963033500011e-08)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_EXP_0 = tl.constexpr(-104.0)
+"""The exponential of what is below is 0 in float32."""
+_SMALL = tl.constexpr(0.625)
+"""Below it, tanh is a polynomial: the quotient of exponentials cancels."""
+_TANH_3, _TANH_5 = tl.constexpr(-3.33332819422e-1), tl.constexpr(1.33314422036e-1)
+_TANH_7, _TANH_9 = tl.constexpr(-5.37397155531e-2), tl.constexpr(2.06390887954e-2)
+_TANH_11 = tl.constexpr(-5.70498872745e-3)
+"""tanh(x) ≈ x + x³·P(x²), the coefficients of P as in Cephes (tanhf.c)."""
 
 
 @triton.jit
-def _tanh(x):
-    # Off by 1e-7 at most, which is exact enough for what is multiplied by a gate
-    e = tl.exp(-2.0 * tl.abs(x))
-    y = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -y, y)
+def _exp(x):
+    """Return exp(x) for x ≤ 0: the processor's 2^t, corrected by what rounding to t took off x·log2(e)."""
+    x = tl.where(x < _EXP_0, _EXP_0, x)
+    t = x * _LOG2_E
+    rest = tl.fma(x, _LOG2_E_REST, tl.fma(x, _LOG2_E, -t))
+    y = tl.exp2(t)
+    return tl.fma(y, rest * _LN_2, y)
+
+
+@triton.jit
+def _hardware_tanh(x):
+    # Relative error 2^-11 at most (PTX ISA)
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _sigmoid(x, EXACT: tl.constexpr):
+    if EXACT:
+        # By the exponential of what is not positive: it can't overflow, and NaN stays NaN
+        e = _exp(-tl.abs(x))
+        y = tl.div_rn(tl.where(x < 0, e, 1.0), 1.0 + e)
+    else:
+        y = 0.5 + 0.5 * _hardware_tanh(0.5 * x)
+    return y
+
+
+@triton.jit
+def _tanh(x, EXACT: tl.constexpr):
+    if EXACT:
+        size = tl.abs(x)
+        small = tl.where(size < _SMALL, x, 0.0)
+        z = small * small
+        p = tl.fma(tl.fma(tl.fma(tl.fma(z, _TANH_11, _TANH_9), z, _TANH_7), z, _TANH_5), z, _TANH_3)
+        e = _exp(-2.0 * size)
+        y = tl.div_rn(1.0 - e, 1.0 + e)
+        y = tl.where(size < _SMALL, tl.fma(small, z * p, small), tl.where(x < 0, -y, y))
+    else:
+        y = _hardware_tanh(x)
+    return y
 
 
 @triton.jit
@@ -58,6 +102,7 @@ def gates_kernel(  # noqa: PLR0917
     FRESH: tl.constexpr,
     N_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """One step of the cells of the rows that run; see `Steps.gates`."""
     row, part, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -82,15 +127,14 @@ def gates_kernel(  # noqa: PLR0917
         f = h_f.to(tl.float32) + tl.load(from_x + 2 * n_cells, mask).to(tl.float32)
         o = h_o.to(tl.float32) + tl.load(from_x + 3 * n_cells, mask).to(tl.float32)
         cells = c + (direction * n_slots + slot) * n_cells + cell
-        state = _clip(_sigmoid(f) * tl.load(cells, old, other=0.0) + _sigmoid(i) * _tanh(j), clip)
+        before = tl.load(cells, old, other=0.0)
+        state = _clip(_sigmoid(f, EXACT) * before + _sigmoid(i, EXACT) * _tanh(j, EXACT), clip)
         tl.store(cells, state, mask)
         out = m + (part * n_bucket + row) * n_slice_cells + of_slice
-        tl.store(out, (_sigmoid(o) * _tanh(state)).to(m.dtype.element_ty), mask)
+        tl.store(out, (_sigmoid(o, EXACT) * _tanh(state, EXACT)).to(m.dtype.element_ty), mask)
 
 
-@triton.jit(
-    do_not_specialize=["adds", "returns_sum", "n_bucket", "n_slices", "n_slots", "n_rows", "n_steps", "n_places"]
-)
+@triton.jit(do_not_specialize=["adds", "returns_sum", "n_bucket", "n_slots", "n_rows", "n_steps", "n_places"])
 def outputs_kernel(  # noqa: PLR0917
     clock,
     begins,
@@ -105,12 +149,12 @@ def outputs_kernel(  # noqa: PLR0917
     adds,
     returns_sum,
     n_bucket,
-    n_slices,
     n_slots,
     n_rows,
     n_steps,
     n_places,
     n_components,
+    N_SLICES: tl.constexpr,
     PLACES: tl.constexpr,
     N_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -125,8 +169,8 @@ def outputs_kernel(  # noqa: PLR0917
         component = block * BLOCK + tl.arange(0, BLOCK)
         mask = component < n_components
         y = tl.full((BLOCK,), 0.0, tl.float32)
-        for piece in range(n_slices):
-            part = parts + ((direction * n_slices + piece) * n_bucket + row) * n_components
+        for piece in tl.static_range(N_SLICES):
+            part = parts + ((direction * N_SLICES + piece) * n_bucket + row) * n_components
             y += tl.load(part + component, mask, other=0.0).to(tl.float32)
         y = _clip(y, clip)
         slot, place = tl.load(slots + row), tl.load(steps + step * N_COLUMNS + PLACES + direction)
@@ -149,6 +193,10 @@ class TritonSteps:
     name = f"Triton {triton.__version__} kernels"
     path = "triton"
 
+    def __init__(self, *, hardware_tanh: bool = True) -> None:
+        """Set whether gates in formats other than float32 are computed by the processor's tanh."""
+        self._hardware_tanh = hardware_tanh
+
     def gates(
         self, schedule: Schedule, column: int, gates_h: Tensor, gates_x: Tensor, c: Tensor, *, clip: float, m: Tensor
     ) -> None:
@@ -161,6 +209,7 @@ class TritonSteps:
             FRESH=FRESH,
             N_COLUMNS=N_COLUMNS,
             BLOCK=_BLOCK,
+            EXACT=not self._hardware_tanh or gates_h.dtype == torch.float32,
             num_warps=1,
             enable_fp_fusion=True,
         )
@@ -182,8 +231,9 @@ class TritonSteps:
         outputs_kernel[(n_bucket, 2, triton.cdiv(n_components, _BLOCK))](
             *_of(schedule),
             *(parts, h, h_next, x, outputs, clip),
-            *(int(residual != "none"), int(residual == "published"), n_bucket, n_parts // 2),
+            *(int(residual != "none"), int(residual == "published"), n_bucket),
             *(h.shape[1], h_next.shape[1], x.shape[1], outputs.shape[1], n_components),
+            N_SLICES=n_parts // 2,
             PLACES=PLACES,
             N_COLUMNS=N_COLUMNS,
             BLOCK=_BLOCK,
