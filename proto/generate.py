@@ -8,13 +8,16 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from google.rpc import status_pb2
 
 ROOT = Path(__file__).parent
 SOURCE = "bilm_api/v1/embed.proto"
-GENERATED = ("embed_pb2.py", "embed_pb2.pyi", "embed_pb2_grpc.py", "embed_pb2_grpc.pyi")
+DESCRIPTOR_SET = "embed.binpb"
+GENERATED = ("embed_pb2.py", "embed_pb2.pyi", "embed_pb2_grpc.py", "embed_pb2_grpc.pyi", DESCRIPTOR_SET)
+ERROR_DETAILS = "google/rpc/error_details.proto"  # which the contract's errors carry, packed
 
 
 def main() -> int:
@@ -35,6 +38,8 @@ def main() -> int:
             f"--mypy_grpc_out=quiet:{made}",
             f"--plugin=protoc-gen-mypy_grpc={Path(sys.executable).with_name('protoc-gen-mypy_grpc')}",
         )
+        descriptors = _in(made, DESCRIPTOR_SET)
+        _protoc("--include_imports", f"--descriptor_set_out={descriptors}", sources=(SOURCE, ERROR_DETAILS))
         if arguments.image:
             _protoc("--include_imports", "--include_source_info", f"--descriptor_set_out={arguments.image}")
         if arguments.baseline:
@@ -49,9 +54,9 @@ def main() -> int:
     return 1 if differing else 0
 
 
-def _protoc(*outputs: str) -> None:
+def _protoc(*outputs: str, sources: Sequence[str] = (SOURCE,)) -> None:
     includes = [f"-I{ROOT}", f"-I{Path(status_pb2.__file__).parents[2]}"]
-    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *includes, *outputs, SOURCE], check=True)  # noqa: S603
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *includes, *outputs, *sources], check=True)  # noqa: S603
 
 
 def _in(root: Path, name: str) -> Path:

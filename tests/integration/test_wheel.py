@@ -91,6 +91,7 @@ def test_the_wheel_has_the_data_files_too(wheel: Path) -> None:
     assert {f"{package}/py.typed" for package in packages} <= names
     assert "bilm_api/v1/embed.proto" in names
     assert "bilm_api/v1/embed_pb2.pyi" in names
+    assert "bilm_api/v1/embed.binpb" in names
     assert "bilm_model/pretrained/wikitext2-mini.safetensors" in names
     assert {f"bilm_training/presets/{name}.toml" for name in PRESETS} <= names
     tops = {name.partition("/")[0] for name in names}
