@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bilm_model.device import resolve_device
+from bilm_model.engine import host_ring, state_transfer
 from bilm_model.errors import ModelError
 from bilm_model.weights.header import ModelHeader, inspect
 from bilm_system.control_groups import memory_limit_bytes
@@ -30,6 +31,7 @@ _PROCESS_BYTES = 600 * _MIB  # Python, torch, compiled kernels and what compilin
 _CONNECTION_BYTES, _TLS_CONNECTION_BYTES = 20 * 1024, 60 * 1024
 _UNREAD_STREAM_BYTES = 256 * 1024 + _MIB  # what was sent on it, and one result message
 _FLOAT_BYTES = 4
+_PINNED_BYTES = 2 * (host_ring.MAX_BYTES + state_transfer.MAX_BYTES)  # torch keeps what they grew out of
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def memory_sum(config: ServerConfig, header: ModelHeader, n_connections: int) ->
             (f"parameters {place}; as much again in memory while they load", parameters),
             (f"sentences in flight and the token cache, {place}", options.memory_bytes(header.config, device)),
             (f"the input cache, {place}", (options.input_cache_mib or 0) * _MIB),
+            ("results on their way from a GPU, pinned", _PINNED_BYTES if device.type == "cuda" else 0),
             ("answers that wait to be sent, twice", answers_mib * _MIB),
             (f"{n_connections} connections", n_connections * connection),
         ),

@@ -26,9 +26,10 @@ from bilm_model.engine.cuda.fastest import fastest_steps, missing_for_triton, tr
 from bilm_model.engine.cuda.inputs import distinct
 from bilm_model.engine.cuda.schedule import Schedule
 from bilm_model.engine.cuda.steps import Steps, TorchSteps
+from bilm_model.engine.host_ring import HostRing
 from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence
-from bilm_model.engine.transfer import HostCopy, to_device
+from bilm_model.engine.transfer import CudaTransfers, Sender
 from bilm_model.errors import ConfigError
 from bilm_model.kernels.fallbacks import fallback_counts
 from bilm_model.kernels.product_paths import Precision
@@ -378,14 +379,6 @@ def test_what_triton_needs_is_named(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_is_on_the_host_already() -> None:
-    numbers = torch.arange(6.0).view(2, 3)
-    copy = HostCopy(numbers[:, 1:])
-    assert copy.done()
-    assert copy.array().tolist() == [[1, 2], [4, 5]]
-    assert to_device(np.arange(3), CPU).tolist() == [0, 1, 2]
-
-
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
 
@@ -481,10 +474,15 @@ def test_gpu_a_round_waits_for_nothing(residual: Residual) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_copies_to_the_host() -> None:
-    numbers = torch.arange(1_000_000, device=GPU).view(1000, 1000)
-    copies = [HostCopy(numbers * i) for i in range(5)] + [HostCopy(numbers[:, 7:9])]
-    for i, copy in enumerate(copies[:-1]):
-        assert (copy.array() == numbers.cpu().numpy() * i).all()
-        assert copy.done()
-    assert (copies[-1].array() == numbers.cpu().numpy()[:, 7:9]).all()
+def test_gpu_transfers() -> None:
+    """Through a ring that three copies fill, so that it grows, and then has its oldest bytes moved."""
+    ring = HostRing(CudaTransfers(GPU), first_bytes=2**22, max_bytes=2**23)
+    sender = Sender(GPU)
+    arrays = [np.arange(300_000, dtype=np.float32) * i for i in range(12)]
+    arrivals = []
+    for i, array in enumerate(arrays):
+        sent, number = sender.send([array, np.array([i])])
+        arrivals.append(ring.receive((sent + number).view(torch.uint8)))
+    for i, (array, arrival) in enumerate(zip(arrays, arrivals, strict=True)):
+        assert (arrival.bytes().view(np.float32) == array + i).all()
+        assert arrival.done()

@@ -22,9 +22,10 @@ from bilm_model.engine.lanes import Lanes
 from bilm_model.engine.loops import BROUGHT, RETURNED
 from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.planner import Round, SentenceSteps
-from bilm_model.engine.results import gather_layers
+from bilm_model.engine.results import LayerReader
 from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence, steps_of
 from bilm_model.engine.state import LstmState
+from bilm_model.engine.state_transfer import ArrivingStates, StateTransfer
 from bilm_model.engine.token_table import TokenTable
 from bilm_model.engine.transfer import to_device
 from bilm_model.engine.types import EngineSentence, EngineStats
@@ -81,6 +82,7 @@ class CellularBatch:
         self._n_cached = options.n_cached(bilm.config)
         memory = options.memory(bilm.config, device)
         self._backend = new_backend(bilm, memory, options)
+        self._reader, self._state_transfer = LayerReader(memory), StateTransfer(device)
         self._bind = bind or fastest_bind()
         full_round = max(self.max_rows, min(self._backend.block_rows, MAX_TICKS * self.max_rows))
         self.n_waiting = -(-full_round // _WAITING_SHARE)
@@ -229,6 +231,10 @@ class CellularBatch:
         """Return where in memory the vectors of sentences are that have ended."""
         return self._lanes.steps(sentences)
 
+    def read_states(self, slots: Sequence[int]) -> ArrivingStates:
+        """Return the states in slots of `memory`, on their way to the host."""
+        return self._state_transfer.read(self.memory, slots)
+
     def leave(self, sentences: Sequence[int]) -> None:
         """Free what sentences hold that have ended."""
         self._forget(self._lanes.leave(sentences))
@@ -307,10 +313,9 @@ class CellularBatch:
         self._lanes.know(entries)
 
     def _write_states(self, found: Round) -> None:
-        for sentence, lane in found.brought:
-            h, c = (to_device(part, self._device) for part in self._states[sentence])
-            self._backend.memory.h[:, :, lane] = h
-            self._backend.memory.c[:, :, lane] = c
+        if found.brought:
+            sentences, lanes = zip(*found.brought, strict=True)
+            self._state_transfer.write(self.memory, lanes, [self._states[sentence] for sentence in sentences])
 
     def _forget(self, entries: Sequence[int]) -> None:
         if entries:
@@ -334,7 +339,8 @@ class CellularBatch:
         numbers = [sentence for sentence, _ in ended]
         slots = to_device(np.array([slot for _, slot in ended]), self._device)
         steps = self.steps(numbers)
-        layers = gather_layers(self.memory, steps.places, steps.entries, range(self.config.layer_count))
+        places, entries = (to_device(each, self._device) for each in (steps.places, steps.entries))
+        layers = self._reader.read(places, entries)
         parts = layers.split(steps.counts.tolist(), dim=1)
         h, c = (states[:, :, slots].unbind(2) for states in (self.memory.h, self.memory.c))
         for sentence, *found in zip(numbers, parts, h, c, strict=True):

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from typing import Generic
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from bilm_model.engine.backends import new_collector
 from bilm_model.engine.cellular import CellularBatch
-from bilm_model.engine.results import Collected, Collector, converted
+from bilm_model.engine.results import NUMPY_TYPES, Collected, Collector, shape_of
 from bilm_model.engine.sentences import steps_of
-from bilm_model.engine.transfer import HostCopy, to_device
-from bilm_model.engine.types import Capacity, EngineDescription, EngineResult, EngineStats, S, State, StateCodec
+from bilm_model.engine.state import LstmState
+from bilm_model.engine.state_transfer import ArrivingStates
+from bilm_model.engine.types import Capacity, EngineDescription, EngineResult, EngineStats, S, StateCodec
 
 
 class RecurrentEngine(Generic[S]):
@@ -139,26 +138,23 @@ class RecurrentEngine(Generic[S]):
         sentences = [self._sentences[number] for number in numbers]
         collected = self._collector.collect(self._batch.steps(numbers), [sentence.output for sentence in sentences])
         wanted = [position for position, sentence in enumerate(sentences) if sentence.return_state]
-        states = self._states([ended[position][1] for position in wanted]) if wanted else None
+        states = self._batch.read_states([ended[position][1] for position in wanted]) if wanted else None
         for number, sentence in zip(numbers, sentences, strict=True):  # first, so that none leaves twice
             del self._sentences[number], self._numbers[sentence]
         self._batch.leave(numbers)
-        place_of = {position: place for place, position in enumerate(wanted)}
-        return _Arriving(sentences, collected, place_of, states, set())
-
-    def _states(self, slots: Sequence[int]) -> tuple[HostCopy, HostCopy]:
-        """Return h and c (L, 2, n, …) of so many slots, on their way to the host."""
-        index = to_device(np.array(slots), self._batch.device)
-        h, c = (states.index_select(2, index) for states in (self._batch.memory.h, self._batch.memory.c))
-        return HostCopy(h), HostCopy(c)
+        return _Arriving(sentences, collected, wanted, states, set())
 
     def _pass_through(self) -> list[EngineResult[S]]:
-        """Return the results of sentences without tokens, which have no vectors and leave their states as they are."""
+        """Return the results of sentences without tokens, which have no vectors and leave their states as they are.
+
+        No device is asked for anything.
+        """
         sentences, self._without_tokens = self._without_tokens, {}
         found = []
         for sentence in sentences:
-            layers = torch.zeros(self._batch.memory.outputs.shape[0] + 1, 0, 2 * self._batch.memory.vectors.shape[1])
-            vectors = converted(sentence.output.selection(layers), sentence.output.data_type).numpy()
+            assert not sentence.output.pooled  # noqa: S101 - there is nothing to pool: the caller refuses it
+            shape = shape_of(0, self._batch.config.layer_count, self._batch.config.width, sentence.output)
+            vectors = np.zeros(shape, NUMPY_TYPES[sentence.output.data_type])
             state = self._batch.state_after_nothing(sentence.state) if sentence.return_state else None
             found.append(EngineResult(sentence, vectors, state))
         return found
@@ -175,40 +171,31 @@ class _Arriving(Generic[S]):
     Attributes:
         sentences: That ended.
         collected: Their vectors.
-        place_of: Where among `states` that of each sentence is whose state is returned, by its position.
-        states: h and c (L, 2, n, …).
+        with_state: The positions of those whose states are returned.
+        states: Of these.
         dropped: Sentences whose results nothing waits for any more.
     """
 
     sentences: Sequence[S]
     collected: Collected
-    place_of: dict[int, int]
-    states: tuple[HostCopy, HostCopy] | None
+    with_state: Sequence[int]
+    states: ArrivingStates | None
     dropped: set[S]
 
     def done(self) -> bool:
         """Return whether everything has arrived."""
-        return self.collected.done() and all(copy.done() for copy in self.states or ())
+        return self.collected.done() and (self.states is None or self.states.done())
 
     def results(self) -> list[EngineResult[S]]:
         """Return them; waits for what has not arrived."""
         vectors = self.collected.vectors()
         if self.states is None and not self.dropped:
             return [EngineResult(*each, None) for each in zip(self.sentences, vectors, strict=True)]
+        states: dict[int, LstmState] = {}
+        if self.states is not None:
+            states.update(zip(self.with_state, self.states.states(), strict=True))
         return [
-            EngineResult(sentence, found, self._state(position))
+            EngineResult(sentence, found, states.get(position))
             for position, (sentence, found) in enumerate(zip(self.sentences, vectors, strict=True))
             if sentence not in self.dropped
         ]
-
-    def _state(self, position: int) -> State | None:
-        place = self.place_of.get(position)
-        if place is None or self.states is None:
-            return None
-        h, c = (_floats(copy.array()[:, :, place]) for copy in self.states)
-        return h, c
-
-
-def _floats(array: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Return a copy of its own, of the numbers that a state has."""
-    return np.array(array, dtype=np.float32)

@@ -1,14 +1,19 @@
 """From a round's layers on a device to what each sentence asked for, on the host: by the round, not by the sentence.
 
-Here plainly, in torch, on any device: the number of operators grows with the different outputs that are asked for, not
-with the sentences. `cpu.fused_results` does the same in one kernel.
+Here in torch, on any device, a GPU above all: the indices of a round go over in one transfer and its results come back
+in another one, and there are as many operators for one sentence as for a thousand. Sentences whose outputs need the
+same operators are computed together; a mix has weights by the sentence, which are numbers like others.
+`cpu.fused_results` does the same in one kernel.
 
-Legend: L layers with the token layer, N steps of all sentences, n sentences, D width, P projection.
+Legend: L layers with the token layer, N steps of all sentences, n sentences, D width, P projection, A places.
 """
 
-from collections.abc import Sequence
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,13 +22,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bilm_model.engine.backend import Memory
+from bilm_model.engine.host_ring import FIRST_BYTES, Arrival, HostRing
 from bilm_model.engine.planner import SentenceSteps
-from bilm_model.engine.transfer import HostCopy, to_device
+from bilm_model.engine.transfer import Sender, Transfers, aligned, transfers_of
 from bilm_model.engine.types import DataType, OutputSpec
-from bilm_model.scalar_mix import LAYER_NORM_EPSILON, LayerMix, Selection
+from bilm_model.scalar_mix import LAYER_NORM_EPSILON, LayerMix, Pooling, Selection
 
-SHARED_BYTES = 16 * 1024
-"""Results from this size on have memory of their own: a part of a round's would keep all of it."""
+SHARED_BYTES = 64 * 1024
+"""Of memory that pooled results share: bounds what one that is kept keeps beside itself."""
+NUMPY_TYPES: dict[DataType, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}
+"""What results are on the host; bfloat16, which numpy lacks, as int16 of its bits."""
+
+_KEPT_OUTPUTS = 64
+"""Different outputs that are remembered."""
 
 _TORCH_TYPES: dict[DataType, torch.dtype] = {
     "float32": torch.float32,
@@ -59,79 +70,192 @@ class Collector(Protocol):
         """
 
 
-def converted(vectors: Tensor, data_type: DataType) -> Tensor:
-    """Return vectors in a number format; bfloat16 as int16 of its bits, which numpy has."""
-    found = vectors.to(_TORCH_TYPES[data_type])
-    return found.view(torch.int16) if data_type == "bfloat16" else found
-
-
-def gather_layers(
-    memory: Memory, places: NDArray[np.int64], entries: NDArray[np.int64], layers: Sequence[int]
-) -> Tensor:
-    """Return layers (len(layers), N, D) of steps, given by their places and entries, copied out of the memory."""
-    P, device = memory.vectors.shape[1], memory.vectors.device
-    found = torch.empty(len(layers), len(places), 2 * P, device=device)
-    at_places, at_entries = to_device(places, device), to_device(entries, device)
-    for target, layer in zip(found, layers, strict=True):
-        for d, half in enumerate(target.split(P, dim=-1)):
-            # A step's outputs lie at the place of the token it read: both directions of a token at the same place
-            source, index = (memory.outputs[layer - 1, d], at_places) if layer else (memory.vectors, at_entries)
-            half.copy_(source.index_select(0, index))
-    return found
-
-
 def shape_of(n_tokens: int, n_layers: int, width: int, output: OutputSpec) -> tuple[int, ...]:
     """Return the shape of a sentence's vectors: [L] [T] D."""
     layers = (n_layers,) if output.selection.layers == "all" else ()
     return (*layers, width) if output.pooled else (*layers, n_tokens, width)
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Of the sentences of one output: their numbers, and where each one's vectors are in the copy.
+def shares_of(selection: Selection, n_layers: int) -> NDArray[np.float32] | None:
+    """Return what each of the layers (L,) is multiplied by; None: layers are not added up.
+
+    Raises:
+        ValueError: If a mix has another number of weights than there are layers.
+    """
+    if isinstance(selection.layers, LayerMix):
+        shares = selection.layers.shares()
+        if len(shares) != n_layers:
+            raise ValueError(f"a mix has {len(shares)} weights, expected one for each of {n_layers} layers")
+        return np.array(shares, dtype=np.float32)
+    return np.full(n_layers, 1 / n_layers, dtype=np.float32) if selection.layers == "average" else None
+
+
+class LayerReader:
+    """Reads vectors of steps out of the engine's memory."""
+
+    def __init__(self, memory: Memory) -> None:
+        """Set the memory."""
+        self._memory = memory
+        n_halves, n_places = memory.outputs.shape[0] * 2, memory.outputs.shape[2]
+        self._halves = memory.outputs.view(n_halves * n_places, -1)
+        # The first place of each layer and direction among all of them
+        self._firsts = torch.arange(n_halves, device=memory.outputs.device).mul_(n_places).view(-1, 1, 2)
+
+    @property
+    def n_layers(self) -> int:
+        """With the token layer."""
+        return len(self._firsts) + 1
+
+    @property
+    def width(self) -> int:
+        """Of a vector."""
+        return 2 * self._halves.shape[1]
+
+    def read(self, places: Tensor, entries: Tensor, first: int = 0, out: Tensor | None = None) -> Tensor:
+        """Return the layers from a first one on (L - first, N, D) of steps, given by their places and entries (N,).
+
+        Args:
+            places: On the device.
+            entries: On the device.
+            first: The token layer is 0.
+            out: Contiguous memory for them.
+        """
+        P = self._halves.shape[1]
+        if out is None:
+            out = self._halves.new_empty(self.n_layers - first, len(places), 2 * P)
+        halves = out.view(len(out), len(places), 2, P)
+        if first == 0:
+            halves[0].copy_(self._memory.vectors.index_select(0, entries)[:, None])
+            halves = halves[1:]
+        # A step's outputs lie at the place of the token it read: both directions of a token at the same place
+        rows = places[:, None] + self._firsts[self.n_layers - 1 - len(halves) :]
+        torch.index_select(self._halves, 0, rows.view(-1), out=halves.view(-1, P))
+        return out
+
+
+class _Kind(NamedTuple):
+    """What decides by which operators a result is made.
 
     Attributes:
-        numbers: Of the sentences.
-        bounds: (first, end) of each one's rows in the copy's last axis but one; None: a row a sentence.
-        copy: [L] rows D.
+        layers: A mean is a mix.
+        normed: Layers are normalised before they are mixed.
+        pooling: See `Selection`.
+        unit: Vectors are scaled to length 1.
+        data_type: See `OutputSpec`.
     """
 
+    layers: Literal["all", "top", "mix"]
+    normed: bool
+    pooling: Pooling
+    unit: bool
+    data_type: DataType
+
+    @property
+    def plain(self) -> bool:
+        """Whether results are what stands in memory."""
+        return self.layers != "mix" and self.pooling == "none" and not self.unit and self.data_type == "float32"
+
+
+@functools.lru_cache(_KEPT_OUTPUTS)
+def _kind_of(output: OutputSpec, n_layers: int) -> tuple[_Kind, NDArray[np.float32] | None]:
+    """Return the kind of an output, and what its layers are multiplied by, see `shares_of`."""
+    selection, shares = output.selection, shares_of(output.selection, n_layers)
+    normed = isinstance(selection.layers, LayerMix) and selection.layers.layer_norm
+    layers: Literal["all", "top", "mix"] = "top" if selection.layers == "top" else "all" if shares is None else "mix"
+    return _Kind(layers, normed, selection.pooling, selection.l2_normalize, output.data_type), shares
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """The sentences of one kind in a round.
+
+    Attributes:
+        kind: Of them.
+        numbers: Theirs.
+        counts: Tokens of each, without boundaries.
+        arrays: What the operators read of them, by name.
+        shape: Of their results together: (n, L, D) if they are pooled, else (L, tokens of all, D); L is 1 for one
+            layer.
+        begin: Of their results among the bytes of the round.
+    """
+
+    kind: _Kind
     numbers: Sequence[int]
-    bounds: Sequence[tuple[int, int]] | None
-    copy: HostCopy
+    counts: NDArray[np.int64]
+    arrays: dict[str, NDArray[np.generic]]
+    shape: tuple[int, int, int]
+    begin: int
+
+    @property
+    def end(self) -> int:
+        """Of their results among the bytes of the round."""
+        return self.begin + math.prod(self.shape) * np.dtype(NUMPY_TYPES[self.kind.data_type]).itemsize
+
+    def vectors(self, data: NDArray[np.uint8]) -> Iterator[Vectors]:
+        """Yield each sentence's, out of the bytes of the round, in memory that keeps little beside it."""
+        little = np.dtype(NUMPY_TYPES[self.kind.data_type])
+        whole = data[self.begin : self.end].view(little.newbyteorder("=")).reshape(self.shape)
+        picked = slice(None) if self.kind.layers == "all" else 0
+        if self.kind.pooling == "none":
+            ends = np.cumsum(self.counts).tolist()
+            for begin, end in itertools.pairwise([0, *ends]):
+                yield whole[:, begin:end].astype(little)[picked]
+            return
+        n_rows = max(1, SHARED_BYTES // whole[0].nbytes)
+        for first in range(0, len(whole), n_rows):
+            for vectors in whole[first : first + n_rows].astype(little):
+                yield vectors[picked]
 
 
-@dataclass(frozen=True, eq=False)
-class TorchCollected:
-    """`Collected`, with a copy for each different output.
+def _indices(
+    kind: _Kind, counts: NDArray[np.int64], begins: NDArray[np.int64], shares: Sequence[NDArray[np.float32] | None]
+) -> dict[str, NDArray[np.generic]]:
+    """Return what operators read of sentences of one kind.
 
-    Attributes:
-        count: Of sentences.
-        parts: Of them.
+    Args:
+        kind: Of them.
+        counts: (n,) steps of each, boundaries included.
+        begins: (n,) the first of them.
+        shares: (L,) of each, where layers are mixed.
     """
+    if not kind.normed:  # only then are the boundaries read
+        begins, counts = begins + 1, counts - 2
+    ends = np.cumsum(counts)
+    of_sentence = np.repeat(np.arange(len(counts)), counts)
+    # The steps of these sentences alone, one sentence after another
+    found: dict[str, NDArray[np.generic]] = {
+        "at": np.arange(len(of_sentence)) + (begins - (ends - counts))[of_sentence]
+    }
+    if kind.layers == "mix":
+        found["of_sentence"], found["shares"] = of_sentence, np.stack([each for each in shares if each is not None], 1)
+    if kind.normed:
+        inner = np.ones(len(of_sentence), dtype=bool)
+        inner[ends - 1] = inner[ends - counts] = False
+        found["inner"], found["steps"] = np.flatnonzero(inner), counts
+        counts = counts - 2
+    if kind.pooling != "none":
+        found["tokens"] = counts
+    return found
 
-    count: int
-    parts: Sequence[_Part]
+
+class TorchCollected:
+    """`Collected`, in one copy."""
+
+    def __init__(self, groups: Sequence[_Group], arrival: Arrival) -> None:
+        """Set the groups whose results the copy has."""
+        self._groups, self._arrival = groups, arrival
 
     def done(self) -> bool:
         """See `Collected`."""
-        return all(part.copy.done() for part in self.parts)
+        return self._arrival.done()
 
     def vectors(self) -> list[Vectors]:
-        """See `Collected`."""
-        found: dict[int, Vectors] = {}
-        for part in self.parts:
-            whole = part.copy.array()
-            rows = [(row, row + 1) for row in range(len(part.numbers))] if part.bounds is None else part.bounds
-            for number, (first, end) in zip(part.numbers, rows, strict=True):
-                found[number] = whole[..., first, :] if part.bounds is None else whole[..., first:end, :]
-        return [_own(found[number]) for number in range(self.count)]
-
-
-def _own(vectors: Vectors) -> Vectors:
-    """Return little-endian vectors that keep nothing much larger than themselves in memory."""
-    found = vectors.astype(vectors.dtype.newbyteorder("<"), copy=False)
-    return found.copy() if found.nbytes >= SHARED_BYTES or not found.flags.c_contiguous else found
+        """See `Collected`; once."""
+        data, found = self._arrival.bytes(), dict[int, Vectors]()
+        for group in self._groups:
+            found.update(zip(group.numbers, group.vectors(data), strict=True))
+        self._arrival.release()
+        return [found[number] for number in range(len(found))]
 
 
 class TorchCollector:
@@ -139,88 +263,85 @@ class TorchCollector:
 
     path = "torch"
 
-    def __init__(self, memory: Memory) -> None:
-        """Set the engine's memory."""
-        self._memory = memory
+    def __init__(self, memory: Memory, transfers: Transfers | None = None, ring: HostRing | None = None) -> None:
+        """Set the engine's memory, how to reach it, and where results come to; None: as its device is reached."""
+        self._device = memory.vectors.device
+        transfers = transfers or transfers_of(self._device)
+        self._reader = LayerReader(memory)
+        self._sender = Sender(self._device, transfers)
+        all_bytes = self._reader.n_layers * self._reader.width * memory.outputs.shape[2] * 4
+        self._ring = ring or HostRing(transfers, min(FIRST_BYTES, all_bytes))
 
+    @torch.inference_mode()
     def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec]) -> TorchCollected:
         """See `Collector`."""
-        numbers: dict[OutputSpec, list[int]] = {}
-        for number, output in enumerate(outputs):
-            numbers.setdefault(output, []).append(number)
-        ends = np.cumsum(steps.counts)
-        begins = ends - steps.counts
-        parts = [self._part(output, found, begins[found], ends[found], steps) for output, found in numbers.items()]
-        return TorchCollected(len(outputs), parts)
+        groups = self._groups(steps, outputs)
+        sent = iter(self._sender.send([array for group in groups for array in group.arrays.values()]))
+        data = torch.empty(groups[-1].end, dtype=torch.uint8, device=self._device)
+        for group in groups:
+            target = data[group.begin : group.end].view(_TORCH_TYPES[group.kind.data_type]).view(group.shape)
+            self._make(group.kind, {name: next(sent) for name in group.arrays}, target)
+        return TorchCollected(groups, self._ring.receive(data))
 
-    def _part(
-        self,
-        output: OutputSpec,
-        numbers: Sequence[int],
-        begins: NDArray[np.int64],
-        ends: NDArray[np.int64],
-        steps: SentenceSteps,
-    ) -> _Part:
-        normed = isinstance(output.selection.layers, LayerMix) and output.selection.layers.layer_norm
-        if not normed:  # only then are the boundaries read
-            begins, ends = begins + 1, ends - 1
-        counts = ends - begins
-        rows_end = np.cumsum(counts)
-        # The steps of these sentences alone, one sentence after another
-        of_sentence = np.repeat(np.arange(len(counts)), counts)
-        at = np.arange(len(of_sentence)) + (begins - (rows_end - counts))[of_sentence]
-        n_layers = len(self._memory.outputs) + 1
-        wanted = range(n_layers - 1 if output.selection.layers == "top" else 0, n_layers)
-        layers = gather_layers(self._memory, steps.places[at], steps.entries[at], wanted)
-        if normed:
-            layers = self._normed(layers, counts, of_sentence)
-            inner = np.ones(len(at), dtype=bool)
-            inner[rows_end - 1] = inner[rows_end - counts] = False
-            layers = layers.index_select(1, self._to_device(np.flatnonzero(inner)))
-            counts = counts - 2
-            rows_end = np.cumsum(counts)
-        vectors = self._pooled(_combined(output.selection, layers), output.selection, counts)
-        if output.selection.l2_normalize:
-            vectors = F.normalize(vectors, dim=-1)
-        bounds = None if output.pooled else list(zip((rows_end - counts).tolist(), rows_end.tolist(), strict=True))
-        return _Part(numbers, bounds, HostCopy(converted(vectors, output.data_type)))
+    def _groups(self, steps: SentenceSteps, outputs: Sequence[OutputSpec]) -> list[_Group]:
+        """Return the sentences by kind; all that is found out on the host."""
+        numbers: dict[_Kind, list[int]] = {}
+        n_layers, width = self._reader.n_layers, self._reader.width
+        found = [_kind_of(output, n_layers) for output in outputs]
+        for number, (kind, _) in enumerate(found):
+            numbers.setdefault(kind, []).append(number)
+        begins = np.cumsum(steps.counts) - steps.counts
+        groups: list[_Group] = []
+        for kind, its in numbers.items():
+            counts = steps.counts[its]
+            arrays = _indices(kind, counts, begins[its], [found[number][1] for number in its])
+            at = arrays.pop("at")
+            arrays = {"places": steps.places[at], "entries": steps.entries[at], **arrays}
+            n_kept = n_layers if kind.layers == "all" else 1
+            n_tokens = int(counts.sum()) - 2 * len(its)
+            shape = (n_kept, n_tokens, width) if kind.pooling == "none" else (len(its), n_kept, width)
+            begin = aligned(groups[-1].end) if groups else 0
+            groups.append(_Group(kind, its, counts - 2, arrays, shape, begin))
+        return groups
 
-    def _normed(self, layers: Tensor, counts: NDArray[np.int64], of_sentence: NDArray[np.int64]) -> Tensor:
-        """Normalise each layer of each sentence by one mean and variance (see `LayerMix.layer_norm`)."""
-        index = self._to_device(of_sentence)
-        mean = self._segments(layers.mean(dim=-1), "mean", counts).index_select(1, index)
-        centred = layers - mean[..., None]
-        variance = self._segments(centred.square().mean(dim=-1), "mean", counts).index_select(1, index)
-        return centred / torch.sqrt(variance + LAYER_NORM_EPSILON)[..., None]
-
-    def _pooled(self, vectors: Tensor, selection: Selection, counts: NDArray[np.int64]) -> Tensor:
-        """([L] N D) -> [L] n D, or the same if nothing is pooled."""
-        if selection.pooling == "none":
-            return vectors
-        if vectors.dim() == 2:
-            return self._segments(vectors[None], selection.pooling, counts)[0]
-        return self._segments(vectors, selection.pooling, counts)
-
-    def _segments(self, rows: Tensor, reduce: str, counts: NDArray[np.int64]) -> Tensor:
-        """Reduce (L, N, …) over the steps of each sentence -> (L, n, …)."""
-        lengths = self._to_device(counts)
-        # unsafe: the lengths aren't checked, for which a GPU would have to be waited for
-        by_step = rows.transpose(0, 1).contiguous()
-        reduced: Tensor = torch.segment_reduce(by_step, reduce, lengths=lengths, axis=0, unsafe=True)
-        return reduced.transpose(0, 1)
-
-    def _to_device(self, array: NDArray[np.int64]) -> Tensor:
-        return to_device(array, self._memory.vectors.device)
+    def _make(self, kind: _Kind, sent: dict[str, Tensor], target: Tensor) -> None:
+        """Write the results of sentences of one kind."""
+        first = self._reader.n_layers - 1 if kind.layers == "top" else 0
+        layers = self._reader.read(sent["places"], sent["entries"], first, out=target if kind.plain else None)
+        if kind.plain:
+            return
+        rows = _mixed(kind, layers, sent)[None] if kind.layers == "mix" else layers
+        if kind.pooling != "none":
+            rows = _segments(rows, kind.pooling, sent["tokens"])
+        if kind.unit:
+            rows = F.normalize(rows, dim=-1)
+        target.copy_(rows if kind.pooling == "none" else rows.transpose(0, 1))  # converts, too
 
 
-def _combined(selection: Selection, layers: Tensor) -> Tensor:
-    """(L, N, D), normalised already -> [L] N D."""
-    if isinstance(selection.layers, LayerMix):
-        parts = [share * layer for share, layer in zip(selection.layers.shares(), layers, strict=True)]
-        total: Tensor = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
-    if selection.layers == "all":
-        return layers
-    return layers[0] if selection.layers == "top" else layers.mean(dim=0)
+def _mixed(kind: _Kind, layers: Tensor, sent: dict[str, Tensor]) -> Tensor:
+    """(L, N, D) -> (tokens, D), each sentence by its own shares.
+
+    Normalised layers (see `LayerMix.layer_norm`) are only looked at, not computed: their mix is offset +
+    Σ weight · layer.
+    """
+    of_sentence, weights, offset = sent["of_sentence"], sent["shares"], None
+    if kind.normed:
+        # Mean and variance of a sentence's layer from those of its vectors, which all have the same number of numbers
+        variances, means = torch.var_mean(layers, dim=-1, correction=0)
+        mean = _segments(means, "mean", sent["steps"])
+        distances = means - mean.index_select(1, of_sentence)
+        variance = _segments(variances + distances.square(), "mean", sent["steps"])
+        weights = weights / torch.sqrt(variance + LAYER_NORM_EPSILON)
+        offset = (weights * mean).sum(0).neg()
+    mixed: Tensor = (layers * weights.index_select(1, of_sentence)[..., None]).sum(0)
+    if offset is None:
+        return mixed
+    return (mixed + offset.index_select(0, of_sentence)[:, None]).index_select(0, sent["inner"])
+
+
+def _segments(rows: Tensor, reduce: str, counts: Tensor) -> Tensor:
+    """Reduce (L, N, …) over the steps of each sentence, counts (n,) -> (L, n, …)."""
+    # unsafe: the lengths aren't checked, for which a GPU would have to be waited for
+    lengths = counts.expand(len(rows), -1)
+    reduced: Tensor = torch.segment_reduce(rows, reduce, lengths=lengths, axis=1, unsafe=True)
+    return reduced

@@ -208,7 +208,7 @@ def test_every_row_taken_is_a_refusal_that_leaves_nothing_behind() -> None:
 class Full:
     """Cells that can't be written."""
 
-    def __setitem__(self, index: Any, value: Any) -> None:
+    def index_copy_(self, *_: Any) -> None:
         raise RuntimeError("out of memory, simulated")
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.planner import SentenceSteps
-from bilm_model.engine.results import Vectors, shape_of
+from bilm_model.engine.results import NUMPY_TYPES, SHARED_BYTES, Vectors, shape_of, shares_of
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.kernels.numba_blocks import (
     Kernel,
@@ -36,8 +36,6 @@ from bilm_model.kernels.numba_blocks import (
 )
 from bilm_model.scalar_mix import LAYER_NORM_EPSILON, LayerMix
 
-_SHARED_BYTES = 64 * 1024
-"""Of memory that pooled results share: bounds what one that is kept keeps beside itself."""
 _MIN_PARALLEL = 2**20
 """Numbers that are read from which on all threads make results: OpenMP's threads spin afterwards, and would keep the
 cells' helper from its core."""
@@ -46,7 +44,6 @@ _LEAST_NORM = np.float32(1e-12)
 _EPSILON = np.float32(LAYER_NORM_EPSILON)
 _POOLINGS = {"none": 0, "mean": 1, "max": 2}
 _KINDS: dict[DataType, int] = {"float32": 0, "float16": 1, "bfloat16": 2}
-_NUMPY_TYPES: dict[DataType, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}
 _JOB = 10
 """Numbers that describe a sentence to the kernel."""
 _KEPT_WISHES = 64
@@ -263,17 +260,10 @@ def _wish(output: OutputSpec, n_layers: int) -> _Wish:
         ValueError: If a mix has another number of weights than there are layers.
     """
     selection = output.selection
-    first, count, weights, normed = 0, n_layers, None, False
-    if isinstance(selection.layers, LayerMix):
-        weights, normed = np.array(selection.layers.shares(), dtype=np.float32), selection.layers.layer_norm
-        if len(weights) != n_layers:  # the kernel would read beyond them
-            raise ValueError(f"a mix has {len(weights)} weights, expected one for each of {n_layers} layers")
-    elif selection.layers == "average":
-        weights = np.full(n_layers, 1 / n_layers, dtype=np.float32)
-    elif selection.layers == "top":
-        first = n_layers - 1
-    if weights is not None or selection.layers == "top":
-        count = 1
+    weights = shares_of(selection, n_layers)
+    normed = isinstance(selection.layers, LayerMix) and selection.layers.layer_norm
+    first = n_layers - 1 if selection.layers == "top" else 0
+    count = n_layers if selection.layers == "all" else 1
     flags = (int(normed), _POOLINGS[selection.pooling], int(selection.l2_normalize), _KINDS[output.data_type])
     return _Wish((first, count, 0 if weights is None else weights.ctypes.data, *flags), weights)
 
@@ -335,9 +325,9 @@ class FusedCollector:
     def _pooled(self, output: OutputSpec, n_sentences: int) -> Iterator[tuple[Vectors, int]]:
         """Yield memory for each pooled result, which share some, and its address."""
         shape = shape_of(0, self._n_layers, self._width, output)
-        dtype = np.dtype(_NUMPY_TYPES[output.data_type])
+        dtype = np.dtype(NUMPY_TYPES[output.data_type])
         n_bytes = dtype.itemsize * math.prod(shape)
-        n_rows = max(1, _SHARED_BYTES // n_bytes)
+        n_rows = max(1, SHARED_BYTES // n_bytes)
         for first in range(0, n_sentences, n_rows):
             results = np.empty((min(n_rows, n_sentences - first), *shape), dtype)
             address = results.ctypes.data
@@ -349,7 +339,7 @@ class FusedCollector:
         """Yield memory for each result that isn't pooled, its own, and its address."""
         for number in numbers:
             shape = shape_of(counts[number] - 2, self._n_layers, self._width, output)
-            vectors = np.empty(shape, _NUMPY_TYPES[output.data_type])
+            vectors = np.empty(shape, NUMPY_TYPES[output.data_type])
             yield vectors, vectors.ctypes.data
 
     def _run(self, steps: SentenceSteps, jobs: "array[int]") -> None:

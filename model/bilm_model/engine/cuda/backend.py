@@ -13,10 +13,10 @@ Legend: R rows, N steps of the round, P projection, C cells, K slices of the cel
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from bilm_model.bilm import Bilm
 from bilm_model.characters import CharacterIds
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.cuda.fastest import fastest_steps, triton_steps
+from bilm_model.engine.cuda.graphs import Captures, Graph, cuda_captures
 from bilm_model.engine.cuda.inputs import CachedInputs, FirstInputs, RoundInputs, multiply_inputs
 from bilm_model.engine.cuda.schedule import FIRST_INPUTS, LATER_INPUTS, Schedule
 from bilm_model.engine.cuda.steps import Steps, TorchSteps
@@ -64,13 +65,6 @@ def n_slices(n_rows: int, n_cells: int, n_components: int, n_multiprocessors: in
     while 2 * n * tiles <= n_multiprocessors and n_cells % (2 * n) == 0 and n_cells // (2 * n) >= _MIN_SLICE:
         n *= 2
     return n
-
-
-class Graph(Protocol):
-    """Some ticks of a layer, captured."""
-
-    def replay(self) -> None:
-        """Execute them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +119,7 @@ class CudaBackend:
         input_cache_bytes: int = 0,
         steps: Steps | None = None,
         block_rows: int | None = None,
+        captures: Captures | None = None,
     ) -> None:
         """Move the biLM to the memory's device and take its parameters.
 
@@ -136,6 +131,7 @@ class CudaBackend:
             input_cache_bytes: for layer 1's input projections; 0: none are kept.
             steps: the arithmetic; None: the fastest that works.
             block_rows: steps of a round at most; None: enough to hide the time that Python takes for it.
+            captures: how ticks become graphs; None: those of a GPU, and none on a CPU.
 
         Raises:
             ConfigError: if that isn't enough for one round.
@@ -154,6 +150,7 @@ class CudaBackend:
         self._first: FirstInputs = CachedInputs(first, input_cache_bytes) if input_cache_bytes else first
         with self._on_device():
             self._steps = steps or self._fastest_steps(bilm.product_dtype)
+        self._captures = captures or (cuda_captures if self._device.type == "cuda" else None)
         self.graphs: dict[tuple[int, int, int], Graph] = {}
 
     @property
@@ -175,28 +172,24 @@ class CudaBackend:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Capture all graphs: a capture takes milliseconds, and nothing else may run on the device meanwhile.
+        """Capture all graphs, and replay each of them once, which uploads it.
 
-        To be called while nothing is in flight. Without it everything works, slowly.
+        A capture takes milliseconds, and nothing else may run on the device meanwhile. To be called while nothing is in
+        flight. Without it everything works, slowly. After an error there are no graphs.
         """
-        if self._device.type != "cuda" or self.graphs:
+        if self._captures is None or self.graphs:
             return
         self._schedule.clear()
         graphs: dict[tuple[int, int, int], Graph] = {}
-        stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with self._captures(self._device) as capture:
             for bucket, layer in itertools.product(reversed(self._buckets), range(len(self._cells))):
                 self._schedule.clock.zero_()
                 self.tick(layer, bucket)  # compiles, and lets cuBLAS allocate, which a capture doesn't allow
                 for n_ticks in _GRAPH_TICKS:
-                    graph = torch.cuda.CUDAGraph()
-                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                    for _ in range(n_ticks):
-                        self.tick(layer, bucket)
-                    graph.capture_end()
-                    graphs[layer, bucket, n_ticks] = graph
-        stream.synchronize()
+                    graphs[layer, bucket, n_ticks] = capture(functools.partial(self._ticks, layer, bucket, n_ticks))
+            for graph in graphs.values():
+                self._schedule.clock.zero_()
+                graph.replay()
         self.graphs = graphs
 
     def encode(self, entries: Indices, ids: CharacterIds) -> None:
@@ -248,13 +241,16 @@ class CudaBackend:
 
     def _run_ticks(self, layer: int, bucket: int, n_ticks: int) -> None:
         if not self.graphs:
-            for _ in range(n_ticks):
-                self.tick(layer, bucket)
+            self._ticks(layer, bucket, n_ticks)
             return
         for of_graph in _GRAPH_TICKS:
             n_replays, n_ticks = divmod(n_ticks, of_graph)
             for _ in range(n_replays):
                 self.graphs[layer, bucket, of_graph].replay()
+
+    def _ticks(self, layer: int, bucket: int, n_ticks: int) -> None:
+        for _ in range(n_ticks):
+            self.tick(layer, bucket)
 
     def _fill_projections(self, cell: _CudaCell, n_steps: int) -> None:
         """A later layer's input projections: forward's steps, then backward's."""

@@ -8,10 +8,10 @@ Legend: R rows of the bucket, N steps of the round, T ticks.
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bilm_model.engine.planner import Indices, RoundPlan
+from bilm_model.engine.transfer import Pages, transfers_of
 
 PLACES, FIRST_INPUTS, LATER_INPUTS, FRESH = 0, 2, 4, 6
 """Columns of `Schedule.steps`: of the forward direction, the backward direction's is the next; `FRESH` is of both."""
@@ -42,7 +42,7 @@ class Schedule:
         self.begins = self._words[2 : self._slots_at]
         self.slots = self._words[self._slots_at : self._steps_at]
         self.steps = self._words[self._steps_at :][: N_COLUMNS * max_steps].view(max_steps, N_COLUMNS)
-        self._pages = [_Page(n_words, pinned=device.type == "cuda") for _ in range(2)]
+        self._pages = Pages(transfers_of(device), 2, 8 * n_words)
 
     def send(self, plan: RoundPlan, first_inputs: Indices, extra: Indices) -> Tensor:
         """Start the one transfer of a round.
@@ -64,9 +64,7 @@ class Schedule:
         n_steps, n_ticks, n_rows = plan.places.shape[1], len(plan.sizes), len(plan.slots)
         if n_steps > self._max_steps or n_ticks > self._max_ticks or n_rows > self._max_rows:
             raise ValueError(f"a round of {n_rows} rows, {n_ticks} ticks and {n_steps} steps is too large")
-        page = self._pages[0]
-        self._pages.reverse()
-        words = page.words()
+        words = self._pages.next(8 * len(self._words)).view(np.int64)
         words[:2] = 0
         words[2 : 3 + n_ticks] = np.cumsum((0, *plan.sizes))
         words[self._slots_at : self._slots_at + n_rows] = plan.slots
@@ -76,30 +74,9 @@ class Schedule:
         steps[:] = np.concatenate([plan.places, first_inputs, later_inputs, plan.fresh[None]]).T
         end = extra_at + len(extra)
         words[extra_at:end] = extra
-        page.send(self._words[:end])
+        self._pages.send(self._words[:end].view(torch.uint8))
         return self._words[extra_at:end]
 
     def clear(self) -> None:
         """No row runs at any tick, and all indices are good ones."""
         self._words.zero_()
-
-
-class _Page:
-    """Memory of the host that a device copies from."""
-
-    def __init__(self, n_words: int, *, pinned: bool) -> None:
-        self._host = torch.zeros(n_words, dtype=torch.int64, pin_memory=pinned)
-        # blocking: a thread that waits sleeps, instead of asking again and again
-        self._read = torch.cuda.Event(blocking=True) if pinned else None
-
-    def words(self) -> Indices:
-        """To be written to, once the device has read what was there."""
-        if self._read is not None:
-            self._read.synchronize()
-        words: NDArray[np.int64] = self._host.numpy()
-        return words
-
-    def send(self, target: Tensor) -> None:
-        target.copy_(self._host[: len(target)], non_blocking=True)
-        if self._read is not None:
-            self._read.record()
