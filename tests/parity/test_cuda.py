@@ -28,11 +28,16 @@ from bilm_model.engine.cuda.schedule import Schedule
 from bilm_model.engine.cuda.steps import Steps, TorchSteps
 from bilm_model.engine.host_ring import HostRing
 from bilm_model.engine.options import EngineOptions
+from bilm_model.engine.planner import SentenceSteps
+from bilm_model.engine.results import TorchCollector
 from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence
+from bilm_model.engine.state_transfer import StateTransfer
 from bilm_model.engine.transfer import CudaTransfers, Sender
+from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.errors import ConfigError
 from bilm_model.kernels.fallbacks import fallback_counts
 from bilm_model.kernels.product_paths import Precision
+from bilm_model.scalar_mix import LayerMix, Pooling, Selection
 from bilm_model.weights.loading import load
 from torch import Tensor
 
@@ -471,6 +476,37 @@ def test_gpu_a_round_waits_for_nothing(residual: Residual) -> None:
                 backend.run(plan, np.zeros_like(plan.places))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # that it is a prototype
+def test_gpu_results_and_states_wait_for_nothing() -> None:
+    engine = engine_of(SLICED, GPU)
+    memory, mix = engine.memory, LayerMix((0.1, 0.2, 0.3), 1.0, True)
+    selections = [
+        Selection(layers, pooling, True) for layers in ("all", "top", "average", mix) for pooling in get_args(Pooling)
+    ]
+    asked = [OutputSpec(each, data_type) for each in selections for data_type in get_args(DataType)]
+    numbers = np.arange(5 * len(asked))
+    steps = SentenceSteps(np.full(len(asked), 5), numbers, np.zeros_like(numbers))
+    collector, transfer = TorchCollector(memory), StateTransfer(GPU)
+    lanes = range(20)
+    states = [(memory.h[:, :, lane].cpu().numpy(), memory.c[:, :, lane].cpu().numpy() + lane) for lane in lanes]
+    memory.vectors.zero_()
+    memory.outputs.zero_()
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(4):
+            collected = collector.collect(steps, asked)
+            transfer.write(memory, lanes, states)
+            found = transfer.read(memory, lanes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(not vectors.any() for vectors in collected.vectors())
+    for (h, c), expected in zip(found.states(), states, strict=True):
+        assert np.array_equal(h, expected[0])
+        assert np.array_equal(c, expected[1])
 
 
 @pytest.mark.gpu

@@ -27,7 +27,11 @@ _ALIGNMENT = 16
 _PAGES = 3
 """Of a sender: it never waits for a round that the schedule hasn't waited for."""
 _FIRST_PAGE_BYTES = 64 * 1024
-_TORCH_TYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.float32): torch.float32}
+_TORCH_TYPES = {
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
+}
 
 
 class Event(Protocol):
@@ -170,7 +174,7 @@ class Sender:
         self._pages = Pages(transfers or transfers_of(device), _PAGES, _FIRST_PAGE_BYTES)
 
     def send(self, arrays: Sequence[NDArray[np.generic]]) -> list[Tensor]:
-        """Return arrays of int64 or float32 on the device."""
+        """Return arrays of int32, int64 or float32 on the device."""
         bounds = list(itertools.accumulate((aligned(array.nbytes) for array in arrays), initial=0))
         page = self._pages.next(bounds[-1])
         for begin, array in zip(bounds, arrays, strict=False):

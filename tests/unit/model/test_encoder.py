@@ -9,10 +9,12 @@ from bilm_model.bilm import Bilm, random_bilm
 from bilm_model.characters import bytes_ids
 from bilm_model.config import BilmConfig
 from bilm_model.engine.cpu.fused_elementwise import FusedElementwise
-from bilm_model.engine.encoder import WindowEncoder, groups
+from bilm_model.engine.encoder import Blocks, WindowEncoder, blocks_of, groups
 from bilm_model.kernels.elementwise import TorchElementwise
 from bilm_model.kernels.product_paths import cpu_path
 from bilm_model.kernels.products import PlainProduct
+
+from tests.support.slow_transfers import Counting
 
 CONFIG = BilmConfig(char_dim=4, filters=((1, 6), (3, 10), (7, 8)), projection_dim=12, cell_dim=40)
 CONFIGS = {
@@ -22,6 +24,7 @@ CONFIGS = {
     "tanh": replace(CONFIG, activation="tanh", n_highway=2),
 }
 MARKS = 2
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
 
 def words() -> list[bytes]:
@@ -48,7 +51,7 @@ def fused_encoder(bilm: Bilm) -> WindowEncoder:
     return WindowEncoder(bilm.encoder, bilm.config, cpu_path(dtype).new_product, FusedElementwise(dtype))
 
 
-@pytest.mark.parametrize("kind", ["fused", "torch"])
+@pytest.mark.parametrize("kind", ["fused", "torch", "as on a GPU"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_agrees_with_the_reference(config: BilmConfig, kind: str) -> None:
     bilm = noisy_bilm(config)
@@ -56,7 +59,8 @@ def test_agrees_with_the_reference(config: BilmConfig, kind: str) -> None:
     if kind == "fused":
         encoder = fused_encoder(bilm)
     else:
-        encoder = WindowEncoder(bilm.encoder, config, PlainProduct, TorchElementwise())
+        blocks = blocks_of(GPU if kind == "as on a GPU" else CPU, config.n_filters)
+        encoder = WindowEncoder(bilm.encoder, config, PlainProduct, TorchElementwise(), blocks)
     assert torch.allclose(encoder(IDS), expected, atol=1e-5)
 
 
@@ -80,7 +84,7 @@ def test_the_bits_do_not_depend_on_what_else_is_encoded(precision: str) -> None:
 @pytest.mark.parametrize("n_windows", [1, 64, 512])
 def test_groups_hold_all_tokens_and_little_else(n_tokens: int, n_windows: int) -> None:
     n_characters = np.sort(np.random.default_rng(n_tokens).integers(1, 49, n_tokens) + MARKS)[::-1]
-    found = list(groups(n_characters, n_windows))
+    found = list(groups(n_characters, Blocks(n_windows, 64, 512)))
     assert [i for group in found for i in range(group.start, group.stop)] == list(range(n_tokens))
     for group in found:
         each = n_characters[group]
@@ -89,4 +93,22 @@ def test_groups_hold_all_tokens_and_little_else(n_tokens: int, n_windows: int) -
 
 
 def test_tokens_of_one_length_are_one_group_of_a_full_product() -> None:
-    assert [len(range(g.start, g.stop)) for g in groups(np.full(150, 8), 512)] == [64, 64, 22]
+    assert [len(range(g.start, g.stop)) for g in groups(np.full(150, 8), blocks_of(CPU, 2048))] == [64, 64, 22]
+
+
+def test_blocks_on_a_gpu_are_bounded_by_memory() -> None:
+    assert blocks_of(GPU, 2048) == (32_768, 16_384, 16_384)
+    assert blocks_of(GPU, 10**9).windows == 2 * 50
+
+
+def test_on_a_gpu_words_of_all_lengths_are_few_operators() -> None:
+    """As many for a word of each length as for all of them eight times."""
+    bilm = noisy_bilm(CONFIG)
+    encoder = WindowEncoder(bilm.encoder, CONFIG, PlainProduct, TorchElementwise(), blocks_of(GPU, CONFIG.n_filters))
+    counted = []
+    for ids in (IDS, np.repeat(IDS, 8, axis=0)):
+        with Counting() as counting:
+            encoder(ids)
+        counted.append(counting.operators)
+    assert counted[0] == counted[1]
+    assert counted[0]["aten.index_select.default"] == 1  # one group
