@@ -11,7 +11,7 @@ Legend: L layers with the token layer, N steps of all sentences, n sentences, D 
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -74,6 +74,19 @@ def shape_of(n_tokens: int, n_layers: int, width: int, output: OutputSpec) -> tu
     """Return the shape of a sentence's vectors: [L] [T] D."""
     layers = (n_layers,) if output.selection.layers == "all" else ()
     return (*layers, width) if output.pooled else (*layers, n_tokens, width)
+
+
+def grouped(outputs: Sequence[OutputSpec]) -> Iterable[tuple[OutputSpec, Sequence[int]]]:
+    """Return each different output, with the numbers of its sentences."""
+    if outputs.count(outputs[0]) == len(outputs):
+        return [(outputs[0], range(len(outputs)))]
+    groups: dict[OutputSpec, list[int]] = {}
+    last, numbers = None, list[int]()
+    for number, output in enumerate(outputs):
+        if output is not last:  # the sentences of a call share theirs
+            last, numbers = output, groups.setdefault(output, [])
+        numbers.append(number)
+    return groups.items()
 
 
 def shares_of(selection: Selection, n_layers: int) -> NDArray[np.float32] | None:
@@ -208,26 +221,25 @@ class _Group:
 
 
 def _indices(
-    kind: _Kind, counts: NDArray[np.int64], begins: NDArray[np.int64], shares: Sequence[NDArray[np.float32] | None]
+    kind: _Kind, steps: SentenceSteps, counts: NDArray[np.int64], begins: NDArray[np.int64]
 ) -> dict[str, NDArray[np.generic]]:
     """Return what operators read of sentences of one kind.
 
     Args:
         kind: Of them.
+        steps: Of all sentences.
         counts: (n,) steps of each, boundaries included.
         begins: (n,) the first of them.
-        shares: (L,) of each, where layers are mixed.
     """
     if not kind.normed:  # only then are the boundaries read
         begins, counts = begins + 1, counts - 2
     ends = np.cumsum(counts)
     of_sentence = np.repeat(np.arange(len(counts)), counts)
     # The steps of these sentences alone, one sentence after another
-    found: dict[str, NDArray[np.generic]] = {
-        "at": np.arange(len(of_sentence)) + (begins - (ends - counts))[of_sentence]
-    }
+    at = np.arange(len(of_sentence)) + (begins - (ends - counts))[of_sentence]
+    found: dict[str, NDArray[np.generic]] = {"places": steps.places[at], "entries": steps.entries[at]}
     if kind.layers == "mix":
-        found["of_sentence"], found["shares"] = of_sentence, np.stack([each for each in shares if each is not None], 1)
+        found["of_sentence"] = of_sentence
     if kind.normed:
         inner = np.ones(len(of_sentence), dtype=bool)
         inner[ends - 1] = inner[ends - counts] = False
@@ -285,18 +297,20 @@ class TorchCollector:
 
     def _groups(self, steps: SentenceSteps, outputs: Sequence[OutputSpec]) -> list[_Group]:
         """Return the sentences by kind; all that is found out on the host."""
-        numbers: dict[_Kind, list[int]] = {}
         n_layers, width = self._reader.n_layers, self._reader.width
-        found = [_kind_of(output, n_layers) for output in outputs]
-        for number, (kind, _) in enumerate(found):
-            numbers.setdefault(kind, []).append(number)
+        kinds: dict[_Kind, list[tuple[Sequence[int], NDArray[np.float32] | None]]] = {}
+        for output, numbers in grouped(outputs):
+            kind, shares = _kind_of(output, n_layers)
+            kinds.setdefault(kind, []).append((numbers, shares))
         begins = np.cumsum(steps.counts) - steps.counts
         groups: list[_Group] = []
-        for kind, its in numbers.items():
+        for kind, parts in kinds.items():
+            its = [number for numbers, _ in parts for number in numbers]
             counts = steps.counts[its]
-            arrays = _indices(kind, counts, begins[its], [found[number][1] for number in its])
-            at = arrays.pop("at")
-            arrays = {"places": steps.places[at], "entries": steps.entries[at], **arrays}
+            arrays = _indices(kind, steps, counts, begins[its])
+            if kind.layers == "mix":
+                each = np.stack([shares for _, shares in parts if shares is not None], axis=1)
+                arrays["shares"] = np.repeat(each, [len(numbers) for numbers, _ in parts], axis=1)
             n_kept = n_layers if kind.layers == "all" else 1
             n_tokens = int(counts.sum()) - 2 * len(its)
             shape = (n_kept, n_tokens, width) if kind.pooling == "none" else (len(its), n_kept, width)

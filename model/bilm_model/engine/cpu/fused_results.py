@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.planner import SentenceSteps
-from bilm_model.engine.results import NUMPY_TYPES, SHARED_BYTES, Vectors, shape_of, shares_of
+from bilm_model.engine.results import NUMPY_TYPES, SHARED_BYTES, Vectors, grouped, shape_of, shares_of
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.kernels.numba_blocks import (
     Kernel,
@@ -313,7 +313,7 @@ class FusedCollector:
         found: list[Vectors] = [_NONE] * len(counts)
         wishes: list[_Wish] = []
         firsts = list(itertools.accumulate(counts, initial=0))
-        for output, numbers in _groups(outputs):
+        for output, numbers in grouped(outputs):
             wish = _wish(output, self._n_layers)
             wishes.append(wish)  # the kernel reads what it holds
             memory = self._pooled(output, len(numbers)) if output.pooled else self._whole(output, numbers, counts)
@@ -359,16 +359,3 @@ class FusedCollector:
 
 
 _NONE = np.empty(0, dtype=np.float32)
-
-
-def _groups(outputs: Sequence[OutputSpec]) -> Iterable[tuple[OutputSpec, Sequence[int]]]:
-    """Return each different output, with the numbers of its sentences."""
-    if outputs.count(outputs[0]) == len(outputs):
-        return [(outputs[0], range(len(outputs)))]
-    groups: dict[OutputSpec, list[int]] = {}
-    last, numbers = None, list[int]()
-    for number, output in enumerate(outputs):
-        if output is not last:  # the sentences of a call share theirs
-            last, numbers = output, groups.setdefault(output, [])
-        numbers.append(number)
-    return groups.items()
