@@ -91,6 +91,7 @@ async def measure(settings: BenchSettings, sentences: Sequence[Sentence], on_ste
     credentials, token = settings.credentials()
     connection = client_settings(
         settings.target,
+        balance=settings.balance,
         timeout_s=settings.timeout_s,
         retry=DEFAULT_RETRY if settings.retry else ONE_ATTEMPT,
         credentials=credentials,

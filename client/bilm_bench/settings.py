@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 import grpc
 from bilm_api.constants import NO_LOG_KEY
+from bilm_client._core.balancing import as_target
 from bilm_client.cli.settings_sources import credentials_from_files, load_command_settings
+from bilm_client.policy import Balance
 from bilm_system.files import check_readable, check_writable, is_special
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict
@@ -33,7 +35,12 @@ class BenchSettings(BaseSettings):
     )
 
     config: Path | None = Field(None, description="TOML file with any of these choices, named as the flags with _")
-    target: str = Field("127.0.0.1:50051", min_length=1, description="HOST:PORT or unix:PATH of the server")
+    target: str = Field(
+        "127.0.0.1:50051",
+        min_length=1,
+        description="HOST:PORT or unix:PATH of the server, or IP:PORT,IP:PORT,… of several",
+    )
+    balance: Balance = Field("first", description="of several addresses: which server gets a call")
 
     text: Path = Field(description="UTF-8 text whose sentences are sent; a sentence a line, or see --running")
     running: bool = Field(False, description="the lines are paragraphs: cut them into sentences, skip headings (= … =)")
@@ -87,6 +94,11 @@ class BenchSettings(BaseSettings):
 
     # Of single fields, also where two are meant: a validator of the whole runs only once every field is good, and then
     # a bad value would hide what it has to say.
+    @field_validator("target")
+    @classmethod
+    def _check_target(cls, value: str) -> str:
+        return as_target(value)
+
     @field_validator("ramp")
     @classmethod
     def _check_ramp(cls, value: str, info: ValidationInfo) -> str:
@@ -193,6 +205,7 @@ class BenchSettings(BaseSettings):
             UsageError: A file can't be used.
         """
         return credentials_from_files(
+            self.target,
             tls=self.tls,
             ca_file=self.ca_file,
             cert_file=self.cert_file,

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from bilm_client.aio import AsyncClient
     from bilm_client.client import Client
     from bilm_client.errors import BilmError, ClientClosedError, SentenceError, ServiceError
-    from bilm_client.policy import Keepalive, RetryPolicy
+    from bilm_client.policy import Balance, Keepalive, RetryPolicy
     from bilm_client.results import Embedding, HealthStatus, Limits, ModelInfo
 
 __all__ = [
     "AsyncClient",
+    "Balance",
     "BilmError",
     "Client",
     "ClientClosedError",
@@ -46,7 +47,7 @@ _HOMES = {
     "aio": ("AsyncClient",),
     "client": ("Client",),
     "errors": ("BilmError", "ClientClosedError", "SentenceError", "ServiceError"),
-    "policy": ("Keepalive", "RetryPolicy"),
+    "policy": ("Balance", "Keepalive", "RetryPolicy"),
     "results": ("Embedding", "HealthStatus", "Limits", "ModelInfo"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

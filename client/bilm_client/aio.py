@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, Unpack, overload
 import grpc
 from bilm_api.v1 import embed_pb2 as pb
 
+from bilm_client._core.balancing import as_target
 from bilm_client._core.inputs import Input, Sentence
 from bilm_client._core.job import EmbedJob, Outcome, at_index, embed_job
 from bilm_client._core.keywords import (
@@ -26,7 +27,7 @@ from bilm_client._transport.coalescing_async import AsyncCoalescing
 from bilm_client._transport.grpc_async import GrpcAsyncTransport
 from bilm_client._transport.stream_async import AsyncStream
 from bilm_client.errors import ModelVersionError, SentenceError, ServiceError
-from bilm_client.policy import DEFAULT_KEEPALIVE, DEFAULT_RETRY, Keepalive, RetryPolicy
+from bilm_client.policy import DEFAULT_KEEPALIVE, DEFAULT_RETRY, Balance, Keepalive, RetryPolicy
 from bilm_client.results import Embedding, HealthStatus, ModelInfo
 
 
@@ -242,8 +243,9 @@ class AsyncClient(AsyncTransportClient):
 
     def __init__(
         self,
-        target: str,
+        target: str | Sequence[str],
         *,
+        balance: Balance = "first",
         model: str = "",
         expected_model_version: str = "",
         timeout_s: float = 60.0,
@@ -257,7 +259,8 @@ class AsyncClient(AsyncTransportClient):
         coalesce_ms: float | None = None,
     ) -> None:
         settings = Settings(
-            target=target,
+            target=as_target(target),
+            balance=balance,
             model=model,
             expected_model_version=expected_model_version,
             timeout_s=timeout_s,

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, Unpack, overload
 import grpc
 from bilm_api.v1 import embed_pb2 as pb
 
+from bilm_client._core.balancing import as_target
 from bilm_client._core.inputs import Input, Sentence
 from bilm_client._core.job import EmbedJob, Outcome, at_index, embed_job
 from bilm_client._core.keywords import (
@@ -26,7 +27,7 @@ from bilm_client._transport.coalescing_sync import SyncCoalescing
 from bilm_client._transport.grpc_sync import GrpcSyncTransport
 from bilm_client._transport.stream_sync import SyncStream
 from bilm_client.errors import ModelVersionError, SentenceError, ServiceError
-from bilm_client.policy import DEFAULT_KEEPALIVE, DEFAULT_RETRY, Keepalive, RetryPolicy
+from bilm_client.policy import DEFAULT_KEEPALIVE, DEFAULT_RETRY, Balance, Keepalive, RetryPolicy
 from bilm_client.results import Embedding, HealthStatus, ModelInfo
 
 
@@ -311,7 +312,11 @@ class Client(TransportClient):
     before the fork. A client pickles as its arguments, the token among them.
 
     Args:
-        target: The server's address: "host:port", "dns:///name:port", "unix:/path" and what else gRPC knows.
+        target: The server's address: "host:port", "dns:///name:port", "unix:/path" and what else gRPC knows. Or the
+            addresses of several servers, IP:PORT each, as a sequence or separated by commas.
+        balance: How calls are spread over several addresses, given or found by DNS: all to the "first" that accepts a
+            connection, in turns ("round_robin"), or in turns by the servers' load reports ("weighted"). The latter two
+            leave out servers whose health isn't SERVING. See "Several servers" in docs/client.md.
         model: Name of the model; "": the server's only one.
         expected_model_version: Version that the caller relies on; another one raises ModelVersionError. "": any.
         timeout_s: Seconds that a call may take, where the call itself names none; `math.inf`: no deadline.
@@ -320,7 +325,8 @@ class Client(TransportClient):
         credentials: TLS credentials; None: plaintext.
         token: Bearer token, sent as `authorization` metadata; over plaintext anyone on the way can read it.
         metadata: Further metadata of every call.
-        channel_options: Further gRPC channel arguments; they replace the client's own.
+        channel_options: Further gRPC channel arguments; they replace the client's own. A `grpc.service_config` replaces
+            the fields that it has.
         proxy: Whether the proxy that `http_proxy` and its siblings name is used, as gRPC does. A Unix socket or a
             loopback address is always reached without one.
         coalesce_ms: Longest wait of a call of `embed` for others to share a request with, in milliseconds; None or 0:
@@ -333,8 +339,9 @@ class Client(TransportClient):
 
     def __init__(
         self,
-        target: str,
+        target: str | Sequence[str],
         *,
+        balance: Balance = "first",
         model: str = "",
         expected_model_version: str = "",
         timeout_s: float = 60.0,
@@ -348,7 +355,8 @@ class Client(TransportClient):
         coalesce_ms: float | None = None,
     ) -> None:
         settings = Settings(
-            target=target,
+            target=as_target(target),
+            balance=balance,
             model=model,
             expected_model_version=expected_model_version,
             timeout_s=timeout_s,

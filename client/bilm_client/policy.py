@@ -1,12 +1,16 @@
-"""Value objects of how a client behaves towards the network: retry and keepalive."""
+"""How a client behaves towards the network: retry, keepalive and balancing."""
 
 import json
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import grpc
 
 from bilm_client.errors import ServiceError
+
+Balance = Literal["first", "round_robin", "weighted"]
+"""How a client spreads calls over several servers."""
 
 SERVICE_NAME = "bilm_api.v1.EmbedService"
 # EmbedStream is missing on purpose: the client resumes streams by itself, and two layers that retry multiply.

@@ -27,6 +27,8 @@ NEVER_RETRY: Final = -1
 """Pushback of a call that no retry can help."""
 STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
 """Trailing metadata with the `google.rpc.Status` of a refused call."""
+LOAD_REPORT_KEY: Final = "endpoint-load-metrics-bin"
+"""Trailing metadata with an `xds.data.orca.v3.OrcaLoadReport`: the load of the server that took the call."""
 
 
 class Reason(StrEnum):

@@ -7,6 +7,7 @@ that is needed to listen.
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Callable
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from bilm_server.embedding.admission import Admission, StreamAdmission
 from bilm_server.embedding.call_gate import CallGate
 from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.embedding.conversions import Conversions
+from bilm_server.inference.load import LoadMeter
 from bilm_server.lifecycle import DrainTimes, Listener, LoadedParts, Server
 from bilm_server.observability.access_log import AccessLog
 from bilm_server.observability.call_record import CallObserver
@@ -40,6 +42,7 @@ from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.grpc.interceptors import CallInterceptor, OpenCalls, OpenInterceptor
 from bilm_server.protocols.grpc.late_service import LateService
 from bilm_server.protocols.grpc.listening import address, channel_options, credentials
+from bilm_server.protocols.grpc.load_report import Trailer, load_trailer
 from bilm_server.protocols.ops.metrics_endpoint import MetricsExporter
 from bilm_server.protocols.ops.readiness_port import ReadinessPort
 from bilm_server.security.auth import Authenticator
@@ -99,6 +102,7 @@ class _App:
         self._service = LateService(SERVICE_NAME, _SERVICE.methods_by_name)
         self._engines: tuple[EngineView, ...] = ()
         self._gpu: Gpu | None = None
+        self._load_meter = LoadMeter() if config.load_reports else None
 
     @cached_property
     def server(self) -> Server:
@@ -133,6 +137,7 @@ class _App:
             self._metrics,
             self._health.set,
             self._service,
+            self._load_meter,
         )
         parts = build_parts(self._config, model, shared)
         self._engines, self._gpu = (engine_view(parts),), model_gpu(model)
@@ -184,9 +189,14 @@ class _App:
 
     def _new_grpc_server(self) -> grpc.aio.Server:
         open_services = {HEALTH_NAME, _REFLECTION_NAME} if self._config.reflection else {HEALTH_NAME}
-        interceptor = CallInterceptor(SERVICE_NAME, self._gate, open_services, self._open_calls)
+        interceptor = CallInterceptor(SERVICE_NAME, self._gate, open_services, self._open_calls, self._trailer)
         options = channel_options(self._config, self._max_connections())
         return grpc.aio.server(interceptors=[interceptor], options=options)
+
+    @property
+    def _trailer(self) -> Callable[[], Trailer] | None:
+        meter = self._load_meter
+        return None if meter is None else lambda: load_trailer(meter.load(time.monotonic()))
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         server.add_generic_rpc_handlers((self._service,))

@@ -123,6 +123,9 @@ class ServerConfig(BaseSettings):
     max_connection_age_s: float = Field(
         300.0, gt=0, description="seconds after which a connection is asked to be opened anew, so that load spreads"
     )
+    load_reports: bool = Field(
+        False, description="report tokens/s and utilisation in the trailer of each call, for weighted balancing"
+    )
     stream_stall_s: float = Field(
         20.0, gt=0, description="seconds that a stream waits for its caller to read a result; then it is ended"
     )

@@ -1,5 +1,6 @@
 """The parts of a server that need its model: imported, which loads torch, and built behind the open port."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -16,6 +17,8 @@ from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.embedding.conversions import Conversions
 from bilm_server.embedding.embedder import Embedder
 from bilm_server.embedding.preprocessing import RequestLimits
+from bilm_server.inference.load import LoadMeter
+from bilm_server.inference.types import RoundReport
 from bilm_server.inference.watchdog import Watchdog
 from bilm_server.inference.worker import InferenceWorker
 from bilm_server.lifecycle import LoadedParts
@@ -39,6 +42,7 @@ class SharedParts:
         metrics: count rounds.
         set_health: takes whether the engine works.
         service: where calls come in.
+        load: measures how much the engine works; None: nothing asks.
     """
 
     conversions: Conversions
@@ -48,11 +52,12 @@ class SharedParts:
     metrics: Metrics
     set_health: Callable[[bool], None]
     service: LateService
+    load: LoadMeter | None
 
 
 def build_parts(config: ServerConfig, model: ServedModel, shared: SharedParts) -> LoadedParts:
     """Return what serves a model; nothing of it has started."""
-    worker = InferenceWorker(model.engine, lambda report: shared.metrics.round(model.name, report.rows, report.failed))
+    worker = InferenceWorker(model.engine, _round_observer(model, shared))
     embedder = Embedder(
         model=model,
         worker=worker,
@@ -70,6 +75,17 @@ def build_parts(config: ServerConfig, model: ServedModel, shared: SharedParts) -
         open=lambda: embed_pb2_grpc.add_EmbedServiceServicer_to_server(service, calls),
         later=tokenizer.load if isinstance(tokenizer, DeferredTokenizer) else lambda: None,
     )
+
+
+def _round_observer(model: ServedModel, shared: SharedParts) -> Callable[[RoundReport], None]:
+    metrics, load, max_rows = shared.metrics, shared.load, model.engine.capacity.rows
+
+    def observe(report: RoundReport) -> None:
+        metrics.round(model.name, report.rows, report.failed)
+        if load is not None:
+            load.add(report, max_rows, time.monotonic())
+
+    return observe
 
 
 def engine_view(parts: LoadedParts) -> EngineView:

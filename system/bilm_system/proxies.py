@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 _UNIX_SCHEMES = frozenset({"unix", "unix-abstract"})
 _NAMING_SCHEMES = frozenset({"dns", "ipv4", "ipv6"})
+_LISTING_SCHEMES = frozenset({"ipv4", "ipv6"})
 
 ChannelOption = tuple[str, str | int]
 
@@ -25,10 +26,10 @@ def channel_options(target: str, *, proxy: bool = True) -> Sequence[ChannelOptio
     """Return the channel arguments that keep a channel from a proxy; none where one may be used.
 
     Args:
-        target: Address as gRPC takes it.
+        target: Address as gRPC takes it. A list of addresses has no proxy: gRPC would ask it for the list as a whole.
         proxy: Whether the environment's proxy may be used where the address isn't on this machine.
     """
-    return () if proxy and not is_local_target(target) else WITHOUT_PROXY
+    return () if proxy and not (is_local_target(target) or lists_addresses(target)) else WITHOUT_PROXY
 
 
 def is_local_target(target: str) -> bool:
@@ -42,6 +43,12 @@ def is_local_target(target: str) -> bool:
     if rest.startswith("//"):
         rest = rest[2:].partition("/")[2]  # what stands before it is the authority: the name server to ask
     return any(is_local_host(_host(address)) for address in unquote(rest).split(","))
+
+
+def lists_addresses(target: str) -> bool:
+    """Return whether a gRPC target lists several addresses; a name isn't looked up."""
+    scheme, _, addresses = target.partition(":")
+    return scheme.lower() in _LISTING_SCHEMES and "," in unquote(addresses)
 
 
 def is_local_url(url: str) -> bool:

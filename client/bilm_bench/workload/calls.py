@@ -17,7 +17,7 @@ from bilm_client._core.inputs import Sentence, parse_sentence
 from bilm_client._core.settings import Settings
 from bilm_client._transport.channels import async_channel
 from bilm_client.errors import MalformedResponseError, ServiceError, sentence_error, service_error
-from bilm_client.policy import SERVICE_NAME, RetryPolicy
+from bilm_client.policy import SERVICE_NAME, Balance, RetryPolicy
 from bilm_client.results import ModelInfo
 from google.protobuf.message import DecodeError
 
@@ -100,6 +100,7 @@ def make_requests(sentences: Sequence[Sentence], per_call: int, options: pb.Embe
 def client_settings(
     target: str,
     *,
+    balance: Balance = "first",
     timeout_s: float,
     retry: RetryPolicy,
     credentials: grpc.ChannelCredentials | None,
@@ -110,6 +111,7 @@ def client_settings(
     """Return settings by which each channel has a connection of its own; otherwise the client's."""
     return Settings(
         target=target,
+        balance=balance,
         timeout_s=timeout_s,
         retry=retry,
         credentials=credentials,

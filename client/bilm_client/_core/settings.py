@@ -9,14 +9,16 @@ from typing import Any, Self
 import grpc
 from bilm_api.constants import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
 
+from bilm_client._core.balancing import check_balance, check_server_name, service_config
 from bilm_client.errors import DeadlineError, ServiceError
-from bilm_client.policy import DEFAULT_KEEPALIVE, DEFAULT_RETRY, Keepalive, RetryPolicy
+from bilm_client.policy import DEFAULT_KEEPALIVE, DEFAULT_RETRY, Balance, Keepalive, RetryPolicy
 
 _MIB = 1024 * 1024
 # The slack keeps a server that counts a little differently from costing a call.
 _MAX_RECEIVE_BYTES = MAX_RESPONSE_BYTES + _MIB
 # By gRPC's default of two minutes a client keeps failing long after its server is back.
 _MAX_RECONNECT_BACKOFF_MS = 5_000
+_SERVICE_CONFIG = "grpc.service_config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class Settings:
     """The arguments of a client, checked; see `Client` for what they mean."""
 
     target: str
+    balance: Balance = "first"
     model: str = ""
     expected_model_version: str = ""
     timeout_s: float = 60.0
@@ -121,6 +124,10 @@ class Settings:
                 raise TypeError(f"{name} must be a str, got {type(getattr(self, name)).__name__}")
         if not self.target:
             raise ValueError("target must be an address such as 'localhost:50051', got ''")
+        check_balance(self.balance)
+        if self.credentials is not None:
+            check_server_name(self.target, self.channel_options)
+        self._service_config()
         check_timeout_s(self.timeout_s)
         _check_coalesce_ms(self.coalesce_ms)
         if not isinstance(self.proxy, bool):
@@ -166,7 +173,7 @@ class Settings:
             )
 
     def channel_arguments(self) -> list[tuple[str, Any]]:
-        """Return the arguments of the channel; `channel_options` replace the others."""
+        """Return the arguments of the channel; `channel_options` replace the others, a service config its fields."""
         arguments = {
             "grpc.max_receive_message_length": _MAX_RECEIVE_BYTES,
             "grpc.max_send_message_length": MAX_REQUEST_BYTES,
@@ -178,10 +185,12 @@ class Settings:
             "grpc.max_reconnect_backoff_ms": _MAX_RECONNECT_BACKOFF_MS,
             "grpc.enable_retries": 1,
             "grpc.per_rpc_retry_buffer_size": MAX_REQUEST_BYTES + _MIB,  # default 256 KiB: larger calls aren't retried
-            "grpc.service_config": self.retry.service_config(),
             "grpc.service_config_disable_resolution": 1,
         }
-        return list({**arguments, **dict(self.channel_options)}.items())
+        return list({**arguments, **dict(self.channel_options), _SERVICE_CONFIG: self._service_config()}.items())
+
+    def _service_config(self) -> str:
+        return service_config(self.retry, self.balance, dict(self.channel_options).get(_SERVICE_CONFIG))
 
 
 def _check_coalesce_ms(coalesce_ms: float | None) -> None:

@@ -79,6 +79,7 @@ def _client(
 ) -> AsyncClient:
     return AsyncClient(
         settings.target,
+        balance=settings.balance,
         expected_model_version=model_version,
         timeout_s=settings.timeout_s,
         credentials=credentials,

@@ -8,7 +8,9 @@ from bilm_system.files import check_writable, same_file
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
+from bilm_client._core.balancing import as_target
 from bilm_client.cli.settings_sources import credentials_from_files, load_command_settings
+from bilm_client.policy import Balance
 
 
 class RunSettings(BaseSettings):
@@ -29,7 +31,12 @@ class RunSettings(BaseSettings):
     output: CliPositionalArg[Path] = Field(description="ends in .hdf5 or .h5 (layout of `allennlp elmo`) or .npz")
 
     config: Path | None = Field(None, description="TOML file with any of these choices, named as the flags with _")
-    target: str = Field("127.0.0.1:50051", min_length=1, description="HOST:PORT or unix:PATH of the server")
+    target: str = Field(
+        "127.0.0.1:50051",
+        min_length=1,
+        description="HOST:PORT or unix:PATH of the server, or IP:PORT,IP:PORT,… of several",
+    )
+    balance: Balance = Field("first", description="of several addresses: which server gets a call")
     tls: bool = Field(False, description="connect by TLS; a file of certificates or a key implies it")
     ca_file: Path | None = Field(None, description="PEM file of certificates to trust; by default those of gRPC")
     cert_file: Path | None = Field(None, description="PEM file of the own certificate, for mutual TLS")
@@ -58,6 +65,11 @@ class RunSettings(BaseSettings):
 
     # Of single fields, also where two are meant: a validator of the whole runs only once every field is good, and then
     # a bad value would hide what it has to say.
+    @field_validator("target")
+    @classmethod
+    def _check_target(cls, value: str) -> str:
+        return as_target(value)
+
     @field_validator("output")
     @classmethod
     def _check_output(cls, value: Path, info: ValidationInfo) -> Path:
@@ -92,6 +104,7 @@ class RunSettings(BaseSettings):
             UsageError: A file can't be used.
         """
         return credentials_from_files(
+            self.target,
             tls=self.tls,
             ca_file=self.ca_file,
             cert_file=self.cert_file,

@@ -11,6 +11,7 @@ from bilm_system.files import read_text, reason
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsError
 
+from bilm_client._core.balancing import check_server_name
 from bilm_client.cli.credentials import CredentialsError, channel_credentials, read_token
 
 S = TypeVar("S", bound=BaseSettings)
@@ -57,17 +58,25 @@ def load_command_settings(cls: type[S], argv: list[str]) -> S:
 
 
 def credentials_from_files(
-    *, tls: bool, ca_file: Path | None, cert_file: Path | None, key_file: Path | None, token_file: Path | None
+    target: str,
+    *,
+    tls: bool,
+    ca_file: Path | None,
+    cert_file: Path | None,
+    key_file: Path | None,
+    token_file: Path | None,
 ) -> tuple[grpc.ChannelCredentials | None, str | None]:
-    """Return credentials (None: plaintext) and token (None: none) from the files that were named.
+    """Return credentials (None: plaintext) and token (None: none) for a target, from the files that were named.
 
     Raises:
-        UsageError: A file can't be used.
+        UsageError: A file can't be used, or no certificate can be held against the target.
     """
     try:
         channel = channel_credentials(tls=tls, ca_file=ca_file, cert_file=cert_file, key_file=key_file)
+        if channel is not None:
+            check_server_name(target)
         return channel, read_token(token_file)
-    except CredentialsError as error:
+    except (CredentialsError, ValueError) as error:
         raise UsageError(str(error)) from error
 
 

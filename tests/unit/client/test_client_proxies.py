@@ -10,7 +10,7 @@ import pytest
 from bilm_bench.resources import Resources, of_page
 from bilm_client import AsyncClient, Client, RetryPolicy, ServiceError
 from bilm_client.cli import health_check
-from bilm_system.proxies import is_local_target, is_local_url
+from bilm_system.proxies import WITHOUT_PROXY, channel_options, is_local_target, is_local_url, lists_addresses
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
 if TYPE_CHECKING:
@@ -130,6 +130,15 @@ def test_other_addresses_go_by_the_proxy_unless_they_must_not(proxy: Proxy) -> N
         with Client("nowhere.invalid:1", **arguments) as client, pytest.raises(ServiceError):
             client.embed("a")
         assert proxy.asked.is_set() == (not options)
+
+
+def test_a_list_of_addresses_goes_by_no_proxy() -> None:
+    """gRPC would ask the proxy for the list as one host."""
+    for target in ("ipv4:192.0.2.1:1,192.0.2.2:1", "ipv6:[2001:db8::1]:1%2C[2001:db8::2]:1"):
+        assert lists_addresses(target)
+        assert channel_options(target) == WITHOUT_PROXY
+    for target in (*ELSEWHERE, "dns:///a,b:1"):
+        assert not lists_addresses(target)
 
 
 def test_bilm_health_uses_none_where_it_is_told_so(proxy: Proxy) -> None:

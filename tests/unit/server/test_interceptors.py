@@ -144,6 +144,20 @@ async def guarded(ends: Ends) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
 
 
+async def test_a_call_that_succeeds_has_the_trailer_and_no_other(ends: Ends) -> None:
+    interceptor = CallInterceptor(OWN, gate(ends), {OPEN}, trailer=lambda: (("x-load", "7"),))
+    async with serving(interceptor) as channel:
+        for kind in KINDS:
+            method: Callable[..., Any] = getattr(channel, kind)(f"/{OWN}/{kind}")
+            call = method(iter([b"x"]) if kind.startswith("stream") else b"x", metadata=AUTHORIZED, timeout=20)
+            _ = await call if kind.endswith("unary") else [response async for response in call]
+            assert ("x-load", "7") in tuple(await call.trailing_metadata())
+        for path, metadata in ((f"/{OWN}/unary_unary", None), (f"/{OWN}/Fails", AUTHORIZED)):
+            refused = await called(channel, path, metadata=metadata)
+            assert isinstance(refused, grpc.aio.AioRpcError)
+            assert "x-load" not in dict(refused.trailing_metadata())
+
+
 @pytest.fixture
 async def health_port() -> AsyncIterator[grpc.aio.Channel]:
     async with serving(OpenInterceptor({HEALTH})) as channel:

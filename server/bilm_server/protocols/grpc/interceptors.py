@@ -17,6 +17,7 @@ from bilm_server.errors import CallerGoneError, Code, RefusalError, internal_err
 from bilm_server.observability.call_record import UNKNOWN_METHOD, CallRecord, caller_request_id
 from bilm_server.protocols.grpc.handlers import Behavior, from_bytes, method_handler, passing_bytes
 from bilm_server.protocols.grpc.late_service import LOADING
+from bilm_server.protocols.grpc.load_report import Trailer
 from bilm_server.protocols.grpc.status import STATUS_CODES, trailing_metadata
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         gate: CallGate,
         open_services: Collection[str] = (),
         open_calls: OpenCalls | None = None,
+        trailer: Callable[[], Trailer] | None = None,
     ) -> None:
         """Keep what calls pass through.
 
@@ -101,8 +103,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             gate: comes before a byte of the request is looked at.
             open_services: full names of those that don't pass the gate.
             open_calls: where the calls of those that run are found; None: nowhere.
+            trailer: trailing metadata of each call that succeeds; None: there is none.
         """
-        self._service, self._gate = service, gate
+        self._service, self._gate, self._trailer = service, gate, trailer
         self._open_services = frozenset(open_services)
         self._open = OpenInterceptor(open_services, open_calls)
         self._handlers: dict[str, Handler] = {}
@@ -142,7 +145,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             context.add_done_callback(lambda _: call.held.close())  # type: ignore[arg-type] # the stub has no protocol
             try:
                 with self._gate.call(call, context.auth_context(), keeps_held=True):
-                    return await _run(call, behavior(requests, context), context)
+                    response = await _run(call, behavior(requests, context), context)
+                    if self._trailer is not None:
+                        context.set_trailing_metadata(self._trailer())
+                    return response
             except RefusalError as refusal:
                 await _send_status(context, refusal, call.request_id)
 
