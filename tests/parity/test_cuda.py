@@ -180,9 +180,10 @@ def test_agrees_with_the_reference(config: BilmConfig, block_rows: int | None) -
     assert worst_error(engine, config, random_sentences(30, config)) < TOLERANCE
 
 
+@pytest.mark.parametrize("fused", ["off", "on"])
 @pytest.mark.parametrize("config", [*CONFIGS.values(), SLICED], ids=[*CONFIGS.keys(), "sliced"])
-def test_the_kernels_agree_with_the_reference(config: BilmConfig) -> None:
-    engine = engine_of(config, options=EngineOptions(max_rows=5), steps=interpreted_steps())
+def test_the_kernels_agree_with_the_reference(config: BilmConfig, fused: str) -> None:
+    engine = engine_of(config, options=EngineOptions(max_rows=5), steps=interpreted_steps(fused))
     assert "Triton" in engine.backend
     assert worst_error(engine, config, random_sentences(8, config, max_tokens=8)) < TOLERANCE
 

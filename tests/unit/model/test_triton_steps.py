@@ -6,8 +6,9 @@ The interpreter cuts float32 off where it makes bfloat16 of it; a GPU rounds. So
 of its 8 bits here.
 """
 
+import itertools
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -30,6 +31,20 @@ SIZES = ((3, 2), (1, 1), (5, 4))
 @pytest.fixture(params=["triton", "torch"])
 def steps(request: pytest.FixtureRequest) -> Steps:
     return interpreted_steps() if request.param == "triton" else TorchSteps()
+
+
+WAYS = pytest.mark.parametrize(
+    ("way", "dtype"),
+    [
+        *itertools.product(("torch", "product and gates"), (torch.float32, torch.bfloat16)),
+        ("fused", torch.float32),  # the interpreter's bfloat16 dot is wrong
+    ],
+)
+"""How cells are computed, and in which formats."""
+
+
+def steps_of(way: str) -> Steps:
+    return TorchSteps() if way == "torch" else interpreted_steps("on" if way == "fused" else "off")
 
 
 class Setting:
@@ -55,24 +70,42 @@ class Setting:
         return (2 * torch.randn(shape, generator=self.generator)).to(dtype)
 
 
+def part_of_a_buffer(h: Tensor) -> Tensor:
+    """Return h (2, R, P) as the first rows of more, as the engine passes it."""
+    return torch.cat([h, torch.full_like(h, torch.nan)], dim=1)[:, : h.shape[1]]
+
+
+def with_contiguous_columns(weights: Tensor) -> Tensor:
+    return weights.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def compute_gates(
+    steps: Steps, schedule: Schedule, column: int, gates_h: Tensor, gates_x: Tensor, **others: Any
+) -> None:
+    """Have `gates_h` (2, R, 4·C) as the recurrent product: that of the unit matrix."""
+    unit = torch.eye(gates_h.shape[1], dtype=gates_h.dtype).repeat(2, 1, 1)
+    weights = with_contiguous_columns(gates_h)
+    steps.cells(schedule, column, part_of_a_buffer(unit), weights, gates_x, **others)
+
+
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     relative = 2**-7 if dtype == torch.bfloat16 else 0.0
     return torch.allclose(found.float(), expected.float(), rtol=relative, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@WAYS
 @pytest.mark.parametrize(("n_cells", "n_slices"), [(1, 1), (40, 1), (40, 4), (256, 2), (300, 1), (1040, 4)])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_gates(steps: Steps, dtype: torch.dtype, n_cells: int, n_slices: int, sizes: tuple[int, int]) -> None:
+def test_gates(way: str, dtype: torch.dtype, n_cells: int, n_slices: int, sizes: tuple[int, int]) -> None:
     s = Setting(sizes, n_bucket=6)
     gates_h, gates_x = s.numbers(2, 6, 4 * n_cells, dtype=dtype), s.numbers(4, 4 * n_cells, dtype=dtype)
-    gates_h[0, 0, 0] = torch.nan
     gates_h[1, 0] *= 100  # far where the exponential overflows
     c = s.numbers(2, 6, n_cells)
+    c[0, s.plan.slots[0], 0] = torch.nan
     expected_c = c.clone()
     m = torch.full((2 * n_slices, 6, n_cells // n_slices), 7.0, dtype=dtype)
     s.schedule.clock[0] = 1
-    steps.gates(s.schedule, FIRST_INPUTS, gates_h, gates_x, c, clip=0.75, m=m)
+    compute_gates(steps_of(way), s.schedule, FIRST_INPUTS, gates_h, gates_x, c=c, clip=0.75, m=m)
     found = m.view(2, n_slices, 6, -1).transpose(1, 2).reshape(2, 6, n_cells)
     for d in range(2):
         slots = torch.from_numpy(s.plan.slots)[: s.n_rows]
@@ -88,31 +121,86 @@ def test_gates(steps: Steps, dtype: torch.dtype, n_cells: int, n_slices: int, si
     assert s.schedule.clock.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_step_has_the_bits_of_a_zero_state(steps: Steps, dtype: torch.dtype) -> None:
-    s = Setting((5, 4), n_bucket=6)
-    n_cells, (row,) = 300, np.flatnonzero(s.plan.fresh[5:])
-    gates_h, gates_x = s.numbers(2, 6, 4 * n_cells, dtype=dtype), s.numbers(4, 4 * n_cells, dtype=dtype)
-    c = s.numbers(2, 6, n_cells)
-    zeros_h, zeros_c = gates_h.clone(), c.clone()
-    zeros_h[:, row], zeros_c[:, s.plan.slots[row]] = 0.0, 0.0
-    gates_h[:, row], c[:, s.plan.slots[row]] = torch.nan, torch.nan
-    found, expected = torch.zeros(2, 2, 6, n_cells, dtype=dtype)
-    for from_h, cells, m in ((gates_h, c, found), (zeros_h, zeros_c, expected)):
+ROWS = (1, 3, 16, 40, 130)
+
+
+@pytest.mark.parametrize("n_rows", ROWS)
+@pytest.mark.parametrize(("n_components", "n_cells", "n_slices"), [(64, 64, 1), (20, 40, 1), (72, 80, 2)])
+@pytest.mark.parametrize("fresh", ["none", "some", "all"])
+def test_the_fused_kernel_computes_what_torch_does(
+    n_rows: int, n_components: int, n_cells: int, n_slices: int, fresh: str
+) -> None:
+    """Sizes that are multiples of a tile's, and others, which leave a part of each tile unused."""
+    n_bucket, found = n_rows + 2, []
+    for way in ("fused", "torch"):
+        s = Setting((n_rows, n_rows), n_bucket, n_slots=n_rows + 3, n_places=2 * n_rows)
+        s.schedule.steps[:, FRESH] = torch.arange(len(s.schedule.steps)) % 3 == 1 if fresh == "some" else fresh == "all"
+        h, weights = s.numbers(2, n_bucket, n_components) / 4, s.numbers(2, n_components, 4 * n_cells)
+        weights /= 2 * n_components**0.5
+        gates_x, c = s.numbers(4, 4 * n_cells), s.numbers(2, n_rows + 3, n_cells)
+        m = torch.zeros(2 * n_slices, n_bucket, n_cells // n_slices)
         s.schedule.clock[0] = 1
-        steps.gates(s.schedule, FIRST_INPUTS, from_h, gates_x, cells, clip=0.75, m=m)
+        of_rows = (part_of_a_buffer(h), with_contiguous_columns(weights), gates_x)
+        steps_of(way).cells(s.schedule, FIRST_INPUTS, *of_rows, c=c, clip=3.0, m=m)
+        found.append((c, m[:, :n_rows], s.schedule.clock))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() <= 1e-6
+
+
+def test_few_and_many_rows_have_tiles_of_their_own() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from bilm_model.engine.cuda.triton_steps import tile_of
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert len({tile_of(n_rows, dtype) for n_rows in ROWS}) == 2
+        assert tile_of(16, dtype).rows == 16
+
+
+def test_products_are_fused_by_default_where_they_use_tensor_cores() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from bilm_model.engine.cuda.triton_steps import fuses
+
+    assert [fuses("auto", dtype) for dtype in (torch.float32, torch.bfloat16)] == [False, True]
+    assert fuses("on", torch.float32)
+    assert not fuses("off", torch.bfloat16)
+
+
+def test_weights_in_another_order_are_refused() -> None:
+    s = Setting((1, 1), n_bucket=1)
+    h, weights, gates_x = torch.zeros(2, 1, 4), torch.zeros(2, 4, 12), torch.zeros(4, 12)
+    with pytest.raises(ValueError, match="weights: expected contiguous columns"):
+        steps_of("fused").cells(
+            s.schedule, FIRST_INPUTS, h, weights, gates_x, c=torch.zeros(2, 6, 3), clip=1.0, m=torch.zeros(2, 1, 3)
+        )
+
+
+@WAYS
+def test_a_fresh_step_has_the_bits_of_a_zero_state(way: str, dtype: torch.dtype) -> None:
+    s = Setting((5, 4), n_bucket=6)
+    n_cells, n_components, (row,) = 300, 24, np.flatnonzero(s.plan.fresh[5:])
+    h, c = s.numbers(2, 6, n_components, dtype=dtype), s.numbers(2, 6, n_cells)
+    weights = with_contiguous_columns(s.numbers(2, n_components, 4 * n_cells, dtype=dtype))
+    gates_x = s.numbers(4, 4 * n_cells, dtype=dtype)
+    zeros_h, zeros_c = h.clone(), c.clone()
+    zeros_h[:, row], zeros_c[:, s.plan.slots[row]] = 0.0, 0.0
+    h[:, row], c[:, s.plan.slots[row]] = torch.nan, torch.nan
+    found, expected = torch.zeros(2, 2, 6, n_cells, dtype=dtype)
+    for before, cells, m in ((h, c, found), (zeros_h, zeros_c, expected)):
+        s.schedule.clock[0] = 1
+        steps_of(way).cells(s.schedule, FIRST_INPUTS, before, weights, gates_x, c=cells, clip=0.75, m=m)
         s.schedule.steps[:, FRESH] = 0
     assert torch.equal(found[:, :4], expected[:, :4])
     assert torch.equal(c, zeros_c)
 
 
+@pytest.mark.parametrize("way", ["torch", "product and gates", "fused"])
 @pytest.mark.parametrize("column", [FIRST_INPUTS, LATER_INPUTS])
-def test_each_direction_reads_its_own_input_projections(steps: Steps, column: int) -> None:
+def test_each_direction_reads_its_own_input_projections(way: str, column: int) -> None:
     s = Setting((2, 2), n_bucket=2)
     gates_x = s.numbers(2 * 4, 4 * 3)
     c, m = torch.zeros(2, 6, 3), torch.zeros(2, 2, 3)
     s.schedule.clock[0] = 1
-    steps.gates(s.schedule, column, torch.zeros(2, 2, 12), gates_x, c, clip=3.0, m=m)
+    compute_gates(steps_of(way), s.schedule, column, torch.zeros(2, 2, 12), gates_x, c=c, clip=3.0, m=m)
     rows = s.schedule.steps[2:4, column : column + 2].T
     i, j, _, o = gates_x[rows].chunk(4, dim=-1)
     assert close(m, torch.sigmoid(o) * torch.tanh(torch.sigmoid(i) * torch.tanh(j)), torch.float32)
@@ -160,7 +248,7 @@ def gate_functions(values: Tensor) -> tuple[Tensor, Tensor]:
         # Where the forget gate is 1, it stays 30, whose tanh is 1; where it is 0, the cell becomes the candidate
         c[:] = 30.0
         s.schedule.clock[0] = 1
-        steps.gates(s.schedule, FIRST_INPUTS, gates_h, torch.zeros(4, 4 * n), c, clip=30.0, m=m)
+        compute_gates(steps, s.schedule, FIRST_INPUTS, gates_h, torch.zeros(4, 4 * n), c=c, clip=30.0, m=m)
         found.append((m[0, 0], c[0, s.plan.slots[0]]))
     return found[0][0], found[1][1]
 
@@ -216,20 +304,12 @@ def test_the_functions_of_special_numbers() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_check_at_the_start(dtype: torch.dtype) -> None:
     check_steps(interpreted_steps(), CPU, dtype)
+    if dtype == torch.float32:
+        check_steps(interpreted_steps("on"), CPU, dtype)
 
     class Wrong(TorchSteps):
-        def gates(
-            self,
-            schedule: Schedule,
-            column: int,
-            gates_h: Tensor,
-            gates_x: Tensor,
-            c: Tensor,
-            *,
-            clip: float,
-            m: Tensor,
-        ) -> None:
-            super().gates(schedule, column, gates_h, gates_x, c, clip=2 * clip, m=m)
+        def cells(self, *of_rows: Any, clip: float, **others: Any) -> None:
+            super().cells(*of_rows, clip=2 * clip, **others)
 
     with pytest.raises(RuntimeError, match="don't compute"):
         check_steps(Wrong(), CPU, dtype)
@@ -239,7 +319,7 @@ def test_the_check_at_the_start(dtype: torch.dtype) -> None:
 def test_the_kernels_compile_for_a_gpu(dtype: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """For the H100's architecture, with accesses as wide as there are."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
-    from bilm_model.engine.cuda.triton_steps import gates_kernel, outputs_kernel
+    from bilm_model.engine.cuda.triton_kernels import gates_kernel, outputs_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -2,11 +2,13 @@
 
 What decides the shape of it, at original size in bfloat16 on a GPU of the H100 class:
 - One row: a tick of a layer reads 42 MB of weights, 13 µs at 3.3 TB/s; a kernel's start costs 2 µs within a graph and
-  5 to 10 µs from Python. So: graphs, both directions in one product, four kernels a tick (product, gates, projection,
-  outputs), and several ticks to a graph. The projection has so few results (2·512) that a few of the 132
-  multiprocessors would read all of its weights: its cells are cut into slices, which are products of their own.
+  5 to 10 µs from Python. So: graphs of several ticks, both directions in one kernel, and three kernels a tick (cells,
+  projection, outputs; in float32 the cells are two, product and gates). The projection has so few results (2·512) that
+  a few of the 132 multiprocessors would read all of its weights: its cells are cut into slices, which are products of
+  their own.
 - Many rows: a step of a layer is 0.11 µs of products at 700 TFLOP/s and as much for 350 KB of gates and cells. So:
-  gates in bfloat16, all that is between two products in one kernel, and biases in the input projections' products.
+  gates in bfloat16 and in the kernel of their product, whose results never reach memory, and biases in the input
+  projections' products.
 - Python takes a millisecond for a round of a thousand rows: a round must be long enough to hide it.
 
 Legend: R rows, N steps of the round, P projection, C cells, K slices of the cells, U different tokens, S slots.
@@ -261,10 +263,10 @@ class CudaBackend:
     def tick(self, layer: int, bucket: int) -> None:
         """Execute the next tick of a layer; what it is about stands in the schedule."""
         cell, config, memory, buffers = self._cells[layer], self._config, self.memory, self._buffers
-        gates_h, m, parts = buffers.of(bucket)
-        torch.bmm(buffers.h_next[:, :bucket], cell.recurrent, out=gates_h)
+        m, parts = buffers.of(bucket)
         gates_x, column = (buffers.projections, LATER_INPUTS) if layer else (self._first.projections, FIRST_INPUTS)
-        self._steps.gates(self._schedule, column, gates_h, gates_x, memory.c[layer], clip=config.cell_clip, m=m)
+        h, c = buffers.h_next[:, :bucket], memory.c[layer]
+        self._steps.cells(self._schedule, column, h, cell.recurrent, gates_x, c=c, clip=config.cell_clip, m=m)
         if cell.projection is not None:
             _multiply_exactly(m, cell.projection.view(len(m), m.shape[2], -1), parts)
         self._steps.outputs(
@@ -301,24 +303,22 @@ class _Buffers:
         self.projections = torch.empty(2 * max_steps, n_gates, dtype=dtype, device=device)
         self.h_next = torch.zeros(2, max_rows, P, dtype=dtype, device=device)
         self.x = torch.empty(2, max_steps, P, device=device)
-        self._gates_h = torch.empty(2 * max_rows * n_gates, dtype=dtype, device=device)
         self._m = torch.empty(2 * max_rows * n_gates // 4, dtype=dtype, device=device)
         n_parts = max(2 * n * bucket for bucket, n in self._slices.items())
         self._parts = torch.empty(n_parts * P if self._has_projection else 0, device=device)
 
-    def of(self, bucket: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For so many rows: gates_h (2, R, 4·C), m (2·K, R, C/K) and parts (2·K, R, P) float32, see `Steps`."""
+    def of(self, bucket: int) -> tuple[Tensor, Tensor]:
+        """Return m (2·K, R, C/K) and parts (2·K, R, P) float32 for so many rows, see `Steps`."""
         n_parts = 2 * self._slices[bucket]
         shapes = (
-            (2, bucket, self._n_gates),
             (n_parts, bucket, self._n_gates // 4 // (n_parts // 2)),
             (n_parts, bucket, self._n_components) if self._has_projection else (0,),
         )
-        buffers = (self._gates_h, self._m, self._parts)
-        gates_h, m, parts = (
-            buffer[: torch.Size(shape).numel()].view(shape) for buffer, shape in zip(buffers, shapes, strict=True)
+        m, parts = (
+            buffer[: torch.Size(shape).numel()].view(shape)
+            for buffer, shape in zip((self._m, self._parts), shapes, strict=True)
         )
-        return gates_h, m, parts
+        return m, parts
 
 
 def _multiply_exactly(x: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -72,7 +72,7 @@ class RoundInputs:
 
 
 class CachedInputs:
-    """Those of the most recently used tokens are kept."""
+    """Keep those of the most recently used tokens, in a table that the cells' kernel reads by the same column."""
 
     def __init__(self, inputs: RoundInputs, n_bytes: int) -> None:
         """Compute them by `inputs`, whose projections it overwrites.

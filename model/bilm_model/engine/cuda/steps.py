@@ -1,4 +1,4 @@
-"""What the CUDA back end does between the products of a tick.
+"""What the CUDA back end does in a tick: the cells with their recurrent product, and the outputs.
 
 The rows are those of a bucket, which may be more than run: the kernels leave the others alone; torch's operators can't,
 and compute the first row in their stead, which gives the same numbers at the same place once more.
@@ -18,7 +18,7 @@ from bilm_model.kernels.elementwise import TorchElementwise
 
 
 class Steps(Protocol):
-    """The arithmetic between the products of a tick, for both directions."""
+    """The arithmetic of a tick but for the projection, for both directions."""
 
     @property
     def name(self) -> str:
@@ -28,16 +28,28 @@ class Steps(Protocol):
     def path(self) -> str:
         """The same as a label of the metric `bilm_kernel_path`."""
 
-    def gates(
-        self, schedule: Schedule, column: int, gates_h: Tensor, gates_x: Tensor, c: Tensor, *, clip: float, m: Tensor
+    def cells(
+        self,
+        schedule: Schedule,
+        column: int,
+        h: Tensor,
+        weights: Tensor,
+        gates_x: Tensor,
+        *,
+        c: Tensor,
+        clip: float,
+        m: Tensor,
     ) -> None:
-        """One step of the cells of the rows that run; of a fresh step, `gates_h` and `c` count as 0.
+        """One step of the cells of the rows that run, with its recurrent product; a fresh step takes h = c = 0.
 
         Args:
             schedule: which rows these are.
             column: of `schedule.steps` with the rows of `gates_x`, forward.
-            gates_h: (2, R, 4·C) what the recurrent outputs add to the gates input, candidate, forget, output.
-            gates_x: (any, 4·C) what inputs add, biases and the forget gate's +1 included.
+            h: (2, R, P) the last step's outputs, one row after another.
+            weights: (2, P, 4·C) what makes of h what it adds to the gates input, candidate, forget, output. Each
+                column is contiguous.
+            gates_x: (any, 4·C) what inputs add, biases and the forget gate's +1 included: of a round, or the cache of
+                the first layer's.
             c: (2, S, C) float32 cells, changed in place.
             clip: bound of the cells.
             m: (2·K, R, C/K) gets σ(o)·tanh(c), in slices of the cells: forward's first.
@@ -79,10 +91,20 @@ class TorchSteps:
     def __init__(self) -> None:
         self._elementwise = TorchElementwise()
 
-    def gates(
-        self, schedule: Schedule, column: int, gates_h: Tensor, gates_x: Tensor, c: Tensor, *, clip: float, m: Tensor
+    def cells(
+        self,
+        schedule: Schedule,
+        column: int,
+        h: Tensor,
+        weights: Tensor,
+        gates_x: Tensor,
+        *,
+        c: Tensor,
+        clip: float,
+        m: Tensor,
     ) -> None:
         """See `Steps`."""
+        gates_h = torch.bmm(h, weights)
         n_rows, (_, _, n_cells) = gates_h.shape[1], c.shape
         rows, steps = _rows_and_steps(schedule, schedule.clock[:1], n_rows)
         schedule.clock[1:].copy_(schedule.clock[:1])
@@ -130,35 +152,41 @@ def _rows_and_steps(schedule: Schedule, tick: Tensor, n_rows: int) -> tuple[Tens
 
 
 def check_steps(steps: Steps, device: torch.device, dtype: torch.dtype) -> None:
-    """Try both kernels on a few numbers in a format.
+    """Try all kernels on a few numbers in a format: those for few rows, and those for many.
 
     Raises:
         RuntimeError: if they don't compute what `TorchSteps` does.
     """
-    found, expected = (_sample(each, device, dtype) for each in (steps, TorchSteps()))
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-    if not all(torch.allclose(a.float(), b.float(), atol=tolerance) for a, b in zip(found, expected, strict=True)):
-        raise RuntimeError("they don't compute what they should")
+    for n_bucket in (4, 128):
+        found, expected = (_sample(each, device, dtype, n_bucket) for each in (steps, TorchSteps()))
+        if not all(torch.allclose(a.float(), b.float(), atol=tolerance) for a, b in zip(found, expected, strict=True)):
+            raise RuntimeError("they don't compute what they should")
 
 
-def _sample(steps: Steps, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Return what a step of two rows, in a bucket of four, leaves behind."""
+def _sample(steps: Steps, device: torch.device, dtype: torch.dtype, n_bucket: int) -> list[Tensor]:
+    """Return what a step of two rows of a bucket leaves behind."""
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    schedule = Schedule(device, max_ticks=2, max_rows=4, max_steps=4)
+    schedule = Schedule(device, max_ticks=2, max_rows=n_bucket, max_steps=4)
     schedule.begins.copy_(torch.tensor([0, 2, 4]))
     schedule.slots[:2] = torch.tensor([3, 1])
     schedule.steps.copy_(torch.tensor([[1, 2, 0, 3, 2, 1, 0], [0, 1, 3, 1, 1, 0, 1]]).repeat(2, 1))
-    c, h, h_next = numbers(2, 4, 32), numbers(2, 4, 8), numbers(2, 4, 8).to(dtype)
-    m, gates_h, gates_x = h_next.new_zeros(4, 4, 16), numbers(2, 4, 128).to(dtype), numbers(4, 128).to(dtype)
-    x, outputs = numbers(2, 4, 8), numbers(2, 4, 8)
-    steps.gates(schedule, FIRST_INPUTS, gates_h, gates_x, c, clip=0.8, m=m)
-    parts, left = numbers(4, 4, 8), []
+
+    def quarters(*shape: int) -> Tensor:
+        return (torch.randint(-2, 3, shape, generator=generator) / 4).to(device, dtype)
+
+    c, h, x, outputs = numbers(2, 4, 32), numbers(2, 4, 8), numbers(2, 4, 8), numbers(2, 4, 8)
+    # The product's results have few bits: so it doesn't matter who rounds them to the format, and who adds before
+    h_next, weights = quarters(2, n_bucket, 8), quarters(2, 128, 8)
+    m, gates_x = h_next.new_zeros(4, n_bucket, 16), numbers(4, 128).to(dtype)
+    steps.cells(schedule, FIRST_INPUTS, h_next, weights.transpose(1, 2), gates_x, c=c, clip=0.8, m=m)
+    parts, left = numbers(4, n_bucket, 8), []
     for residual in get_args(Residual):
         steps.outputs(schedule, parts, clip=0.5, residual=residual, h=h, h_next=h_next, x=x, outputs=outputs)
         left += [x.clone(), outputs.clone()]
     # The other rows' belong to no sentence
-    return [schedule.clock.float(), m.view(2, 2, 4, 16)[:, :, :2], c, h, h_next[:, :2], *left]
+    return [schedule.clock.float(), m.view(2, 2, n_bucket, 16)[:, :, :2], c, h, h_next[:, :2], *left]
