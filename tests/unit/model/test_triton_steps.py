@@ -1,4 +1,4 @@
-"""The kernels' numbers, by Triton's interpreter; whether they compile for a GPU, by its compiler, which needs none.
+"""The kernels' numbers, by Triton's interpreter.
 
 Legend: see `steps`.
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bilm_model.config import Residual
-from bilm_model.engine.cuda.schedule import FIRST_INPUTS, FRESH, LATER_INPUTS, N_COLUMNS, Schedule
+from bilm_model.engine.cuda.schedule import FIRST_INPUTS, FRESH, LATER_INPUTS, Schedule
 from bilm_model.engine.cuda.steps import Steps, TorchSteps, check_steps
 from bilm_model.engine.planner import RoundPlan
 from bilm_model.kernels.elementwise import TorchElementwise
@@ -313,39 +313,3 @@ def test_the_check_at_the_start(dtype: torch.dtype) -> None:
 
     with pytest.raises(RuntimeError, match="don't compute"):
         check_steps(Wrong(), CPU, dtype)
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_kernels_compile_for_a_gpu(dtype: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """For the H100's architecture, with accesses as wide as there are."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
-    from bilm_model.engine.cuda.triton_kernels import gates_kernel, outputs_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    in_dtype = {"gates_h", "gates_x", "m", "h_next"}
-    pointers = dict.fromkeys(("clock", "begins", "slots", "steps"), "*i64")
-    pointers |= dict.fromkeys(("c", "parts", "h", "x", "outputs"), "*fp32") | dict.fromkeys(in_dtype, f"*{dtype}")
-    constants = {"FRESH": FRESH, "N_COLUMNS": N_COLUMNS, "PLACES": 0, "BLOCK": 256}
-    constants |= {"N_SLICES": 4, "EXACT": dtype == "fp32"}
-    sizes = {"n_cells", "n_slice_cells", "n_components"}
-    for kernel in (gates_kernel, outputs_kernel):
-        names = kernel.arg_names
-        scalar = {name: "fp32" if name == "clip" else "i32" for name in names} | dict.fromkeys(constants, "constexpr")
-        source = ASTSource(
-            fn=kernel,
-            signature={name: pointers.get(name, scalar[name]) for name in names},
-            constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
-            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in sizes | set(pointers)},
-        )
-        with triton.knobs.cache.scope():
-            triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-            compiled = triton.compile(
-                source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1, "enable_fp_fusion": True}
-            )
-        ptx = compiled.asm["ptx"]
-        assert compiled.asm["cubin"]
-        assert "ld.global.v4" in ptx
-        assert "st.global.v4" in ptx
-        if kernel is gates_kernel:
-            assert ("div.rn.f32" in ptx, "tanh.approx" in ptx) == ((True, False) if dtype == "fp32" else (False, True))

@@ -16,6 +16,9 @@ from bilm_model.config import Residual
 from bilm_model.engine.cuda.schedule import FIRST_INPUTS, FRESH, PLACES, Schedule
 from bilm_model.kernels.elementwise import TorchElementwise
 
+SAMPLE_ROWS, SAMPLE_COMPONENTS, SAMPLE_CELLS, SAMPLE_SLICES = (4, 128), 8, 32, 2
+"""Of what `check_steps` tries; rows for each of the tiles that there are for few and for many."""
+
 
 class Steps(Protocol):
     """The arithmetic of a tick but for the projection, for both directions."""
@@ -158,7 +161,7 @@ def check_steps(steps: Steps, device: torch.device, dtype: torch.dtype) -> None:
         RuntimeError: if they don't compute what `TorchSteps` does.
     """
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-    for n_bucket in (4, 128):
+    for n_bucket in SAMPLE_ROWS:
         found, expected = (_sample(each, device, dtype, n_bucket) for each in (steps, TorchSteps()))
         if not all(torch.allclose(a.float(), b.float(), atol=tolerance) for a, b in zip(found, expected, strict=True)):
             raise RuntimeError("they don't compute what they should")
