@@ -1,21 +1,27 @@
 """One client and several servers: the shares of the calls, while servers are slow, drain and stop."""
 
 import signal
+import socket
+import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
-from bilm_client import AsyncClient, Client, Keepalive
+from bilm_client import AsyncClient, Client, Keepalive, RetryPolicy
+from bilm_client.errors import UnavailableError
 from bilm_client.policy import Balance
 
 from tests.integration.batch_support import embed, write
+from tests.security.tls_support import Authority
 from tests.support.hooked_engine import Hooks
 from tests.support.server_processes import ProcessServer
 from tests.support.servers import LoopServer
 
+TOKEN = "a-0123456789abcdef"
 SENTENCE = ["some", "words", "in", "a", "row"]
 CALLERS = 8
 SLOW_S, FAST_S = 0.04, 0.01
@@ -60,6 +66,33 @@ class Callers:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+@contextmanager
+def names(*addresses: str) -> Iterator[str]:
+    """Run a name server for which every name has these IPv4 addresses; yield its own address."""
+    records = b"".join(struct.pack(">HHHIH4s", 0xC00C, 1, 1, 1, 4, socket.inet_aton(each)) for each in addresses)
+
+    def answer() -> None:
+        while True:
+            data, peer = listener.recvfrom(512)
+            if not data:  # the end of the test
+                return
+            end = data.index(b"\0", 12) + 5  # of the question: the name, its type, its class
+            found = records if data[end - 4 : end - 2] == b"\0\1" else b""
+            header = struct.pack(">HHHHH", 0x8580, 1, len(addresses) if found else 0, 0, 0)
+            listener.sendto(data[:2] + header + data[12:end] + found, peer)
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listener:
+        listener.bind(("127.0.0.1", 0))
+        host, port = listener.getsockname()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield f"{host}:{port}"
+        finally:
+            listener.sendto(b"", (host, port))
+            thread.join()
 
 
 def test_shares_follow_capacity_through_a_drain_and_a_stopped_process(start: Callable[..., LoopServer]) -> None:
@@ -112,6 +145,45 @@ def test_the_first_server_takes_all_calls(start: Callable[..., LoopServer]) -> N
         for _ in range(10):
             client.embed([SENTENCE])
     assert sorted(server.sentences for server in counted) == [0, 10]
+
+
+def test_a_name_may_have_several_addresses(start: Callable[..., LoopServer]) -> None:
+    first = Counted(start())
+    port = first.target.rpartition(":")[2]
+    second = Counted(start("--listen", f"127.0.0.2:{port}"))
+    with names("127.0.0.1", "127.0.0.2") as name_server:
+        target = f"dns://{name_server}/bilm-serve.test:{port}"
+        with Client(target, balance="round_robin", proxy=False) as client:
+            while not (first.sentences and second.sentences):
+                client.embed([SENTENCE])
+
+
+def test_servers_of_a_list_are_verified_by_their_common_name(start: Callable[..., LoopServer], tmp_path: Path) -> None:
+    """Health checks have the client's certificate, and need no token."""
+    authority = Authority()
+    ca, certificate, key = authority.write(tmp_path), *authority.issue("server").write(tmp_path, "server")
+    (tokens := tmp_path / "tokens").write_text(f"team-a {TOKEN}\n", encoding="utf-8")
+    tls = {"--tls-cert": certificate, "--tls-key": key, "--tls-client-ca": ca, "--token-file": tokens}
+    flags = [str(part) for flag in tls.items() for part in flag]
+    counted = [Counted(start(*flags)), Counted(start(*flags))]
+    own = authority.issue("team-a")
+
+    def embed_as(name: str) -> None:
+        with Client(
+            [server.target for server in counted],
+            balance="round_robin",
+            credentials=grpc.ssl_channel_credentials(authority.pem, own.key_pem, own.certificate_pem),
+            token=TOKEN,
+            channel_options=[("grpc.default_authority", name)],
+            retry=RetryPolicy(max_attempts=1),
+        ) as client:
+            for _ in range(8):
+                client.embed([SENTENCE])
+
+    embed_as("localhost")
+    assert sum(server.sentences for server in counted) == 8
+    with pytest.raises(UnavailableError):
+        embed_as("elsewhere.test")
 
 
 def test_a_file_is_embedded_by_all_servers(start: Callable[..., LoopServer], tmp_path: Path) -> None:

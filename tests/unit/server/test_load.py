@@ -39,6 +39,58 @@ def test_their_quotient_is_the_capacity_whatever_comes(rows: int, pause_s: float
     assert weights == pytest.approx([10 * ROWS / 0.01, 10 * ROWS / 0.04])
 
 
+class Simulated:
+    """A server whose rounds take longer the more rows they have, with sentences of equal length that come in time.
+
+    Attributes:
+        weight: what a balancer made of its last report.
+        due: sentences that it gets next, with the fraction left over.
+    """
+
+    length, ticks = 24, 8
+
+    def __init__(self, tick_s: float, row_tick_s: float) -> None:
+        self._tick_s, self._row_tick_s = tick_s, row_tick_s
+        self._meter, self._now_s, self._rows = LoadMeter(), 0.0, list[int]()
+        self.weight, self.due = 0.0, 0.0
+
+    @property
+    def capacity(self) -> float:
+        """Sentences a second with all rows in use."""
+        return ROWS / (self._tick_s + self._row_tick_s * ROWS) / self.length
+
+    def run(self, until_s: float, sentences_per_s: float) -> None:
+        """Make rounds until a moment, with so many new sentences a second."""
+        while self._now_s < until_s:
+            self._rows += [self.length] * int(self.due)
+            self.due %= 1
+            rows = min(len(self._rows), ROWS)
+            took_s = self.ticks * (self._tick_s + self._row_tick_s * rows)
+            self._now_s += took_s
+            self.due += sentences_per_s * took_s
+            if rows:
+                self._meter.add(RoundReport(rows, rows * self.ticks, took_s), ROWS, self._now_s)
+                left = [steps - self.ticks for steps in self._rows[:rows] if steps > self.ticks]
+                self._rows = left + self._rows[rows:]
+        load = self._meter.load(self._now_s)
+        self.weight = load.tokens_per_s / load.utilization if load else 0.0
+
+
+@pytest.mark.parametrize("utilization", [0.1, 0.5, 0.9])
+def test_shares_settle_at_the_capacities_and_stay(utilization: float) -> None:
+    """Weights move with what a server gets, and that with the weights: it must neither swing nor run away."""
+    servers = [Simulated(0.0005, 0.00005), Simulated(0.0005, 0.00005), Simulated(0.002, 0.0002)]
+    capacity = sum(server.capacity for server in servers)
+    shares = [1 / 3] * 3
+    for second in range(1, 61):
+        for server, share in zip(servers, shares, strict=True):
+            server.run(second, share * utilization * capacity)
+        weights = [server.weight for server in servers]
+        shares = [weight / sum(weights) for weight in weights]
+        if second > 40:
+            assert shares == pytest.approx([server.capacity / capacity for server in servers], abs=0.03)
+
+
 def test_it_falls_while_nothing_comes_and_the_capacity_stays() -> None:
     meter = LoadMeter()
     meter.add(RoundReport(64, 100, 1.0), ROWS, 50.0)
