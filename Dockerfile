@@ -10,6 +10,8 @@ ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 # A folder of wheels in the build context to choose from as well; it may be empty or absent
 ARG WHEELS=wheels
+# Of the project, as pyproject.toml names them: gpu has Triton and the GPU's metrics, trace has OpenTelemetry
+ARG EXTRAS=server
 
 WORKDIR /build
 COPY pyproject.toml constraints.txt ${WHEELS}/*.whl ./
@@ -18,7 +20,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=
     mkdir system proto model server client \
     && touch README.md LICENSE \
     && python -m venv --without-pip /opt/bilm \
-    && pip --python /opt/bilm/bin/python install --no-cache-dir --find-links . -c constraints.txt '.[server]' \
+    && pip --python /opt/bilm/bin/python install --no-cache-dir --find-links . -c constraints.txt ".[${EXTRAS}]" \
     && pip --python /opt/bilm/bin/python uninstall --yes bilm-serve
 
 

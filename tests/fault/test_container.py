@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BASE_NAME = "docker.io/library/python:3.11-slim-bookworm"
-BASE_PACKAGES = "ca-certificates,python3,python3-pip,python3-venv"
+BASE_PACKAGES = "ca-certificates,gcc,libc6-dev,python3,python3-dev,python3-pip,python3-venv"
 BASE_PATH = "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROGRAMS = ("buildah", "podman", "runc", "debootstrap", "tar")
 TIMEOUT_S = 1800.0
@@ -122,7 +122,8 @@ def wheels(store: Store) -> Path:
     if given := os.environ.get("BILM_TEST_WHEELS"):
         return Path(given)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    needs = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["server"]]
+    extras = project["project"]["optional-dependencies"]
+    needs = [*project["project"]["dependencies"], *extras["server"], *extras["gpu"]]
     needs += [*project["build-system"]["requires"], "wheel"]
     folder = store.folder / "wheels"
     pip = (sys.executable, "-m", "pip", "download", "--quiet", "--only-binary", ":all:", "-c", ROOT / "constraints.txt")
@@ -132,13 +133,22 @@ def wheels(store: Store) -> Path:
 
 @pytest.fixture(scope="module")
 def image(store: Store, base: str, wheels: Path) -> str:
+    return build(store, wheels, "bilm-serve:test")
+
+
+@pytest.fixture(scope="module")
+def gpu_image(store: Store, base: str, wheels: Path) -> str:
+    return build(store, wheels, "bilm-serve:test-gpu", "--target", "gpu", "--build-arg", "EXTRAS=server,gpu")
+
+
+def build(store: Store, wheels: Path, tag: str, *flags: str) -> str:
     configuration = store.folder / "pip.conf"
     configuration.write_text("[global]\nno-index = true\nfind-links = /mnt\n")
     store.buildah(
-        *("bud", "--isolation", "chroot", "--pull-never", "--format", "docker", "--tag", "bilm-serve:test"),
+        *("bud", "--isolation", "chroot", "--pull-never", "--format", "docker", "--layers", "--tag", tag, *flags),
         *("--secret", f"id=pip.conf,src={configuration}", "--volume", f"{wheels}:/mnt:ro", ROOT),
     )
-    return "bilm-serve:test"
+    return tag
 
 
 class Container:
@@ -217,3 +227,44 @@ def test_it_drains_and_ends_with_0(store: Store, container: Container) -> None:
         updates.cancel()
     assert container.process.wait(60) == 0
     assert time.monotonic() - begun_s > 3.5  # the drain's delay
+
+
+# ---- the target for GPUs, on a machine without one ----
+
+HARDENED = ("--read-only", "--read-only-tmpfs=false", "--cap-drop", "ALL")
+LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096")
+FOLDERS = ("--tmpfs", "/tmp", "--tmpfs", "/var/cache/bilm:mode=0700,uid=10001,gid=10001,exec")
+TRITON = ("--env", "TRITON_CACHE_DIR=/var/cache/bilm/kernels/triton")  # as the server sets it
+LACKS = (
+    "import os; from bilm_model.engine.cuda.fastest import missing_for_triton; print(missing_for_triton(os.environ))"
+)
+EXTENSION = """
+import importlib.util, os, pathlib, subprocess, sysconfig, tempfile
+folder = pathlib.Path(os.environ["BILM_KERNEL_CACHE"])
+folder.mkdir(mode=0o700)
+source = pathlib.Path(tempfile.mkdtemp()) / "stub.c"
+source.write_text('#include <Python.h>\\nstatic PyModuleDef d = {PyModuleDef_HEAD_INIT, "stub"};\\n'
+                  'PyMODINIT_FUNC PyInit_stub(void) { return PyModule_Create(&d); }')
+library = folder / "stub.so"
+include = sysconfig.get_path("include")
+subprocess.run([os.environ["CC"], "-shared", "-fPIC", f"-I{include}", source, "-o", library], check=True)
+spec = importlib.util.spec_from_file_location("stub", library)
+print(importlib.util.module_from_spec(spec).__name__)
+"""
+
+
+def in_gpu_image(store: Store, image: str, code: str, *flags: str) -> str:
+    """What Python says in the image, with a root that nothing can be written to."""
+    arguments = ("--rm", "--network", "none", *HARDENED, *LIMITS, *flags, "--entrypoint", "python", image, "-c", code)
+    return store.podman("run", *arguments)
+
+
+def test_the_gpu_image_has_what_triton_needs(store: Store, gpu_image: str) -> None:
+    assert in_gpu_image(store, gpu_image, LACKS, *FOLDERS, *TRITON) == "[]"
+    assert in_gpu_image(store, gpu_image, EXTENSION, *FOLDERS) == "stub"
+
+
+def test_without_folders_to_write_to_the_gpu_image_says_so(store: Store, gpu_image: str) -> None:
+    lacks = in_gpu_image(store, gpu_image, LACKS, *TRITON)
+    assert "its cache can't be written" in lacks
+    assert "no temporary folder can be written to" in lacks
