@@ -74,6 +74,8 @@ FROM runtime AS gpu
 USER 0:0
 RUN command -v gcc > /dev/null \
     || { apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; }
+# Triton's kernels, for the GPUs from an A100 on; their cache names these files by their paths, so they are compiled here
+RUN PYTHONDONTWRITEBYTECODE=1 python -m bilm_model.engine.cuda.compile_kernels /opt/bilm/share/bilm-serve/kernels/triton
 USER 10001:10001
 ENV CC=gcc \
     BILM_KERNEL_CACHE=/var/cache/bilm/kernels

@@ -233,7 +233,7 @@ def test_it_drains_and_ends_with_0(store: Store, container: Container) -> None:
 
 HARDENED = ("--read-only", "--read-only-tmpfs=false", "--cap-drop", "ALL")
 LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096")
-FOLDERS = ("--tmpfs", "/tmp", "--tmpfs", "/var/cache/bilm:mode=0700,uid=10001,gid=10001,exec")
+FOLDERS = ("--tmpfs", "/tmp", "--tmpfs", "/var/cache/bilm:mode=1777,exec")
 TRITON = ("--env", "TRITON_CACHE_DIR=/var/cache/bilm/kernels/triton")  # as the server sets it
 LACKS = (
     "import os; from bilm_model.engine.cuda.fastest import missing_for_triton; print(missing_for_triton(os.environ))"
@@ -262,6 +262,23 @@ def in_gpu_image(store: Store, image: str, code: str, *flags: str) -> str:
 def test_the_gpu_image_has_what_triton_needs(store: Store, gpu_image: str) -> None:
     assert in_gpu_image(store, gpu_image, LACKS, *FOLDERS, *TRITON) == "[]"
     assert in_gpu_image(store, gpu_image, EXTENSION, *FOLDERS) == "stub"
+
+
+SHIPPED = """
+import os, pathlib
+from bilm_model.kernels.kernel_cache import CachedKernels, keep_triton_kernels
+keep_triton_kernels(CachedKernels(pathlib.Path(os.environ["BILM_KERNEL_CACHE"])))
+cache = pathlib.Path(os.environ["TRITON_CACHE_DIR"])
+from triton.runtime.cache import FileCacheManager
+names = {name for group in cache.glob("*/__grp__*.json")
+         for name in FileCacheManager(group.parent.name).get_group(group.name.removeprefix("__grp__"))}
+print(sorted(name for name in names if name.endswith(".cubin")))
+"""
+
+
+def test_the_gpu_image_brings_kernels_that_triton_finds(store: Store, gpu_image: str) -> None:
+    found = in_gpu_image(store, gpu_image, SHIPPED, *FOLDERS)
+    assert found == "['cells_kernel.cubin', 'gates_kernel.cubin', 'outputs_kernel.cubin']"
 
 
 def test_without_folders_to_write_to_the_gpu_image_says_so(store: Store, gpu_image: str) -> None:

@@ -35,6 +35,7 @@ from bilm_model.kernels.machine_code import LoadedKernel, MachineCode, MachineCo
 _log = logging.getLogger(__name__)
 
 _SUFFIX = ".kernel"
+_TRITON = "triton"
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,14 +169,27 @@ def default_folder() -> Path:
 def keep_triton_kernels(kernels: CachedKernels) -> None:
     """Have Triton keep its kernels below the same folder, by TRITON_CACHE_DIR, unless that is set.
 
+    It finds those there, too, that `engine.cuda.compile_kernels` has put into `triton` below the shipped ones.
     Where there is no folder, Triton does as it does: its own is below the home folder, and what is compiled is needed.
     """
     if "TRITON_CACHE_DIR" in os.environ or kernels.folder is None:
         return
     try:
-        os.environ["TRITON_CACHE_DIR"] = str(private_folder(kernels.folder / "triton"))
+        folder = private_folder(kernels.folder / _TRITON)
+        os.environ["TRITON_CACHE_DIR"] = str(folder)
+        if kernels.shipped is not None:
+            _refer_to(kernels.shipped / _TRITON, folder)
     except OSError as error:
         _log.warning("Triton's kernels are not kept with the others: %s", message(error))
+
+
+def _refer_to(shipped: Path, folder: Path) -> None:
+    """Copy what says where a kernel's files are: Triton has a folder for each kernel, and such a file in it."""
+    for group in shipped.glob("*/__grp__*.json"):
+        target = folder / group.parent.name / group.name
+        if not target.exists():
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            write_bytes(target, group.read_bytes())
 
 
 def shipped_folder() -> Path:

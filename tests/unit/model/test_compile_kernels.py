@@ -1,6 +1,7 @@
 """The kernels as they are compiled for GPUs that aren't here: instructions, registers, shared memory, and keys."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bilm_model.kernels.kernel_cache import CachedKernels, keep_triton_kernels
 
 from tests.parity.test_cuda import WIDE
 
@@ -96,6 +98,19 @@ def test_a_run_finds_what_was_compiled_before(folder: Path) -> None:
     # In each format: four of the check, which ends where its first numbers are wrong, and two of each of three ticks
     assert int(launched) == 2 * (4 + 3 * 2)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_server_finds_what_was_shipped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    shipped, own = tmp_path / "shipped", tmp_path / "own"
+    shipped.mkdir(0o755)
+    (shipped / "triton").symlink_to(folder)
+    keep_triton_kernels(CachedKernels(own, shipped))
+    cache = Path(os.environ["TRITON_CACHE_DIR"])
+    before = sorted(cache.rglob("*"))
+    assert before
+    assert int(run(sys.executable, "-m", "tests.support.kernel_runs", cache, "90")) > 0
+    assert sorted(cache.rglob("*")) == before
 
 
 @pytest.mark.slow
