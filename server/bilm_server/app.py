@@ -8,12 +8,14 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
+from bilm_api.inference import open_inference_pb2
 from bilm_api.v1 import embed_pb2
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
 
 from bilm_server.config import ServerConfig
@@ -21,6 +23,7 @@ from bilm_server.embedding.admission import Admission, StreamAdmission
 from bilm_server.embedding.call_gate import CallGate
 from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.embedding.conversions import Conversions
+from bilm_server.errors import RefusalError
 from bilm_server.inference.load import LoadMeter
 from bilm_server.lifecycle import DrainTimes, Listener, LoadedParts, Server
 from bilm_server.observability.access_log import AccessLog
@@ -43,6 +46,8 @@ from bilm_server.protocols.grpc.interceptors import CallInterceptor, OpenCalls, 
 from bilm_server.protocols.grpc.late_service import LateService
 from bilm_server.protocols.grpc.listening import address, channel_options, credentials
 from bilm_server.protocols.grpc.load_report import Trailer, load_trailer
+from bilm_server.protocols.kserve import methods as kserve
+from bilm_server.protocols.kserve.readiness import ReadinessService
 from bilm_server.protocols.ops.metrics_endpoint import MetricsExporter
 from bilm_server.protocols.ops.readiness_port import ReadinessPort
 from bilm_server.security.auth import Authenticator
@@ -91,7 +96,7 @@ class _App:
         self._max_connections = cache(lambda: connection_limit(config.max_connections))
         self._starting = asyncio.Lock()
         self._open_calls = OpenCalls()
-        self._metrics = Metrics([name])
+        self._metrics = Metrics([name], (kserve.INFER_METHOD,) if config.kserve else ())
         self._health = HealthReporter(SERVICE_NAME)
         self._rights = CallerRights(config.callers, config.authenticates)
         self._no_log_calls = NoLogCalls(self._rights)
@@ -100,6 +105,8 @@ class _App:
         self._admission = Admission(config.max_waiting_tokens, config.max_waiting_mib * _MIB)
         self._stream_admission = StreamAdmission(config.max_stream_tokens, config.max_stream_mib * _MIB)
         self._service = LateService(SERVICE_NAME, _SERVICE.methods_by_name)
+        self._kserve = LateService(kserve.SERVICE_NAME, kserve.MODEL_METHODS) if config.kserve else None
+        self._model: ServedModel | None = None
         self._engines: tuple[EngineView, ...] = ()
         self._gpu: Gpu | None = None
         self._load_meter = LoadMeter() if config.load_reports else None
@@ -138,9 +145,10 @@ class _App:
             self._health.set,
             self._service,
             self._load_meter,
+            self._kserve,
         )
         parts = build_parts(self._config, model, shared)
-        self._engines, self._gpu = (engine_view(parts),), model_gpu(model)
+        self._engines, self._gpu, self._model = (engine_view(parts),), model_gpu(model), model
         return parts
 
     # ---- who observes ----
@@ -188,8 +196,12 @@ class _App:
         return Acceptor(self._new_grpc_server, self._add_services, listen, config.grace_s, starting=self._starting)
 
     def _new_grpc_server(self) -> grpc.aio.Server:
-        open_services = {HEALTH_NAME, _REFLECTION_NAME} if self._config.reflection else {HEALTH_NAME}
-        interceptor = CallInterceptor(SERVICE_NAME, self._gate, open_services, self._open_calls, self._trailer)
+        open_names = {HEALTH_NAME}
+        if self._config.reflection:
+            open_names.add(_REFLECTION_NAME)
+        if self._config.kserve:
+            open_names.update(f"{kserve.SERVICE_NAME}/{method}" for method in kserve.OPEN_METHODS)
+        interceptor = CallInterceptor(SERVICE_NAME, self._gate, open_names, self._open_calls, self._trailer)
         options = channel_options(self._config, self._max_connections())
         return grpc.aio.server(interceptors=[interceptor], options=options)
 
@@ -201,11 +213,39 @@ class _App:
     def _add_services(self, server: grpc.aio.Server) -> None:
         server.add_generic_rpc_handlers((self._service,))
         self._health.add_to(server)
+        if self._kserve is not None:
+            readiness = ReadinessService(self._health, self._has_model)
+            server.add_generic_rpc_handlers((kserve.handler_of(readiness, kserve.OPEN_METHODS), self._kserve))
         if self._config.reflection:
-            from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc  # noqa: PLC0415 - only where asked for
+            self._add_reflection(server)
 
-            servicer = reflection.aio.ReflectionServicer((SERVICE_NAME, HEALTH_NAME, _REFLECTION_NAME))
-            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    def _has_model(self, name: str, version: str) -> bool:
+        """Return whether a model is loaded that calls with this name and version find."""
+        if self._model is None:
+            return False
+        try:
+            self._model.check(name, version)
+        except RefusalError:
+            return False
+        return True
+
+    def _add_reflection(self, server: grpc.aio.Server) -> None:
+        """Register reflection of all services."""
+        from grpc_reflection.v1alpha import (  # noqa: PLC0415 - only where asked for
+            reflection,
+            reflection_pb2,
+            reflection_pb2_grpc,
+        )
+
+        files: dict[str, Any] = {  # what stubs call a FileDescriptor depends on who made them
+            SERVICE_NAME: embed_pb2.DESCRIPTOR,
+            HEALTH_NAME: health_pb2.DESCRIPTOR,
+            _REFLECTION_NAME: reflection_pb2.DESCRIPTOR,
+        }
+        if self._kserve is not None:
+            files[kserve.SERVICE_NAME] = open_inference_pb2.DESCRIPTOR
+        servicer = reflection.aio.ReflectionServicer(tuple(files), pool=_pool_of(files.values()))
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
     def _listeners(self) -> tuple[Listener, ...]:
         """Return what listens beside the acceptor of calls, as far as it is configured."""
@@ -230,6 +270,23 @@ class _App:
     def _warn_of_nameless_callers(self) -> None:
         if self._config.callers and not self._config.authenticates:
             _log.warning("callers: no token_file or tls_client_ca is set: callers are anonymous and have every right")
+
+
+def _pool_of(files: Iterable[Any]) -> DescriptorPool:
+    """Return a pool with these files, which have pools of their own, and with what they import."""
+    pool = DescriptorPool()
+    added: set[str] = set()
+
+    def add(file: Any) -> None:
+        if file.name not in added:
+            added.add(file.name)
+            for imported in file.dependencies:
+                add(imported)
+            pool.AddSerializedFile(file.serialized_pb)
+
+    for file in files:
+        add(file)
+    return pool
 
 
 def _taken(admission: Admission | StreamAdmission) -> Taken:

@@ -87,6 +87,7 @@ class ServerConfig(BaseSettings):
         False, description="refuse to serve where a kernel doesn't compile or work, instead of computing more slowly"
     )
     reflection: bool = Field(False, description="offer server reflection")
+    kserve: bool = Field(True, description="offer the Open Inference Protocol of KServe and Triton on the same port")
 
     max_rows: int | None = Field(
         None, ge=1, description="sentences computed at a time; by default 128 on a CPU, 1024 on a GPU"

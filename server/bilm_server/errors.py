@@ -49,7 +49,7 @@ _CODES: Final = {
 
 
 class RefusalError(Exception):
-    """A request or a sentence is refused. The message is meant for the caller and never quotes the caller's text.
+    """A request or a sentence is refused. The message is meant for the caller and never quotes a sentence.
 
     Attributes:
         reason: why.

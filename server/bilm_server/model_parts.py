@@ -27,6 +27,8 @@ from bilm_server.observability.resources import Gpu, find_gpu
 from bilm_server.observability.server_metrics import EngineView
 from bilm_server.protocols.embed_v1.service import EmbedService
 from bilm_server.protocols.grpc.late_service import LateService
+from bilm_server.protocols.kserve.methods import MODEL_METHODS, handler_of
+from bilm_server.protocols.kserve.service import InferenceService
 from bilm_server.served_model import ServedModel
 
 
@@ -43,6 +45,7 @@ class SharedParts:
         set_health: takes whether the engine works.
         service: where calls come in.
         load: measures how much the engine works; None: nothing asks.
+        kserve: where calls of the Open Inference Protocol come in; None: nowhere.
     """
 
     conversions: Conversions
@@ -53,6 +56,7 @@ class SharedParts:
     set_health: Callable[[bool], None]
     service: LateService
     load: LoadMeter | None
+    kserve: LateService | None
 
 
 def build_parts(config: ServerConfig, model: ServedModel, shared: SharedParts) -> LoadedParts:
@@ -67,12 +71,11 @@ def build_parts(config: ServerConfig, model: ServedModel, shared: SharedParts) -
         stream_admission=shared.stream_admission,
         caller_limits=shared.caller_limits,
     )
-    service, calls = EmbedService(embedder, config.stream_stall_s), cast("grpc.aio.Server", shared.service)
     tokenizer = model.tokenizer
     return LoadedParts(
         embedder,
         Watchdog(worker, config.hang_s, config.give_up_s, shared.set_health),
-        open=lambda: embed_pb2_grpc.add_EmbedServiceServicer_to_server(service, calls),
+        open=lambda: _open(config, embedder, shared),
         later=tokenizer.load if isinstance(tokenizer, DeferredTokenizer) else lambda: None,
     )
 
@@ -86,6 +89,15 @@ def _round_observer(model: ServedModel, shared: SharedParts) -> Callable[[RoundR
             load.add(report, max_rows, time.monotonic())
 
     return observe
+
+
+def _open(config: ServerConfig, embedder: Embedder, shared: SharedParts) -> None:
+    """Let calls reach an embedder."""
+    service = EmbedService(embedder, config.stream_stall_s)
+    embed_pb2_grpc.add_EmbedServiceServicer_to_server(service, cast("grpc.aio.Server", shared.service))
+    if shared.kserve is not None:
+        handler = handler_of(InferenceService(embedder), MODEL_METHODS)
+        shared.kserve.add_generic_rpc_handlers((handler,))
 
 
 def engine_view(parts: LoadedParts) -> EngineView:

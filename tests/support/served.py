@@ -1,4 +1,4 @@
-"""The service on a fake engine behind a real gRPC server, on the test's own event loop."""
+"""The services on a fake engine behind a real gRPC server, on the test's own event loop."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from bilm_api.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_server.embedding.call_gate import CallGate
 from bilm_server.embedding.embedder import Embedder
@@ -13,6 +14,8 @@ from bilm_server.inference.types import Sentence
 from bilm_server.observability.call_record import CallRecord
 from bilm_server.protocols.embed_v1.service import EmbedService
 from bilm_server.protocols.grpc.interceptors import CallInterceptor
+from bilm_server.protocols.kserve.methods import MODEL_METHODS, handler_of
+from bilm_server.protocols.kserve.service import InferenceService
 from bilm_server.security.auth import Caller
 from bilm_server.security.callers import CallerRights
 
@@ -46,16 +49,18 @@ class Anybody:
 
 @dataclass
 class RunningService:
-    """A service that runs.
+    """Services that run.
 
     Attributes:
         embedder: Behind it.
         stub: Of a client.
+        kserve: Of a client of the Open Inference Protocol.
         ended: Calls that have ended.
     """
 
     embedder: Embedder
     stub: Any
+    kserve: Any
     ended: EndedCalls = field(default_factory=EndedCalls)
 
 
@@ -63,7 +68,7 @@ class RunningService:
 async def serving(
     engine: FakeEngine[Sentence], *, stall_s: float = 60.0, options: tuple[tuple[str, int], ...] = (), **settings: Any
 ) -> AsyncIterator[RunningService]:
-    """Yield a service on an engine.
+    """Yield services on an engine.
 
     Args:
         engine: What computes.
@@ -76,11 +81,13 @@ async def serving(
         gate = CallGate(Anybody(), CallerRights((), authenticated=False), NO_LIMITS, [ended])
         server = grpc.aio.server(interceptors=[CallInterceptor(SERVICE, gate)])
         embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedService(embedder, stall_s), server)
+        server.add_generic_rpc_handlers((handler_of(InferenceService(embedder), MODEL_METHODS),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
-                yield RunningService(embedder, embed_pb2_grpc.EmbedServiceStub(channel), ended)
+                stubs = embed_pb2_grpc.EmbedServiceStub(channel), GRPCInferenceServiceStub(channel)
+                yield RunningService(embedder, *stubs, ended)
         finally:
             engine.go_on.set()
             await server.stop(0)

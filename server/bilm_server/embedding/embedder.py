@@ -99,7 +99,14 @@ class Embedder:
         current_call().model = self.model.name if name in ("", self.model.name) else ""
         self.model.check(name, expected_version)
 
-    async def embed(self, sentences: Sequence[Sentence], request_bytes: int, response: ResponseFormat[R_co]) -> R_co:
+    async def embed(
+        self,
+        sentences: Sequence[Sentence],
+        request_bytes: int,
+        response: ResponseFormat[R_co],
+        *,
+        fail_as_one: bool = False,
+    ) -> R_co:
         """Embed sentences that are answered together.
 
         A sentence that is at fault by itself has a refusal for a result. The call's `held` holds room for the response
@@ -109,6 +116,8 @@ class Embedder:
             sentences: new ones.
             request_bytes: size of the request that they came with.
             response: what is made of the results.
+            fail_as_one: whether such a refusal ends the call, as for a response that has no place for it; a sentence
+                that is refused before it is computed then keeps the others from it.
 
         Raises:
             RefusalError: of the whole call.
@@ -119,6 +128,8 @@ class Embedder:
         current_call().held.add(room.release)
         try:
             refusals, n_bytes = await self._prepare(sentences, request_bytes, room, response)
+            if fail_as_one:
+                _raise_first(refusals)
             good = _good(sentences, refusals)
             outcomes = await self.worker.submit(good) if good else ()
         except BaseException:
@@ -127,6 +138,8 @@ class Embedder:
         self.admission.resize(room, Cost(0, n_bytes))
         results = outcomes if good is sentences else _in_their_order(refusals, outcomes)
         _count(sentences, results)
+        if fail_as_one:
+            _raise_first(results)
         return await self.conversions.response(n_bytes, lambda: response.build(sentences, results))
 
     def stream(self) -> "SentenceStream":
@@ -253,6 +266,13 @@ def _good(sentences: Sequence[Sentence], refusals: Sequence[RefusalError | None]
     if not any(refusals):
         return sentences
     return [sentence for sentence, refusal in zip(sentences, refusals, strict=True) if refusal is None]
+
+
+def _raise_first(outcomes: Sequence[Outcome | None]) -> None:
+    """Raise the first refusal among the outcomes of a call's sentences, which then is the call's."""
+    for index, outcome in enumerate(outcomes):
+        if isinstance(outcome, RefusalError):
+            raise RefusalError(outcome.reason, f"sentence {index}: {outcome}", outcome.retry_after_ms)
 
 
 def _in_their_order(refusals: Sequence[RefusalError | None], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:

@@ -1,5 +1,6 @@
 """Sentences before they are computed: priced, checked, tokenised. Nothing behind this file sees bad input."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -9,6 +10,7 @@ from bilm_model.alphabet import MAX_TOKEN_BYTES
 from bilm_model.characters import is_truncated
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.errors import AlignmentError, StateError
+from bilm_model.scalar_mix import LayerMix
 from bilm_model.tokenization.deferred import DeferredTokenizer
 
 from bilm_server.config import ServerConfig
@@ -176,6 +178,19 @@ class Preprocessing:
             sentence.state = codec.decode(sentence.state_bytes)
         except StateError as error:
             raise RefusalError(Reason.STATE_INVALID, str(error)) from error
+
+
+def check_mix(mix: LayerMix, layer_count: int) -> LayerMix:
+    """Return a mix that a request asks for, if it fits a model of so many layers.
+
+    Raises:
+        RefusalError: MIX_INVALID.
+    """
+    if len(mix.weights) != layer_count:
+        raise RefusalError(Reason.MIX_INVALID, f"mix.weights: expected {layer_count}, found {len(mix.weights)}")
+    if not all(map(math.isfinite, (*mix.weights, mix.gamma))):
+        raise RefusalError(Reason.MIX_INVALID, "mix: expected finite numbers")
+    return mix
 
 
 def row_bytes(output: OutputSpec, model: ServedModel) -> int:

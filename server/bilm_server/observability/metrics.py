@@ -21,7 +21,8 @@ Series = Callable[..., M]
 """Returns a metric's series of given label values. Kept, as the client library's own look-up costs as much as counting;
 that keeps each series, too, so this takes no memory beside it."""
 
-METHODS = ("Embed", "EmbedStream", "GetModel")
+EMBEDDING_METHODS = ("Embed", "EmbedStream")
+METHODS = (*EMBEDDING_METHODS, "GetModel")
 NO_MODEL = ""
 """Label of calls that name no model that is served, and of those that end before that is known."""
 
@@ -37,16 +38,18 @@ class Metrics:
     Calls marked as tests count like any others: load is load.
     """
 
-    def __init__(self, models: Sequence[str]) -> None:
+    def __init__(self, models: Sequence[str], infer_methods: Sequence[str] = ()) -> None:
         """Name the metrics.
 
         Args:
             models: names of those that are served.
+            infer_methods: names of other protocols' methods that embed.
         """
         self.registry = CollectorRegistry()
         self._backlog = _Backlog(self._count)
         self.registry.register(self._backlog)
-        self._models = tuple(models)
+        self._models, self._embedding = tuple(models), (*EMBEDDING_METHODS, *infer_methods)
+        self._methods = (*METHODS, *infer_methods)
         self._requests = self._counter("requests", "Calls ended.", "method", "code", "model")
         self._refusals = self._counter("refusals", "Calls refused as a whole, by reason.", "method", "reason", "model")
         self._durations = self._seconds("request_duration_seconds", "From begin to end of a call.")
@@ -61,7 +64,7 @@ class Metrics:
                 "bilm_round_rows", "Sentences in a round.", ["model"], buckets=_ROWS, registry=self.registry
             ).labels
         )
-        self._open = _OpenCalls(self._models)
+        self._open = _OpenCalls(self._methods, self._models)
         self._show_zeros()
         self.registry.register(self._open)
         ProcessCollector(registry=self.registry)
@@ -76,14 +79,14 @@ class Metrics:
     def _show_zeros(self) -> None:
         """Make series before their first event: Prometheus sees no increase in a series that appears with it."""
         for model in (*self._models, NO_MODEL):
-            for method in METHODS:
+            for method in self._methods:
                 self._durations(method, model)
                 for code in (Code.OK, Code.INTERNAL, Code.UNAVAILABLE):
                     self._requests(method, code, model)
-            for method in ("Embed", "EmbedStream"):
+            for method in self._embedding:
                 self._refusals(method, "OVERLOADED", model)
         for model in self._models:
-            for method in ("Embed", "EmbedStream"):
+            for method in self._embedding:
                 self._queue(method, model)
                 self._inference(method, model)
             for result in ("ok", "failed"):
@@ -167,8 +170,8 @@ def _popped(queue: deque[T]) -> Iterator[T]:
 class _OpenCalls(Collector):
     """Calls begun and not ended, counted at each scrape: a call's model is known only some time after its begin."""
 
-    def __init__(self, models: Sequence[str]) -> None:
-        self._shown = {(method, model) for method in METHODS for model in (*models, NO_MODEL)}
+    def __init__(self, methods: Sequence[str], models: Sequence[str]) -> None:
+        self._shown = {(method, model) for method in methods for model in (*models, NO_MODEL)}
         self.calls: set[CallRecord] = set()
 
     def collect(self) -> Iterator[Metric]:

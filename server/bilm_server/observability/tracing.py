@@ -48,8 +48,9 @@ _SERVER_ERRORS: Final = frozenset(
 class Tracing:
     """Makes a span of every call that is sampled (`CallObserver`).
 
-    An Embed has two children, queue and inference: the longest of its sentences' times, one after the other from the
-    call's begin. In a stream such times have no place; they are attributes of its span only.
+    A call that embeds and isn't a stream has two children, queue and inference: the longest of its sentences' times,
+    one after the other from the call's begin. In a stream such times have no place; they are attributes of its span
+    only.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Tracing:
             span.set_attributes(_outcome(call))
             if call.code in _SERVER_ERRORS:
                 span.set_status(StatusCode.ERROR)
-            if call.method == "Embed" and call.sentences > call.failed_sentences:
+            if call.method != "EmbedStream" and call.sentences > call.failed_sentences:
                 self._add_children(span, call, begun_ns, end_ns)
         span.end(end_ns)
 

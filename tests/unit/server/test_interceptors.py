@@ -139,8 +139,8 @@ async def serving(interceptor: grpc.aio.ServerInterceptor) -> AsyncIterator[grpc
 @pytest.fixture
 async def guarded(ends: Ends) -> AsyncIterator[grpc.aio.Channel]:
     """A server as on the address of the calls, with reflection."""
-    open_services = {OPEN, HEALTH, reflection.SERVICE_NAME}
-    async with serving(CallInterceptor(OWN, gate(ends), open_services)) as channel:
+    open_names = {OPEN, HEALTH, reflection.SERVICE_NAME}
+    async with serving(CallInterceptor(OWN, gate(ends), open_names)) as channel:
         yield channel
 
 

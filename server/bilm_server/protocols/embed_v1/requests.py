@@ -1,6 +1,5 @@
 """From messages of `bilm_api.v1` to what is to be done; what is wrong with a sentence is found behind this file."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -9,6 +8,7 @@ from bilm_api.v1 import embed_pb2
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.scalar_mix import LayerMix, Pooling, Selection
 
+from bilm_server.embedding.preprocessing import check_mix
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Call, Sentence
 from bilm_server.served_model import ServedModel
@@ -80,8 +80,4 @@ def _parse_mix(options: embed_pb2.EmbedOptions, layer_count: int) -> LayerMix:
         raise RefusalError(Reason.MIX_INVALID, "mix: LAYERS_MIX needs it")
     mix = options.mix
     gamma = mix.gamma if mix.HasField("gamma") else 1.0
-    if len(mix.weights) != layer_count:
-        raise RefusalError(Reason.MIX_INVALID, f"mix.weights: expected {layer_count}, found {len(mix.weights)}")
-    if not all(map(math.isfinite, (*mix.weights, gamma))):
-        raise RefusalError(Reason.MIX_INVALID, "mix: expected finite numbers")
-    return LayerMix(tuple(mix.weights), gamma, mix.layer_norm)
+    return check_mix(LayerMix(tuple(mix.weights), gamma, mix.layer_norm), layer_count)

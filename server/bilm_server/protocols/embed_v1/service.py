@@ -1,6 +1,5 @@
 """`bilm_api.v1.EmbedService`: messages in, messages out; what is between is the `Embedder`'s."""
 
-import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,11 @@ from bilm_model.alphabet import MAX_TOKEN_BYTES
 
 import bilm_server
 from bilm_server.embedding.embedder import Embedder
-from bilm_server.inference.types import NO_DEADLINE_S, Call
 from bilm_server.observability.call_record import current_call
 from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options
 from bilm_server.protocols.embed_v1.responses import WireFormat
 from bilm_server.protocols.embed_v1.stream import StreamHandler
+from bilm_server.protocols.grpc.handlers import new_call
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -41,7 +40,7 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         embedder = self._embedder
         embedder.check_model(request.model, request.expected_model_version)
         embedder.limits.check_count(len(request.sentences))
-        output, call = parse_options(request.options, embedder.model), _new_call(context)
+        output, call = parse_options(request.options, embedder.model), new_call(context)
         sentences = [new_sentence(sentence, output, call) for sentence in request.sentences]
         return await embedder.embed(sentences, current_call().request_bytes, self._wires[request.options.omit_tokens])
 
@@ -51,7 +50,7 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         """Embed sentences as they come."""
         # By itself: were it to go with the first message, a status behind a message that nobody reads could not be sent
         await context.send_initial_metadata(())
-        handler = StreamHandler(self._embedder, _new_call(context), context.write, self._stream_stall_s)
+        handler = StreamHandler(self._embedder, new_call(context), context.write, self._stream_stall_s)
         await handler.run(request_iterator)
 
     async def GetModel(  # noqa: N802 - the contract's name
@@ -82,8 +81,3 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
             ),
             server_version=bilm_server.__version__,
         )
-
-
-def _new_call(context: "Context") -> Call:
-    remaining_s = context.time_remaining()
-    return Call(NO_DEADLINE_S if remaining_s is None else time.monotonic() + remaining_s)

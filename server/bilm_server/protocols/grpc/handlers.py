@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from bilm_api.constants import Reason
 from google.protobuf.message import DecodeError
 
 from bilm_server.errors import RefusalError
+from bilm_server.inference.types import NO_DEADLINE_S, Call
 from bilm_server.observability.call_record import request_arrived
 
 if TYPE_CHECKING:
@@ -21,6 +23,12 @@ _WRITE_TIMEOUT_S = 1.0
 
 Parse = Callable[[bytes], Any]
 Behavior = Callable[..., Any]
+
+
+def new_call(context: "Context", timeout_s: float = NO_DEADLINE_S) -> Call:
+    """Return the call that a context belongs to, with its deadline or an earlier one."""
+    remaining_s = context.time_remaining()
+    return Call(time.monotonic() + min(timeout_s, NO_DEADLINE_S if remaining_s is None else remaining_s))
 
 
 def method_handler(

@@ -1,7 +1,7 @@
 """What every gRPC call passes through: the gate, frames that don't parse, errors.
 
-Every method of every service is guarded, those that don't exist included, unless its service is open: health, and
-reflection where it is on.
+Every method of every service is guarded, those that don't exist included, unless it is open: all of health, of
+reflection where it is on, and single methods of other protocols that report health, too.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]]
 
 
 class OpenCalls:
-    """The calls of open services: some last for as long as their caller likes, and none may hold a drain."""
+    """The calls of open methods: some last for as long as their caller likes, and none may hold a drain."""
 
     def __init__(self) -> None:
         self._running: set[asyncio.Timeout] = set()
@@ -62,16 +62,16 @@ class OpenCalls:
 
 
 class OpenInterceptor(grpc.aio.ServerInterceptor):
-    """Lets every client call some services and none of the others; no input of a client is an error in the log."""
+    """Lets every client call some methods and none of the others; no input of a client is an error in the log."""
 
-    def __init__(self, open_services: Collection[str], calls: OpenCalls | None = None) -> None:
+    def __init__(self, open_names: Collection[str], calls: OpenCalls | None = None) -> None:
         """Keep what calls pass through.
 
         Args:
-            open_services: full names.
+            open_names: full names of services, or of single methods, as in package.Service/Method.
             calls: where the calls that run are found; None: nowhere.
         """
-        self._open_services = frozenset(open_services)
+        self._open_names = frozenset(open_names)
         self._calls = calls or OpenCalls()
 
     async def intercept_service(
@@ -80,19 +80,25 @@ class OpenInterceptor(grpc.aio.ServerInterceptor):
         """Part of grpc's interface; None: UNIMPLEMENTED, by grpc."""
         service, method = _service_and_method(handler_call_details)
         handler = await continuation(handler_call_details)
-        if handler is None or service not in self._open_services:
+        if handler is None or not self.is_open(service, method):
             return None
         return method_handler(_quiet(method, from_bytes(handler), self._calls), handler)
 
+    def is_open(self, service: str, method: str) -> bool:
+        """Return whether every client may call a method."""
+        if "/" in service:  # the name of an open method, with a further part behind it
+            return False
+        return service in self._open_names or f"{service}/{method}" in self._open_names
+
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Guards every method but those of open services."""
+    """Guards every method but the open ones."""
 
     def __init__(
         self,
         service: str,
         gate: CallGate,
-        open_services: Collection[str] = (),
+        open_names: Collection[str] = (),
         open_calls: OpenCalls | None = None,
         trailer: Callable[[], Trailer] | None = None,
     ) -> None:
@@ -101,13 +107,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         Args:
             service: full name of the one whose methods are named without it; any other method has its full name.
             gate: comes before a byte of the request is looked at.
-            open_services: full names of those that don't pass the gate.
+            open_names: full names of services and of single methods, package.Service/Method, that don't pass the gate.
             open_calls: where the calls of those that run are found; None: nowhere.
             trailer: trailing metadata of each call that succeeds; None: there is none.
         """
         self._service, self._gate, self._trailer = service, gate, trailer
-        self._open_services = frozenset(open_services)
-        self._open = OpenInterceptor(open_services, open_calls)
+        self._open = OpenInterceptor(open_names, open_calls)
         self._handlers: dict[str, Handler] = {}
         self._missing: Handler = grpc.stream_stream_rpc_method_handler(self._guarded(UNKNOWN_METHOD, _unknown))
 
@@ -119,7 +124,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if known is not None:
             return known
         service, method = _service_and_method(handler_call_details)
-        if service in self._open_services:
+        if self._open.is_open(service, method):
             return await self._open.intercept_service(continuation, handler_call_details)
         handler = await continuation(handler_call_details)
         if handler is None:
