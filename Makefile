@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
 # Triton's Python package can't share an environment with our libraries: it needs older numpy and protobuf
 TRITON_VENV := .venv-triton
+# Nor can the clients of the Open Inference Protocol: they need older protobuf, and bring its messages in their own pool
+KSERVE_VENV := .venv-kserve
 # The oldest tools whose output we support: their versions set the floors of grpcio and protobuf in pyproject.toml.
 PROTO_TOOLS := grpcio-tools==1.74.0 protobuf==6.33.6 googleapis-common-protos==1.76.0 mypy-protobuf==5.1.0
 # What released clients were built with
@@ -43,7 +45,7 @@ tests: $(VENV)/.dev
 test-gpu: $(VENV)/.dev
 	$(LIMITED) 30m $(BIN)/pytest -m gpu tests/parity
 
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.dev $(KSERVE_VENV)/.installed
 	$(LIMITED) 4h $(BIN)/pytest -m slow
 
 # faults of all kinds under load, each answer compared with the known one; five minutes
@@ -115,7 +117,7 @@ train: $(VENV)/.dev
 	  --treebank $(DATA)/UD_English-EWT --treebank $(DATA)/UD_Korean-GSD --neighbours $(DATA)/wikitext-2/test.txt
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) $(TRITON_VENV) $(AUDIT_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_VENV) $(TRITON_VENV) $(KSERVE_VENV) $(AUDIT_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or later; PYTHON=… names one")'
@@ -143,4 +145,9 @@ $(TRITON_VENV)/.installed: Makefile
 	$(PYTHON) -m venv $(TRITON_VENV)
 	$(TRITON_VENV)/bin/pip install --quiet nvidia-pytriton==0.7.0 tritonclient==2.73.0 torch==2.13.0 numba==0.68.1 \
 	  grpcio==1.85.1
+	touch $@
+
+$(KSERVE_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(KSERVE_VENV)
+	$(KSERVE_VENV)/bin/pip install --quiet 'tritonclient[grpc]==2.73.0' kserve==0.21.0 grpcio==1.85.1 protobuf==6.33.6
 	touch $@
