@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
 # Triton's Python package can't share an environment with our libraries: it needs older numpy and protobuf
 TRITON_VENV := .venv-triton
+# The compiler Triton, before ours on PYTHONPATH
+OLD_TRITON := .venv-triton-3.6
 # Nor can the clients of the Open Inference Protocol: they need older protobuf, and bring its messages in their own pool
 KSERVE_VENV := .venv-kserve
 # The oldest tools whose output we support: their versions set the floors of grpcio and protobuf in pyproject.toml.
@@ -23,7 +25,7 @@ RUN ?= runs/wikitext2-mini
 # Tests have limits of their own (tests/support/time_limits.py); this one is for what comes before and after them.
 LIMITED := timeout --foreground --kill-after=30
 
-.PHONY: demo serve test tests test-gpu test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-original bench-before bench-memory bench-full bench-training bench-page train clean
+.PHONY: demo serve test tests test-gpu test-triton test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-original bench-before bench-memory bench-full bench-training bench-page train clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -44,6 +46,11 @@ tests: $(VENV)/.dev
 # on a machine with a GPU; without `make`: python -m pytest -m gpu tests/parity
 test-gpu: $(VENV)/.dev
 	$(LIMITED) 30m $(BIN)/pytest -m gpu tests/parity
+
+# the Triton kernels, interpreted and compiled, with the version that comes with the oldest torch that we support
+test-triton: $(VENV)/.dev $(OLD_TRITON)/.installed
+	PYTHONPATH=$(OLD_TRITON) $(LIMITED) 60m $(BIN)/pytest tests/unit/model/test_triton_steps.py \
+	  tests/unit/model/test_compile_kernels.py tests/parity/test_cuda.py $(ARGS)
 
 test-slow: $(VENV)/.dev $(KSERVE_VENV)/.installed
 	$(LIMITED) 4h $(BIN)/pytest -m slow
@@ -117,7 +124,7 @@ train: $(VENV)/.dev
 	  --treebank $(DATA)/UD_English-EWT --treebank $(DATA)/UD_Korean-GSD --neighbours $(DATA)/wikitext-2/test.txt
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) $(TRITON_VENV) $(KSERVE_VENV) $(AUDIT_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_VENV) $(TRITON_VENV) $(OLD_TRITON) $(KSERVE_VENV) $(AUDIT_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or later; PYTHON=… names one")'
@@ -150,4 +157,8 @@ $(TRITON_VENV)/.installed: Makefile
 $(KSERVE_VENV)/.installed: Makefile
 	$(PYTHON) -m venv $(KSERVE_VENV)
 	$(KSERVE_VENV)/bin/pip install --quiet 'tritonclient[grpc]==2.73.0' kserve==0.21.0 grpcio==1.85.1 protobuf==6.33.6
+	touch $@
+
+$(OLD_TRITON)/.installed: $(VENV)/bin/python Makefile
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0
 	touch $@

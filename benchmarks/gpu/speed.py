@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from bilm_bench.statistics.percentiles import percentile
@@ -63,11 +64,13 @@ def alone(setting: Setting) -> Facts:
 
 
 def ways(setting: Setting) -> Facts:
-    """Return tokens a second with each arithmetic between the products, in turns, and against torch's operators."""
+    """Return tokens a second with each arithmetic of a tick, in turns, and against torch's operators."""
     rows, size = (1024 if setting.on_gpu else 8), setting.sizes[0]
-    makers: dict[str, Callable[[], Steps | None]] = {"torch": TorchSteps}
+    makers: dict[str, Callable[[], Steps]] = {"torch": TorchSteps}
     if setting.on_gpu:
-        makers["fastest"] = lambda: None
+        from bilm_model.engine.cuda.triton_steps import TritonSteps  # noqa: PLC0415 - not on every machine
+
+        makers |= {"product and gates": partial(TritonSteps, "off"), "fused": partial(TritonSteps, "on")}
     facts: Facts = {}
     for precision in PRECISIONS:
         loads = {name: _load(setting, size, precision, rows, make()) for name, make in makers.items()}
