@@ -56,9 +56,11 @@ def state_of(seed: int) -> LstmState:
 
 def until_empty(engine: Engine) -> dict[PlainSentence, EngineResult[PlainSentence]]:
     found = {}
-    while engine.in_flight:
+    for _ in range(1000):
+        if not engine.in_flight:
+            return found
         found.update({result.sentence: result for result in engine.advance()})
-    return found
+    raise AssertionError("sentences stay in flight")
 
 
 # ---- captures -------------------------------------------------------------------------------------------------------
