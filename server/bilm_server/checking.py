@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from bilm_model.device import resolve_device
 from bilm_model.engine import host_ring, state_transfer
 from bilm_model.errors import ModelError
@@ -94,19 +95,23 @@ def check(config: ServerConfig) -> tuple[list[str], list[str]]:
     return errors, [_model_line(config, header), *memory_sum(config, header, n_connections).lines()]
 
 
-def memory_sum(config: ServerConfig, header: ModelHeader, n_connections: int) -> MemorySum:
+def memory_sum(
+    config: ServerConfig, header: ModelHeader, n_connections: int, device: torch.device | None = None
+) -> MemorySum:
     """Return what a server takes at most.
 
     Args:
         config: the server's.
         header: of its model.
         n_connections: open at a time.
+        device: where it computes; None: on the one that the configuration names.
     """
-    device = resolve_device(config.device)
+    device = device or resolve_device(config.device)
     options = engine_options(config).resolved(device)
     place = f"on {device}" if device.type == "cuda" else "in memory"
     parameters = _FLOAT_BYTES * header.parameter_count
     connection = _CONNECTION_BYTES if config.tls_cert is None else _TLS_CONNECTION_BYTES
+    pinned = [(f"results on their way from {device}", _PINNED_BYTES)] if device.type == "cuda" else []
     answers_mib = 2 * (config.max_waiting_mib + config.max_stream_mib)
     return MemorySum(
         (
@@ -114,7 +119,7 @@ def memory_sum(config: ServerConfig, header: ModelHeader, n_connections: int) ->
             (f"parameters {place}; as much again in memory while they load", parameters),
             (f"sentences in flight and the token cache, {place}", options.memory_bytes(header.config, device)),
             (f"the input cache, {place}", (options.input_cache_mib or 0) * _MIB),
-            ("results on their way from a GPU, pinned", _PINNED_BYTES if device.type == "cuda" else 0),
+            *pinned,
             ("answers that wait to be sent, twice", answers_mib * _MIB),
             (f"{n_connections} connections", n_connections * connection),
         ),

@@ -55,7 +55,7 @@ def state_of(seed: int) -> LstmState:
 
 
 def until_empty(engine: Engine) -> dict[PlainSentence, EngineResult[PlainSentence]]:
-    found = {}
+    found: dict[PlainSentence, EngineResult[PlainSentence]] = {}
     for _ in range(1000):
         if not engine.in_flight:
             return found

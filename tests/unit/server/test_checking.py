@@ -106,6 +106,13 @@ def test_the_sum_grows_with_what_is_configured() -> None:
     assert total("--max-tokens-in-flight", "65537") == plain + per_token
 
 
+def test_a_gpu_takes_pinned_memory() -> None:
+    config, header = load_config([]), inspect("random:small")
+    parts = [dict(memory_sum(config, header, 100, device).parts) for device in (CPU, torch.device("cuda:0"))]
+    assert parts[1]["results on their way from cuda:0"] == 1152 * MIB
+    assert not any("on their way" in name for name in parts[0])
+
+
 def test_a_sum_above_the_limit_is_a_warning() -> None:
     assert not any("warning" in line for line in MemorySum((("a", MIB),), MIB).lines())
     assert any("warning" in line for line in MemorySum((("a", MIB), ("b", 1)), MIB).lines())
