@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from functools import cache, cached_property
+from ssl import SSLContext
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -40,21 +41,24 @@ from bilm_server.observability.server_metrics import (
     Taken,
 )
 from bilm_server.protocols.grpc.acceptor import Acceptor
-from bilm_server.protocols.grpc.connections import connection_limit, health_server
+from bilm_server.protocols.grpc.connections import connection_limit, health_server, http_share
 from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.grpc.interceptors import CallInterceptor, OpenCalls, OpenInterceptor
 from bilm_server.protocols.grpc.late_service import LateService
 from bilm_server.protocols.grpc.listening import address, channel_options, credentials
 from bilm_server.protocols.grpc.load_report import Trailer, load_trailer
+from bilm_server.protocols.http import names as http
 from bilm_server.protocols.kserve import methods as kserve
 from bilm_server.protocols.kserve.readiness import ReadinessService
 from bilm_server.protocols.ops.metrics_endpoint import MetricsExporter
 from bilm_server.protocols.ops.readiness_port import ReadinessPort
 from bilm_server.security.auth import Authenticator
 from bilm_server.security.callers import CallerRights
+from bilm_server.security.tls import server_contexts
 
 if TYPE_CHECKING:
     from bilm_server.observability.tracing import Tracing
+    from bilm_server.protocols.http.door import HttpDoor
     from bilm_server.served_model import ServedModel
 
 _SERVICE = embed_pb2.DESCRIPTOR.services_by_name["EmbedService"]
@@ -81,7 +85,7 @@ def build_server(
         drops: log lines and alerts lost by the process, for the metrics.
 
     Raises:
-        ConfigurationError: if traces are configured and what they need isn't installed.
+        ConfigurationError: if traces or HTTP are configured and what they need isn't installed.
     """
     return _App(config, name, load_model, drops).server
 
@@ -96,7 +100,7 @@ class _App:
         self._max_connections = cache(lambda: connection_limit(config.max_connections))
         self._starting = asyncio.Lock()
         self._open_calls = OpenCalls()
-        self._metrics = Metrics([name], (kserve.INFER_METHOD,) if config.kserve else ())
+        self._metrics = Metrics([name], _infer_methods(config))
         self._health = HealthReporter(SERVICE_NAME)
         self._rights = CallerRights(config.callers, config.authenticates)
         self._no_log_calls = NoLogCalls(self._rights)
@@ -122,7 +126,8 @@ class _App:
             self._load,
             open_calls=self._open_calls,
             drain_times=DrainTimes(config.drain_delay_s, config.grace_s),
-            prepare=(self._authenticator.load, self._warn_of_nameless_callers, self._max_connections),
+            doors=() if self._http is None else (self._http,),
+            prepare=(self._authenticator.load, self._warn_of_nameless_callers, self._grpc_connections),
             close=(self._conversions.stop, *(() if self._tracing is None else (self._tracing.stop,))),
         )
 
@@ -146,6 +151,7 @@ class _App:
             self._service,
             self._load_meter,
             self._kserve,
+            None if self._http is None else self._http.app,
         )
         parts = build_parts(self._config, model, shared)
         self._engines, self._gpu, self._model = (engine_view(parts),), model_gpu(model), model
@@ -202,7 +208,7 @@ class _App:
         if self._config.kserve:
             open_names.update(f"{kserve.SERVICE_NAME}/{method}" for method in kserve.OPEN_METHODS)
         interceptor = CallInterceptor(SERVICE_NAME, self._gate, open_names, self._open_calls, self._trailer)
-        options = channel_options(self._config, self._max_connections())
+        options = channel_options(self._config, self._grpc_connections())
         return grpc.aio.server(interceptors=[interceptor], options=options)
 
     @property
@@ -247,6 +253,30 @@ class _App:
         servicer = reflection.aio.ReflectionServicer(tuple(files), pool=_pool_of(files.values()))
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
+    def _grpc_connections(self) -> int:
+        total = self._max_connections()
+        return total - self._http_connections() if self._config.http_listen else total
+
+    def _http_connections(self) -> int:
+        return http_share(self._max_connections())
+
+    @cached_property
+    def _http(self) -> "HttpDoor | None":
+        config = self._config
+        if not config.http_listen:
+            return None
+        from bilm_server.protocols.http.door import HttpDoor  # noqa: PLC0415 - uvicorn is an extra
+        from bilm_server.protocols.http.routing import HttpApp  # noqa: PLC0415
+
+        app = HttpApp(self._gate, lambda: self._health.serving, config.http_host, config.stream_stall_s)
+        return HttpDoor(config.http_listen, app, self._http_connections, self._tls_contexts)
+
+    def _tls_contexts(self) -> Callable[[], SSLContext] | None:
+        config = self._config
+        if config.tls_cert is None or config.tls_key is None:
+            return None
+        return server_contexts(config.tls_cert, config.tls_key, config.tls_client_ca)
+
     def _listeners(self) -> tuple[Listener, ...]:
         """Return what listens beside the acceptor of calls, as far as it is configured."""
         config, found = self._config, list[Listener]()
@@ -287,6 +317,11 @@ def _pool_of(files: Iterable[Any]) -> DescriptorPool:
     for file in files:
         add(file)
     return pool
+
+
+def _infer_methods(config: ServerConfig) -> tuple[str, ...]:
+    """Return the names of other protocols' methods that embed."""
+    return (*((kserve.INFER_METHOD,) if config.kserve else ()), *(http.INFER_METHODS if config.http_listen else ()))
 
 
 def _taken(admission: Admission | StreamAdmission) -> Taken:

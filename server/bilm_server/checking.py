@@ -21,7 +21,7 @@ from bilm_server.addresses import socket_path
 from bilm_server.config import ServerConfig
 from bilm_server.errors import ConfigurationError
 from bilm_server.preflight import configured_tokenizer, served_name
-from bilm_server.protocols.grpc.connections import connection_limit
+from bilm_server.protocols.grpc.connections import connection_limit, http_share
 from bilm_server.protocols.grpc.listening import credentials
 from bilm_server.protocols.grpc.unix_sockets import check_kinds
 from bilm_server.security.auth import Authenticator
@@ -31,6 +31,7 @@ _MIB = 2**20
 _PROCESS_BYTES = 600 * _MIB  # Python, torch, compiled kernels and what compiling them leaves behind
 _CONNECTION_BYTES, _TLS_CONNECTION_BYTES = 20 * 1024, 60 * 1024
 _UNREAD_STREAM_BYTES = 256 * 1024 + _MIB  # what was sent on it, and one result message
+_HTTP_BODIES_BYTES = 64 * _MIB  # `protocols.http.bodies`, which may lack what it needs here
 _FLOAT_BYTES = 4
 _PINNED_BYTES = 2 * (host_ring.MAX_BYTES + state_transfer.MAX_BYTES)  # torch keeps what they grew out of
 
@@ -87,7 +88,7 @@ def check(config: ServerConfig) -> tuple[list[str], list[str]]:
         lambda: _check_paths(config),
     ):
         checked(step)
-    n_connections = checked(lambda: connection_limit(config.max_connections))
+    n_connections = checked(lambda: _connections(config))
     header = checked(lambda: inspect(config.model, config.options))
     if not isinstance(header, ModelHeader) or errors:
         return errors, []
@@ -122,6 +123,7 @@ def memory_sum(
             *pinned,
             ("answers that wait to be sent, twice", answers_mib * _MIB),
             (f"{n_connections} connections", n_connections * connection),
+            *((("bodies of HTTP requests that arrive", _HTTP_BODIES_BYTES),) if config.http_listen else ()),
         ),
         memory_limit_bytes(),
     )
@@ -133,9 +135,18 @@ def _model_line(config: ServerConfig, header: ModelHeader) -> str:
     return f"model {name}: {layers} layers of {width} numbers, {header.parameter_count:,} parameters"
 
 
+def _connections(config: ServerConfig) -> int:
+    found = connection_limit(config.max_connections)
+    if config.http_listen:
+        http_share(found)
+    return found
+
+
 def _check_extras(config: ServerConfig) -> None:
     if config.trace_endpoint:
-        import bilm_server.observability.tracing  # noqa: F401, PLC0415 - says what is missing
+        import bilm_server.observability.tracing  # noqa: PLC0415 - says what is missing
+    if config.http_listen:
+        import bilm_server.protocols.http.door  # noqa: F401, PLC0415 - likewise
 
 
 def _check_paths(config: ServerConfig) -> None:

@@ -1,5 +1,6 @@
 """The server's configuration: all settings, checked."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,9 @@ from bilm_server.log_levels import parse_levels
 
 MODEL_NAME = "([A-Za-z0-9._-]{1,64})"
 """What a model can be called, as a regular expression: the name stands in metrics, health and the access log."""
+
+_HOST = r"\*|[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]"
+"""A name, an IPv4 address, an IPv6 address in brackets as it stands in `Host`, or any host."""
 
 
 class Right(StrEnum):
@@ -118,8 +122,17 @@ class ServerConfig(BaseSettings):
     ready_listen: str = Field(
         "", description="HOST:PORT that is open while the server is SERVING, for checks that only connect; empty: none"
     )
+    http_listen: str = Field("", description="HOST:PORT for calls over HTTP; needs the extra http; empty: none")
+    http_host: tuple[str, ...] = Field(
+        (),
+        description="host that HTTP requests may name, without its port, several times for several, or * for any; by "
+        "default names and addresses of the loopback",
+    )
     max_connections: int = Field(
-        0, ge=0, description="connections at a time; 0: what the descriptors allow, at most 10,000"
+        0,
+        ge=0,
+        description="connections at a time, half of them HTTP's where that is on; 0: what the descriptors allow, at "
+        "most 10,000",
     )
     max_connection_age_s: float = Field(
         300.0, gt=0, description="seconds after which a connection is asked to be opened anew, so that load spreads"
@@ -185,11 +198,18 @@ class ServerConfig(BaseSettings):
             split_address(value, "HOST:PORT or unix:PATH")
         return value
 
-    @field_validator("metrics_listen", "ready_listen")
+    @field_validator("metrics_listen", "ready_listen", "http_listen")
     @classmethod
     def _check_address(cls, value: str) -> str:
         if value:
             split_address(value)
+        return value
+
+    @field_validator("http_host")
+    @classmethod
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(re.fullmatch(_HOST, host) for host in value):
+            raise ValueError("expected names or addresses without ports, or *")
         return value
 
     @field_validator("alert_url", "trace_endpoint")

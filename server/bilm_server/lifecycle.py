@@ -36,6 +36,13 @@ class Listener(Protocol):
         """Listen no more; idempotent."""
 
 
+class Door(Listener, Protocol):
+    """A listener for calls beside gRPC's."""
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new calls, give those in flight some time, and end."""
+
+
 @dataclass(frozen=True)
 class DrainTimes:
     """How long a drain takes.
@@ -78,6 +85,7 @@ class Server:
         *,
         open_calls: OpenCalls,
         drain_times: DrainTimes,
+        doors: Sequence[Door] = (),
         prepare: Sequence[Callable[[], object]] = (),
         close: Sequence[Callable[[], object]] = (),
     ) -> None:
@@ -90,11 +98,12 @@ class Server:
             load: loads the model, in a thread; may take as long as it likes.
             open_calls: are ended when new calls are refused.
             drain_times: of `drain`.
+            doors: listen for calls, too; start after the acceptor, drain with it, and stop after it.
             prepare: read what the configuration names, before anything listens.
             close: end what is left, after everything else; may block.
         """
         self._health, self._open_calls, self._load = health, open_calls, load
-        self._acceptor, self._listeners = acceptor, (acceptor, *listeners)
+        self._acceptor, self._doors, self._listeners = acceptor, tuple(doors), (acceptor, *doors, *listeners)
         self._drain_times, self._prepare, self._close = drain_times, tuple(prepare), tuple(close)
         self._stop_asked = asyncio.Event()
         self._loading: threading.Thread | None = None
@@ -106,6 +115,11 @@ class Server:
     def target(self) -> str:
         """Where clients find the server, once it has started."""
         return self._acceptor.target
+
+    @property
+    def doors(self) -> Sequence[Door]:
+        """What listens for calls beside gRPC."""
+        return self._doors
 
     @property
     def embedder(self) -> "Embedder":
@@ -182,7 +196,7 @@ class Server:
         self._health.drain()
         await asyncio.sleep(delay_s)
         self._open_calls.end()  # a health watcher would hold the drain for all of the grace time
-        await self._acceptor.stop(times.grace_s)
+        await asyncio.gather(self._acceptor.stop(times.grace_s), *(door.drain(times.grace_s) for door in self._doors))
 
     async def stop(self) -> None:
         """End everything but the thread that loads; idempotent."""

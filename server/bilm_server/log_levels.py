@@ -20,6 +20,7 @@ PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "descriptors": ("bilm_server.protocols.grpc.connections",),
     "errors": ("bilm_server.protocols.grpc.interceptors",),
     "health": ("bilm_server.protocols.grpc.health",),
+    "http": ("bilm_server.protocols.http", "uvicorn"),
     "inference": ("bilm_server.inference",),
     "lifecycle": ("bilm_server.lifecycle", "bilm_server.app"),
     "main": ("bilm_server.main", "bilm_server.preflight", "bilm_server.served_model"),

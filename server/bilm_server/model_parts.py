@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import grpc
 import torch
@@ -31,6 +31,9 @@ from bilm_server.protocols.kserve.methods import MODEL_METHODS, handler_of
 from bilm_server.protocols.kserve.service import InferenceService
 from bilm_server.served_model import ServedModel
 
+if TYPE_CHECKING:  # uvicorn is an extra
+    from bilm_server.protocols.http.routing import HttpApp
+
 
 @dataclass(frozen=True, eq=False)
 class SharedParts:
@@ -46,6 +49,7 @@ class SharedParts:
         service: where calls come in.
         load: measures how much the engine works; None: nothing asks.
         kserve: where calls of the Open Inference Protocol come in; None: nowhere.
+        http: where those over HTTP do; None: nowhere.
     """
 
     conversions: Conversions
@@ -57,6 +61,7 @@ class SharedParts:
     service: LateService
     load: LoadMeter | None
     kserve: LateService | None
+    http: "HttpApp | None"
 
 
 def build_parts(config: ServerConfig, model: ServedModel, shared: SharedParts) -> LoadedParts:
@@ -98,6 +103,10 @@ def _open(config: ServerConfig, embedder: Embedder, shared: SharedParts) -> None
     if shared.kserve is not None:
         handler = handler_of(InferenceService(embedder), MODEL_METHODS)
         shared.kserve.add_generic_rpc_handlers((handler,))
+    if shared.http is not None:
+        from bilm_server.protocols.http.endpoints import endpoints_of  # noqa: PLC0415 - only where HTTP is on
+
+        shared.http.open(endpoints_of(embedder))
 
 
 def engine_view(parts: LoadedParts) -> EngineView:

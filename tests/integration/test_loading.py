@@ -153,9 +153,11 @@ def _metrics(port: int) -> bytes:
 # ---- the process ----
 
 
-def test_nothing_that_takes_long_is_imported_before_the_port_is_open() -> None:
+@pytest.mark.parametrize("flags", [[], ["--http-listen", "127.0.0.1:0"]])
+def test_nothing_that_takes_long_is_imported_before_the_port_is_open(flags: list[str]) -> None:
     code = (
-        "import sys; from bilm_server.main import build_server, check_model, load_config; config = load_config([]); "
+        "import sys; from bilm_server.main import build_server, check_model, load_config; "
+        f"config = load_config({flags!r}); "
         "build_server(config, check_model(config), None); "
         "print([m for m in ('torch', 'numpy', 'numba', 'llvmlite', 'h5py', 'sacremoses') if m in sys.modules])"
     )

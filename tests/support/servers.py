@@ -22,6 +22,7 @@ from bilm_server.config_sources import load_config
 from bilm_server.embedding.admission import Admission, Cost, StreamAdmission
 from bilm_server.inference.worker import InferenceWorker
 from bilm_server.lifecycle import Server
+from bilm_server.protocols.http.door import HttpDoor
 from bilm_server.served_model import ServedModel, load_served_model
 
 from tests.support.hooked_engine import HookedEngine
@@ -107,6 +108,13 @@ class LoopServer:
         return self.server.target
 
     @property
+    def http(self) -> HttpDoor:
+        """Where it listens for HTTP."""
+        (door,) = self.server.doors
+        assert isinstance(door, HttpDoor)
+        return door
+
+    @property
     def admission(self) -> Admission:
         """What calls hold."""
         return self.server.embedder.admission
@@ -135,7 +143,7 @@ class LoopServer:
         Raises:
             AssertionError: Something is still there after `timeout_s`; the message says what.
         """
-        _wait_for_nothing("the server still holds", self._held, timeout_s)
+        wait_for_nothing("the server still holds", self._held, timeout_s)
 
     def _held(self) -> dict[str, Any]:
         embedder, worker, engine = self.server.embedder, self.worker, self.engine
@@ -155,10 +163,11 @@ class LoopServer:
         async def tasks() -> list[str]:
             return [repr(task) for task in asyncio.all_tasks() if task is not asyncio.current_task()]
 
-        _wait_for_nothing("tasks of a stopped server", lambda: self.call(tasks))
+        wait_for_nothing("tasks of a stopped server", lambda: self.call(tasks))
 
 
-def _wait_for_nothing(what: str, found: Callable[[], Any], timeout_s: float = _QUIET_TIMEOUT_S) -> None:
+def wait_for_nothing(what: str, found: Callable[[], Any], timeout_s: float = _QUIET_TIMEOUT_S) -> None:
+    """Wait until a function finds nothing; what it still finds in the end fails the test."""
     deadline_s = time.monotonic() + timeout_s
     while left := found():
         assert time.monotonic() < deadline_s, f"{what}: {left}"

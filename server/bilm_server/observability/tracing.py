@@ -89,7 +89,7 @@ class Tracing:
         """Start the span."""
         own = call.method != UNKNOWN_METHOD and "/" not in call.method
         name = f"{self._service}/{call.method}" if own else call.method
-        attributes: Attributes = {"rpc.system.name": "grpc", "rpc.method": name, **_client(call.peer)}
+        attributes: Attributes = {"rpc.system.name": _system(call), "rpc.method": name, **_client(call.peer)}
         begun_ns = time.time_ns()
         span = self._tracer.start_span(
             name, self._propagator.extract(_carrier(call)), SpanKind.SERVER, attributes, start_time=begun_ns
@@ -183,6 +183,10 @@ def _carrier(call: CallRecord) -> dict[str, str]:
     parents = [value for key, value in texts if key == "traceparent"]
     states = [value for key, value in texts if key == "tracestate"]
     return {"traceparent": parents[0], "tracestate": ",".join(states)} if len(parents) == 1 else {}
+
+
+def _system(call: CallRecord) -> str:
+    return "http" if call.method.startswith("http/") else "grpc"
 
 
 def _client(peer: str) -> Attributes:

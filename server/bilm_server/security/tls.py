@@ -4,7 +4,7 @@ import codecs
 import logging
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -55,7 +55,44 @@ def server_credentials(certificate: Path, key: Path, client_ca: Path | None = No
     )
 
 
+def server_contexts(certificate: Path, key: Path, client_ca: Path | None = None) -> Callable[[], ssl.SSLContext]:
+    """Return what makes the context of each handshake where Python's ssl is used; it follows the files, see above.
+
+    Args:
+        certificate: the server's chain.
+        key: its private key.
+        client_ca: whose certificates callers need; None: none.
+
+    Raises:
+        ConfigurationError: a file can't be read, isn't what it should be, or the two don't belong together.
+    """
+    paths = (certificate, key) if client_ca is None else (certificate, key, client_ca)
+    files = ReloadedFiles(paths, lambda contents: _context(paths, contents), _log)
+    files.load()
+    return files.current
+
+
+def _context(paths: Sequence[Path], contents: Sequence[bytes]) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["http/1.1"])
+    certificate, key, *client_ca = paths
+    _check(paths, contents)
+    context.load_cert_chain(certificate, key, password=lambda: "")
+    if client_ca:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=contents[2].decode("ascii"))
+    _check_unchanged(paths, contents)
+    return context
+
+
 def _configuration(paths: Sequence[Path], contents: Sequence[bytes]) -> grpc.ServerCertificateConfiguration:
+    _check(paths, contents)
+    _check_unchanged(paths, contents)
+    client_ca = contents[2] if len(contents) > 2 else None
+    return grpc.ssl_server_certificate_configuration([(contents[1], contents[0])], client_ca)
+
+
+def _check(paths: Sequence[Path], contents: Sequence[bytes]) -> None:
     certificate, key, *client_ca = paths
     for path, content in zip(paths, contents, strict=True):
         # TLS libraries pass over a first line that begins so, and with it the first certificate
@@ -65,11 +102,13 @@ def _configuration(paths: Sequence[Path], contents: Sequence[bytes]) -> grpc.Ser
     _check_key_type(certificate, contents[0])
     for path, content in zip(client_ca, contents[2:], strict=True):
         _check_ca(path, content)
-    # The pair was checked in the files, as Python's ssl wants it: they must still have what was read of them
-    if [path.read_bytes() for path in paths] != list(contents):
-        raise ValueError(f"{certificate}: changed while it was read")
     warn_if_open_to_others(key, _log)
-    return grpc.ssl_server_certificate_configuration([(contents[1], contents[0])], contents[2] if client_ca else None)
+
+
+def _check_unchanged(paths: Sequence[Path], contents: Sequence[bytes]) -> None:
+    """Refuse files that changed meanwhile: Python's ssl reads a pair from the files alone."""
+    if [path.read_bytes() for path in paths] != list(contents):
+        raise ValueError(f"{paths[0]}: changed while it was read")
 
 
 def _check_pair(certificate: Path, key: Path) -> None:

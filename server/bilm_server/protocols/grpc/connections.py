@@ -102,6 +102,17 @@ def connection_limit(wanted: int, found: Descriptors | None = None) -> int:
     return wanted or min(fitting, MOST_BY_DEFAULT)
 
 
+def http_share(max_connections: int) -> int:
+    """Return how many of all connections are HTTP's where that is on; the rest is gRPC's, which counts by itself.
+
+    Raises:
+        ConfigurationError: if there is only one.
+    """
+    if max_connections < 2:
+        raise ConfigurationError("max_connections: 1 connection can't be shared by gRPC and HTTP, expected 2 or more")
+    return max_connections // 2
+
+
 def _remedy(least: int) -> str:
     rounded = -(-least // 1024) * 1024
     return f"set it to {rounded} or more (LimitNOFILE= in a systemd unit, --ulimit nofile= for a container)"

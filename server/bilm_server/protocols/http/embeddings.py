@@ -1,0 +1,130 @@
+"""/v1/embeddings as OpenAI's clients call it: a vector for each text."""
+
+from binascii import b2a_base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, cast
+
+import numpy as np
+import orjson
+from bilm_api.constants import Reason
+from bilm_model.engine.types import OutputSpec
+from bilm_model.scalar_mix import Pooling, Selection
+
+from bilm_server.embedding.conversions import request_weight
+from bilm_server.embedding.embedder import Embedder
+from bilm_server.embedding.preprocessing import row_bytes
+from bilm_server.inference.types import Call, Outcome, Result, Sentence
+from bilm_server.protocols.http.fields import Fields, parse_json, wrong
+from bilm_server.protocols.http.messages import HttpRequest, HttpResponse
+from bilm_server.served_model import ServedModel
+
+Encoding = Literal["float", "base64"]
+
+_FIELDS = (
+    "input", "model", "encoding_format", "dimensions", "user", "layers", "pooling", "l2_normalize"
+)  # fmt: skip
+_LAYERS: Final[dict[str, Literal["top", "average"]]] = {"top": "top", "average": "average"}
+_POOLINGS: Final[dict[str, Pooling]] = {"mean": "mean", "max": "max"}
+_ENCODINGS: Final[dict[str, Encoding]] = {"float": "float", "base64": "base64"}
+
+FLOAT_CHARACTERS: Final = 16
+"""Of the longest float32 in JSON, its comma included."""
+_ITEM_OVERHEAD_BYTES = 64
+
+
+class Embeddings:
+    """The endpoint."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        """Set what embeds."""
+        self._embedder = embedder
+
+    async def __call__(self, request: HttpRequest) -> HttpResponse:
+        """Embed all texts of a request; one that fails by itself fails the call."""
+        embedder, n_bytes = self._embedder, len(request.body)
+        fields = await embedder.conversions.request(request_weight(n_bytes, 0), lambda: parse_json(request.body))
+        fields.check_names(_FIELDS)
+        embedder.check_model(fields.text("model"), "")
+        output, encoding = _output(fields, embedder.model)
+        texts = _texts(fields)
+        embedder.limits.check_count(len(texts))
+        sentences = _sentences(texts, Call(request.deadline_s), output)
+        wire = EmbeddingsFormat(embedder.model, encoding)
+        return HttpResponse(await embedder.embed(sentences, n_bytes, wire, fail_as_one=True))
+
+
+def _output(fields: Fields, model: ServedModel) -> tuple[OutputSpec, Encoding]:
+    fields.text("user")
+    layers = fields.choice("layers", _LAYERS, "top", Reason.LAYERS_INVALID)
+    pooling = fields.choice("pooling", _POOLINGS, "mean", Reason.POOLING_INVALID)
+    dimensions, width = fields.get("dimensions"), model.config.width
+    if dimensions is not None and (type(dimensions) is not int or dimensions != width):
+        raise wrong("dimensions", f"this model's vectors have {width} (expected that, or nothing)")
+    encoding = fields.choice("encoding_format", _ENCODINGS, "float")
+    return OutputSpec(Selection(layers, pooling, fields.flag("l2_normalize"))), encoding
+
+
+def _texts(fields: Fields) -> Sequence[object]:
+    found = fields.get("input")
+    if isinstance(found, str):
+        return [found]
+    if not isinstance(found, list):
+        raise wrong("input", "expected a string or a list of strings")
+    first = found[0] if found else ""
+    if isinstance(first, int | list) and not isinstance(first, bool):
+        raise wrong(
+            "input",
+            "expected strings, not the integers of another model's tokenizer "
+            "(LangChain's OpenAIEmbeddings sends strings with check_embedding_ctx_length=False)",
+        )
+    return found
+
+
+def _sentences(texts: Sequence[object], call: Call, output: OutputSpec) -> list[Sentence]:
+    sentences = []
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise wrong(f"input[{index}]", "expected a string")
+        if not text:
+            raise wrong(f"input[{index}]", "an empty string has no vector", Reason.POOLING_EMPTY)
+        sentences.append(Sentence(call, text, output))
+    return sentences
+
+
+@dataclass(frozen=True)
+class EmbeddingsFormat:
+    """How results become the response.
+
+    Attributes:
+        model: that computes them.
+        encoding: of the vectors.
+    """
+
+    model: ServedModel
+    encoding: Encoding
+
+    def overhead_bytes(self, sentence: Sentence) -> int:
+        """Return an upper bound of what a sentence takes beside its vector's four bytes a number."""
+        n_bytes = row_bytes(sentence.output, self.model)
+        text_bytes = n_bytes * 4 // 3 + 4 if self.encoding == "base64" else n_bytes // 4 * FLOAT_CHARACTERS
+        return _ITEM_OVERHEAD_BYTES + text_bytes - n_bytes
+
+    def build(self, sentences: Sequence[Sentence], results: Sequence[Outcome]) -> bytes:
+        """Return the response; no result is a refusal, since OpenAI's response has no place for one."""
+        items = []
+        for index, result in enumerate(cast("Sequence[Result]", results)):
+            vector = np.ascontiguousarray(result.vectors)
+            if self.encoding == "base64":
+                items.append(b'{"object":"embedding","index":%d,"embedding":"%b"}' % (index, _base64(vector.data)))
+            else:
+                numbers = orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY)
+                items.append(b'{"object":"embedding","index":%d,"embedding":%b}' % (index, numbers))
+        n_tokens = sum([len(sentence.tokens) for sentence in sentences])
+        return b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
+            b",".join(items), orjson.dumps(self.model.name), n_tokens, n_tokens
+        )  # fmt: skip
+
+
+def _base64(values: memoryview) -> bytes:
+    return b2a_base64(values, newline=False)

@@ -1,0 +1,8 @@
+"""Names of calls over HTTP, in access log, metrics and traces. Never renamed."""
+
+from typing import Final
+
+EMBEDDINGS: Final = "http/embeddings"
+MODELS: Final = "http/models"
+INFER_METHODS: Final = (EMBEDDINGS,)
+"""Those that embed."""
