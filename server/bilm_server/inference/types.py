@@ -4,12 +4,15 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
-import numpy as np
 from bilm_model.engine.types import Capacity, OutputSpec, State
-from numpy.typing import NDArray
 
 from bilm_server.errors import RefusalError
+
+if TYPE_CHECKING:  # it is loaded behind the open port
+    import numpy as np
+    from numpy.typing import NDArray
 
 NO_DEADLINE_S = float("inf")
 _NO_NEED = Capacity(0, 0)
@@ -51,7 +54,7 @@ class Result:
         inference_s: seconds between that and its end.
     """
 
-    vectors: NDArray[np.generic]
+    vectors: "NDArray[np.generic]"
     state: State | None
     queue_s: float
     inference_s: float
