@@ -6,6 +6,8 @@ A tensor's shape is checked before its elements are read, so that no request tak
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from struct import Struct
+from struct import error as StructError
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +22,7 @@ TEXT, TOKENS, LENGTHS = "text", "tokens", "lengths"
 _DATATYPES: Final = {TEXT: "BYTES", TOKENS: "BYTES", LENGTHS: "INT32"}
 _CONTENTS: Final = {"BYTES": "bytes_contents", "INT32": "int_contents"}
 _EXPECTED: Final = f"expected {TEXT}, or {TOKENS} and {LENGTHS}"
-_LENGTH_BYTES: Final = 4
+_LENGTH: Final = Struct("<I")  # int.from_bytes takes half as long again
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,15 @@ def _strings(tensor: _Input) -> list[str]:
 def _split(tensor: _Input, found: list[str]) -> None:
     """Append the elements of raw bytes, each of which stands behind its length."""
     data, end = tensor.raw, 0
-    for _ in range(tensor.size):
-        begin = end + _LENGTH_BYTES
-        end = begin + int.from_bytes(data[end:begin], "little")
-        found.append(data[begin:end].decode())
-    if end != len(data):  # beyond the last byte slices are short or empty, and the end never comes back
+    try:
+        for _ in range(tensor.size):
+            begin = end + _LENGTH.size
+            end = begin + _LENGTH.unpack_from(data, end)[0]
+            found.append(data[begin:end].decode())
+        is_whole = end == len(data)
+    except StructError:  # the bytes end before a length
+        is_whole = False
+    if not is_whole:
         expected = f"expected {tensor.size} elements behind their lengths"
         raise _malformed(tensor.name, f"{expected}, which end with the last of {len(data)} raw bytes")
 
