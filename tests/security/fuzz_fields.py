@@ -26,6 +26,7 @@ def _measuring() -> AbstractContextManager[object]:
 
 with _measuring():
     from bilm_api.constants import Reason
+    from bilm_api.inference import open_inference_pb2
     from bilm_api.v1 import embed_pb2
     from bilm_model.characters import bytes_ids, read_bytes
     from bilm_model.engine.types import OutputSpec
@@ -33,15 +34,20 @@ with _measuring():
     from bilm_server.config_sources import load_config
     from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits
     from bilm_server.errors import RefusalError
-    from bilm_server.inference.types import Call
+    from bilm_server.inference.types import Call, Sentence
     from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options
     from bilm_server.protocols.embed_v1.responses import WireFormat
+    from bilm_server.protocols.kserve.inputs import parse_inputs
+    from bilm_server.protocols.kserve.outputs import TensorFormat, parse_outputs
+    from bilm_server.protocols.kserve.parameters import parse_parameters
     from bilm_server.served_model import ServedModel, load_served_model
 
     from tests.security.fuzz_messages import (
         almost,
         damage,
         embed_request,
+        infer_request,
+        infer_texts_request,
         item_request,
         model_request,
         mutate,
@@ -55,6 +61,8 @@ _REQUESTS: tuple[tuple[type[Message], Callable[[], Message]], ...] = (
     (embed_pb2.EmbedStreamRequest, start_request),
     (embed_pb2.EmbedStreamRequest, lambda: item_request(0)),
     (embed_pb2.GetModelRequest, model_request),
+    (open_inference_pb2.ModelInferRequest, infer_request),
+    (open_inference_pb2.ModelInferRequest, infer_texts_request),
 )
 
 
@@ -89,6 +97,8 @@ class FieldCheck:
             if request.WhichOneof("message") == "item":
                 return self._prepare(request.item.sentence, _PLAIN)
             request = request.start
+        if isinstance(request, open_inference_pb2.ModelInferRequest):
+            return self._infer(request)
         assert isinstance(request, embed_pb2.EmbedRequest | embed_pb2.StreamStart | embed_pb2.GetModelRequest)
         self._model.check(request.model, request.expected_model_version)
         if isinstance(request, embed_pb2.GetModelRequest):
@@ -97,6 +107,18 @@ class FieldCheck:
         for sentence in request.sentences if isinstance(request, embed_pb2.EmbedRequest) else ():
             self._prepare(sentence, output)
         return None
+
+    def _infer(self, request: open_inference_pb2.ModelInferRequest) -> None:
+        self._model.check(request.model_name, request.model_version)
+        output = parse_parameters(request.parameters, self._model).output
+        contents = parse_inputs(request, _LIMITS)
+        names = parse_outputs(request.outputs, text=isinstance(contents[0], str))
+        sentences = [Sentence(Call(), content, output) for content in contents]
+        for sentence in sentences:
+            self._preprocessing.prepare(sentence)
+            assert all(sentence.tokens)
+        wire = TensorFormat(self._model, request.id, names, len(sentences))
+        assert sum(map(wire.overhead_bytes, sentences)) > 0
 
     def _prepare(self, message: embed_pb2.Sentence, output: OutputSpec) -> None:
         prepared = new_sentence(message, output, Call())

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from bilm_api.inference import open_inference_pb2
 from bilm_api.v1 import embed_pb2
 from google.protobuf.message import Message
 
@@ -41,8 +42,18 @@ from tests.security.fuzz_http2 import (
     opening,
     settings,
 )
-from tests.security.fuzz_messages import almost, almost_stream, damage, embed_request, health_request, model_request
-from tests.security.security_support import EMBED_PATH, HEALTH_PATH, MODEL_PATH, STREAM_PATH
+from tests.security.fuzz_messages import (
+    almost,
+    almost_stream,
+    damage,
+    embed_request,
+    health_request,
+    infer_request,
+    infer_texts_request,
+    model_request,
+    ready_request,
+)
+from tests.security.security_support import EMBED_PATH, HEALTH_PATH, INFER_PATH, MODEL_PATH, READY_PATH, STREAM_PATH
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,9 @@ class Case:
     answers: tuple[tuple[int, type[Message]], ...] = ()
 
 
-PATHS = tuple(path.encode() for path in (EMBED_PATH, STREAM_PATH, MODEL_PATH, HEALTH_PATH))
-_EMBED, _STREAM, _MODEL, _HEALTH = PATHS
+PATHS = tuple(path.encode() for path in (EMBED_PATH, STREAM_PATH, MODEL_PATH, HEALTH_PATH, INFER_PATH, READY_PATH))
+_EMBED, _STREAM, _MODEL, _HEALTH, _INFER, _READY = PATHS
+_BODIES = {_EMBED: embed_request().SerializeToString(), _INFER: infer_request().SerializeToString()}
 _ZEROS = bytes(40 * 2**20)
 
 
@@ -72,7 +84,7 @@ def conversation(rng: random.Random) -> list[bytes]:
     parts = [opening(), frame(SETTINGS, ACK, 0)]
     for i in range(rng.choice((1, 1, 2, 4))):
         path = rng.choice(PATHS)
-        body = embed_request().SerializeToString() if path == _EMBED else b""
+        body = _BODIES.get(path, b"")
         parts += [header_frames(2 * i + 1, header_block(call_headers(path))), data_frames(2 * i + 1, message(body))]
     return parts
 
@@ -259,9 +271,14 @@ def fields(rng: random.Random) -> Case:
     data = call(1, _EMBED, almost(rng, embed_request)) + call(3, _MODEL, almost(rng, model_request))
     stream = b"".join(map(message, almost_stream(rng)))
     data += header_frames(5, header_block(call_headers(_STREAM))) + data_frames(5, stream)
-    data += call(7, _HEALTH, almost(rng, health_request))
-    answers = ((1, embed_pb2.EmbedResponse), (5, embed_pb2.EmbedStreamResponse))
-    return Case(opening() + data, (1, 3, 5, 7), answers=answers)
+    data += call(7, _HEALTH, almost(rng, health_request)) + call(9, _READY, almost(rng, ready_request))
+    data += call(11, _INFER, almost(rng, rng.choice((infer_request, infer_texts_request))))
+    answers = (
+        (1, embed_pb2.EmbedResponse),
+        (5, embed_pb2.EmbedStreamResponse),
+        (11, open_inference_pb2.ModelInferResponse),
+    )
+    return Case(opening() + data, (1, 3, 5, 7, 9, 11), answers=answers)
 
 
 KINDS: tuple[Callable[[random.Random], Case], ...] = (

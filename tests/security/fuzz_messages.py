@@ -4,12 +4,14 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from bilm_api.inference import open_inference_pb2
 from bilm_api.v1 import embed_pb2
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
 from tests.security.security_support import PLAIN, known_sentences
+from tests.support.tensors import texts, tokens
 
 _INTEGERS = (0, 1, -1, 2, 7, 127, 128, 255, 2**31 - 1, -(2**31), 2**32 - 1, 2**63 - 1, -(2**63), 2**64 - 1)
 _FLOATS = (0.0, -0.0, 1.0, -1.0, 1e38, -1e38, 1e-45, float("inf"), float("-inf"), float("nan"), 65504.0)
@@ -36,6 +38,15 @@ _TEXTS = (
     "." * 400,
     "random-tiny",
     "0123456789abcdef",
+    "text",
+    "tokens",
+    "lengths",
+    "layers",
+    "pooling",
+    "mix_weights",
+    "timeout",
+    "mean",
+    "mix",
 )
 _RANGES: dict[int, tuple[int, int]] = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
@@ -102,11 +113,26 @@ def _change_repeated(rng: random.Random, found: Message, field: FieldDescriptor)
         mutate(rng, values.add())
 
 
+def _change_map(rng: random.Random, found: Message, field: FieldDescriptor) -> None:
+    """Changes a map from strings to messages: no other ones are in requests."""
+    values: Any = getattr(found, field.name)
+    keys = list(values)
+    key = rng.choice(keys) if keys and rng.random() < 0.6 else text(rng)
+    if key in keys and rng.random() < 0.2:
+        del values[key]
+    else:
+        mutate(rng, values[key])
+
+
 def mutate(rng: random.Random, found: Message) -> None:
     """Changes one field, or one below it."""
     fields: list[Any] = list(found.DESCRIPTOR.fields)  # typed in two ways, by two implementations of protobuf
+    if not fields:
+        return
     field: FieldDescriptor = rng.choice(fields)
-    if field.is_repeated:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        _change_map(rng, found, field)
+    elif field.is_repeated:
         _change_repeated(rng, found, field)
     elif rng.random() < 0.15:
         found.ClearField(field.name)
@@ -140,6 +166,18 @@ def damage(rng: random.Random, data: bytes) -> bytes:
 
 def embed_request() -> embed_pb2.EmbedRequest:
     return embed_pb2.EmbedRequest(options=PLAIN, sentences=known_sentences())
+
+
+def infer_request() -> open_inference_pb2.ModelInferRequest:
+    return tokens(["The", "cat"], [], ["sat", "."], layers="top", pooling="none", outputs=["tokens", "embeddings"])
+
+
+def infer_texts_request() -> open_inference_pb2.ModelInferRequest:
+    return texts("The cat sat.", "a", l2_normalize=True, data_type="FP16", id="1")
+
+
+def ready_request() -> open_inference_pb2.ModelReadyRequest:
+    return open_inference_pb2.ModelReadyRequest(name="random-tiny")
 
 
 def model_request() -> embed_pb2.GetModelRequest:

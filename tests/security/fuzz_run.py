@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+from bilm_api.inference import open_inference_pb2
 from bilm_api.v1 import embed_pb2
 from google.protobuf.message import DecodeError
 
@@ -27,6 +28,7 @@ from tests.security.fuzz_frames import KINDS, Case
 from tests.security.fuzz_http2 import Connection, Reply, messages
 from tests.security.security_support import LISTENS_ANEW_S, Watch, WatchedServer
 from tests.support.processes import MIB, ROOT, module_command, resident_bytes
+from tests.support.tensors import arrays
 
 # What would look like a leak is kept small: what is remembered of words, oneDNN's kernels for each number of rows (it
 # keeps 1,024), and what glibc keeps of the memory that was freed, in as many arenas as there are threads
@@ -155,6 +157,9 @@ def _judge_answers(case: Case, reply: Reply) -> Iterator[str]:
                 answer = kind.FromString(body)
             except DecodeError:
                 yield f"the answer on stream {stream} doesn't parse"
+                continue
+            if isinstance(answer, open_inference_pb2.ModelInferResponse):
+                arrays(answer)  # raises where a tensor's bytes aren't those of its shape
                 continue
             assert isinstance(answer, embed_pb2.EmbedResponse | embed_pb2.EmbedStreamResponse)
             results = answer.results if isinstance(answer, embed_pb2.EmbedResponse) else [answer]

@@ -13,6 +13,7 @@ from tests.support.server_processes import ProcessServer
 
 EMBED_PATH, STREAM_PATH, MODEL_PATH = (f"/bilm_api.v1.EmbedService/{m}" for m in ("Embed", "EmbedStream", "GetModel"))
 HEALTH_PATH = "/grpc.health.v1.Health/Check"
+INFER_PATH, READY_PATH = (f"/inference.GRPCInferenceService/{m}" for m in ("ModelInfer", "ModelReady"))
 PLAIN = embed_pb2.EmbedOptions(
     layers=embed_pb2.LAYERS_ALL, pooling=embed_pb2.POOLING_NONE, data_type=embed_pb2.DATA_TYPE_FLOAT32
 )

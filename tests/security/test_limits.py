@@ -26,8 +26,10 @@ from tests.security.fuzz_http2 import (
 from tests.security.security_support import (
     EMBED_PATH,
     HEALTH_PATH,
+    INFER_PATH,
     MODEL_PATH,
     PLAIN,
+    READY_PATH,
     STREAM_PATH,
     Watch,
     WatchedServer,
@@ -35,6 +37,7 @@ from tests.security.security_support import (
 )
 from tests.support.faulty_server import BROKEN, FAILING_TOKENS, UNFIT_TOKENS
 from tests.support.processes import MIB, resident_bytes
+from tests.support.tensors import texts, tokens
 
 CANARY = "Kanarienvogel7391"
 _TIMEOUT_S = 60.0
@@ -117,7 +120,7 @@ def test_metadata_size(server: WatchedServer, metadata: list[tuple[str, str]], c
         assert ending(channel, MODEL_PATH, b"")[0] is grpc.StatusCode.OK
 
 
-@pytest.mark.parametrize("path", [EMBED_PATH, MODEL_PATH, HEALTH_PATH])
+@pytest.mark.parametrize("path", [EMBED_PATH, MODEL_PATH, HEALTH_PATH, INFER_PATH, READY_PATH])
 @pytest.mark.parametrize("data", [b"", b"\0", message(bytes(100))[:50]], ids=["no message", "a byte", "half a message"])
 def test_a_call_without_a_whole_message_gets_a_status(server: WatchedServer, path: str, data: bytes) -> None:
     start = header_frames(1, header_block(call_headers(path.encode())))
@@ -135,7 +138,7 @@ def test_a_path_that_is_not_utf_8() -> None:
         assert CANARY not in server.stop()
 
 
-@pytest.mark.parametrize("path", [EMBED_PATH, MODEL_PATH, HEALTH_PATH])
+@pytest.mark.parametrize("path", [EMBED_PATH, MODEL_PATH, HEALTH_PATH, INFER_PATH, READY_PATH])
 def test_a_message_that_does_not_parse(server: WatchedServer, channel: grpc.Channel, path: str) -> None:
     assert ending(channel, path, b"\xff\xff\xff")[0] is _INVALID
 
@@ -182,10 +185,40 @@ def _requests() -> Iterator[bytes]:
     yield b"\x0a\x14" + CANARY.encode() + b"\xff\xfe\xfd"  # a model's name that is not UTF-8
 
 
+def _infer_requests() -> Iterator[bytes]:
+    """Requests of the Open Inference Protocol with the canary as their sentences, most of them bad in one way.
+
+    What a message may quote is a name: of a tensor, a parameter, a choice.
+    """
+    places = ["token_starts", "tokens"]
+    many = [CANARY] * 20_000
+    for request in (
+        tokens([CANARY, "a"], outputs=["tokens", "embeddings"]),
+        tokens([CANARY, ""]),
+        tokens([CANARY], outputs=places),
+        tokens(many),
+        tokens([CANARY], model_name=CANARY),
+        tokens([CANARY], model_version=CANARY, id=CANARY),
+        tokens([CANARY] * UNFIT_TOKENS),
+        tokens([CANARY] * FAILING_TOKENS),
+        texts(f"DOTDOTMULTI {CANARY}", CANARY, outputs=places),
+        texts(CANARY, layers=1),
+    ):
+        yield request.SerializeToString()
+        request.raw_input_contents[0] = request.raw_input_contents[0] + CANARY.encode()
+        yield request.SerializeToString()
+        request.raw_input_contents[0] = b"\x1f\0\0\0\xff" + CANARY.encode()
+        yield request.SerializeToString()
+
+
 def _unary_endings(channel: grpc.Channel) -> Iterator[str]:
     metadata = [(f"x-{CANARY.lower()}", CANARY), ("x-bin", CANARY.encode()), ("authorization", f"Bearer {CANARY}")]
     for data in _requests():
         yield from map(str, ending(channel, EMBED_PATH, data, metadata=metadata))
+    for data in _infer_requests():
+        yield from map(str, ending(channel, INFER_PATH, data, metadata=metadata))
+    yield from map(str, ending(channel, INFER_PATH, CANARY.encode()))
+    yield from map(str, ending(channel, READY_PATH, CANARY.encode()))
     model = embed_pb2.GetModelRequest(model=CANARY, expected_model_version=CANARY).SerializeToString()
     yield from map(str, ending(channel, MODEL_PATH, model, metadata=[("traceparent", CANARY)]))
     yield from map(str, ending(channel, MODEL_PATH, CANARY.encode(), metadata=[("x-large", CANARY * 2000)]))
