@@ -21,6 +21,7 @@ from benchmarks.load.steady import LoadSentence
 POOLED_TOP = OutputSpec(Selection("top", "mean"))
 
 _BYTES_OF_A_FLOAT = 4
+_FLOATS_OF_A_NAME = 48  # what a token's name takes beside its vector
 _ROOM = 1.5  # what a cache's bookkeeping may take, and more
 _LEAST_INPUT_CACHE_MIB = 64  # the engine takes none that doesn't hold a round's tokens
 _WARM_UP_WORDS = 32  # of a warm-up sentence
@@ -67,7 +68,7 @@ def show_all_words(batch: CellularBatch, sentences: Sequence[Sequence[str]]) -> 
 
 def token_cache_mib(config: BilmConfig, n_words: int) -> int:
     """Return the size of a cache for the vectors (P) of so many words."""
-    return _mib(n_words * config.projection_dim)
+    return _mib(n_words * (config.projection_dim + _FLOATS_OF_A_NAME))
 
 
 def input_cache_mib(config: BilmConfig, n_words: int) -> int:

@@ -119,6 +119,7 @@ def memory_sum(
             ("Python, torch and compiled kernels", _PROCESS_BYTES),
             (f"parameters {place}; as much again in memory while they load", parameters),
             (f"sentences in flight and the token cache, {place}", options.memory_bytes(header.config, device)),
+            ("names of the tokens in the cache", options.name_bytes(header.config)),
             (f"the input cache, {place}", (options.input_cache_mib or 0) * _MIB),
             *pinned,
             ("answers that wait to be sent, twice", answers_mib * _MIB),

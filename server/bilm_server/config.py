@@ -99,7 +99,9 @@ class ServerConfig(BaseSettings):
     max_tokens_in_flight: int = Field(
         65536, ge=8, description="tokens and boundaries of the sentences computed at a time"
     )
-    token_cache_mib: int = Field(64, ge=0, description="MiB for vectors of tokens seen before; 0: none are kept")
+    token_cache_mib: int = Field(
+        64, ge=0, description="MiB for vectors and names of tokens seen before; 0: none are kept"
+    )
     input_cache_mib: int | None = Field(
         None,
         ge=0,
