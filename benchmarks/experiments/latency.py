@@ -130,7 +130,7 @@ class Company:
     rate: float = 20.0
     callers: int = 4
     per_call: int = 64
-    seconds: float = 8.0
+    seconds: float = 6.0
 
 
 def beside_batch_run(report: Findings, source: str, sentences: Sentences, rounds: int, company: Company) -> None:
