@@ -13,6 +13,7 @@ from bilm_bench.reporting.experiment_page import write_page
 from bilm_system.terminal import run_command
 
 from benchmarks.experiments.coalescing import coalesced_calls
+from benchmarks.experiments.doors import other_protocols
 from benchmarks.experiments.in_process import Effort, in_flight, throughput
 from benchmarks.experiments.latency import (
     Company,
@@ -67,6 +68,7 @@ def main() -> None:
         "beside": lambda: beside_batch_run(report, "", sentences, few(3).rounds, Company()),
         "served": lambda: served_throughput(report, sentences, few(3), CASES),
         "event-loop": lambda: event_loop_time(report, "", sentences, few(3)),
+        "doors": lambda: other_protocols(report, "random:small", sentences, effort),
         "coalescing": lambda: coalesced_calls(report, "", len(sentences), few(2)),
         "start": lambda: start_to_serving(report, effort),
         "memory": lambda: mixed_requests(report, "", minutes=0.3, sample_s=6.0, callers=8),
@@ -89,6 +91,7 @@ def main() -> None:
             "beside": lambda: beside_batch_run(report, "random:tiny", sentences, effort.rounds, _SMOKE_COMPANY),
             "served": lambda: served_throughput(report, sentences, effort, _SMOKE_CASES),
             "event-loop": lambda: event_loop_time(report, "random:tiny", sentences, effort),
+            "doors": lambda: other_protocols(report, "random:tiny", sentences, effort),
             "coalescing": lambda: coalesced_calls(report, "random:tiny", len(sentences), effort),
             "start": lambda: start_to_serving(report, effort, ("default",)),
             "memory": lambda: mixed_requests(report, "random:tiny", minutes=0.05, sample_s=1.0, callers=2),

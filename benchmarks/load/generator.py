@@ -151,9 +151,14 @@ def _caller(arguments: argparse.Namespace) -> LoadCaller:
         from benchmarks.load.triton_caller import TritonCaller  # noqa: PLC0415
 
         return TritonCaller(arguments.target)
+    options = arguments.layers, arguments.pool, arguments.dtype
+    if arguments.protocol == "kserve":
+        from benchmarks.load.kserve_caller import KserveCaller  # noqa: PLC0415
+
+        return KserveCaller(arguments.target, *options)
     from benchmarks.load.bilm_caller import BilmCaller  # noqa: PLC0415
 
-    return BilmCaller(arguments.target, arguments.layers, arguments.pool, arguments.dtype)
+    return BilmCaller(arguments.target, *options)
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
@@ -179,7 +184,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run until the standard input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--protocol", choices=("bilm", "triton"), required=True)
+    parser.add_argument("--protocol", choices=("bilm", "kserve", "triton"), required=True)
     parser.add_argument("--target", required=True)
     parser.add_argument("--sentences", type=int, required=True, help="of WikiText-2's test part, the first")
     parser.add_argument("--layers", default="all")

@@ -14,7 +14,7 @@ class LoadGenerator(PipedProcess):
     Args:
         target: of the server.
         sentences: how many it has.
-        protocol: "bilm" or "triton".
+        protocol: "bilm", "kserve" or "triton".
         python: whose packages it uses.
         options: further flags: layers, pool, dtype.
     """
