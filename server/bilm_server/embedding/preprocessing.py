@@ -196,7 +196,12 @@ def check_mix(mix: LayerMix, layer_count: int) -> LayerMix:
 def row_bytes(output: OutputSpec, model: ServedModel) -> int:
     """Return the bytes of one token's (or, pooled, of the sentence's) vectors."""
     n_layers = model.config.layer_count if output.selection.layers == "all" else 1
-    return n_layers * model.config.width * _ITEM_BYTES[output.data_type]
+    return n_layers * model.config.width * item_bytes(output)
+
+
+def item_bytes(output: OutputSpec) -> int:
+    """Return the bytes of one number."""
+    return _ITEM_BYTES[output.data_type]
 
 
 def text_bytes(sentences: Iterable[Sentence]) -> int:

@@ -10,20 +10,22 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from bilm_api.constants import MAX_REQUEST_BYTES, Reason
-from bilm_model.engine.types import OutputSpec
-from bilm_model.scalar_mix import Selection
+from bilm_model.engine.types import DataType, OutputSpec, State
+from bilm_model.scalar_mix import Pooling, Selection
 from bilm_server.embedding.call_gate import CallGate
 from bilm_server.errors import Code, ConfigurationError, RefusalError
 from bilm_server.inference.types import Call, Result, Sentence
 from bilm_server.protocols.grpc.connections import http_share
 from bilm_server.protocols.http.bodies import Bodies
 from bilm_server.protocols.http.door import HttpDoor
-from bilm_server.protocols.http.embeddings import EmbeddingsFormat, Encoding
+from bilm_server.protocols.http.embed_responses import JsonFormat, TensorFormat
+from bilm_server.protocols.http.embeddings import EmbeddingsFormat
+from bilm_server.protocols.http.encodings import Encoding
 from bilm_server.protocols.http.endpoints import endpoints_of
 from bilm_server.protocols.http.hosts import AllowedHosts
 from bilm_server.protocols.http.messages import HttpRequest, HttpResponse, refused
@@ -339,6 +341,27 @@ def test_the_bound_of_a_response_holds(encoding: Encoding) -> None:
     body = wire.build(sentences, [Result(vector, None, 0.0, 0.0) for _ in sentences])
     bound = sum(4 * width + wire.overhead_bytes(sentence) for sentence in sentences)
     assert bound / 2 < len(body) <= bound + 256
+
+
+@pytest.mark.parametrize("pooling", ["none", "mean"])
+@pytest.mark.parametrize("data_type", ["float32", "bfloat16"])
+@pytest.mark.parametrize("encoding", ["float", "base64", None])
+def test_the_bound_of_an_embed_holds(pooling: Pooling, data_type: DataType, encoding: Encoding | None) -> None:
+    model = fake_model(FakeEngine[Any]())
+    output = OutputSpec(Selection("all", pooling), data_type)
+    tokens = ("\x01" * 48, "ü" * 20)
+    places = (4_000_000_000, 4_000_000_000)
+    sentences = [
+        Sentence(Call(), None, output, b"", True, tokens=tokens, starts=places, ends=places) for _ in range(20)
+    ]
+    shape = (3, 4) if pooling == "mean" else (3, 2, 4)
+    kind = np.float32 if data_type == "float32" else np.int16
+    values = np.full(shape, -1.1754944e-38, np.float32) if kind is np.float32 else np.full(shape, -32639, np.int16)
+    results = [Result(values, cast(State, 7), 0.0, 0.0) for _ in sentences]
+    wire = TensorFormat(model, False) if encoding is None else JsonFormat(model, False, encoding)
+    body = wire.build(sentences, results)
+    bound = sum(values.nbytes + model.state_bytes + wire.overhead_bytes(sentence) for sentence in sentences)
+    assert bound / 4 < len(body) <= bound + 512
 
 
 def test_hosts() -> None:

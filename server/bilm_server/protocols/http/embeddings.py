@@ -1,11 +1,9 @@
 """/v1/embeddings as OpenAI's clients call it: a vector for each text."""
 
-from binascii import b2a_base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, cast
 
-import numpy as np
 import orjson
 from bilm_api.constants import Reason
 from bilm_model.engine.types import OutputSpec
@@ -13,23 +11,19 @@ from bilm_model.scalar_mix import Pooling, Selection
 
 from bilm_server.embedding.conversions import request_weight
 from bilm_server.embedding.embedder import Embedder
-from bilm_server.embedding.preprocessing import row_bytes
+from bilm_server.embedding.preprocessing import item_bytes, row_bytes
 from bilm_server.inference.types import Call, Outcome, Result, Sentence
+from bilm_server.protocols.http.encodings import ENCODINGS, Encoding, extra_bytes, to_json
 from bilm_server.protocols.http.fields import Fields, parse_json, wrong
 from bilm_server.protocols.http.messages import HttpRequest, HttpResponse
 from bilm_server.served_model import ServedModel
-
-Encoding = Literal["float", "base64"]
 
 _FIELDS = (
     "input", "model", "encoding_format", "dimensions", "user", "layers", "pooling", "l2_normalize"
 )  # fmt: skip
 _LAYERS: Final[dict[str, Literal["top", "average"]]] = {"top": "top", "average": "average"}
 _POOLINGS: Final[dict[str, Pooling]] = {"mean": "mean", "max": "max"}
-_ENCODINGS: Final[dict[str, Encoding]] = {"float": "float", "base64": "base64"}
 
-FLOAT_CHARACTERS: Final = 16
-"""Of the longest float32 in JSON, its comma included."""
 _ITEM_OVERHEAD_BYTES = 64
 
 
@@ -61,7 +55,7 @@ def _output(fields: Fields, model: ServedModel) -> tuple[OutputSpec, Encoding]:
     dimensions, width = fields.get("dimensions"), model.config.width
     if dimensions is not None and (type(dimensions) is not int or dimensions != width):
         raise wrong("dimensions", f"this model's vectors have {width} (expected that, or nothing)")
-    encoding = fields.choice("encoding_format", _ENCODINGS, "float")
+    encoding = fields.choice("encoding_format", ENCODINGS, "float")
     return OutputSpec(Selection(layers, pooling, fields.flag("l2_normalize"))), encoding
 
 
@@ -107,24 +101,15 @@ class EmbeddingsFormat:
     def overhead_bytes(self, sentence: Sentence) -> int:
         """Return an upper bound of what a sentence takes beside its vector's four bytes a number."""
         n_bytes = row_bytes(sentence.output, self.model)
-        text_bytes = n_bytes * 4 // 3 + 4 if self.encoding == "base64" else n_bytes // 4 * FLOAT_CHARACTERS
-        return _ITEM_OVERHEAD_BYTES + text_bytes - n_bytes
+        return _ITEM_OVERHEAD_BYTES + extra_bytes(self.encoding, n_bytes, item_bytes(sentence.output), 1)
 
     def build(self, sentences: Sequence[Sentence], results: Sequence[Outcome]) -> bytes:
         """Return the response; no result is a refusal, since OpenAI's response has no place for one."""
         items = []
         for index, result in enumerate(cast("Sequence[Result]", results)):
-            vector = np.ascontiguousarray(result.vectors)
-            if self.encoding == "base64":
-                items.append(b'{"object":"embedding","index":%d,"embedding":"%b"}' % (index, _base64(vector.data)))
-            else:
-                numbers = orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY)
-                items.append(b'{"object":"embedding","index":%d,"embedding":%b}' % (index, numbers))
+            vector = to_json(result.vectors, "float32", self.encoding)
+            items.append(b'{"object":"embedding","index":%d,"embedding":%b}' % (index, vector))
         n_tokens = sum([len(sentence.tokens) for sentence in sentences])
         return b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
             b",".join(items), orjson.dumps(self.model.name), n_tokens, n_tokens
         )  # fmt: skip
-
-
-def _base64(values: memoryview) -> bytes:
-    return b2a_base64(values, newline=False)

@@ -72,6 +72,11 @@ class Fields:
             raise wrong(self.path(name), "expected true or false")
         return bool(value)
 
+    def object(self, name: str) -> "Fields":
+        """Return an object's fields; none are set where it isn't."""
+        value = self.get(name)
+        return Fields({} if value is None else value, self.path(name))
+
     def choice(self, name: str, known: Mapping[str, T], default: str, reason: Reason = Reason.MALFORMED_REQUEST) -> T:
         """Return what one of some strings stands for."""
         value = self.get(name)

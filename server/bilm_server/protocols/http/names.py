@@ -3,6 +3,7 @@
 from typing import Final
 
 EMBEDDINGS: Final = "http/embeddings"
+EMBED: Final = "http/embed"
 MODELS: Final = "http/models"
-INFER_METHODS: Final = (EMBEDDINGS,)
+INFER_METHODS: Final = (EMBEDDINGS, EMBED)
 """Those that embed."""

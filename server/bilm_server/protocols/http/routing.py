@@ -58,6 +58,7 @@ class Route:
 ROUTES: Final[Mapping[str, Route]] = {
     "/v1/embeddings": (_embeddings := Route(names.EMBEDDINGS, "POST")),
     "/embeddings": _embeddings,
+    "/v1/embed": Route(names.EMBED, "POST"),
     "/v1/models": Route(names.MODELS, "GET"),
     "/v1/models/": Route(names.MODELS, "GET", is_folder=True),
 }

@@ -1,0 +1,155 @@
+"""/v1/embed: everything that `Embed` has, in JSON; the response also as raw tensors."""
+
+import struct
+from binascii import Error, a2b_base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from bilm_api.constants import Reason
+from bilm_model.engine.types import DataType, OutputSpec
+from bilm_model.scalar_mix import LayerMix, Pooling, Selection
+
+from bilm_server.embedding.conversions import request_weight
+from bilm_server.embedding.embedder import Embedder
+from bilm_server.embedding.preprocessing import RequestLimits, check_mix
+from bilm_server.inference.types import Call, Sentence
+from bilm_server.protocols.http.embed_responses import JsonFormat, TensorFormat
+from bilm_server.protocols.http.encodings import ENCODINGS, Encoding
+from bilm_server.protocols.http.fields import Fields, parse_json, wrong
+from bilm_server.protocols.http.messages import HttpRequest, HttpResponse
+
+TENSORS: Final = "application/octet-stream"
+"""What a request accepts that wants raw tensors."""
+
+_FIELDS = ("model", "expected_model_version", "options", "sentences", "encoding_format")
+_OPTIONS = ("layers", "mix", "pooling", "l2_normalize", "data_type", "omit_tokens")
+_MIX = ("weights", "gamma", "layer_norm")
+_SENTENCE = ("text", "tokens", "state", "return_state")
+
+_LAYERS: Final[Mapping[str, Literal["all", "top", "average", "mix"]]] = {
+    "all": "all",
+    "top": "top",
+    "average": "average",
+    "mix": "mix",
+}
+_POOLINGS: Final[Mapping[str, Pooling]] = {"none": "none", "mean": "mean", "max": "max"}
+_DATA_TYPES: Final[Mapping[str, DataType]] = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class EmbedQuery:
+    """What a body asks for.
+
+    Attributes:
+        model: name, "" for the default.
+        version: that the client relies on, "" for any.
+        sentences: not checked and not tokenised.
+        output: of all of them.
+        omit_tokens: whether the client knows the tokens.
+        encoding: of the vectors in JSON.
+    """
+
+    model: str
+    version: str
+    sentences: list[Sentence]
+    output: OutputSpec
+    omit_tokens: bool
+    encoding: Encoding
+
+
+class Embed:
+    """The endpoint."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        """Set what embeds."""
+        self._embedder = embedder
+
+    async def __call__(self, request: HttpRequest) -> HttpResponse:
+        """Embed all sentences of a request; one that is at fault by itself has an error for a result."""
+        embedder, body, call = self._embedder, request.body, Call(request.deadline_s)
+        weight = request_weight(len(body), 0)
+        query = await embedder.conversions.request(weight, lambda: parse_query(body, call, embedder.limits))
+        embedder.check_model(query.model, query.version)
+        layers = query.output.selection.layers
+        if isinstance(layers, LayerMix):
+            check_mix(layers, embedder.model.config.layer_count)
+        if TENSORS in request.headers.get("accept", ""):
+            tensors = TensorFormat(embedder.model, query.omit_tokens)
+            return HttpResponse(await embedder.embed(query.sentences, len(body), tensors), content_type=TENSORS)
+        wire = JsonFormat(embedder.model, query.omit_tokens, query.encoding)
+        return HttpResponse(await embedder.embed(query.sentences, len(body), wire))
+
+
+def parse_query(body: bytes, call: Call, limits: RequestLimits) -> EmbedQuery:
+    """Return what a body asks for; in any thread.
+
+    Raises:
+        RefusalError: naming the field at fault.
+    """
+    fields = parse_json(body)
+    fields.check_names(_FIELDS)
+    options = fields.object("options")
+    options.check_names(_OPTIONS)
+    output = _output(options)
+    found = fields.get("sentences") or []
+    if not isinstance(found, list):
+        raise wrong("sentences", "expected a list of objects")
+    limits.check_count(len(found))
+    return EmbedQuery(
+        model=fields.text("model"),
+        version=fields.text("expected_model_version"),
+        sentences=[_sentence(each, f"sentences[{i}]", call, output) for i, each in enumerate(found)],
+        output=output,
+        omit_tokens=options.flag("omit_tokens"),
+        encoding=fields.choice("encoding_format", ENCODINGS, "float"),
+    )
+
+
+def _output(options: Fields) -> OutputSpec:
+    kind = options.choice("layers", _LAYERS, "all", Reason.LAYERS_INVALID)
+    if (options.get("mix") is not None) != (kind == "mix"):
+        raise wrong(options.path("mix"), "goes with layers mix, and with nothing else", Reason.MIX_INVALID)
+    layers = _mix(options.object("mix")) if kind == "mix" else kind
+    pooling = options.choice("pooling", _POOLINGS, "none", Reason.POOLING_INVALID)
+    data_type = options.choice("data_type", _DATA_TYPES, "float32", Reason.DATA_TYPE_INVALID)
+    return OutputSpec(Selection(layers, pooling, options.flag("l2_normalize")), data_type)
+
+
+def _mix(fields: Fields) -> LayerMix:
+    fields.check_names(_MIX)
+    weights, gamma = fields.get("weights"), fields.get("gamma")
+    if not isinstance(weights, list):
+        raise wrong(fields.path("weights"), "expected a list of numbers", Reason.MIX_INVALID)
+    numbers = [_float32(weight, fields.path("weights")) for weight in weights]
+    factor = 1.0 if gamma is None else _float32(gamma, fields.path("gamma"))
+    return LayerMix(tuple(numbers), factor, fields.flag("layer_norm"))
+
+
+def _float32(value: object, path: str) -> float:
+    """Return a number rounded as the contract's `float` has it, so that a mix has the same bits through each door."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong(path, "expected numbers", Reason.MIX_INVALID)
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    except OverflowError:
+        raise wrong(path, "expected finite numbers of single precision", Reason.MIX_INVALID) from None
+
+
+def _sentence(value: object, path: str, call: Call, output: OutputSpec) -> Sentence:
+    fields = Fields(value, path)
+    fields.check_names(_SENTENCE)
+    text, tokens = fields.get("text"), fields.get("tokens")
+    if text is not None and tokens is not None:
+        raise wrong(path, "expected text or tokens, not both")
+    content: Any = fields.text("text") if text is not None else tokens
+    if tokens is not None and not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
+        raise wrong(fields.path("tokens"), "expected a list of strings")
+    return Sentence(call, content, output, _state(fields), fields.flag("return_state"))
+
+
+def _state(fields: Fields) -> bytes:
+    try:
+        return a2b_base64(fields.text("state"), strict_mode=True)
+    except (Error, ValueError):
+        raise wrong(fields.path("state"), "expected base64") from None
