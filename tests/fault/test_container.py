@@ -255,7 +255,20 @@ print(importlib.util.module_from_spec(spec).__name__)
 
 def in_gpu_image(store: Store, image: str, code: str, *flags: str) -> str:
     """What Python says in the image, with a root that nothing can be written to."""
-    arguments = ("--rm", "--network", "none", *HARDENED, *LIMITS, *flags, "--entrypoint", "python", image, "-c", code)
+    arguments = (
+        "--rm",
+        "--no-healthcheck",
+        "--network",
+        "none",
+        *HARDENED,
+        *LIMITS,
+        *flags,
+        "--entrypoint",
+        "python",
+        image,
+        "-c",
+        code,
+    )
     return store.podman("run", *arguments)
 
 

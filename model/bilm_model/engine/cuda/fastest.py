@@ -4,7 +4,6 @@ import os
 import pwd
 import shutil
 import sysconfig
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -96,4 +95,4 @@ def _can_write(folder: Path) -> bool:
 
 def _temporary_folders(environment: Mapping[str, str]) -> list[str]:
     named = [environment[name] for name in ("TMPDIR", "TEMP", "TMP") if name in environment]
-    return [*named, "/tmp", "/var/tmp", tempfile.gettempdir()]  # noqa: S108 - only looked at
+    return [*named, "/tmp", "/var/tmp", "/usr/tmp"]  # noqa: S108 - only looked at
