@@ -68,7 +68,6 @@ def main() -> None:
         "beside": lambda: beside_batch_run(report, "", sentences, few(3).rounds, Company()),
         "served": lambda: served_throughput(report, sentences, few(3), CASES),
         "event-loop": lambda: event_loop_time(report, "", sentences, few(3)),
-        "doors": lambda: other_protocols(report, "random:small", sentences, effort),
         "coalescing": lambda: coalesced_calls(report, "", len(sentences), few(2)),
         "start": lambda: start_to_serving(report, effort),
         "memory": lambda: mixed_requests(report, "", minutes=0.3, sample_s=6.0, callers=8),
@@ -77,6 +76,7 @@ def main() -> None:
         "original": lambda: throughput(report, "original", sentences, few(3), cores),
         "in-flight": lambda: in_flight(report, sentences, few(3)),
         "served-original": lambda: served_throughput(report, sentences, few(3), ORIGINAL_CASES),
+        "doors": lambda: other_protocols(report, "random:small", sentences, effort),
         "import": lambda: client_import(report, effort),
     }
     if arguments.original:
@@ -112,7 +112,7 @@ def _arguments() -> argparse.Namespace:
         "--only",
         nargs="+",
         help="sections: small planning added added-small paced short beside served event-loop coalescing start memory "
-        "import; with --original: original in-flight served-original",
+        "import; with --original: original in-flight served-original doors",
     )
     parser.add_argument("--original", action="store_true", help="the original size: `make bench-original`")
     parser.add_argument("--smoke", action="store_true", help="a tiny model: shows that everything runs")

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,14 @@ from bilm_server.protocols.kserve.methods import MODEL_METHODS, OPEN_METHODS
 from bilm_server.protocols.kserve.readiness import ReadinessService
 from bilm_server.served_model import ServedModel, load_served_model
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration.integration_support import options
+from tests.integration.integration_support import health_stub, options
 from tests.integration.integration_support import tokens as embed_tokens
 from tests.support.processes import wait_until
+from tests.support.server_processes import ProcessServer
 from tests.support.servers import LoopServer, with_defaults
 from tests.support.tensors import arrays, texts, tokens
 
@@ -235,6 +238,20 @@ def test_reflection_shows_the_service_where_it_is(start: Callable[..., LoopServe
     assert (SERVICE in names) == (flag == "--kserve")
     assert len(ours.file_descriptor_response.file_descriptor_proto) > 1  # with what it imports
     assert theirs.HasField("file_descriptor_response") == (flag == "--kserve")
+
+
+def test_a_drain_lets_a_call_finish_and_readiness_says_so() -> None:
+    with ProcessServer() as server, grpc.insecure_channel(server.target) as channel:
+        inference: Any = GRPCInferenceServiceStub(channel)
+        in_flight = inference.ModelInfer.future(tokens(["w"] * 8000, ["b"], layers="top"))
+        updates = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(updates).status == health_pb2.HealthCheckResponse.SERVING
+        assert inference.ServerReady(pb.ServerReadyRequest()).ready
+        server.send_signal(signal.SIGTERM)
+        assert next(updates).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert arrays(in_flight.result(60))["lengths"].tolist() == [8000, 1]
+        updates.cancel()
+        assert server.wait() == 0
 
 
 # ---- what every call passes through ----

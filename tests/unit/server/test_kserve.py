@@ -353,6 +353,21 @@ async def test_overload_is_refused_with_a_pushback() -> None:
         assert arrays(await first)["lengths"].tolist() == [8]
 
 
+async def test_a_call_that_is_cancelled_leaves_nothing() -> None:
+    computing = FakeEngine[Sentence](Capacity(1, 100))
+    computing.go_on.clear()
+    async with serving(computing) as served:
+        call = served.kserve.ModelInfer(tokens(["a"], ["b"]))
+        pending = asyncio.ensure_future(call)
+        await until(computing.computing.is_set)
+        pending.cancel()
+        await until(lambda: served.embedder.admission.used_tokens == 0)
+        computing.go_on.set()
+        await until(lambda: served.embedder.idle and computing.in_flight == 0)
+        await until(lambda: bool(served.ended.records))
+        assert served.ended.records[0].code is Code.CANCELLED
+
+
 async def test_a_timeout_in_microseconds_is_a_deadline() -> None:
     computing = FakeEngine[Sentence](Capacity(1, 100))
     computing.go_on.clear()
