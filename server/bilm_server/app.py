@@ -266,9 +266,17 @@ class _App:
         if not config.http_listen:
             return None
         from bilm_server.protocols.http.door import HttpDoor  # noqa: PLC0415 - uvicorn is an extra
+        from bilm_server.protocols.http.metrics_page import MetricsPage  # noqa: PLC0415
+        from bilm_server.protocols.http.openapi import OpenApi  # noqa: PLC0415
         from bilm_server.protocols.http.routing import HttpApp  # noqa: PLC0415
 
-        app = HttpApp(self._gate, lambda: self._health.serving, config.http_host, config.stream_stall_s)
+        app = HttpApp(
+            self._gate,
+            lambda: self._health.serving,
+            config.http_host,
+            config.stream_stall_s,
+            endpoints={http.METRICS: MetricsPage(self._metrics.registry), http.OPENAPI: OpenApi()},
+        )
         return HttpDoor(config.http_listen, app, self._http_connections, self._tls_contexts)
 
     def _tls_contexts(self) -> Callable[[], SSLContext] | None:

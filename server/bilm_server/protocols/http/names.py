@@ -5,5 +5,7 @@ from typing import Final
 EMBEDDINGS: Final = "http/embeddings"
 EMBED: Final = "http/embed"
 MODELS: Final = "http/models"
+METRICS: Final = "http/metrics"
+OPENAPI: Final = "http/openapi"
 INFER_METHODS: Final = (EMBEDDINGS, EMBED)
 """Those that embed."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
+from types import MappingProxyType
 from typing import Any, Final
 
 from bilm_api.constants import REQUEST_ID_KEY, Reason
@@ -61,6 +62,8 @@ ROUTES: Final[Mapping[str, Route]] = {
     "/v1/embed": Route(names.EMBED, "POST"),
     "/v1/models": Route(names.MODELS, "GET"),
     "/v1/models/": Route(names.MODELS, "GET", is_folder=True),
+    "/metrics": Route(names.METRICS, "GET"),
+    "/openapi.json": Route(names.OPENAPI, "GET"),
 }
 """Paths of the guarded endpoints; a folder's ends with a slash."""
 OPEN_PATHS: Final = ("/healthz", "/readyz")
@@ -94,6 +97,7 @@ class HttpApp:
         hosts: Collection[str],
         stall_s: float,
         *,
+        endpoints: Mapping[str, Endpoint] = MappingProxyType({}),
         bodies: Bodies | None = None,
     ) -> None:
         """Keep what calls pass through.
@@ -103,15 +107,16 @@ class HttpApp:
             serving: returns what /readyz reports.
             hosts: see `AllowedHosts`.
             stall_s: seconds that a client may take to read a part of a response.
+            endpoints: those that need no model, by the names of their routes.
             bodies: receives them.
         """
         self._gate, self._serving, self._stall_s = gate, serving, stall_s
         self._hosts, self._bodies = AllowedHosts(hosts), bodies or Bodies()
-        self._endpoints: Mapping[str, Endpoint] = {}
+        self._endpoints = endpoints
 
     def open(self, endpoints: Mapping[str, Endpoint]) -> None:
         """Take the endpoints of the loaded model, by the names of their routes; from here on calls reach them."""
-        self._endpoints = endpoints
+        self._endpoints = {**self._endpoints, **endpoints}
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request; part of ASGI's interface."""
