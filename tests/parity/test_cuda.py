@@ -164,7 +164,11 @@ def test_agrees_with_the_reference(config: BilmConfig, block_rows: int | None) -
 def test_the_kernels_agree_with_the_reference(config: BilmConfig, fused: str) -> None:
     engine = engine_of(config, options=EngineOptions(max_rows=5), steps=interpreted_steps(fused))
     assert "Triton" in engine.backend
-    assert worst_error(engine, config, random_sentences(8, config, max_tokens=8)) < TOLERANCE
+    # Few sentences fused: the interpreter takes as long for an empty row of a tile as for another
+    sentences = (
+        random_sentences(8, config, max_tokens=8) if fused == "off" else random_sentences(3, config, max_tokens=3)
+    )
+    assert worst_error(engine, config, sentences) < TOLERANCE
 
 
 def test_agrees_with_the_other_back_end() -> None:

@@ -80,6 +80,13 @@ def test_the_fused_kernel_uses_tensor_cores_and_two_programs_share_a_multiproces
         assert 2 * (shared + SHARED_OF_THE_SYSTEM) <= SHARED
 
 
+def test_the_check_at_the_start_needs_what_those_that_serve_do(kernels: list[Compiled]) -> None:
+    """A GPU with too little shared memory fails the check, and torch's operators compute."""
+    shared = sorted(kernel.metadata["shared"] for kernel in kernels if kernel.name == "cells_kernel")
+    smaller, few, few_of_the_check, many, many_of_the_check = shared[1:]
+    assert smaller < few == few_of_the_check < many == many_of_the_check
+
+
 def test_the_other_kernels_have_accesses_as_wide_as_there_are(kernels: list[Compiled]) -> None:
     others = [kernel for kernel in kernels if kernel.name != "cells_kernel"]
     assert {kernel.name for kernel in others} == {"gates_kernel", "outputs_kernel"}

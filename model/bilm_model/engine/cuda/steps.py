@@ -16,8 +16,9 @@ from bilm_model.config import Residual
 from bilm_model.engine.cuda.schedule import FIRST_INPUTS, FRESH, PLACES, Schedule
 from bilm_model.kernels.elementwise import TorchElementwise
 
-SAMPLE_ROWS, SAMPLE_COMPONENTS, SAMPLE_CELLS, SAMPLE_SLICES = (4, 128), 8, 32, 2
-"""Of what `check_steps` tries; rows for each of the tiles that there are for few and for many."""
+SAMPLE_ROWS, SAMPLE_COMPONENTS, SAMPLE_CELLS, SAMPLE_SLICES = (4, 128), 392, 32, 2
+"""What `check_steps` tries: rows of each of the tiles that there are for few and for many; and so many components that
+products take as many stages and as much shared memory as those that serve."""
 
 
 class Steps(Protocol):
@@ -180,16 +181,17 @@ def _sample(steps: Steps, device: torch.device, dtype: torch.dtype, n_bucket: in
     schedule.steps.copy_(torch.tensor([[1, 2, 0, 3, 2, 1, 0], [0, 1, 3, 1, 1, 0, 1]]).repeat(2, 1))
 
     def quarters(*shape: int) -> Tensor:
-        return (torch.randint(-2, 3, shape, generator=generator) / 4).to(device, dtype)
+        return (torch.randint(-1, 2, shape, generator=generator) / 4).to(device, dtype)
 
-    c, h, x, outputs = numbers(2, 4, 32), numbers(2, 4, 8), numbers(2, 4, 8), numbers(2, 4, 8)
+    P, C, K = SAMPLE_COMPONENTS, SAMPLE_CELLS, SAMPLE_SLICES
+    c, h, x, outputs = numbers(2, 4, C), numbers(2, 4, P), numbers(2, 4, P), numbers(2, 4, P)
     # The product's results have few bits: so it doesn't matter who rounds them to the format, and who adds before
-    h_next, weights = quarters(2, n_bucket, 8), quarters(2, 128, 8)
-    m, gates_x = h_next.new_zeros(4, n_bucket, 16), numbers(4, 128).to(dtype)
+    h_next, weights = quarters(2, n_bucket, P), quarters(2, 4 * C, P)
+    m, gates_x = h_next.new_zeros(2 * K, n_bucket, C // K), numbers(4, 4 * C).to(dtype)
     steps.cells(schedule, FIRST_INPUTS, h_next, weights.transpose(1, 2), gates_x, c=c, clip=0.8, m=m)
-    parts, left = numbers(4, n_bucket, 8), []
+    parts, left = numbers(2 * K, n_bucket, P), []
     for residual in get_args(Residual):
         steps.outputs(schedule, parts, clip=0.5, residual=residual, h=h, h_next=h_next, x=x, outputs=outputs)
         left += [x.clone(), outputs.clone()]
     # The other rows' belong to no sentence
-    return [schedule.clock.float(), m.view(2, 2, n_bucket, 16)[:, :, :2], c, h, h_next[:, :2], *left]
+    return [schedule.clock.float(), m[:, :2], c, h, h_next[:, :2], *left]
