@@ -15,6 +15,8 @@ TRITON_VENV := .venv-triton
 OLD_TRITON := .venv-triton-3.6
 # Nor can the clients of the Open Inference Protocol: they need older protobuf, and bring its messages in their own pool
 KSERVE_VENV := .venv-kserve
+# OpenAI's clients are no dependency of ours
+OPENAI_VENV := .venv-openai
 # The oldest tools whose output we support: their versions set the floors of grpcio and protobuf in pyproject.toml.
 PROTO_TOOLS := grpcio-tools==1.74.0 protobuf==6.33.6 googleapis-common-protos==1.76.0 mypy-protobuf==5.1.0
 # What released clients were built with
@@ -52,7 +54,7 @@ test-triton: $(VENV)/.dev $(OLD_TRITON)/.installed
 	PYTHONPATH=$(OLD_TRITON) $(LIMITED) 60m $(BIN)/pytest tests/unit/model/test_triton_steps.py \
 	  tests/unit/model/test_compile_kernels.py tests/parity/test_cuda.py $(ARGS)
 
-test-slow: $(VENV)/.dev $(KSERVE_VENV)/.installed
+test-slow: $(VENV)/.dev $(KSERVE_VENV)/.installed $(OPENAI_VENV)/.installed
 	$(LIMITED) 4h $(BIN)/pytest -m slow
 
 # faults of all kinds under load, each answer compared with the known one; five minutes
@@ -124,7 +126,7 @@ train: $(VENV)/.dev
 	  --treebank $(DATA)/UD_English-EWT --treebank $(DATA)/UD_Korean-GSD --neighbours $(DATA)/wikitext-2/test.txt
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) $(TRITON_VENV) $(OLD_TRITON) $(KSERVE_VENV) $(AUDIT_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_VENV) $(TRITON_VENV) $(OLD_TRITON) $(KSERVE_VENV) $(OPENAI_VENV) $(AUDIT_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or later; PYTHON=… names one")'
@@ -157,6 +159,11 @@ $(TRITON_VENV)/.installed: Makefile
 $(KSERVE_VENV)/.installed: Makefile
 	$(PYTHON) -m venv $(KSERVE_VENV)
 	$(KSERVE_VENV)/bin/pip install --quiet 'tritonclient[grpc]==2.73.0' kserve==0.21.0 grpcio==1.85.1 protobuf==6.33.6
+	touch $@
+
+$(OPENAI_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(OPENAI_VENV)
+	$(OPENAI_VENV)/bin/pip install --quiet openai==3.51.0 langchain-openai==1.7.4
 	touch $@
 
 $(OLD_TRITON)/.installed: $(VENV)/bin/python Makefile
