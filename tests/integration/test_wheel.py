@@ -90,6 +90,7 @@ def test_the_wheel_has_the_data_files_too(wheel: Path) -> None:
     packages = ("bilm_system", "bilm_api", "bilm_model", "bilm_training", "bilm_server", "bilm_client", "bilm_bench")
     assert {f"{package}/py.typed" for package in packages} <= names
     assert "bilm_api/v1/embed.proto" in names
+    assert "bilm_api/inference/open_inference.proto" in names
     assert "bilm_api/v1/embed_pb2.pyi" in names
     assert "bilm_api/v1/embed.binpb" in names
     assert "bilm_model/pretrained/wikitext2-mini.safetensors" in names
