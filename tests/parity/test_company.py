@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 from typing import get_args
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,8 @@ from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.sentences import EmbeddedSentence, PlainSentence
 from bilm_model.engine.state import LstmStateCodec
 from bilm_model.engine.types import Capacity, EngineResult
-from bilm_model.kernels.product_paths import Precision, ProductPath
+from bilm_model.kernels.product_paths import Precision, ProductPath, has_bfloat16_products
+from bilm_model.weights.loading import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +37,12 @@ SENTENCE = st.lists(st.text(min_size=1, max_size=60), max_size=12)
 
 
 def engine_of(
-    config: BilmConfig, precision: Precision, products: ProductPath | None = None, **room: int
+    config: BilmConfig,
+    precision: Precision,
+    products: ProductPath | None = None,
+    *,
+    bilm: Bilm | None = None,
+    **room: int,
 ) -> CellularBatch:
     options = replace(EngineOptions(precision, products=products), **room)  # type: ignore[arg-type]
     made: list[Backend] = []
@@ -44,7 +51,7 @@ def engine_of(
         made.append(new_backend(bilm, memory, options))
         return made[-1]
 
-    engine = CellularBatch(random_bilm(config), torch.device("cpu"), options, noted)
+    engine = CellularBatch(bilm or random_bilm(config), torch.device("cpu"), options, noted)
     BACKENDS[engine] = made[0]
     if "prepacked" not in engine.backend:
         pytest.skip(f"without prepacked products only 1e-5 is promised: {engine.backend}")
@@ -113,6 +120,23 @@ WAYS: list[tuple[str, Precision, ProductPath | None]] = [
 ]
 
 
+@pytest.mark.parametrize("products", [None, ProductPath.PREPACKED_BLOCKS])
+def test_more_threads_for_more_words_change_nothing(
+    products: ProductPath | None, request: pytest.FixtureRequest
+) -> None:
+    """The model that ships, whose encoder has the shape at which AMX's sums differ with the number of threads."""
+    if products is not None and not has_bfloat16_products():
+        pytest.skip("oneDNN has no bfloat16 products here")
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
+    bilm, chance = load("").bilm, random.Random(1)
+    engine = engine_of(bilm.config, "bfloat16", products, bilm=bilm, token_cache_mib=0)
+    words = ["".join(chance.choices("abcdefgh", k=chance.randint(1, 9))) for _ in range(1200)]
+    sentences = [PlainSentence(words[first : first + 20]) for first in range(0, len(words), 20)]
+    alone = [engine.run([sentence])[0] for sentence in sentences]
+    assert all(map(same_bits, engine.run(sentences), alone))
+
+
 @pytest.mark.parametrize(("name", "precision", "products"), WAYS)
 def test_random_schedules(name: str, precision: Precision, products: ProductPath | None) -> None:
     chance = random.Random(5)
@@ -121,7 +145,7 @@ def test_random_schedules(name: str, precision: Precision, products: ProductPath
     sentences = random_sentences(engine, chance)
     alone = [engine.run([sentence])[0] for sentence in sentences]
     for room in ROOMS.values():
-        other = engine_of(config, precision, products, **room)
+        other = engine_of(config, precision, products, bilm=None, **room)
         for found, expected in zip(run_at_random(other, sentences, chance), alone, strict=True):
             states = () if found.state is None else zip(found.state, (expected.h, expected.c), strict=True)
             assert np.array_equal(found.vectors, expected.layers[:, 1:-1].numpy())

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bilm_model.kernels.fallbacks import note_fallback
 from bilm_model.kernels.products import (
+    BLOCK_ROWS,
     BlockedProduct,
     NewProduct,
     PackedProduct,
@@ -68,6 +69,11 @@ class ProductPath(StrEnum):
         return self not in (ProductPath.PLAIN, ProductPath.ROUNDED_PLAIN)
 
     @property
+    def block_rows(self) -> int | None:
+        """Rows that a product always has, so that it needs the same number of threads each time; None: as they come."""
+        return BLOCK_ROWS if self.endswith(_BLOCKS) else None
+
+    @property
     def rounded(self) -> bool:
         """Whether these are float32 products that stand in for bfloat16 ones."""
         return self.startswith(_ROUNDED)
@@ -84,7 +90,7 @@ class ProductPath(StrEnum):
         return (a.float() @ b.float()).to(dtype) if self.rounded else a @ b
 
 
-_ROUNDED = "rounded_"
+_ROUNDED, _BLOCKS = "rounded_", "_blocks"
 _NAMES = {
     "prepacked": "prepacked oneDNN products",
     "prepacked_blocks": "prepacked oneDNN products in blocks of rows",

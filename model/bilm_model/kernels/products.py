@@ -14,7 +14,7 @@ from torch import Tensor
 # Two would do for the bits; four read a large weight faster, by a sixth at 512 -> 16384 (AMD EPYC with AVX-512)
 _MIN_ROWS = 4
 _MIN_STEP = 2
-_BLOCK_ROWS = 64
+BLOCK_ROWS = 64
 
 
 def padded_rows(n_rows: int) -> int:
@@ -85,8 +85,8 @@ class BlockedProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Product`; any number of rows."""
-        filled = F.pad(x, (0, 0, 0, -len(x) % _BLOCK_ROWS))
-        blocks = [self._product(block) for block in filled.split(_BLOCK_ROWS)]
+        filled = F.pad(x, (0, 0, 0, -len(x) % BLOCK_ROWS))
+        blocks = [self._product(block) for block in filled.split(BLOCK_ROWS)]
         return (torch.cat(blocks) if len(blocks) > 1 else blocks[0])[: len(x)]
 
 

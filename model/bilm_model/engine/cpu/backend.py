@@ -277,8 +277,11 @@ class CpuBackend:
 
     @contextmanager
     def _threads(self, n_rows: int, width: int) -> Iterator[None]:
-        """Decide how many threads products of so many rows get, as wide as that on their wider side."""
-        before = torch.get_num_threads()
+        """Decide how many threads products of so many rows get, as wide as that on their wider side.
+
+        Products in blocks always get as many: with AMX, oneDNN cuts sums by the number of threads, too.
+        """
+        before, n_rows = torch.get_num_threads(), n_rows and (self._products.block_rows or n_rows)
         least = _MIN_BESIDE_HELPER if self._team is not None and self._n_threads == _WITH_HELPER else _MIN_PARALLEL
         torch.set_num_threads(self._n_threads if self._multiply_adds(n_rows, width) >= least else 1)
         try:
