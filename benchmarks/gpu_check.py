@@ -8,6 +8,7 @@ machine without a network: docs/gpu-check.md.
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from typing import Any
 
 import torch
 from bilm_model.device import resolve_device
-from bilm_system.files import write_bytes
+from bilm_model.errors import ModelError
+from bilm_system.files import message, write_bytes
 from bilm_system.terminal import run_command
 
 from benchmarks.gpu.setting import Facts, Setting
@@ -73,15 +75,32 @@ STAGES: Mapping[int, Stage] = {
 def main() -> None:
     """Run the stages, or one of them in this process."""
     arguments = _arguments()
-    device = resolve_device(arguments.device)
-    setting = Setting(device)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit)  # by an exception, so that a stage under way is ended, too
+    try:
+        setting = Setting(resolve_device(arguments.device))
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except ModelError as error:
+        raise SystemExit(f"--device: {error}") from error
+    except OSError as error:
+        raise SystemExit(f"--out: {message(error)}") from error
     if arguments.one is not None:
         facts = STAGES[arguments.one].load()(setting)
         _write(arguments.out / f"stage-{arguments.one}.json", facts)
         return
     if not run_all(arguments.stages or tuple(STAGES), setting, arguments):
         raise SystemExit(1)
+
+
+def _exit(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise ValueError(text)
+    return seconds
 
 
 RunStage = Callable[[int, float, Setting, Path], Facts]
@@ -91,7 +110,7 @@ RunStage = Callable[[int, float, Setting, Path], Facts]
 def run_all(
     stages: Sequence[int], setting: Setting, arguments: argparse.Namespace, run: RunStage | None = None
 ) -> bool:
-    """Run stages within the time there is; return whether all succeeded."""
+    """Run stages within the time there is; return whether all ran and succeeded."""
     run = run or run_stage
     end_s, found = time.monotonic() + arguments.limit_s, dict[str, Facts]()
     for number in stages:
@@ -104,7 +123,7 @@ def run_all(
             found[str(number)] = run(number, min(left_s, limit_s), setting, arguments.out)
         print(f"{number:2} {STAGES[number].title}: {_summary(found[str(number)])}", flush=True)
         _write(arguments.out / "gpu_check.json", {"device": str(setting.device), "stages": found})
-    return not any(facts.get("failed") for facts in found.values())
+    return not any("failed" in facts or "left_out" in facts for facts in found.values())
 
 
 def run_stage(number: int, limit_s: float, setting: Setting, out: Path, command: Sequence[str] | None = None) -> Facts:
@@ -162,7 +181,7 @@ def _arguments() -> argparse.Namespace:
     stages = "; ".join(f"{number}: {stage.title}" for number, stage in STAGES.items())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--stages", type=int, nargs="+", choices=STAGES, metavar="N", help=stages)
-    parser.add_argument("--limit-s", type=float, default=_WHOLE_RUN_S, help="for all stages (%(default)g)")
+    parser.add_argument("--limit-s", type=_seconds, default=_WHOLE_RUN_S, help="for all stages (%(default)g)")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu-check", help="folder for the JSON (%(default)s)")
     parser.add_argument("--one", type=int, choices=STAGES, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -52,7 +52,7 @@ def test_what_is_left_of_the_time_bounds_a_stage(tmp_path: Path) -> None:
 
     assert gpu_check.run_all((0,), SETTING, arguments(tmp_path, 12.0), run)
     assert 11.0 < limits[0] <= 12.0
-    assert gpu_check.run_all((0, 1), SETTING, arguments(tmp_path, 0.5), run)
+    assert not gpu_check.run_all((0, 1), SETTING, arguments(tmp_path, 0.5), run)
     assert len(limits) == 1
     assert "left_out" in found_in(tmp_path)["1"]
 
@@ -74,6 +74,17 @@ def test_versions(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.startswith(f" 0 {STAGES[0].title}: done; python ")
     assert found_in(tmp_path)["0"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    "flags", [("--device", "foo"), ("--limit-s", "nan"), ("--limit-s", "0"), ("--out", "/dev/null/x")]
+)
+def test_wrong_flags_are_told_in_a_line(flags: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--stages", "0", *flags]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode in (1, 2)
+    assert flags[0] in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.slow
