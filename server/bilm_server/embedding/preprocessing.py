@@ -1,6 +1,5 @@
 """Sentences before they are computed: priced, checked, tokenised. Nothing behind this file sees bad input."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -20,6 +19,8 @@ from bilm_server.inference.types import Sentence
 from bilm_server.served_model import ServedModel
 
 _ITEM_BYTES: Mapping[DataType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_MAX_FLOAT32 = 3.4028234663852886e38
 
 _NEVER_TRUNCATED = MAX_TOKEN_BYTES // 4
 """Characters of a token that is read whole whatever they are: none has more than 4 bytes."""
@@ -188,8 +189,8 @@ def check_mix(mix: LayerMix, layer_count: int) -> LayerMix:
     """
     if len(mix.weights) != layer_count:
         raise RefusalError(Reason.MIX_INVALID, f"mix.weights: expected {layer_count}, found {len(mix.weights)}")
-    if not all(map(math.isfinite, (*mix.weights, mix.gamma))):
-        raise RefusalError(Reason.MIX_INVALID, "mix: expected finite numbers")
+    if not all(abs(number) <= _MAX_FLOAT32 for number in (*mix.weights, mix.gamma)):  # NaN compares as False
+        raise RefusalError(Reason.MIX_INVALID, "mix: expected finite numbers, in float32")
     return mix
 
 

@@ -23,7 +23,7 @@ from bilm_server.inference.types import Call, Result, Sentence
 from bilm_server.protocols.grpc.connections import http_share
 from bilm_server.protocols.http.bodies import Bodies
 from bilm_server.protocols.http.door import HttpDoor
-from bilm_server.protocols.http.embed_responses import JsonFormat, TensorFormat
+from bilm_server.protocols.http.embed_responses import JsonFormat, RawTensors
 from bilm_server.protocols.http.embeddings import EmbeddingsFormat
 from bilm_server.protocols.http.encodings import Encoding
 from bilm_server.protocols.http.endpoints import endpoints_of
@@ -358,7 +358,7 @@ def test_the_bound_of_an_embed_holds(pooling: Pooling, data_type: DataType, enco
     kind = np.float32 if data_type == "float32" else np.int16
     values = np.full(shape, -1.1754944e-38, np.float32) if kind is np.float32 else np.full(shape, -32639, np.int16)
     results = [Result(values, cast(State, 7), 0.0, 0.0) for _ in sentences]
-    wire = TensorFormat(model, False) if encoding is None else JsonFormat(model, False, encoding)
+    wire = RawTensors(model, False) if encoding is None else JsonFormat(model, False, encoding)
     body = wire.build(sentences, results)
     bound = sum(values.nbytes + model.state_bytes + wire.overhead_bytes(sentence) for sentence in sentences)
     assert bound / 4 < len(body) <= bound + 512
@@ -392,3 +392,21 @@ async def test_a_kept_connection_ends_with_the_drain_behind_its_call() -> None:
             assert kept.sock.recv(1) == b""
         finally:
             kept.close()
+
+
+async def test_encoded_bodies_are_refused() -> None:
+    async with opened() as door:
+        answer = await door.embeddings(headers={"content-encoding": "gzip"})
+    assert answer.status == 415
+
+
+async def test_two_lengths_of_one_body_are_refused_and_end_the_connection() -> None:
+    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    async with opened() as door:
+        connection = await door.connect()
+        with connection:
+            both = head + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+            connection.sendall(both)
+            answer = await asyncio.to_thread(read_to_end, connection)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b"expected one of them" in answer

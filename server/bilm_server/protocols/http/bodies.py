@@ -39,6 +39,8 @@ class Bodies:
             CallerGoneError: the client has left.
         """
         _check_type(headers.get("content-type", ""))
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise HttpRefusalError("content-encoding: expected none", status=415)
         if _length(headers) > MAX_REQUEST_BYTES:
             raise _too_large(headers)
         parts: list[bytes] = []

@@ -14,9 +14,9 @@ from bilm_server.embedding.conversions import request_weight
 from bilm_server.embedding.embedder import Embedder
 from bilm_server.embedding.preprocessing import RequestLimits, check_mix
 from bilm_server.inference.types import Call, Sentence
-from bilm_server.protocols.http.embed_responses import JsonFormat, TensorFormat
+from bilm_server.protocols.http.embed_responses import JsonFormat, RawTensors
 from bilm_server.protocols.http.encodings import ENCODINGS, Encoding
-from bilm_server.protocols.http.fields import Fields, parse_json, wrong
+from bilm_server.protocols.http.fields import BodyFields, parse_json, wrong
 from bilm_server.protocols.http.messages import HttpRequest, HttpResponse
 
 TENSORS: Final = "application/octet-stream"
@@ -75,7 +75,7 @@ class Embed:
         if isinstance(layers, LayerMix):
             check_mix(layers, embedder.model.config.layer_count)
         if TENSORS in request.headers.get("accept", ""):
-            tensors = TensorFormat(embedder.model, query.omit_tokens)
+            tensors = RawTensors(embedder.model, query.omit_tokens)
             return HttpResponse(await embedder.embed(query.sentences, len(body), tensors), content_type=TENSORS)
         wire = JsonFormat(embedder.model, query.omit_tokens, query.encoding)
         return HttpResponse(await embedder.embed(query.sentences, len(body), wire))
@@ -106,7 +106,7 @@ def parse_query(body: bytes, call: Call, limits: RequestLimits) -> EmbedQuery:
     )
 
 
-def _output(options: Fields) -> OutputSpec:
+def _output(options: BodyFields) -> OutputSpec:
     kind = options.choice("layers", _LAYERS, "all", Reason.LAYERS_INVALID)
     if (options.get("mix") is not None) != (kind == "mix"):
         raise wrong(options.path("mix"), "goes with layers mix, and with nothing else", Reason.MIX_INVALID)
@@ -116,7 +116,7 @@ def _output(options: Fields) -> OutputSpec:
     return OutputSpec(Selection(layers, pooling, options.flag("l2_normalize")), data_type)
 
 
-def _mix(fields: Fields) -> LayerMix:
+def _mix(fields: BodyFields) -> LayerMix:
     fields.check_names(_MIX)
     weights, gamma = fields.get("weights"), fields.get("gamma")
     if not isinstance(weights, list):
@@ -137,7 +137,7 @@ def _float32(value: object, path: str) -> float:
 
 
 def _sentence(value: object, path: str, call: Call, output: OutputSpec) -> Sentence:
-    fields = Fields(value, path)
+    fields = BodyFields(value, path)
     fields.check_names(_SENTENCE)
     text, tokens = fields.get("text"), fields.get("tokens")
     if text is not None and tokens is not None:
@@ -148,7 +148,7 @@ def _sentence(value: object, path: str, call: Call, output: OutputSpec) -> Sente
     return Sentence(call, content, output, _state(fields), fields.flag("return_state"))
 
 
-def _state(fields: Fields) -> bytes:
+def _state(fields: BodyFields) -> bytes:
     try:
         return a2b_base64(fields.text("state"), strict_mode=True)
     except (Error, ValueError):

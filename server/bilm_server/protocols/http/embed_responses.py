@@ -68,7 +68,7 @@ class JsonFormat:
 
 
 @dataclass(frozen=True)
-class TensorFormat:
+class RawTensors:
     """A response of raw tensors behind a header in JSON.
 
     First comes the header's length, 4 bytes little-endian, then the header, padded with spaces, then the tensors, one

@@ -14,7 +14,7 @@ from bilm_server.embedding.embedder import Embedder
 from bilm_server.embedding.preprocessing import item_bytes, row_bytes
 from bilm_server.inference.types import Call, Outcome, Result, Sentence
 from bilm_server.protocols.http.encodings import ENCODINGS, Encoding, extra_bytes, to_json
-from bilm_server.protocols.http.fields import Fields, parse_json, wrong
+from bilm_server.protocols.http.fields import BodyFields, parse_json, wrong
 from bilm_server.protocols.http.messages import HttpRequest, HttpResponse
 from bilm_server.served_model import ServedModel
 
@@ -48,7 +48,7 @@ class Embeddings:
         return HttpResponse(await embedder.embed(sentences, n_bytes, wire, fail_as_one=True))
 
 
-def _output(fields: Fields, model: ServedModel) -> tuple[OutputSpec, Encoding]:
+def _output(fields: BodyFields, model: ServedModel) -> tuple[OutputSpec, Encoding]:
     fields.text("user")
     layers = fields.choice("layers", _LAYERS, "top", Reason.LAYERS_INVALID)
     pooling = fields.choice("pooling", _POOLINGS, "mean", Reason.POOLING_INVALID)
@@ -59,7 +59,7 @@ def _output(fields: Fields, model: ServedModel) -> tuple[OutputSpec, Encoding]:
     return OutputSpec(Selection(layers, pooling, fields.flag("l2_normalize"))), encoding
 
 
-def _texts(fields: Fields) -> Sequence[object]:
+def _texts(fields: BodyFields) -> Sequence[object]:
     found = fields.get("input")
     if isinstance(found, str):
         return [found]

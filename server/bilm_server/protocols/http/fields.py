@@ -11,7 +11,7 @@ from bilm_server.protocols.http.messages import HttpRefusalError
 T = TypeVar("T")
 
 
-def parse_json(body: bytes) -> "Fields":
+def parse_json(body: bytes) -> "BodyFields":
     """Return the fields of a body.
 
     Strings are Unicode without lone surrogates and numbers are finite, as the parser refuses all others.
@@ -23,10 +23,10 @@ def parse_json(body: bytes) -> "Fields":
         found = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise HttpRefusalError(f"the body isn't JSON in UTF-8: byte {error.pos}") from None
-    return Fields(found, "")
+    return BodyFields(found, "")
 
 
-class Fields:
+class BodyFields:
     """The fields of one object; what is null counts as not set."""
 
     def __init__(self, value: object, path: str) -> None:
@@ -72,10 +72,10 @@ class Fields:
             raise wrong(self.path(name), "expected true or false")
         return bool(value)
 
-    def object(self, name: str) -> "Fields":
+    def object(self, name: str) -> "BodyFields":
         """Return an object's fields; none are set where it isn't."""
         value = self.get(name)
-        return Fields({} if value is None else value, self.path(name))
+        return BodyFields({} if value is None else value, self.path(name))
 
     def choice(self, name: str, known: Mapping[str, T], default: str, reason: Reason = Reason.MALFORMED_REQUEST) -> T:
         """Return what one of some strings stands for."""

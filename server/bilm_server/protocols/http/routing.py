@@ -191,6 +191,13 @@ class HttpApp:
         """Return the route of a request, or refuse what no endpoint should see."""
         if exchange.head_bytes > MAX_HEAD_BYTES:
             raise HttpRefusalError(f"the headers have more than {MAX_HEAD_BYTES} bytes", status=431)
+        if {
+            "content-length",
+            "transfer-encoding",
+        } <= exchange.headers.keys():  # what stands before us may read the other
+            raise HttpRefusalError(
+                "content-length and transfer-encoding: expected one of them", headers={"connection": "close"}
+            )
         if exchange.headers.get("host", "") not in self._hosts:
             raise HttpRefusalError("host: this server doesn't go by that name (http_host)", status=421)
         route = exchange.route
