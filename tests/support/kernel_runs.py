@@ -4,6 +4,7 @@ They are looked up in the folder, or compiled into it; loading and launching the
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -44,7 +45,7 @@ class Device(Target):
 def main(folder: str, capability: str) -> None:
     """Launch the check's kernels, and ticks of few and of many rows; print how many kernels that were."""
     device = Device(int(capability))
-    triton.knobs.cache.dir = folder
+    os.environ["TRITON_CACHE_DIR"] = folder
     triton.runtime.driver.set_active(device)
     for dtype in FORMATS:
         with contextlib.suppress(RuntimeError):  # nothing is computed, which is what the check finds

@@ -49,7 +49,7 @@ class Arrival:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class _Place:
+class _RingPlace:
     """A part of the ring.
 
     Attributes:
@@ -76,7 +76,7 @@ class HostRing:
         """Allocate the first bytes; sizes are powers of two."""
         self._transfers, self._max_bytes = transfers, power_of_two(max_bytes)
         self._memory = transfers.host_memory(min(power_of_two(first_bytes), self._max_bytes))
-        self._places: deque[_Place] = deque()
+        self._places: deque[_RingPlace] = deque()
         self._end = 0
 
     @property
@@ -101,7 +101,7 @@ class HostRing:
             begin = self._begin(n_bytes)
         target = self._memory[begin : begin + n_bytes]
         arrival = Arrival(target.numpy(), self._transfers.fetch(source, target))
-        self._places.append(_Place(begin, weakref.ref(arrival)))
+        self._places.append(_RingPlace(begin, weakref.ref(arrival)))
         self._end = min(begin + aligned(n_bytes), self.n_bytes)
         return arrival
 
