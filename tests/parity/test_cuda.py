@@ -159,8 +159,19 @@ def test_agrees_with_the_reference(config: BilmConfig, block_rows: int | None) -
     assert worst_error(engine, config, random_sentences(30, config)) < TOLERANCE
 
 
-@pytest.mark.parametrize("fused", ["off", "on"])
-@pytest.mark.parametrize("config", [*CONFIGS.values(), SLICED], ids=[*CONFIGS.keys(), "sliced"])
+QUICK = ("as published", "input to input", "no LSTM projection")
+INTERPRETED = [
+    # The interpreter takes many seconds for the others: their kernels are held by themselves in test_triton_steps.py
+    *(
+        pytest.param(config, "off", id=f"{name}-off", marks=[pytest.mark.slow] * (name not in QUICK))
+        for name, config in {**CONFIGS, "sliced": SLICED}.items()
+    ),
+    *(pytest.param(config, "on", id=f"{name}-on") for name, config in CONFIGS.items()),
+    pytest.param(SLICED, "on", id="sliced-on", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("config", "fused"), INTERPRETED)
 def test_the_kernels_agree_with_the_reference(config: BilmConfig, fused: str) -> None:
     engine = engine_of(config, options=EngineOptions(max_rows=5), steps=interpreted_steps(fused))
     assert "Triton" in engine.backend
@@ -181,7 +192,7 @@ def test_agrees_with_the_other_back_end() -> None:
     assert max(error(a, b) for a, b in zip(found, expected, strict=True)) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_bfloat16_products_stay_close(kind: str) -> None:
     steps = TorchSteps() if kind == "torch" else interpreted_steps()
     options = EngineOptions("bfloat16", max_rows=4)

@@ -76,9 +76,7 @@ def test_versions(tmp_path: Path) -> None:
     assert found_in(tmp_path)["0"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize(
-    "flags", [("--device", "foo"), ("--limit-s", "nan"), ("--limit-s", "0"), ("--out", "/dev/null/x")]
-)
+@pytest.mark.parametrize("flags", [("--device", "foo"), ("--limit-s", "nan"), ("--out", "/dev/null/x")])
 def test_wrong_flags_are_told_in_a_line(flags: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--stages", "0", *flags]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -15,6 +15,8 @@ from bilm_model.kernels.kernel_cache import CachedKernels, keep_triton_kernels
 
 from tests.parity.test_cuda import WIDE
 
+pytestmark = pytest.mark.slow  # half a minute of compiling
+
 ROOT = Path(__file__).parents[3]
 REGISTERS, SHARED, SHARED_OF_THE_SYSTEM = 65_536, 227 * 1024, 1024
 """Of a multiprocessor of sm_90, and what it needs of that for each program."""
@@ -120,7 +122,6 @@ def test_a_server_finds_what_was_shipped(folder: Path, tmp_path: Path, monkeypat
     assert sorted(cache.rglob("*")) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 89, 100])
 def test_other_gpus(capability: int, tmp_path: Path) -> None:
     compile_into(tmp_path, [capability], [512])
