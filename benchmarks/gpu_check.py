@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu_check`: everything that only a GPU can show, in ten minutes at most.
 
-Stages run one after another, each in a process of its own under a time limit; what each has found is written when it
+Stages run one after another, each in a separate process under a time limit; what each has found is written when it
 ends, so a run that is cut short loses one stage. Without a GPU (`--device cpu`) each stage runs at a tiny size on CPU
 tensors, which shows that the script itself works. BILM_TEST_DATA names the folder with the texts. How to prepare a
 machine without a network: docs/gpu-check.md.
@@ -127,7 +127,7 @@ def run_all(
 
 
 def run_stage(number: int, limit_s: float, setting: Setting, out: Path, command: Sequence[str] | None = None) -> Facts:
-    """Run a stage, or what is given instead, in a process group of its own, and end whatever it leaves behind."""
+    """Run a stage, or what is given instead, in a separate process group, and end what it leaves behind."""
     path = out / f"stage-{number}.json"
     path.unlink(missing_ok=True)
     module, flags = [sys.executable, "-m", "benchmarks.gpu_check"], ["--device", str(setting.device), "--out", str(out)]

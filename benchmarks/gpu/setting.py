@@ -43,7 +43,7 @@ class Setting:
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        """Of models to measure."""
+        """The sizes of models to measure."""
         return ("original", "small") if self.on_gpu else ("tiny",)
 
     def sentences(self, n: int) -> list[list[str]]:

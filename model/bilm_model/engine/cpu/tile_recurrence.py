@@ -20,7 +20,7 @@ class TileRecurrence:
     """A cell's ticks (`Recurrence`). Only what products read is rounded to bfloat16."""
 
     kernels = KERNELS
-    description = "for tiles, without an input cache,"
+    description = "for tiles and without an input cache"
     reads_projections = False
 
     def __init__(self, lstm: ClippedProjectedLstm, config: BilmConfig) -> None:
