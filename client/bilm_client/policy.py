@@ -14,7 +14,7 @@ Balance = Literal["first", "round_robin", "weighted"]
 
 SERVICE_NAME = "bilm_api.v1.EmbedService"
 # EmbedStream is missing on purpose: the client resumes streams by itself, and two layers that retry multiply.
-RETRIED_METHODS = ("Embed", "GetModel")
+RETRIED_METHODS = ("Embed", "GetModel", "ListModels")
 # A wait that gRPC rounds to 0 ms hangs the call until its deadline (grpcio 1.85.1: half of the retries at 1 ms).
 _MIN_BACKOFF_S = 0.01
 # gRPC's words for a server that can't be reached at all; its own retries were for that.

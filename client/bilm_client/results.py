@@ -76,7 +76,7 @@ class ModelInfo:
         version: A hash of weights and options.
         layer_count: Layers that layers="all" returns, the token layer included.
         width: Components of a vector.
-        cell_size: Size of the LSTM cells.
+        cell_size: Size of the LSTM cells; 0 where there are none.
         parameter_count: Number of parameters.
         precision: Arithmetic of the products, "float32" or "bfloat16".
         backend: Device and implementation, for people to read.
@@ -85,6 +85,10 @@ class ModelInfo:
         state_bytes: Bytes of a state.
         limits: The server's limits.
         server_version: Version of the server's software.
+        inputs: What makes vectors of tokens, as in "char_cnn"; "" from a server that doesn't say.
+        contexts: What runs over them, as in "lstm"; likewise.
+        features: What the server can do that earlier ones can't.
+        members: Names of an ensemble's models, in the order of their vectors.
     """
 
     name: str
@@ -100,6 +104,10 @@ class ModelInfo:
     state_bytes: int
     limits: Limits
     server_version: str
+    inputs: str = ""
+    contexts: str = ""
+    features: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
 
     @classmethod
     def from_proto(cls, response: pb.GetModelResponse) -> Self:
@@ -118,6 +126,10 @@ class ModelInfo:
             state_bytes=response.state_bytes,
             limits=Limits.from_proto(response.limits),
             server_version=response.server_version,
+            inputs=response.inputs,
+            contexts=response.contexts,
+            features=tuple(response.features),
+            members=tuple(response.members),
         )
 
 

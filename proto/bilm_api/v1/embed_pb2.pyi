@@ -33,6 +33,18 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_FLOAT16: _ClassVar[DataType]
     DATA_TYPE_BFLOAT16: _ClassVar[DataType]
 
+class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRIORITY_UNSPECIFIED: _ClassVar[Priority]
+    PRIORITY_INTERACTIVE: _ClassVar[Priority]
+    PRIORITY_BATCH: _ClassVar[Priority]
+
+class SpanUnit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SPAN_UNIT_UNSPECIFIED: _ClassVar[SpanUnit]
+    SPAN_UNIT_TOKENS: _ClassVar[SpanUnit]
+    SPAN_UNIT_BYTES: _ClassVar[SpanUnit]
+
 class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ERROR_REASON_UNSPECIFIED: _ClassVar[ErrorReason]
@@ -66,6 +78,10 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_MODEL_FAILING: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
     ERROR_REASON_MODEL_LOADING: _ClassVar[ErrorReason]
+    ERROR_REASON_SELECTION_INVALID: _ClassVar[ErrorReason]
+    ERROR_REASON_PRIORITY_INVALID: _ClassVar[ErrorReason]
+    ERROR_REASON_RIGHT_MISSING: _ClassVar[ErrorReason]
+    ERROR_REASON_RELOAD_FAILED: _ClassVar[ErrorReason]
 LAYERS_UNSPECIFIED: Layers
 LAYERS_ALL: Layers
 LAYERS_TOP: Layers
@@ -79,6 +95,12 @@ DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT16: DataType
 DATA_TYPE_BFLOAT16: DataType
+PRIORITY_UNSPECIFIED: Priority
+PRIORITY_INTERACTIVE: Priority
+PRIORITY_BATCH: Priority
+SPAN_UNIT_UNSPECIFIED: SpanUnit
+SPAN_UNIT_TOKENS: SpanUnit
+SPAN_UNIT_BYTES: SpanUnit
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_MALFORMED_REQUEST: ErrorReason
 ERROR_REASON_METHOD_NOT_FOUND: ErrorReason
@@ -110,6 +132,10 @@ ERROR_REASON_SHUTTING_DOWN: ErrorReason
 ERROR_REASON_MODEL_FAILING: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
 ERROR_REASON_MODEL_LOADING: ErrorReason
+ERROR_REASON_SELECTION_INVALID: ErrorReason
+ERROR_REASON_PRIORITY_INVALID: ErrorReason
+ERROR_REASON_RIGHT_MISSING: ErrorReason
+ERROR_REASON_RELOAD_FAILED: ErrorReason
 
 class ScalarMix(_message.Message):
     __slots__ = ("weights", "gamma", "layer_norm")
@@ -143,17 +169,43 @@ class Tokens(_message.Message):
     tokens: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, tokens: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class Rows(_message.Message):
+    __slots__ = ("rows",)
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, rows: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Span(_message.Message):
+    __slots__ = ("start", "end")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
+
+class Spans(_message.Message):
+    __slots__ = ("unit", "spans")
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    unit: SpanUnit
+    spans: _containers.RepeatedCompositeFieldContainer[Span]
+    def __init__(self, unit: _Optional[_Union[SpanUnit, str]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ...) -> None: ...
+
 class Sentence(_message.Message):
-    __slots__ = ("text", "tokens", "state", "return_state")
+    __slots__ = ("text", "tokens", "state", "return_state", "rows", "spans")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     RETURN_STATE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
     text: str
     tokens: Tokens
     state: bytes
     return_state: bool
-    def __init__(self, text: _Optional[str] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., state: _Optional[bytes] = ..., return_state: bool = ...) -> None: ...
+    rows: Rows
+    spans: Spans
+    def __init__(self, text: _Optional[str] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., state: _Optional[bytes] = ..., return_state: bool = ..., rows: _Optional[_Union[Rows, _Mapping]] = ..., spans: _Optional[_Union[Spans, _Mapping]] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("data", "shape", "data_type")
@@ -194,16 +246,18 @@ class Usage(_message.Message):
     def __init__(self, queue_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., inference_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokens: _Optional[int] = ..., model_version: _Optional[str] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("model", "expected_model_version", "options", "sentences")
+    __slots__ = ("model", "expected_model_version", "options", "sentences", "priority")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     SENTENCES_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     model: str
     expected_model_version: str
     options: EmbedOptions
     sentences: _containers.RepeatedCompositeFieldContainer[Sentence]
-    def __init__(self, model: _Optional[str] = ..., expected_model_version: _Optional[str] = ..., options: _Optional[_Union[EmbedOptions, _Mapping]] = ..., sentences: _Optional[_Iterable[_Union[Sentence, _Mapping]]] = ...) -> None: ...
+    priority: Priority
+    def __init__(self, model: _Optional[str] = ..., expected_model_version: _Optional[str] = ..., options: _Optional[_Union[EmbedOptions, _Mapping]] = ..., sentences: _Optional[_Iterable[_Union[Sentence, _Mapping]]] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
 
 class EmbedResult(_message.Message):
     __slots__ = ("embedding", "error")
@@ -222,18 +276,20 @@ class EmbedResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[EmbedResult, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class StreamStart(_message.Message):
-    __slots__ = ("model", "expected_model_version", "options", "carry_state", "return_state_every")
+    __slots__ = ("model", "expected_model_version", "options", "carry_state", "return_state_every", "priority")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     CARRY_STATE_FIELD_NUMBER: _ClassVar[int]
     RETURN_STATE_EVERY_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     model: str
     expected_model_version: str
     options: EmbedOptions
     carry_state: bool
     return_state_every: int
-    def __init__(self, model: _Optional[str] = ..., expected_model_version: _Optional[str] = ..., options: _Optional[_Union[EmbedOptions, _Mapping]] = ..., carry_state: bool = ..., return_state_every: _Optional[int] = ...) -> None: ...
+    priority: Priority
+    def __init__(self, model: _Optional[str] = ..., expected_model_version: _Optional[str] = ..., options: _Optional[_Union[EmbedOptions, _Mapping]] = ..., carry_state: bool = ..., return_state_every: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
 
 class StreamItem(_message.Message):
     __slots__ = ("id", "sentence")
@@ -283,6 +339,32 @@ class GetModelRequest(_message.Message):
     expected_model_version: str
     def __init__(self, model: _Optional[str] = ..., expected_model_version: _Optional[str] = ...) -> None: ...
 
+class ListModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[GetModelResponse]
+    def __init__(self, models: _Optional[_Iterable[_Union[GetModelResponse, _Mapping]]] = ...) -> None: ...
+
+class ReloadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReloadResponse(_message.Message):
+    __slots__ = ("added", "replaced", "removed", "kept")
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    added: _containers.RepeatedScalarFieldContainer[str]
+    replaced: _containers.RepeatedScalarFieldContainer[str]
+    removed: _containers.RepeatedScalarFieldContainer[str]
+    kept: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, added: _Optional[_Iterable[str]] = ..., replaced: _Optional[_Iterable[str]] = ..., removed: _Optional[_Iterable[str]] = ..., kept: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class Limits(_message.Message):
     __slots__ = ("max_sentences_per_request", "max_tokens_per_request", "max_tokens_per_sentence", "max_request_bytes", "max_response_bytes", "max_stream_items_in_flight")
     MAX_SENTENCES_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
@@ -300,7 +382,7 @@ class Limits(_message.Message):
     def __init__(self, max_sentences_per_request: _Optional[int] = ..., max_tokens_per_request: _Optional[int] = ..., max_tokens_per_sentence: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_response_bytes: _Optional[int] = ..., max_stream_items_in_flight: _Optional[int] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("name", "version", "layer_count", "width", "cell_size", "parameter_count", "precision", "backend", "tokenizer", "max_token_bytes", "state_bytes", "limits", "server_version")
+    __slots__ = ("name", "version", "layer_count", "width", "cell_size", "parameter_count", "precision", "backend", "tokenizer", "max_token_bytes", "state_bytes", "limits", "server_version", "inputs", "contexts", "features", "members")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +396,10 @@ class GetModelResponse(_message.Message):
     STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     layer_count: int
@@ -327,4 +413,8 @@ class GetModelResponse(_message.Message):
     state_bytes: int
     limits: Limits
     server_version: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., layer_count: _Optional[int] = ..., width: _Optional[int] = ..., cell_size: _Optional[int] = ..., parameter_count: _Optional[int] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., tokenizer: _Optional[str] = ..., max_token_bytes: _Optional[int] = ..., state_bytes: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_version: _Optional[str] = ...) -> None: ...
+    inputs: str
+    contexts: str
+    features: _containers.RepeatedScalarFieldContainer[str]
+    members: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., layer_count: _Optional[int] = ..., width: _Optional[int] = ..., cell_size: _Optional[int] = ..., parameter_count: _Optional[int] = ..., precision: _Optional[str] = ..., backend: _Optional[str] = ..., tokenizer: _Optional[str] = ..., max_token_bytes: _Optional[int] = ..., state_bytes: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_version: _Optional[str] = ..., inputs: _Optional[str] = ..., contexts: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., members: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -50,6 +50,11 @@ class EmbedServiceStub(object):
                 request_serializer=bilm__api_dot_v1_dot_embed__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=bilm__api_dot_v1_dot_embed__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/bilm_api.v1.EmbedService/ListModels',
+                request_serializer=bilm__api_dot_v1_dot_embed__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=bilm__api_dot_v1_dot_embed__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
 
 
 class EmbedServiceServicer(object):
@@ -74,7 +79,14 @@ class EmbedServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Describes the model that is served and the server's limits.
+        """Describes a model that is served and the server's limits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """Describes every model that is served.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +109,11 @@ def add_EmbedServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=bilm__api_dot_v1_dot_embed__pb2.GetModelRequest.FromString,
                     response_serializer=bilm__api_dot_v1_dot_embed__pb2.GetModelResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=bilm__api_dot_v1_dot_embed__pb2.ListModelsRequest.FromString,
+                    response_serializer=bilm__api_dot_v1_dot_embed__pb2.ListModelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +198,115 @@ class EmbedService(object):
             '/bilm_api.v1.EmbedService/GetModel',
             bilm__api_dot_v1_dot_embed__pb2.GetModelRequest.SerializeToString,
             bilm__api_dot_v1_dot_embed__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/bilm_api.v1.EmbedService/ListModels',
+            bilm__api_dot_v1_dot_embed__pb2.ListModelsRequest.SerializeToString,
+            bilm__api_dot_v1_dot_embed__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class AdminServiceStub(object):
+    """What operators do with a running server. Absent (UNIMPLEMENTED, reason METHOD_NOT_FOUND) where the server doesn't
+    know its callers.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Reload = channel.unary_unary(
+                '/bilm_api.v1.AdminService/Reload',
+                request_serializer=bilm__api_dot_v1_dot_embed__pb2.ReloadRequest.SerializeToString,
+                response_deserializer=bilm__api_dot_v1_dot_embed__pb2.ReloadResponse.FromString,
+                _registered_method=True)
+
+
+class AdminServiceServicer(object):
+    """What operators do with a running server. Absent (UNIMPLEMENTED, reason METHOD_NOT_FOUND) where the server doesn't
+    know its callers.
+    """
+
+    def Reload(self, request, context):
+        """Reads the models and the callers of the server's configuration again, and serves what it says now: new models are
+        loaded beside the running ones, versions are replaced without a failed call, and removed models are drained. Needs
+        the right "reload" (PERMISSION_DENIED, reason RIGHT_MISSING). A configuration or a model that can't be used changes
+        nothing: FAILED_PRECONDITION, reason RELOAD_FAILED, and the message says why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Reload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reload,
+                    request_deserializer=bilm__api_dot_v1_dot_embed__pb2.ReloadRequest.FromString,
+                    response_serializer=bilm__api_dot_v1_dot_embed__pb2.ReloadResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'bilm_api.v1.AdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('bilm_api.v1.AdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class AdminService(object):
+    """What operators do with a running server. Absent (UNIMPLEMENTED, reason METHOD_NOT_FOUND) where the server doesn't
+    know its callers.
+    """
+
+    @staticmethod
+    def Reload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/bilm_api.v1.AdminService/Reload',
+            bilm__api_dot_v1_dot_embed__pb2.ReloadRequest.SerializeToString,
+            bilm__api_dot_v1_dot_embed__pb2.ReloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,7 +50,9 @@ class EmbedServiceStub:
     caller doesn't take results (flow control).
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_embed_pb2.GetModelRequest, _embed_pb2.GetModelResponse]
-    """Describes the model that is served and the server's limits."""
+    """Describes a model that is served and the server's limits."""
+    ListModels: _grpc.UnaryUnaryMultiCallable[_embed_pb2.ListModelsRequest, _embed_pb2.ListModelsResponse]
+    """Describes every model that is served."""
 
 @_typing.type_check_only
 class EmbedServiceAsyncStub(EmbedServiceStub):
@@ -67,7 +69,9 @@ class EmbedServiceAsyncStub(EmbedServiceStub):
     caller doesn't take results (flow control).
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_embed_pb2.GetModelRequest, _embed_pb2.GetModelResponse]  # type: ignore[assignment]
-    """Describes the model that is served and the server's limits."""
+    """Describes a model that is served and the server's limits."""
+    ListModels: _aio.UnaryUnaryMultiCallable[_embed_pb2.ListModelsRequest, _embed_pb2.ListModelsResponse]  # type: ignore[assignment]
+    """Describes every model that is served."""
 
 class EmbedServiceServicer(metaclass=_abc_1.ABCMeta):
     """Contextual word vectors. Every call is independent of every other: the server keeps no state between calls."""
@@ -99,6 +103,63 @@ class EmbedServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _embed_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_embed_pb2.GetModelResponse, _abc.Awaitable[_embed_pb2.GetModelResponse]]:
-        """Describes the model that is served and the server's limits."""
+        """Describes a model that is served and the server's limits."""
+
+    @_abc_1.abstractmethod
+    def ListModels(
+        self,
+        request: _embed_pb2.ListModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_embed_pb2.ListModelsResponse, _abc.Awaitable[_embed_pb2.ListModelsResponse]]:
+        """Describes every model that is served."""
 
 def add_EmbedServiceServicer_to_server(servicer: EmbedServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class AdminServiceStub:
+    """What operators do with a running server. Absent (UNIMPLEMENTED, reason METHOD_NOT_FOUND) where the server doesn't
+    know its callers.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
+    Reload: _grpc.UnaryUnaryMultiCallable[_embed_pb2.ReloadRequest, _embed_pb2.ReloadResponse]
+    """Reads the models and the callers of the server's configuration again, and serves what it says now: new models are
+    loaded beside the running ones, versions are replaced without a failed call, and removed models are drained. Needs
+    the right "reload" (PERMISSION_DENIED, reason RIGHT_MISSING). A configuration or a model that can't be used changes
+    nothing: FAILED_PRECONDITION, reason RELOAD_FAILED, and the message says why.
+    """
+
+@_typing.type_check_only
+class AdminServiceAsyncStub(AdminServiceStub):
+    """What operators do with a running server. Absent (UNIMPLEMENTED, reason METHOD_NOT_FOUND) where the server doesn't
+    know its callers.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Reload: _aio.UnaryUnaryMultiCallable[_embed_pb2.ReloadRequest, _embed_pb2.ReloadResponse]  # type: ignore[assignment]
+    """Reads the models and the callers of the server's configuration again, and serves what it says now: new models are
+    loaded beside the running ones, versions are replaced without a failed call, and removed models are drained. Needs
+    the right "reload" (PERMISSION_DENIED, reason RIGHT_MISSING). A configuration or a model that can't be used changes
+    nothing: FAILED_PRECONDITION, reason RELOAD_FAILED, and the message says why.
+    """
+
+class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
+    """What operators do with a running server. Absent (UNIMPLEMENTED, reason METHOD_NOT_FOUND) where the server doesn't
+    know its callers.
+    """
+
+    @_abc_1.abstractmethod
+    def Reload(
+        self,
+        request: _embed_pb2.ReloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_embed_pb2.ReloadResponse, _abc.Awaitable[_embed_pb2.ReloadResponse]]:
+        """Reads the models and the callers of the server's configuration again, and serves what it says now: new models are
+        loaded beside the running ones, versions are replaced without a failed call, and removed models are drained. Needs
+        the right "reload" (PERMISSION_DENIED, reason RIGHT_MISSING). A configuration or a model that can't be used changes
+        nothing: FAILED_PRECONDITION, reason RELOAD_FAILED, and the message says why.
+        """
+
+def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

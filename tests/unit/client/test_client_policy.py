@@ -36,7 +36,7 @@ def test_keepalive_out_of_range(arguments: dict[str, Any]) -> None:
 def test_the_service_config_retries_unary_calls_only() -> None:
     config = json.loads(RetryPolicy(max_attempts=4, initial_backoff_s=0.25).service_config())
     [method] = config["methodConfig"]
-    assert [name["method"] for name in method["name"]] == ["Embed", "GetModel"]
+    assert [name["method"] for name in method["name"]] == ["Embed", "GetModel", "ListModels"]
     assert {name["service"] for name in method["name"]} == {"bilm_api.v1.EmbedService"}
     assert method["retryPolicy"]["maxAttempts"] == 4
     assert method["retryPolicy"]["initialBackoff"] == "0.250000000s"

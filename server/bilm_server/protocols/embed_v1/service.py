@@ -80,4 +80,6 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
                 max_stream_items_in_flight=limits.stream_items,
             ),
             server_version=bilm_server.__version__,
+            inputs="char_cnn",
+            contexts="lstm",
         )
