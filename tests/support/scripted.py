@@ -60,6 +60,9 @@ class ScriptedService(embed_pb2_grpc.EmbedServiceServicer):
         self.get_model_count += 1
         return self.model
 
+    def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
+        return pb.ListModelsResponse(models=[self.model])
+
     def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:  # noqa: N802
         self.embed_requests.append(request)
         self.metadata = dict(context.invocation_metadata())

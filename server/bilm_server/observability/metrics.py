@@ -22,7 +22,7 @@ Series = Callable[..., M]
 that keeps each series, too, so this takes no memory beside it."""
 
 EMBEDDING_METHODS = ("Embed", "EmbedStream")
-METHODS = (*EMBEDDING_METHODS, "GetModel")
+METHODS = (*EMBEDDING_METHODS, "GetModel", "ListModels")
 NO_MODEL = ""
 """Label of calls that name no model that is served, and of those that end before that is known."""
 

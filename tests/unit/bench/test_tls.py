@@ -22,6 +22,11 @@ class _Service(embed_pb2_grpc.EmbedServiceServicer):
     def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802 - the contract's
         return FakeService().get_model()
 
+    def ListModels(  # noqa: N802 - likewise
+        self, request: pb.ListModelsRequest, context: Any
+    ) -> pb.ListModelsResponse:
+        raise AssertionError("the bench has one model")
+
     def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:  # noqa: N802 - likewise
         return FakeService().embed(request)
 

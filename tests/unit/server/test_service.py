@@ -241,6 +241,7 @@ async def test_get_model_says_what_is_served() -> None:
         )
         code, _, _ = await refusal(served.stub.GetModel(embed_pb2.GetModelRequest(model="other")))
         assert code is grpc.StatusCode.NOT_FOUND
+        assert list((await served.stub.ListModels(embed_pb2.ListModelsRequest())).models) == [found]
 
 
 async def test_a_model_without_states_has_none() -> None:

@@ -57,8 +57,18 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         self, request: embed_pb2.GetModelRequest, context: "Context"
     ) -> embed_pb2.GetModelResponse:
         """Return what is served, and within which limits."""
-        model, limits = self._embedder.model, self._embedder.limits
         self._embedder.check_model(request.model, request.expected_model_version)
+        return self._description()
+
+    async def ListModels(  # noqa: N802 - the contract's name
+        self, request: embed_pb2.ListModelsRequest, context: "Context"
+    ) -> embed_pb2.ListModelsResponse:
+        """Return the same of every model."""
+        self._embedder.check_model("", "")
+        return embed_pb2.ListModelsResponse(models=[self._description()])
+
+    def _description(self) -> embed_pb2.GetModelResponse:
+        model, limits = self._embedder.model, self._embedder.limits
         return embed_pb2.GetModelResponse(
             name=model.name,
             version=model.version,
