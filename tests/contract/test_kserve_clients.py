@@ -24,7 +24,7 @@ REFUSED = {
     "parameter": ["StatusCode.INVALID_ARGUMENT", "layers: unsupported value 'last'"],
     "model": ["StatusCode.NOT_FOUND", f"the model served here is {MODEL}"],
     "output": ["StatusCode.INVALID_ARGUMENT", "outputs: unknown name 'OUTPUT0'"],
-    "batch": ["StatusCode.INVALID_ARGUMENT", "sentences: none"],
+    "batch": ["StatusCode.INVALID_ARGUMENT", "sentences: found 0"],
 }
 
 

@@ -67,10 +67,9 @@ class RequestLimits:
         Raises:
             RefusalError: SENTENCES_MISSING or TOO_MANY_SENTENCES.
         """
-        if not n_sentences:
-            raise RefusalError(Reason.SENTENCES_MISSING, "sentences: none")
-        if n_sentences > self.sentences:
-            raise RefusalError(Reason.TOO_MANY_SENTENCES, f"sentences: {n_sentences} are more than {self.sentences}")
+        if not 0 < n_sentences <= self.sentences:
+            reason = Reason.TOO_MANY_SENTENCES if n_sentences else Reason.SENTENCES_MISSING
+            raise RefusalError(reason, f"sentences: found {n_sentences} (expected 1 to {self.sentences})")
 
 
 class Preprocessing:

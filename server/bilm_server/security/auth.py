@@ -102,10 +102,10 @@ class Authenticator:
 def _bearer(metadata: Metadata) -> str:
     values = [value for key, value in metadata if key == "authorization"]
     if not values:
-        raise RefusalError(Reason.UNAUTHENTICATED, "a token is needed: metadata authorization, Bearer TOKEN")
+        raise RefusalError(Reason.UNAUTHENTICATED, "a token is needed (authorization: Bearer TOKEN)")
     scheme, _, token = str(values[0]).partition(" ")
     if len(values) > 1 or scheme.lower() != _SCHEME or not token:
-        raise RefusalError(Reason.UNAUTHENTICATED, "metadata authorization: expected one value, Bearer TOKEN")
+        raise RefusalError(Reason.UNAUTHENTICATED, "authorization: expected one value, Bearer TOKEN")
     return token.strip()
 
 

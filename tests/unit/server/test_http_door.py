@@ -2,209 +2,33 @@
 
 import asyncio
 import http.client
-import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from bilm_api.constants import MAX_REQUEST_BYTES, Reason
+from bilm_api.constants import Reason
 from bilm_model.engine.types import DataType, OutputSpec, State
 from bilm_model.scalar_mix import Pooling, Selection
-from bilm_server.embedding.call_gate import CallGate
 from bilm_server.errors import Code, ConfigurationError, RefusalError
 from bilm_server.inference.types import Call, Result, Sentence
 from bilm_server.protocols.grpc.connections import http_share
-from bilm_server.protocols.http.bodies import Bodies
 from bilm_server.protocols.http.door import HttpDoor
 from bilm_server.protocols.http.embed_responses import JsonFormat, RawTensors
 from bilm_server.protocols.http.embeddings import EmbeddingsFormat
 from bilm_server.protocols.http.encodings import Encoding
-from bilm_server.protocols.http.endpoints import endpoints_of
-from bilm_server.protocols.http.hosts import AllowedHosts
-from bilm_server.protocols.http.messages import HttpRequest, HttpResponse, refused
-from bilm_server.protocols.http.routing import HttpApp
-from bilm_server.security.auth import Authenticator
-from bilm_server.security.callers import CallerRights
+from bilm_server.protocols.http.hosts import AllowedHosts, split_target
+from bilm_server.protocols.http.messages import HttpRefusalError, HttpRequest, HttpResponse, refused
 from bilm_server.security.tls import server_contexts
 
-from tests.security.tls_support import Authority
-from tests.support.embedders import NO_LIMITS, embedding, until
+from tests.security.tls_support import Authority, replace
+from tests.support.embedders import until
 from tests.support.fake_engine import FakeEngine, fake_model
-from tests.support.http_calls import Answer, call, call_on, connected, embeddings, read_to_end
-from tests.support.served import EndedCalls
-
-HEAD = b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-ONE = {"input": "a"}
-
-
-@dataclass
-class Opened:
-    """A door that listens.
-
-    Attributes:
-        door: itself.
-        app: behind it.
-        ended: its calls.
-    """
-
-    door: HttpDoor
-    app: HttpApp
-    ended: EndedCalls
-
-    async def embeddings(self, body: object = ONE, **options: Any) -> Answer:
-        """Call it from a thread."""
-        return await asyncio.to_thread(embeddings, self.door.address, body, **options)
-
-    async def get(self, path: str) -> Answer:
-        """Call it from a thread."""
-        return await asyncio.to_thread(call, self.door.address, "GET", path)
-
-    async def connect(self) -> socket.socket:
-        """Return a connection to it."""
-        return await asyncio.to_thread(connected, self.door.address)
-
-
-@asynccontextmanager
-async def opened(
-    *,
-    engine: FakeEngine[Sentence] | None = None,
-    max_connections: int = 8,
-    loaded: bool = True,
-    stall_s: float = 60.0,
-    bodies: Bodies | None = None,
-    **settings: Any,
-) -> AsyncIterator[Opened]:
-    """Yield a door that listens; nothing of a call may be left when it ends.
-
-    Args:
-        engine: what computes.
-        max_connections: at a time.
-        loaded: whether the model is.
-        stall_s: that a client may take to read.
-        bodies: receives them.
-        settings: of the door.
-    """
-    ended = EndedCalls()
-    async with embedding(engine or FakeEngine()) as embedder:
-        gate = CallGate(Authenticator(None), CallerRights((), authenticated=False), NO_LIMITS, [ended])
-        app = HttpApp(gate, lambda: loaded, (), stall_s, bodies=bodies)
-        settings = {"tls": lambda: None, **settings}
-        door = HttpDoor("127.0.0.1:0", app, lambda: max_connections, **settings)
-        await door.start()
-        if loaded:
-            app.open(endpoints_of(embedder))
-        try:
-            yield Opened(door, app, ended)
-        finally:
-            await door.stop()
-        assert door.n_connections == 0
-
-
-# ---- limits ----
-
-
-@pytest.mark.parametrize("sent", [b"", b"POST /v1/em", HEAD, HEAD + b"content-length: 9\r\n\r\n{"])
-async def test_a_slow_sender_is_let_go(sent: bytes) -> None:
-    async with opened(request_timeout_s=0.05) as it:
-        with await it.connect() as connection:
-            connection.sendall(sent)
-            answer = await asyncio.to_thread(read_to_end, connection)
-        assert answer[:12] == (b"HTTP/1.1 408" if sent.endswith(b"{") else b"")
-        assert (await it.embeddings()).status == 200
-
-
-async def test_a_body_that_drips_behind_its_refusal_is_let_go() -> None:
-    async with opened(request_timeout_s=0.05) as it:
-        with await it.connect() as connection:
-            connection.sendall(b"POST /nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{")
-            answer = await asyncio.to_thread(read_to_end, connection)
-        assert answer[:12] == b"HTTP/1.1 404"
-
-
-async def test_the_time_of_a_request_is_not_that_of_its_call() -> None:
-    engine = FakeEngine[Sentence]()
-    engine.go_on.clear()
-    async with opened(engine=engine, request_timeout_s=0.01) as it:
-        calling = asyncio.create_task(it.embeddings())
-        await asyncio.to_thread(engine.computing.wait, 60)
-        loop = asyncio.get_running_loop()
-        begun_s = loop.time()
-        await until(lambda: loop.time() > begun_s + 1.2)  # later than the connection's own timer
-        engine.go_on.set()
-        assert (await calling).status == 200
-
-
-async def test_a_client_that_reads_nothing_is_let_go() -> None:
-    large = HttpResponse(b"x" * 2**24)
-
-    async def answer(_: HttpRequest) -> HttpResponse:
-        return large
-
-    async with opened(stall_s=0.05, loaded=False) as it:
-        it.app.open({"http/models": answer})
-        with await it.connect() as connection:
-            connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
-            await until(lambda: bool(it.ended.records) and it.door.n_connections == 0)
-        (record,) = it.ended.records
-        assert record.code is Code.OK
-        assert len((await it.get("/v1/models")).body) == 2**24
-
-
-async def test_connections_beyond_the_limit_are_closed_at_once() -> None:
-    async with opened(max_connections=2) as it:
-        kept = [await it.connect(), await it.connect()]
-        await until(lambda: it.door.n_connections == 2)
-        with await it.connect() as third:
-            assert await asyncio.to_thread(read_to_end, third) == b""
-        kept.pop().close()
-        await until(lambda: it.door.n_connections == 1)
-        assert (await it.embeddings()).status == 200
-        kept.pop().close()
-
-
-async def test_bodies_have_a_bound_together() -> None:
-    async with opened(bodies=Bodies(max_arriving_bytes=100_000)) as it:
-        with await it.connect() as connection:
-            connection.sendall(HEAD + b"content-length: 300000\r\n\r\n" + b" " * 200_000)
-            answer = await asyncio.to_thread(read_to_end, connection)
-        assert answer[:12] == b"HTTP/1.1 429"
-        assert b"retry-after-ms: 1000" in answer
-        assert (await it.embeddings()).status == 200
-
-
-async def test_a_client_that_leaves_within_its_body_is_cancelled() -> None:
-    async with opened() as it:
-        with await it.connect() as connection:
-            connection.sendall(HEAD + b"content-length: 300000\r\n\r\n{")
-            await until(lambda: it.door.n_connections == 1)
-        await until(lambda: bool(it.ended.records))
-        assert [record.code for record in it.ended.records] == [Code.CANCELLED]
-
-
-async def test_a_body_that_is_announced_as_too_large_is_not_waited_for() -> None:
-    async with opened() as it:
-        with await it.connect() as connection:
-            connection.sendall(HEAD + b"content-length: %d\r\nexpect: 100-continue\r\n\r\n" % (100 * MAX_REQUEST_BYTES))
-            answer = await asyncio.to_thread(read_to_end, connection)
-        assert answer[:12] == b"HTTP/1.1 413"
-
-
-async def test_calls_in_one_write_are_answered_in_their_order() -> None:
-    async with opened() as it:
-        bodies = [b'{"input":"a"}', b"{", b'{"input":"b"}']
-        with await it.connect() as connection:
-            connection.sendall(b"".join(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body for body in bodies[:2]))
-            connection.sendall(HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(bodies[2]) + bodies[2])
-            answer = await asyncio.to_thread(read_to_end, connection)
-        assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"400", b"200"]
-
+from tests.support.http_calls import call_on
+from tests.support.http_doors import opened
 
 # ---- life ----
 
@@ -280,6 +104,18 @@ async def test_tls_follows_its_files(authority: Authority, tmp_path: Path) -> No
         await until(lambda: it.door.n_connections == 0)
 
 
+async def test_damaged_files_leave_the_certificate_in_use(
+    authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    certificate, key = authority.issue("first").write(tmp_path, "server")
+    trusting = client_context(tmp_path, authority)
+    async with opened(tls=lambda: server_contexts(certificate, key)) as it:
+        for damaged in (b"", authority.issue("second").certificate_pem):  # the second one has another key
+            replace(certificate, damaged)
+            assert (await it.embeddings(tls=trusting)).status == 200
+        assert caplog.text.count("what was loaded before stays in use") == 2
+
+
 async def test_callers_certificates_name_them(authority: Authority, tmp_path: Path) -> None:
     certificate, key = authority.issue("server").write(tmp_path, "server")
     contexts = server_contexts(certificate, key, authority.write(tmp_path))
@@ -324,6 +160,7 @@ sys.exit(main(["--http-listen", "127.0.0.1:0", "--model", "random:tiny", *sys.ar
         (RefusalError(Reason.MODEL_VERSION_MISMATCH, ""), 400, {}),
         (RefusalError(Reason.MODEL_FAILING, ""), 503, {}),
         (RefusalError(Reason.UNAUTHENTICATED, ""), 401, {"www-authenticate": "Bearer"}),
+        (RefusalError(Reason.RIGHT_MISSING, ""), 403, {}),
     ],
 )
 def test_refusals_as_responses(refusal: RefusalError, status: int, headers: dict[str, str]) -> None:
@@ -364,16 +201,45 @@ def test_the_bound_of_an_embed_holds(pooling: Pooling, data_type: DataType, enco
     assert bound / 4 < len(body) <= bound + 512
 
 
-def test_hosts() -> None:
-    named = AllowedHosts(["Bilm.Example", "[::1]"])
-    assert "bilm.example:8080" in named
-    assert "[::1]" in named
-    assert "[::1]:80" in named
-    assert "localhost" not in named
-    assert "" not in named
-    assert "anything" in AllowedHosts(["*"])
-    assert "127.1.2.3:1" in AllowedHosts([])
-    assert "127.0.0.1.example" not in AllowedHosts([])
+@pytest.mark.parametrize(
+    ("names", "host", "status"),
+    [
+        (["Bilm.Example", "[::1]"], "bilm.example:8080", 0),
+        (["Bilm.Example", "[::1]"], "[::1]", 0),
+        (["Bilm.Example", "[::1]"], "[::1]:80", 0),
+        (["Bilm.Example", "[::1]"], "localhost", 421),
+        (["Bilm.Example", "[::1]"], "", 421),
+        (["*"], "anything:1", 0),
+        (["*"], "any thing", 400),
+        ([], "127.1.2.3:1", 0),
+        ([], "localhost:", 0),
+        ([], "127.0.0.1.example", 421),
+        ([], "localhost/", 400),
+    ],
+)
+def test_hosts(names: list[str], host: str, status: int) -> None:
+    allowed = AllowedHosts(names)
+    if not status:
+        allowed.check(host)
+        return
+    with pytest.raises(HttpRefusalError) as found:
+        allowed.check(host)
+    assert found.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("/v1/a%20b", (None, "/v1/a b")),
+        ("http://bilm.example:80/v1/embed", ("bilm.example:80", "/v1/embed")),
+        ("HTTPS://a", ("a", "/")),
+        ("http:///v1", ("", "/v1")),
+        ("ftp://a/b", (None, "ftp://a/b")),
+        ("*", (None, "*")),
+    ],
+)
+def test_targets(target: str, expected: tuple[str | None, str]) -> None:
+    assert split_target(target) == expected
 
 
 def test_shares_of_the_connections() -> None:
@@ -392,21 +258,3 @@ async def test_a_kept_connection_ends_with_the_drain_behind_its_call() -> None:
             assert kept.sock.recv(1) == b""
         finally:
             kept.close()
-
-
-async def test_encoded_bodies_are_refused() -> None:
-    async with opened() as door:
-        answer = await door.embeddings(headers={"content-encoding": "gzip"})
-    assert answer.status == 415
-
-
-async def test_two_lengths_of_one_body_are_refused_and_end_the_connection() -> None:
-    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    async with opened() as door:
-        connection = await door.connect()
-        with connection:
-            both = head + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
-            connection.sendall(both)
-            answer = await asyncio.to_thread(read_to_end, connection)
-    assert answer.startswith(b"HTTP/1.1 400")
-    assert b"expected one of them" in answer

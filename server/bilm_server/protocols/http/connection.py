@@ -66,9 +66,10 @@ class Connection(H11Protocol):
         super().__init__(config, state, {_STATE_KEY: self})
         self._on_lost, self._request_timeout_s = on_lost, request_timeout_s
         self._late: asyncio.TimerHandle | None = None
+        self._arriving = False  # a part of a request has come, and not yet all of it
         self._call: asyncio.Task[Any] | None = None
         self.request_deadline_s = 0.0
-        """When the request that arrives must be whole, on the loop's clock."""
+        """When the latest request must be whole, on the loop's clock."""
         self.made = self.lost = False
         self.peer = ""
         self.auth_context: AuthContext = NO_AUTH_CONTEXT
@@ -83,15 +84,19 @@ class Connection(H11Protocol):
         self.made = True
         self.peer = _peer(transport.get_extra_info("peername"))
         self.auth_context = _auth_context(transport.get_extra_info("peercert"))
-        self._time_request()
+        self._restart_timer()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes of a request."""
-        if self._late is None:
-            self._time_request()
+        state, cycle = self.conn.their_state, self.cycle
         super().data_received(data)
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
-            self._end_timer()  # it is whole
+        has_ended = state is h11.SEND_BODY and (self.conn.their_state is not state or self.cycle is not cycle)
+        self._time_request(begins=has_ended or not self._arriving)
+
+    def on_response_complete(self) -> None:
+        """Turn to what has come behind the request, if anything has."""
+        super().on_response_complete()
+        self._time_request(begins=not self._arriving)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the call that runs."""
@@ -136,7 +141,21 @@ class Connection(H11Protocol):
         """End it at once, whatever is unsent."""
         self.transport.abort()
 
-    def _time_request(self) -> None:
+    def _time_request(self, *, begins: bool) -> None:
+        """Have the timer run exactly while a request is partial.
+
+        Args:
+            begins: whether what has come last is of another request than what the timer runs for.
+        """
+        state = self.conn.their_state
+        self._arriving = state is h11.SEND_BODY or (state is h11.IDLE and bool(self.conn.trailing_data[0]))
+        if begins:
+            self._restart_timer()
+        if not self._arriving:
+            self._end_timer()
+
+    def _restart_timer(self) -> None:
+        self._end_timer()
         self.request_deadline_s = self.loop.time() + self._request_timeout_s
         # Somewhat later than the deadline: a call that reads its body has a response for that
         self._late = self.loop.call_at(self.request_deadline_s + _ABORT_DELAY_S, self.abort)

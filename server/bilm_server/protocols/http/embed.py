@@ -16,7 +16,7 @@ from bilm_server.embedding.preprocessing import RequestLimits, check_mix
 from bilm_server.inference.types import Call, Sentence
 from bilm_server.protocols.http.embed_responses import JsonFormat, RawTensors
 from bilm_server.protocols.http.encodings import ENCODINGS, Encoding
-from bilm_server.protocols.http.fields import BodyFields, parse_json, wrong
+from bilm_server.protocols.http.fields import BodyFields, check_count, parse_json, wrong
 from bilm_server.protocols.http.messages import HttpRequest, HttpResponse
 
 TENSORS: Final = "application/octet-stream"
@@ -95,7 +95,7 @@ def parse_query(body: bytes, call: Call, limits: RequestLimits) -> EmbedQuery:
     found = fields.get("sentences") or []
     if not isinstance(found, list):
         raise wrong("sentences", "expected a list of objects")
-    limits.check_count(len(found))
+    check_count(limits, len(found), "sentences")
     return EmbedQuery(
         model=fields.text("model"),
         version=fields.text("expected_model_version"),

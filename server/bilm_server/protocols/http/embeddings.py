@@ -14,7 +14,7 @@ from bilm_server.embedding.embedder import Embedder
 from bilm_server.embedding.preprocessing import item_bytes, row_bytes
 from bilm_server.inference.types import Call, Outcome, Result, Sentence
 from bilm_server.protocols.http.encodings import ENCODINGS, Encoding, extra_bytes, to_json
-from bilm_server.protocols.http.fields import BodyFields, parse_json, wrong
+from bilm_server.protocols.http.fields import BodyFields, check_count, parse_json, wrong
 from bilm_server.protocols.http.messages import HttpRequest, HttpResponse
 from bilm_server.served_model import ServedModel
 
@@ -42,7 +42,7 @@ class Embeddings:
         embedder.check_model(fields.text("model"), "")
         output, encoding = _output(fields, embedder.model)
         texts = _texts(fields)
-        embedder.limits.check_count(len(texts))
+        check_count(embedder.limits, len(texts), "input")
         sentences = _sentences(texts, Call(request.deadline_s), output)
         wire = EmbeddingsFormat(embedder.model, encoding)
         return HttpResponse(await embedder.embed(sentences, n_bytes, wire, fail_as_one=True))

@@ -1,14 +1,19 @@
 """JSON objects, field by field: a wrong type, value or name is refused with the path of the field."""
 
+import re
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import orjson
 from bilm_api.constants import Reason
 
+from bilm_server.embedding.preprocessing import RequestLimits
+from bilm_server.errors import RefusalError
 from bilm_server.protocols.http.messages import HttpRefusalError
 
 T = TypeVar("T")
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
 
 def parse_json(body: bytes) -> "BodyFields":
@@ -22,8 +27,17 @@ def parse_json(body: bytes) -> "BodyFields":
     try:
         found = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise HttpRefusalError(f"the body isn't JSON in UTF-8: byte {error.pos}") from None
+        raise HttpRefusalError(f"the body isn't JSON in UTF-8: {_place(body, error)}") from None
     return BodyFields(found, "")
+
+
+def _place(body: bytes, error: orjson.JSONDecodeError) -> str:
+    """Return where a body is at fault; the parser says character 0 of what isn't UTF-8."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as undecodable:
+        return f"byte {undecodable.start} isn't UTF-8"
+    return f"line {error.lineno}, column {error.colno}"
 
 
 class BodyFields:
@@ -49,10 +63,13 @@ class BodyFields:
         return f"{self._path}.{name}" if self._path else name
 
     def check_names(self, known: Collection[str]) -> None:
-        """Refuse fields of other names; the message can't quote them."""
-        if not self._value.keys() <= set(known):
-            place = f"{self._path}: " if self._path else ""
-            raise HttpRefusalError(f"{place}unknown field (expected {', '.join(sorted(known))})", field=self._path)
+        """Refuse fields of other names; the message quotes those only that are like a name, as none quotes a text."""
+        for name in self._value:
+            if name not in known:
+                path = self.path(name) if _NAME.fullmatch(name) else self._path
+                raise HttpRefusalError(
+                    f"{path or 'body'}: unknown field (expected {', '.join(sorted(known))})", field=path
+                )
 
     def get(self, name: str) -> Any:
         """Return a field's value, None where it isn't set."""
@@ -85,6 +102,18 @@ class BodyFields:
         if not isinstance(value, str) or value not in known:
             raise wrong(self.path(name), f"expected one of {', '.join(known)}", reason)
         return known[value]
+
+
+def check_count(limits: RequestLimits, n_sentences: int, path: str) -> None:
+    """Check how many sentences a field has.
+
+    Raises:
+        HttpRefusalError: SENTENCES_MISSING or TOO_MANY_SENTENCES, naming the field.
+    """
+    try:
+        limits.check_count(n_sentences)
+    except RefusalError as refusal:
+        raise wrong(path, f"found {n_sentences} (expected 1 to {limits.sentences})", refusal.reason) from None
 
 
 def wrong(path: str, message: str, reason: Reason = Reason.MALFORMED_REQUEST) -> HttpRefusalError:

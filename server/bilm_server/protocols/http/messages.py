@@ -16,6 +16,7 @@ STATUSES: Final = {
     Code.INVALID_ARGUMENT: 400,
     Code.FAILED_PRECONDITION: 400,
     Code.UNAUTHENTICATED: 401,
+    Code.PERMISSION_DENIED: 403,
     Code.NOT_FOUND: 404,
     Code.UNIMPLEMENTED: 404,
     Code.RESOURCE_EXHAUSTED: 429,
@@ -27,6 +28,7 @@ STATUSES: Final = {
 
 _TYPES: Final = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     500: "server_error",

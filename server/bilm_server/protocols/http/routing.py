@@ -6,6 +6,7 @@ Every path is guarded, those that don't exist included, but /healthz and /readyz
 import asyncio
 import logging
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -28,12 +29,14 @@ from bilm_server.protocols.grpc.late_service import RETRY_AFTER_MS
 from bilm_server.protocols.http import names
 from bilm_server.protocols.http.bodies import Bodies, Receive
 from bilm_server.protocols.http.connection import MAX_HEAD_BYTES, Connection, connection_of
-from bilm_server.protocols.http.hosts import AllowedHosts
+from bilm_server.protocols.http.hosts import AllowedHosts, split_target
 from bilm_server.protocols.http.messages import HttpRefusalError, HttpRequest, HttpResponse, refused
 
 DEFAULT_TIMEOUT_S: Final = 60.0
 """Deadline of a call that has no header `timeout`."""
 _CHUNK_BYTES = 256 * 1024
+_CONTINUE: Final = "100-continue"
+_SECONDS: Final = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")  # float() takes 1_0, too
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +81,9 @@ class _Exchange:
         pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         self.metadata: Metadata = tuple(pairs)
         self.headers = dict(pairs)
-        self.route, self.tail = _find(scope["path"])
+        host, self.path = split_target(scope["raw_path"].decode("latin-1"))
+        self.host = self.headers.get("host", "") if host is None else host
+        self.route, self.tail = _find(self.path)
 
     @property
     def head_bytes(self) -> int:
@@ -122,11 +127,12 @@ class HttpApp:
         """Answer one request; part of ASGI's interface."""
         connection = connection_of(scope)
         connection.run(asyncio.current_task())
+        exchange = _Exchange(connection, scope, receive)
         try:
-            if scope["path"] in OPEN_PATHS and scope["method"] in ("GET", "HEAD"):
-                await self._send(connection, self._health(scope["path"]), send)
+            if exchange.path in OPEN_PATHS and scope["method"] in ("GET", "HEAD"):
+                await self._send(connection, self._health(exchange.path), send)
             else:
-                await self._guarded(connection, scope, receive, send)
+                await self._guarded(exchange, send)
         except asyncio.CancelledError:
             if not connection.lost:
                 raise
@@ -137,10 +143,9 @@ class HttpApp:
         healthy = path == "/healthz" or self._serving()
         return HttpResponse(b"ok\n" if healthy else b"not ready\n", 200 if healthy else 503, "text/plain")
 
-    async def _guarded(self, connection: Connection, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _guarded(self, exchange: "_Exchange", send: Send) -> None:
         """Answer a call so that every way to fail ends in a response, and every end is observed."""
-        exchange = _Exchange(connection, scope, receive)
-        metadata = exchange.metadata
+        connection, metadata = exchange.connection, exchange.metadata
         name = UNKNOWN_METHOD if exchange.route is None else exchange.route.name
         call = CallRecord(name, connection.peer, metadata, caller_request_id(metadata))
         try:
@@ -198,8 +203,9 @@ class HttpApp:
             raise HttpRefusalError(
                 "content-length and transfer-encoding: expected one of them", headers={"connection": "close"}
             )
-        if exchange.headers.get("host", "") not in self._hosts:
-            raise HttpRefusalError("host: this server doesn't go by that name (http_host)", status=421)
+        if exchange.headers.get("expect", _CONTINUE).lower() != _CONTINUE:
+            raise HttpRefusalError(f"expect: expected {_CONTINUE}, or nothing", status=417)
+        self._hosts.check(exchange.host)
         route = exchange.route
         if route is None:
             raise HttpRefusalError("this server has no such path", reason=Reason.METHOD_NOT_FOUND)
@@ -253,10 +259,7 @@ def _timeout_s(headers: Mapping[str, str]) -> float:
     given = headers.get("timeout")
     if given is None:
         return DEFAULT_TIMEOUT_S
-    try:
-        found = float(given)
-    except ValueError:
-        found = math.nan
+    found = float(given) if _SECONDS.fullmatch(given) else math.nan
     if not 0 < found < math.inf:
         raise HttpRefusalError("timeout: expected seconds, more than 0")
     return found

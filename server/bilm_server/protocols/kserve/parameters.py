@@ -1,5 +1,6 @@
 """A call's parameters: what is to be returned, and how long the call may wait."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
@@ -27,6 +28,7 @@ _NAMES: Final = ("layers", *_MIX_PARAMETERS, "pooling", "l2_normalize", "data_ty
 
 _WHOLE_NUMBERS: Final = ("int64_param", "uint64_param")
 _NUMBERS: Final = ("double_param", *_WHOLE_NUMBERS)
+_DECIMAL: Final = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")  # float() takes 1_0, too
 _SHOWN_CHARACTERS: Final = 40
 
 Parameters = Mapping[str, pb.InferParameter]
@@ -122,10 +124,10 @@ def _parse_mix(given: Parameters, layer_count: int) -> LayerMix:
     n_found = listed.count(",") + 1 if listed else 0
     if n_found != layer_count:
         raise RefusalError(Reason.MIX_INVALID, f"{expected}, found {n_found}")
-    try:
-        weights = tuple(map(float, listed.split(",")))
-    except ValueError:
-        raise RefusalError(Reason.MIX_INVALID, f"{expected}, found something else") from None
+    numbers = [part.strip() for part in listed.split(",")]
+    if not all(map(_DECIMAL.fullmatch, numbers)):
+        raise RefusalError(Reason.MIX_INVALID, f"{expected}, found something else")
+    weights = tuple(map(float, numbers))
     gamma = _value(given, "mix_gamma", _NUMBERS)
     layer_norm = bool(_value(given, "mix_layer_norm", ("bool_param",)))
     return check_mix(LayerMix(weights, 1.0 if gamma is None else float(gamma), layer_norm), layer_count)
