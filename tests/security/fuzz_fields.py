@@ -1,9 +1,10 @@
 """Requests through the server's checks, in this process: coverage says which mutations lead somewhere new.
 
 `python -m tests.security.fuzz_fields` runs it under atheris (libFuzzer); its arguments are libFuzzer's.
-An input is one byte that says which request, and the request.
+An input is one byte that says which request, and the request: a message, or JSON for /v1/embed.
 """
 
+import json
 import random
 import sys
 from collections.abc import Callable
@@ -37,11 +38,14 @@ with _measuring():
     from bilm_server.inference.types import Call, Sentence
     from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options
     from bilm_server.protocols.embed_v1.responses import WireFormat
+    from bilm_server.protocols.http.embed import EmbedQuery, parse_query
+    from bilm_server.protocols.http.embed_responses import JsonFormat, RawTensors
     from bilm_server.protocols.kserve.inputs import parse_inputs
     from bilm_server.protocols.kserve.outputs import TensorFormat, parse_outputs
     from bilm_server.protocols.kserve.parameters import parse_parameters
     from bilm_server.served_model import ServedModel, load_served_model
 
+    from tests.security.fuzz_json import almost_json, damaged_json, embed_body, mutated_json, to_json_bytes
     from tests.security.fuzz_messages import (
         almost,
         damage,
@@ -64,6 +68,8 @@ _REQUESTS: tuple[tuple[type[Message], Callable[[], Message]], ...] = (
     (open_inference_pb2.ModelInferRequest, infer_request),
     (open_inference_pb2.ModelInferRequest, infer_texts_request),
 )
+_JSON = len(_REQUESTS)
+"""The kind of input that is JSON."""
 
 
 class FieldCheck:
@@ -78,13 +84,13 @@ class FieldCheck:
         Raises:
             Exception: which is a bug: input may lead to a refusal only.
         """
-        request = _kind(data)[0]()
         try:
-            request.ParseFromString(data[1:])
+            if _kind(data) == _JSON:
+                self._check_json(data[1:])
+            else:
+                self._check(_parsed(data))
         except DecodeError:
             return "malformed"
-        try:
-            self._check(request)
         except RefusalError as error:
             reason = error.reason
         else:
@@ -120,6 +126,18 @@ class FieldCheck:
         wire = TensorFormat(self._model, request.id, names, len(sentences))
         assert sum(map(wire.overhead_bytes, sentences)) > 0
 
+    def _check_json(self, body: bytes) -> None:
+        query = parse_query(body, Call(), _LIMITS)
+        self._model.check(query.model, query.version)
+        for wire in (JsonFormat(self._model, query.omit_tokens, query.encoding), RawTensors(self._model, False)):
+            self._prepare_query(query, wire)
+
+    def _prepare_query(self, query: EmbedQuery, wire: JsonFormat | RawTensors) -> None:
+        for sentence in query.sentences:
+            self._preprocessing.prepare(sentence)
+            assert all(sentence.tokens)
+            assert self._preprocessing.computed_bytes(sentence) + wire.overhead_bytes(sentence) > 0
+
     def _prepare(self, message: embed_pb2.Sentence, output: OutputSpec) -> None:
         prepared = new_sentence(message, output, Call())
         self._preprocessing.prepare(prepared)
@@ -140,12 +158,23 @@ def new_check(preprocessing: type[Preprocessing] = Preprocessing) -> FieldCheck:
 
 def input_of(rng: random.Random) -> bytes:
     """An input without coverage to guide it."""
-    kind = rng.randrange(len(_REQUESTS))
-    return bytes([kind]) + almost(rng, _REQUESTS[kind][1])
+    kind = rng.randrange(_JSON + 1)
+    return bytes([kind]) + (almost_json(rng, embed_body) if kind == _JSON else almost(rng, _REQUESTS[kind][1]))
 
 
-def _kind(data: bytes) -> tuple[type[Message], Callable[[], Message]]:
-    return _REQUESTS[data[0] % len(_REQUESTS) if data else 0]
+def _kind(data: bytes) -> int:
+    return data[0] % (_JSON + 1) if data else 0
+
+
+def _parsed(data: bytes) -> Message:
+    """The message of an input.
+
+    Raises:
+        DecodeError: it isn't protobuf.
+    """
+    request = _REQUESTS[_kind(data)][0]()
+    request.ParseFromString(data[1:])
+    return request
 
 
 def _mutate(data: bytes, max_size: int, seed: int) -> bytes:
@@ -153,12 +182,14 @@ def _mutate(data: bytes, max_size: int, seed: int) -> bytes:
     rng = random.Random(seed)
     if not data or rng.random() < 0.05:
         return input_of(rng)[:max_size]
-    request = _kind(data)[0]()
     try:
-        request.ParseFromString(data[1:])
-        mutate(rng, request)
-        changed = request.SerializeToString()
-    except DecodeError:
+        if _kind(data) == _JSON:
+            changed = damaged_json(rng, to_json_bytes(rng, mutated_json(rng, json.loads(data[1:]))))
+        else:
+            request = _parsed(data)
+            mutate(rng, request)
+            changed = request.SerializeToString()
+    except (DecodeError, ValueError, RecursionError):
         changed = damage(rng, data[1:])
     return (data[:1] + (damage(rng, changed) if rng.random() < 0.1 else changed))[:max_size]
 

@@ -1,4 +1,4 @@
-"""Connections that go wrong: one function for each kind, from random numbers to what is sent and what must come back.
+"""gRPC connections that go wrong: a function for each kind, from random numbers to what is sent and must come back.
 
 The same numbers give the same bytes. Everything is bounded: at most some thousand frames, some hundred KiB.
 """
@@ -281,7 +281,7 @@ def fields(rng: random.Random) -> Case:
     return Case(opening() + data, (1, 3, 5, 7, 9, 11), answers=answers)
 
 
-KINDS: tuple[Callable[[random.Random], Case], ...] = (
+FRAME_KINDS: tuple[Callable[[random.Random], Case], ...] = (
     random_bytes,
     mutated,
     shuffled,

@@ -1,4 +1,4 @@
-"""Fuzzes a server for some minutes: connections that go wrong, and requests that are almost right.
+"""Fuzzes a server for some minutes: connections that go wrong, and requests that are almost right, over gRPC and HTTP.
 
 One third of the time goes to the checks in process, guided by coverage; two thirds to a real bilm-serve over TCP, whose
 log, answers, descriptors and memory are watched. Inputs follow from the seed; those that find something are saved.
@@ -22,31 +22,41 @@ from pathlib import Path
 import grpc
 from bilm_api.inference import open_inference_pb2
 from bilm_api.v1 import embed_pb2
+from bilm_server.addresses import split_address
 from google.protobuf.message import DecodeError
 
-from tests.security.fuzz_frames import KINDS, Case
+from tests.security.fuzz_frames import FRAME_KINDS, Case
+from tests.security.fuzz_http1 import HttpCase, HttpReply, exchange, http_complaints
 from tests.security.fuzz_http2 import Connection, Reply, messages
+from tests.security.fuzz_requests import HTTP_KINDS
 from tests.security.security_support import LISTENS_ANEW_S, Watch, WatchedServer
 from tests.support.processes import MIB, ROOT, module_command, resident_bytes
 from tests.support.tensors import arrays
 
 # What would look like a leak is kept small: what is remembered of words, oneDNN's kernels for each number of rows (it
 # keeps 1,024), and what glibc keeps of the memory that was freed, in as many arenas as there are threads
-SERVER_FLAGS = ("--token-cache-mib", "1", "--input-cache-mib", "1", "--log-level", "info", "--reflection")
+SERVER_FLAGS = (
+    "--token-cache-mib", "1", "--input-cache-mib", "1", "--log-level", "info", "--reflection",
+    "--http-listen", "127.0.0.1:0"
+)  # fmt: skip
 SERVER_ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": "131072",
     "MALLOC_TRIM_THRESHOLD_": "131072",
 }
-_TIMEOUT_S = 20.0
+_TIMEOUT_S, _SILENCE_S = 20.0, 0.02
 _WARM_ROUNDS, _WATCH_ROUNDS = 300, 20  # the engine's buffers grow with what they have had to hold
 _MAX_GROWTH_BYTES = 96 * MIB
 _OURS = re.compile(r"internal error; the server's log|Unexpected <class")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _BROKEN = {grpc.StatusCode.UNKNOWN.value[0], grpc.StatusCode.INTERNAL.value[0]}
 
-Judge = Callable[[Case, Reply], Iterable[str]]
+AnyCase = Case | HttpCase
+AnyReply = Reply | HttpReply
+Judge = Callable[[AnyCase, AnyReply], Iterable[str]]
+
+KINDS: tuple[Callable[[random.Random], AnyCase], ...] = (*FRAME_KINDS, *HTTP_KINDS)
 
 
 @dataclass
@@ -74,7 +84,7 @@ class Report:
         yield from (f"  {kind} {number}: {text}" for kind, number, text in self.complaints[:20])
 
 
-def new_case(seed: int, kind: int, number: int) -> Case:
+def new_case(seed: int, kind: int, number: int) -> AnyCase:
     """The input of this seed, kind and number; always the same."""
     function = KINDS[kind]
     return function(random.Random(f"{seed}:{function.__name__}:{number}"))
@@ -95,6 +105,7 @@ def fuzz_server(
     report = Report()
     with WatchedServer(*SERVER_FLAGS, environment=SERVER_ENVIRONMENT, fresh=True) as server:
         watch, warm_bytes, samples = Watch(server), 0, list[int]()
+        half_s = (time.monotonic() + end_s) / 2
         for number in rounds:
             if time.monotonic() >= end_s or not server.alive:
                 break
@@ -104,7 +115,8 @@ def fuzz_server(
             if number % _WATCH_ROUNDS == 0:
                 _watch(watch, report, number)
                 samples.append(resident_bytes(server.pid) if server.alive else 0)
-            if number - rounds.start == min(_WARM_ROUNDS, len(rounds) // 2):
+            is_warm = number - rounds.start >= min(_WARM_ROUNDS, len(rounds) // 2) or time.monotonic() >= half_s
+            if is_warm and not warm_bytes:
                 warm_bytes = resident_bytes(server.pid)
         _watch(watch, report, rounds.stop)
         if server.alive:
@@ -116,14 +128,13 @@ def fuzz_server(
     return report
 
 
-def _try(server: WatchedServer, case: Case, report: Report, name: tuple[str, int], judge: Judge) -> None:
+def _try(server: WatchedServer, case: AnyCase, report: Report, name: tuple[str, int], judge: Judge) -> None:
     """One input on a connection of its own."""
     lines = len(server.bad_lines)
     end_s = time.monotonic() + LISTENS_ANEW_S
     while True:
         try:
-            with Connection(server.address, _TIMEOUT_S) as connection:
-                reply = connection.exchange(case.data, case.expected, 0.02 if case.settles else 0.0)
+            reply = _exchanged(server, case)
             break
         except (ConnectionRefusedError, ConnectionResetError):
             if time.monotonic() > end_s:
@@ -136,8 +147,24 @@ def _try(server: WatchedServer, case: Case, report: Report, name: tuple[str, int
     report.complaints += [(*name, text) for text in found]
 
 
-def complaints(case: Case, reply: Reply) -> Iterator[str]:
+def _exchanged(server: WatchedServer, case: AnyCase) -> AnyReply:
+    if isinstance(case, HttpCase):
+        return exchange(split_address(server.http_address), case, _TIMEOUT_S, _SILENCE_S)
+    with Connection(server.address, _TIMEOUT_S) as connection:
+        return connection.exchange(case.data, case.expected, _SILENCE_S if case.settles else 0.0)
+
+
+def complaints(case: AnyCase, reply: AnyReply) -> Iterator[str]:
     """Say what is wrong with a reply."""
+    if isinstance(case, HttpCase):
+        assert isinstance(reply, HttpReply)
+        yield from http_complaints(case, reply)
+    else:
+        assert isinstance(reply, Reply)
+        yield from _grpc_complaints(case, reply)
+
+
+def _grpc_complaints(case: Case, reply: Reply) -> Iterator[str]:
     if not reply.closed:
         yield f"the connection is still open {_TIMEOUT_S:g} s later"
     for stream in set(case.expected) - reply.ended:
@@ -168,7 +195,10 @@ def _judge_answers(case: Case, reply: Reply) -> Iterator[str]:
                     yield f"a sentence on stream {stream} ended in {_name(result.error.code)}"
 
 
-def _count(reply: Reply, report: Report) -> None:
+def _count(reply: AnyReply, report: Report) -> None:
+    if isinstance(reply, HttpReply):
+        report.statuses.update(f"HTTP {response.status}" for response in reply.responses)
+        return
     report.statuses.update(_name(code) for code, _ in reply.statuses.values())
     report.statuses["reset"] += len(reply.resets.keys() - reply.statuses.keys())
     report.statuses["GOAWAY"] += reply.goaway is not None

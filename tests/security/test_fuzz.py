@@ -13,9 +13,10 @@ from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Sentence
 
 from tests.security.fuzz_fields import input_of, new_check
-from tests.security.fuzz_frames import KINDS, Case
+from tests.security.fuzz_frames import Case
+from tests.security.fuzz_http1 import HttpCase, HttpReply, MalformedResponseError, Response, read_responses
 from tests.security.fuzz_http2 import Reply
-from tests.security.fuzz_run import Report, complaints, fuzz_server, new_case
+from tests.security.fuzz_run import KINDS, AnyCase, Report, complaints, fuzz_server, new_case
 
 _ROUNDS, _INPUTS_IN_PROCESS = 6, 400
 
@@ -33,6 +34,7 @@ def test_connections_that_go_wrong(report: Report) -> None:
 def test_the_inputs_lead_somewhere(report: Report) -> None:
     """Not all of them to the same end."""
     assert {"OK", "INVALID_ARGUMENT", "UNAVAILABLE", "reset", "INTERNAL"} <= report.statuses.keys()
+    assert {"HTTP 200", "HTTP 400", "HTTP 404", "HTTP 415", "HTTP 421"} <= report.statuses.keys()
 
 
 def test_requests_that_are_almost_right() -> None:
@@ -60,7 +62,7 @@ def test_a_bug_in_the_checks_is_seen() -> None:
 
 
 @pytest.mark.parametrize("function", KINDS, ids=lambda function: function.__name__)
-def test_an_input_can_be_made_again(function: Callable[[random.Random], Case]) -> None:
+def test_an_input_can_be_made_again(function: Callable[[random.Random], AnyCase]) -> None:
     kind = KINDS.index(function)
     assert new_case(1, kind, 3) == new_case(1, kind, 3)
     assert len({new_case(1, kind, number).data for number in range(20)}) > 5
@@ -82,6 +84,36 @@ def test_an_input_can_be_made_again(function: Callable[[random.Random], Case]) -
 )
 def test_a_bad_reply_is_seen(reply: Reply, complaint: str) -> None:
     assert complaint in "".join(complaints(Case(b"", (1,)), reply))
+
+
+REQUEST = HttpCase(b"", 1)
+INTERNAL = b'{"error":{"code":"INTERNAL","message":"internal error; the server\'s log has the details"}}'
+
+
+@pytest.mark.parametrize(
+    ("reply", "complaint"),
+    [
+        (HttpReply([Response(200, {}, b"")]), "still open"),
+        (HttpReply(closed=True), "0 responses to 1 requests"),
+        (HttpReply([Response(500, {}, b"")], closed=True), "has the status 500"),
+        (HttpReply([Response(200, {"content-type": "application/json"}, b"{")], closed=True), "isn't JSON"),
+        (HttpReply([Response(400, {"content-type": "application/json"}, INTERNAL)], closed=True), "INTERNAL"),
+        (HttpReply([Response(200, {}, b"")], "no head", closed=True), "no head"),
+    ],
+    ids=["open", "no response", "status", "no JSON", "internal", "malformed"],
+)
+def test_a_bad_response_is_seen(reply: HttpReply, complaint: str) -> None:
+    assert complaint in "".join(complaints(REQUEST, reply))
+
+
+def test_responses_are_read_strictly() -> None:
+    whole = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+    of_head = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n"
+    found = list(read_responses(b"HTTP/1.1 100 \r\n\r\n" + whole + of_head + whole + whole[:-1], closed=False))
+    assert [response.body for response in found] == [b"ok", b"", b"ok"]
+    for bad in (b"HTTP/1.0 200 OK\r\n\r\n", whole + b"more\r\n\r\n", b"HTTP/1.1 200 OK\r\nno header\r\n\r\n"):
+        with pytest.raises(MalformedResponseError):
+            list(read_responses(bad, closed=True))
 
 
 def test_findings_are_saved(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.support.servers import with_defaults
 START_TIMEOUT_S = 240.0
 _STOP_TIMEOUT_S = 60.0
 _SERVING, _LISTENING, _HEALTH = "health: SERVING", r"listening on (\S+?)[\s\"]", r"health alone on (\S+)"
+_HTTP = r"HTTP on https?://([^\s\",;]+)"
 
 
 class ProcessServer:
@@ -95,6 +96,11 @@ class ProcessServer:
     def health_target(self) -> str:
         """Where it answers for its health alone."""
         return self._found(_HEALTH)
+
+    @property
+    def http_address(self) -> str:
+        """Where it listens for HTTP, HOST:PORT."""
+        return self._found(_HTTP)
 
     @property
     def port(self) -> int:

@@ -1,6 +1,8 @@
 """What the HTTP door lets a connection have: time, bytes, and others beside it; and the order of what it sends."""
 
 import asyncio
+import socket
+import struct
 
 import pytest
 from bilm_api.constants import MAX_REQUEST_BYTES
@@ -133,6 +135,31 @@ async def test_encoded_bodies_are_refused() -> None:
     async with opened() as it:
         answer = await it.embeddings(headers={"content-encoding": "gzip"})
     assert answer.status == 415
+
+
+@pytest.mark.parametrize("path", [b"/v1/embeddings", b"/nothing"])
+async def test_a_body_that_breaks_off_is_refused_once(path: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    head = HEAD.replace(b"/v1/embeddings", path) + b"transfer-encoding: chunked\r\n\r\n"
+    async with opened() as it:
+        for first in (b"1\r\n{\r\n", b""):
+            with await it.connect() as connection:
+                connection.sendall(head + first + b"no length\r\n")
+                answer = await asyncio.to_thread(read_to_end, connection)
+            assert statuses(answer) == [b"400"]
+        await until(lambda: len(it.ended.records) == 2)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_client_that_resets_its_connection_at_once_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Its address is known from the accepting: the transport has none any more."""
+    async with opened() as it:
+        for _ in range(20):
+            with await it.connect() as connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await until(lambda: it.door.n_connections == 0)
+        assert (await it.embeddings()).status == 200
+        assert [record.peer.partition(":")[0] for record in it.ended.records] == ["ipv4"]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_two_lengths_of_one_body_are_refused_and_end_the_connection() -> None:

@@ -52,6 +52,7 @@ class Connection(H11Protocol):
         self,
         config: uvicorn.Config,
         state: ServerState,
+        peer: tuple[Any, ...],
         on_lost: Callable[["Connection"], None],
         request_timeout_s: float,
     ) -> None:
@@ -60,6 +61,7 @@ class Connection(H11Protocol):
         Args:
             config: of `new_config`.
             state: has all connections and calls.
+            peer: address of the client, of which the transport has none when the client has left already.
             on_lost: takes the connection when it has ended, if it was ever made.
             request_timeout_s: from the first byte of a request to its last.
         """
@@ -71,7 +73,7 @@ class Connection(H11Protocol):
         self.request_deadline_s = 0.0
         """When the latest request must be whole, on the loop's clock."""
         self.made = self.lost = False
-        self.peer = ""
+        self.peer = _peer(peer)
         self.auth_context: AuthContext = NO_AUTH_CONTEXT
 
     # ---- uvicorn's and asyncio's interface ----
@@ -82,7 +84,6 @@ class Connection(H11Protocol):
         # So that `flushed` means that the kernel has nearly everything; 0 would pause a TLS transport for ever
         transport.set_write_buffer_limits(high=1, low=0)
         self.made = True
-        self.peer = _peer(transport.get_extra_info("peername"))
         self.auth_context = _auth_context(transport.get_extra_info("peercert"))
         self._restart_timer()
 
@@ -118,6 +119,9 @@ class Connection(H11Protocol):
         """Refuse bytes that aren't a request; a refusal that comes amid a response only closes."""
         with suppress(h11.LocalProtocolError):
             super().send_400_response(msg)
+            if self.cycle is not None:  # its body was cut: it is answered, and must not be again
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
         self.loop.call_later(_ABORT_DELAY_S, self.abort)
 
     def shutdown(self) -> None:

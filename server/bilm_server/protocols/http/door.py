@@ -134,7 +134,7 @@ class HttpDoor:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                accepted, _ = await loop.sock_accept(listener)
+                accepted, peer = await loop.sock_accept(listener)
             except OSError as error:  # without descriptors, for one
                 _log.warning("can't accept a connection: %s", error.strerror)
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
@@ -142,7 +142,7 @@ class HttpDoor:
             if self.n_connections >= max_connections:
                 accepted.close()
                 continue
-            connection = Connection(self._config, self._state, self._lost, self._request_timeout_s)
+            connection = Connection(self._config, self._state, peer, self._lost, self._request_timeout_s)
             self._open_connections.add(connection)
             task = asyncio.create_task(self._open(connection, accepted))
             self._opening.add(task)
