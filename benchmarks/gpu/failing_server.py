@@ -42,13 +42,13 @@ class _FailingEngine:
         self._present.clear()
         self._inner.warm_up()
 
-    def advance(self) -> Sequence[EngineResult[Sentence]]:
+    def advance(self, *, leave_out: bool = False, max_steps: int | None = None) -> Sequence[EngineResult[Sentence]]:
         first, device = {sentence.tokens[0] for sentence in self._present}, self._inner.description.device
         if ASSERT in first:
             _fail(torch.device(device))
         if MEMORY in first:
             torch.empty(_BYTES, dtype=torch.uint8, device=device)
-        ended = self._inner.advance()
+        ended = self._inner.advance(leave_out=leave_out, max_steps=max_steps)
         self._present.difference_update(result.sentence for result in ended)
         return ended
 

@@ -21,12 +21,14 @@ class LoadSentence:
         output: What the engine returns for it.
         state: What to continue from; None: the zero state.
         return_state: Whether to return the state after it.
+        deferrable: Whether a round may leave it out.
     """
 
     tokens: Sequence[str]
     output: "OutputSpec"
     state: "State | None" = None
     return_state: bool = False
+    deferrable: bool = False
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,12 @@ def random_sentences(engine: CellularBatch, chance: random.Random) -> list[Plain
     texts = [chance.choices(words, k=chance.choice((0, 1, 5, 24, 70))) for _ in range(40)]
     states = [engine.run([PlainSentence(["state", str(i)])])[0] for i in range(3)]
     carried = [None, *((state.h.numpy(), state.c.numpy()) for state in states)]
-    return [PlainSentence(text, chance.choice(carried), return_state=chance.random() < 0.4) for text in texts]
+    return [
+        PlainSentence(
+            text, chance.choice(carried), return_state=chance.random() < 0.4, deferrable=chance.random() < 0.5
+        )
+        for text in texts
+    ]
 
 
 def run_at_random(
@@ -95,7 +100,9 @@ def run_at_random(
             passing.append(passenger)
         whole.join(joining)
         BACKENDS[engine].block_rows = chance.choice((1, 7, 10_000))  # chunks of one tick, of some, of many
-        results |= {result.sentence: result for result in whole.advance()}
+        max_steps = chance.choice((None, 5))
+        advanced = whole.advance(leave_out=chance.random() < 0.5, max_steps=max_steps)
+        results |= {result.sentence: result for result in advanced}
         gone = [sentence for sentence in passing if chance.random() < 0.5]
         whole.drop(gone)
         passing = [sentence for sentence in passing if sentence not in gone]

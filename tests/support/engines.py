@@ -118,6 +118,11 @@ class _ToyEngine(Generic[S]):
     def check(self) -> None:
         """Find nothing wrong."""
 
+    def _advancing(self, leave_out: bool) -> list[S]:
+        """Return the sentences that a slice of work is for."""
+        urgent = [sentence for sentence in self._running if not sentence.deferrable]
+        return urgent if leave_out and urgent else list(self._running)
+
     def _begun(self, sentence: EngineSentence) -> Vectors:
         """(T, D) of a sentence that joins."""
         values = np.array([token_value(token) for token in sentence.tokens], np.float32)
@@ -142,10 +147,11 @@ class SumEngine(_ToyEngine[S]):
         """Of sums."""
         return SumCodec()
 
-    def advance(self) -> list[EngineResult[S]]:
+    def advance(self, *, leave_out: bool = False, max_steps: int | None = None) -> list[EngineResult[S]]:
         """Make one step of every sentence; return those that have no more to make."""
         self._done = {sentence: self._done.get(sentence, 0) for sentence in self._running}
-        for sentence, done in self._done.items():
+        for sentence in self._advancing(leave_out):
+            done = self._done[sentence]
             if done < len(sentence.tokens):
                 self._running[sentence][done] += self._sum(sentence, done)
                 self._done[sentence] += 1
@@ -159,8 +165,8 @@ class SumEngine(_ToyEngine[S]):
         return float(self._running[sentence][n_tokens - 1, 0]) if n_tokens else (sentence.state or 0.0)
 
     def _ended(self, sentence: S) -> EngineResult[S]:
-        state = self._sum(sentence, self._done.pop(sentence)) if sentence.return_state else None
-        return self._result(sentence, state)
+        done = self._done.pop(sentence)
+        return self._result(sentence, self._sum(sentence, done) if sentence.return_state else None)
 
 
 class WholeEngine(_ToyEngine[S]):
@@ -173,11 +179,11 @@ class WholeEngine(_ToyEngine[S]):
         """Return a row, and a step for each pair of tokens."""
         return Capacity(1 if n_tokens else 0, n_tokens**2)
 
-    def advance(self) -> list[EngineResult[S]]:
+    def advance(self, *, leave_out: bool = False, max_steps: int | None = None) -> list[EngineResult[S]]:
         """Compute the next sentence and return it."""
-        sentence = next(iter(self._running), None)
-        if sentence is None:
+        if not self._running:
             return []
+        sentence = self._advancing(leave_out)[0]
         self._running[sentence] /= max(float(self._running[sentence][:, 0].sum()), 1.0)
         self.stats.steps += len(sentence.tokens)
         return [self._result(sentence, None)]

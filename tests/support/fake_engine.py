@@ -70,6 +70,7 @@ class FakeEngine(Generic[S]):
         computing: set by each round that begins.
         error: what the next round, the next joining and the next check raise, one of them and once.
         groups: sentences of each round.
+        bounds: what each round was told of its steps.
         checks: self-checks done.
     """
 
@@ -83,6 +84,7 @@ class FakeEngine(Generic[S]):
         self.broken = 0
         self.error: Exception | None = None
         self.groups: list[int] = []
+        self.bounds: list[int | None] = []
         self.checks = 0
         self.go_on, self.computing = threading.Event(), threading.Event()
         self.go_on.set()
@@ -119,18 +121,23 @@ class FakeEngine(Generic[S]):
                 raise RuntimeError("it can't leave")
             self._remaining.pop(sentence, None)
 
-    def advance(self) -> list[EngineResult[S]]:
+    def advance(self, *, leave_out: bool = False, max_steps: int | None = None) -> list[EngineResult[S]]:
         """See `Engine`."""
         self.computing.set()
         self.go_on.wait()
-        self.groups.append(len(self._remaining))
+        self.groups.append(len(self._running(leave_out)))
+        self.bounds.append(max_steps)
         self._raise_error()
-        if self.broken or any("poison" in sentence.tokens for sentence in self._remaining):
+        running = self._running(leave_out)
+        if self.broken or any("poison" in sentence.tokens for sentence in running):
             raise RuntimeError("boom")
-        ended = [sentence for sentence, left in self._remaining.items() if left <= 1]
-        self.stats.steps += len(self._remaining)
+        self.stats.steps += len(running)
         self.stats.ticks += 1
-        self._remaining = {sentence: left - 1 for sentence, left in self._remaining.items() if left > 1}
+        for sentence in running:
+            self._remaining[sentence] -= 1
+        ended = [sentence for sentence in running if self._remaining[sentence] <= 0]
+        for sentence in ended:
+            del self._remaining[sentence]
         return [EngineResult(sentence, _vectors(sentence), self._state_after(sentence)) for sentence in ended]
 
     def reset(self) -> None:
@@ -152,6 +159,10 @@ class FakeEngine(Generic[S]):
         self._raise_error()
         if self.broken:
             raise RuntimeError("broken while idle")
+
+    def _running(self, leave_out: bool) -> list[S]:
+        urgent = [sentence for sentence in self._remaining if not sentence.deferrable]
+        return urgent if leave_out and urgent else list(self._remaining)
 
     def _raise_error(self) -> None:
         if self.error is not None:

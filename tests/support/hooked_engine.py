@@ -108,9 +108,9 @@ class HookedEngine(Generic[S]):
         self.present.difference_update(dropped)
         self._inner.drop(dropped)
 
-    def advance(self) -> Sequence[EngineResult[S]]:
+    def advance(self, *, leave_out: bool = False, max_steps: int | None = None) -> Sequence[EngineResult[S]]:
         self.hooks.advance()
-        ended = self._inner.advance()
+        ended = self._inner.advance(leave_out=leave_out, max_steps=max_steps)
         self.present.difference_update(result.sentence for result in ended)
         return ended
 

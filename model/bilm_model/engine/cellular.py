@@ -19,7 +19,7 @@ from bilm_model.engine.backend import Memory
 from bilm_model.engine.backends import MAX_TICKS, NewBackend, new_backend
 from bilm_model.engine.fastest_loops import Bind, fastest_bind, path_of
 from bilm_model.engine.lanes import Lanes
-from bilm_model.engine.loops import BROUGHT, RETURNED
+from bilm_model.engine.loops import BROUGHT, DEFERRABLE, RETURNED
 from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.planner import Round, SentenceSteps
 from bilm_model.engine.results import LayerReader
@@ -200,8 +200,12 @@ class CellularBatch:
         return self._join(sentences, keeps_states=False)
 
     @torch.inference_mode()
-    def advance(self) -> Sequence[tuple[int, int]]:
+    def advance(self, *, leave_out: bool = False, max_steps: int | None = None) -> Sequence[tuple[int, int]]:
         """Execute a round: advance all sentences in flight.
+
+        Args:
+            leave_out: Leave deferrable sentences out, if there are others.
+            max_steps: Steps after which the round ends; None: as many as fill a block of input projections.
 
         Returns:
             Sentences that have ended, with the slots of `memory` that hold their states, as far as those are returned.
@@ -210,7 +214,8 @@ class CellularBatch:
         After an exception the vectors of what is in flight are undefined: drop each sentence by `drop`, or all of them
         by `reset`.
         """
-        found = self._lanes.plan(self._backend.block_rows)
+        block_rows = self._backend.block_rows
+        found = self._lanes.plan(block_rows if max_steps is None else min(block_rows, max_steps), leave_out=leave_out)
         if found is None:
             return []
         try:
@@ -371,4 +376,5 @@ def _copied(state: LstmState | None) -> LstmState | None:
 
 def _flags(sentence: EngineSentence, *, keeps_states: bool) -> int:
     returned = RETURNED if keeps_states or sentence.return_state else 0
-    return returned if sentence.state is None else returned | BROUGHT
+    brought = 0 if sentence.state is None else BROUGHT
+    return returned | brought | (DEFERRABLE if sentence.deferrable else 0)

@@ -107,9 +107,9 @@ class RecurrentEngine(Generic[S]):
         if dropped:
             self._batch.drop(dropped)
 
-    def advance(self) -> list[EngineResult[S]]:
-        """Execute a round; return the results that have ended and arrived on the host."""
-        ended = self._batch.advance()
+    def advance(self, *, leave_out: bool = False, max_steps: int | None = None) -> list[EngineResult[S]]:
+        """Execute a round; return the results that have ended and arrived on the host. See `Engine.advance`."""
+        ended = self._batch.advance(leave_out=leave_out, max_steps=max_steps)
         if ended:
             self._arriving.append(self._collect(ended))
         found = self._pass_through() if self._without_tokens else []

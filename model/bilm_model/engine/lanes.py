@@ -47,7 +47,7 @@ class Lanes:
         self.n_lanes, self.n_sentences, self.n_places = n_lanes, n_lanes + n_waiting, n_places
         self._table = table
         self._free = list(range(self.n_sentences))[::-1]
-        self._numbers = numbers = np.zeros(21, dtype=np.int64)
+        self._numbers = numbers = np.zeros(22, dtype=np.int64)
         self._half = max_ticks * n_lanes
         numbers[[loops.N_LANES, loops.N_SENTENCES, loops.N_CACHED]] = n_lanes, self.n_sentences, n_cached
         numbers[[loops.MAX_STEPS, loops.MAX_TICKS, loops.N_FREE_PLACES]] = self._half, max_ticks, n_places
@@ -163,14 +163,16 @@ class Lanes:
         self._known[entries] = 1
         self._table.unknown.clear()
 
-    def plan(self, block_rows: int) -> Round | None:
+    def plan(self, block_rows: int, *, leave_out: bool = False) -> Round | None:
         """Return the next round, which counts as done; None if no lane runs. The next one overwrites its arrays.
 
         Args:
-            block_rows: Steps of a round that fill a block of input projections.
+            block_rows: Steps of a round after which it ends, one of each lane that runs at least.
+            leave_out: Only sentences that aren't deferrable run, if there are such; others keep their lanes, and may
+                take free ones.
         """
         numbers = self._numbers
-        numbers[loops.BLOCK_ROWS] = block_rows
+        numbers[[loops.BLOCK_ROWS, loops.LEAVE_OUT]] = block_rows, leave_out
         self._plan()
         _, n_rows, n_ticks, n_steps, n_ended, n_brought, _ = numbers[loops.N_GIVEN :].tolist()
         if n_rows == 0:

@@ -28,8 +28,8 @@ def loop(function: F) -> F:
 NONE = -1
 WAITING, ENDED = -1, -2
 """In place of a lane."""
-BROUGHT, RETURNED = 1, 2
-"""Flags of a sentence: it brings a state, its state is returned."""
+BROUGHT, RETURNED, DEFERRABLE = 1, 2, 4
+"""Flags of a sentence: it brings a state, its state is returned, a round may leave it out."""
 FEW_LANES = 32
 """So many lanes or fewer end a round with the first sentence that ends and that none can follow before: its result
 needn't wait, nor what brings a state."""
@@ -43,6 +43,7 @@ needn't wait, nor what brings a state."""
     MAX_STEPS,
     MAX_TICKS,
     BLOCK_ROWS,
+    LEAVE_OUT,
     FREE_PLACE,
     N_TOUCHED,
     N_FREE_PLACES,
@@ -58,7 +59,7 @@ needn't wait, nor what brings a state."""
     N_ENDED,
     N_BROUGHT,
     N_VICTIMS,
-) = range(21)
+) = range(22)
 """Sizes and limits, then what changes: heads of lists and counters, what a loop is given, and what it has found."""
 
 
@@ -258,13 +259,8 @@ def take_waiting(numbers, queue):  # type: ignore[no-untyped-def]
 def fill_lanes(  # type: ignore[no-untyped-def] # noqa: PLR0917
     numbers, queue, first, last, n_steps, flags, lane_of, sentence_of, forward, backward, left, brought
 ):
-    """Let waiting sentences take the free lanes.
-
-    Returns:
-        How many lanes run, the fewest steps left in one, and in one that keeps its state to the round's end.
-    """
-    n_running, n_brought = 0, 0
-    shortest = kept = numbers[MAX_STEPS]
+    """Let waiting sentences take the free lanes; clear LEAVE_OUT where no lane would run."""
+    n_brought, n_running = 0, 0
     for lane in range(numbers[N_LANES]):
         if sentence_of[lane] == NONE and numbers[N_QUEUED] > 0:
             sentence = take_waiting(numbers, queue)
@@ -273,13 +269,43 @@ def fill_lanes(  # type: ignore[no-untyped-def] # noqa: PLR0917
             if flags[sentence] & BROUGHT:
                 brought[n_brought], brought[numbers[N_SENTENCES] + n_brought] = sentence, lane
                 n_brought += 1
-        if sentence_of[lane] != NONE:
+        if sentence_of[lane] != NONE and not flags[sentence_of[lane]] & DEFERRABLE:
+            n_running += 1
+    numbers[N_BROUGHT] = n_brought
+    if n_running == 0:
+        numbers[LEAVE_OUT] = 0
+
+
+@loop
+def left_out(numbers, flags, sentence):  # type: ignore[no-untyped-def]
+    """Return whether the round leaves a sentence out: it may have a lane, which stays as it is."""
+    return numbers[LEAVE_OUT] != 0 and flags[sentence] & DEFERRABLE != 0
+
+
+@loop
+def running_lanes(numbers, flags, sentence_of, left):  # type: ignore[no-untyped-def]
+    """Return how many lanes run, the fewest steps left in one, and in one that keeps its state to the round's end."""
+    n_running, shortest, kept = 0, numbers[MAX_STEPS], numbers[MAX_STEPS]
+    for lane in range(numbers[N_LANES]):
+        sentence = sentence_of[lane]
+        if sentence != NONE and not left_out(numbers, flags, sentence):
             n_running += 1
             shortest = min(shortest, left[lane])
-            if flags[sentence_of[lane]] & RETURNED:
+            if flags[sentence] & RETURNED:
                 kept = min(kept, left[lane])
-    numbers[N_BROUGHT] = n_brought
     return n_running, shortest, kept
+
+
+@loop
+def can_follow(numbers, queue, flags):  # type: ignore[no-untyped-def]
+    """Return whether the sentence that has waited longest, if any, may begin within the round.
+
+    A state is written between rounds, so a sentence that brings one begins with a round, and none passes it meanwhile.
+    """
+    if numbers[N_QUEUED] == 0:
+        return False
+    sentence = queue[numbers[QUEUE_FIRST]]
+    return flags[sentence] & BROUGHT == 0 and not left_out(numbers, flags, sentence)
 
 
 @loop
@@ -292,8 +318,7 @@ def ticks_of_round(numbers, queue, flags, n_running, shortest, kept):  # type: i
     """
     n_ticks = max(1, min(numbers[MAX_TICKS], numbers[BLOCK_ROWS] // n_running))
     if n_running <= FEW_LANES:
-        follows = numbers[N_QUEUED] > 0 and not flags[queue[numbers[QUEUE_FIRST]]] & BROUGHT
-        n_ticks = min(n_ticks, kept if follows else shortest)
+        n_ticks = min(n_ticks, kept if can_follow(numbers, queue, flags) else shortest)
     return n_ticks
 
 
@@ -303,8 +328,7 @@ def hand_over_lanes(  # type: ignore[no-untyped-def] # noqa: PLR0917
 ):
     """Decide which waiting sentences take a lane in the tick after its last one ends.
 
-    A state is written between rounds: so a sentence that brings one begins with a round, and none passes it meanwhile;
-    and a lane whose sentence's state is returned keeps it to the round's end.
+    A lane whose sentence's state is returned keeps it to the round's end; one that is left out has no ticks.
 
     Args:
         numbers: see the module.
@@ -321,13 +345,13 @@ def hand_over_lanes(  # type: ignore[no-untyped-def] # noqa: PLR0917
     for lane in range(numbers[N_LANES]):
         sentence = sentence_of[lane]
         end_of[lane], ticks_of[lane] = sentence, 0
-        if sentence != NONE:
+        if sentence != NONE and not left_out(numbers, flags, sentence):
             ticks_of[lane], following[sentence] = left[lane], NONE
     for tick in range(1, n_ticks):
         for lane in range(numbers[N_LANES]):
-            if ticks_of[lane] == tick and numbers[N_QUEUED] > 0:
+            if ticks_of[lane] == tick and can_follow(numbers, queue, flags):
                 ended = end_of[lane]
-                if flags[ended] & RETURNED or flags[queue[numbers[QUEUE_FIRST]]] & BROUGHT:
+                if flags[ended] & RETURNED:
                     continue
                 sentence = take_waiting(numbers, queue)
                 following[ended], following[sentence], end_of[lane] = sentence, NONE, sentence
@@ -378,7 +402,7 @@ def plan(  # type: ignore[no-untyped-def] # noqa: PLR0917
     """Plan a round and note it as done.
 
     Args:
-        numbers: gets N_ROWS, N_TICKS, N_STEPS, N_ENDED and N_BROUGHT.
+        numbers: gets N_ROWS, N_TICKS, N_STEPS, N_ENDED and N_BROUGHT; loses LEAVE_OUT.
         queue: (S,) ring of waiting sentences.
         first: (S,) of each sentence.
         last: (S,) of each sentence.
@@ -405,9 +429,8 @@ def plan(  # type: ignore[no-untyped-def] # noqa: PLR0917
         ended: (2·S,) gets the sentences that end in the round from 0, and each one's lane from S.
         brought: (2·S,) gets the sentences that begin with a state that they bring from 0, and each one's lane from S.
     """
-    n_running, shortest, kept = fill_lanes(
-        numbers, queue, first, last, n_steps, flags, lane_of, sentence_of, forward, backward, left, brought
-    )
+    fill_lanes(numbers, queue, first, last, n_steps, flags, lane_of, sentence_of, forward, backward, left, brought)
+    n_running, shortest, kept = running_lanes(numbers, flags, sentence_of, left)
     numbers[N_ROWS], numbers[N_TICKS], numbers[N_STEPS], numbers[N_ENDED] = 0, 0, 0, 0
     if n_running == 0:
         return

@@ -25,12 +25,14 @@ class PlainSentence:
         state: h (L - 1, 2, P) and c (L - 1, 2, C) to continue from; None: zero.
         output: What an engine returns for it; a batch by itself returns all layers with the boundaries.
         return_state: Whether an engine returns the state after it.
+        deferrable: Whether a round may leave it out.
     """
 
     tokens: Sequence[str]
     state: LstmState | None = None
     output: OutputSpec = ALL_LAYERS
     return_state: bool = False
+    deferrable: bool = False
 
 
 def steps_of(n_tokens: int) -> int:

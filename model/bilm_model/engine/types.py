@@ -80,6 +80,10 @@ class EngineSentence(Protocol):
     def return_state(self) -> bool:
         """Whether to return the state after it."""
 
+    @property
+    def deferrable(self) -> bool:
+        """Whether `advance` may leave it out."""
+
 
 S = TypeVar("S", bound=EngineSentence)
 
@@ -216,8 +220,15 @@ class Engine(Protocol[S]):
     def drop(self, sentences: Iterable[S]) -> None:
         """Take sentences out before the next `advance`; those that are not in flight are ignored."""
 
-    def advance(self) -> Sequence[EngineResult[S]]:
-        """Do one bounded slice of work and return the results of all sentences that ended in it."""
+    def advance(self, *, leave_out: bool = False, max_steps: int | None = None) -> Sequence[EngineResult[S]]:
+        """Do one bounded slice of work and return the results of all sentences that ended in it.
+
+        Args:
+            leave_out: Leave deferrable sentences out as long as others can be computed; what is left out stays as it
+                is.
+            max_steps: Bound of the slice: steps of all sentences together, though one of each sentence whatever it
+                says. None: only the engine's own bound.
+        """
 
     def reset(self) -> None:
         """Drop everything in flight."""

@@ -122,6 +122,35 @@ def test_a_sentence_without_tokens_ends_too(engine: Sentences) -> None:
     assert until_empty(engine)[empty].vectors.size == 0
 
 
+def test_what_is_left_out_waits_for_the_others_and_then_goes_on(engine: Sentences) -> None:
+    patient = words("a", "b", "c", "d", deferrable=True)
+    expected = alone(engine, patient)
+    engine.join([patient])
+    if engine.state_codec is not None:  # others compute a whole sentence at once
+        assert list(engine.advance(max_steps=1)) == []
+    for _ in range(3):
+        urgent = words("e", "f")
+        engine.join([urgent])
+        ended = list[EngineResult[PlainSentence]]()
+        while not ended:
+            ended += engine.advance(leave_out=True)
+        assert [result.sentence for result in ended] == [urgent]
+        assert engine.used == engine.need(4)
+    found = list[EngineResult[PlainSentence]]()
+    while not found:
+        found += engine.advance(leave_out=True)  # there is nothing else
+    assert np.array_equal(found[0].vectors, expected)
+
+
+def test_what_is_left_out_can_leave(engine: Sentences) -> None:
+    patient, urgent = words("a", "b", "c", deferrable=True), words("d")
+    engine.join([patient, urgent])
+    engine.advance(leave_out=True)
+    engine.drop([patient])
+    assert patient not in until_empty(engine)
+    assert engine.used == Capacity(0, 0)
+
+
 def test_self_checks_count_nothing(engine: Sentences) -> None:
     before = engine.stats.steps
     engine.warm_up()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bilm_model.engine.fastest_loops import Bind, fastest_bind, interpreted, path_of
 from bilm_model.engine.lanes import Lanes
-from bilm_model.engine.loops import BROUGHT, FEW_LANES, RETURNED
+from bilm_model.engine.loops import BROUGHT, DEFERRABLE, FEW_LANES, RETURNED
 from bilm_model.engine.planner import Round
 from bilm_model.engine.token_table import TokenTable
 from hypothesis import given, settings
@@ -29,6 +29,10 @@ class Known:
     flags: int
     done: int = 0
 
+    @property
+    def deferrable(self) -> bool:
+        return bool(self.flags & DEFERRABLE)
+
 
 @dataclass
 class PlainPlanner:
@@ -39,7 +43,14 @@ class PlainPlanner:
     waiting: list[Known] = field(default_factory=list)
     lanes: dict[int, Known] = field(default_factory=dict)
 
-    def plan(self, block_rows: int) -> tuple[list[dict[int, tuple[Step, bool]]], list[Step], list[Step]]:
+    def may_follow(self, leave_out: bool) -> bool:
+        if not self.waiting or self.waiting[0].flags & BROUGHT:
+            return False
+        return not (leave_out and self.waiting[0].deferrable)
+
+    def plan(
+        self, block_rows: int, leave_out: bool
+    ) -> tuple[list[dict[int, tuple[Step, bool]]], list[Step], list[Step]]:
         """Return what each lane does at each tick, and whether from zeros; who brings a state where; who ends where."""
         ticks: list[dict[int, tuple[Step, bool]]] = []
         brought, ended, held = list[Step](), list[Step](), set[int]()
@@ -50,18 +61,21 @@ class PlainPlanner:
                     brought.append((self.lanes[lane].number, lane))
         if not self.lanes:
             return ticks, brought, ended
-        n_ticks = max(1, min(self.max_ticks, block_rows // len(self.lanes)))
-        if len(self.lanes) <= FEW_LANES:
-            follows = bool(self.waiting) and not self.waiting[0].flags & BROUGHT
-            ends = [each for each in self.lanes.values() if not follows or each.flags & RETURNED]
+        leave_out = leave_out and not all(each.deferrable for each in self.lanes.values())
+        aside = {lane: each for lane, each in self.lanes.items() if leave_out and each.deferrable}
+        running = {lane: each for lane, each in self.lanes.items() if lane not in aside}
+        n_ticks = max(1, min(self.max_ticks, block_rows // len(running)))
+        if len(running) <= FEW_LANES:
+            follows = self.may_follow(leave_out)
+            ends = [each for each in running.values() if not follows or each.flags & RETURNED]
             n_ticks = min([n_ticks, *(each.length - each.done for each in ends)])
-        running = dict(self.lanes)
+        began = sorted(running)
         for tick in range(n_ticks):
-            for lane in sorted(self.lanes) if tick else ():
-                if lane in running or lane in held or not self.waiting or self.waiting[0].flags & BROUGHT:
+            for lane in began if tick else ():
+                if lane in running or lane in held or not self.may_follow(leave_out):
                     continue
                 running[lane] = self.waiting.pop(0)
-            held |= {lane for lane in self.lanes if lane not in running}  # one that is idle stays idle
+            held |= {lane for lane in began if lane not in running}  # one that is idle stays idle
             now: dict[int, tuple[Step, bool]] = {}
             for lane, each in list(running.items()):
                 now[lane] = (each.number, each.done), each.done == 0 and not each.flags & BROUGHT
@@ -73,7 +87,7 @@ class PlainPlanner:
                         held.add(lane)
             if now:
                 ticks.append(now)
-        self.lanes = running
+        self.lanes = running | aside
         return ticks, brought, ended
 
 
@@ -102,10 +116,10 @@ class Both:
             self.of_place |= {place: (number, at) for at, place in enumerate(steps.places.tolist())}
             self.plain.waiting.append(Known(number, length, flag))
 
-    def check_round(self, block_rows: int) -> list[int]:
+    def check_round(self, block_rows: int, leave_out: bool) -> list[int]:
         """Plan with both; return what ended."""
-        ticks, brought, ended = self.plain.plan(block_rows)
-        found = self.lanes.plan(block_rows)
+        ticks, brought, ended = self.plain.plan(block_rows, leave_out)
+        found = self.lanes.plan(block_rows, leave_out=leave_out)
         if not ticks:
             assert found is None
             return []
@@ -160,10 +174,9 @@ def test_both_planners_agree(bind: Bind, n_lanes: int, max_ticks: int, chance: r
     for turn in range(40):
         lengths = [chance.choice((3, 3, 4, 5, 9, 20)) for _ in range(chance.randrange(min(both.lanes.n_free, 4) + 1))]
         if turn < 30 and lengths and sum(lengths) <= both.lanes.n_free_places:
-            both.enter(
-                lengths, [chance.choice((0, 0, 0, BROUGHT, RETURNED, BROUGHT | RETURNED)) for _ in lengths], chance
-            )
-        ended = both.check_round(chance.choice((1, 7, 40, 10_000)))
+            states = [chance.choice((0, 0, 0, BROUGHT, RETURNED, BROUGHT | RETURNED)) for _ in lengths]
+            both.enter(lengths, [flags | chance.choice((0, 0, DEFERRABLE)) for flags in states], chance)
+        ended = both.check_round(chance.choice((1, 7, 40, 10_000)), chance.random() < 0.5)
         both.lanes.know(both.lanes.unknown())
         both.leave(chance.sample(ended, len(ended)))
         if both.tokens and chance.random() < 0.2:
@@ -171,7 +184,7 @@ def test_both_planners_agree(bind: Bind, n_lanes: int, max_ticks: int, chance: r
         if turn >= 30 and not both.tokens:
             break
     while both.tokens:
-        both.leave(both.check_round(10_000))
+        both.leave(both.check_round(10_000, leave_out=True))
     assert (both.lanes.n_free, both.lanes.n_free_places) == (both.lanes.n_sentences, PLACES)
     assert both.lanes.n_cached <= CACHED
 
@@ -224,6 +237,30 @@ def test_a_lane_keeps_a_state_that_is_returned_to_the_end_of_the_round() -> None
         assert found is not None
         assert len(found.plan.sizes) == length
         assert len(found.ended) == 1
+
+
+def test_what_is_left_out_keeps_its_lane_and_its_place_and_runs_where_nothing_else_does() -> None:
+    lanes = lanes_of(3, [20, 20], flags=DEFERRABLE)
+    first = lanes.plan(4)
+    assert first is not None
+    (urgent,) = lanes.enter([0] * 5, [5], [0])
+    alone = lanes.plan(1000, leave_out=True)
+    assert alone is not None
+    assert (alone.plan.slots.tolist(), alone.plan.sizes, alone.ended) == ([2], (1,) * 5, [(urgent, 2)])
+    lanes.leave([urgent])
+    rest = lanes.plan(1000, leave_out=True)
+    assert rest is not None
+    assert rest.plan.sizes == (2,) * 18
+    assert not rest.plan.fresh.any()
+
+
+def test_a_sentence_that_is_left_out_takes_no_lane_over_within_a_round() -> None:
+    lanes = lanes_of(1, [4])
+    lanes.enter([0] * 3, [3], [DEFERRABLE])
+    for leave_out, expected in ((True, (1,) * 4), (True, (1,) * 3)):
+        found = lanes.plan(1000, leave_out=leave_out)
+        assert found is not None
+        assert found.plan.sizes == expected
 
 
 def test_without_sentences_there_is_no_round() -> None:
