@@ -1,4 +1,4 @@
-"""What the contract fixes beside its messages, for server and client: error reasons, metadata keys, message limits."""
+"""What the contract fixes beside its messages, for server and client: reasons, priorities, metadata keys, limits."""
 
 from enum import StrEnum
 from typing import Final
@@ -29,6 +29,19 @@ STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
 """Trailing metadata with the `google.rpc.Status` of a refused call."""
 LOAD_REPORT_KEY: Final = "endpoint-load-metrics-bin"
 """Trailing metadata with an `xds.data.orca.v3.OrcaLoadReport`: the load of the server that took the call."""
+
+
+class Priority(StrEnum):
+    """How urgent a request is, as configurations, JSON and arguments name it. Never renamed."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+class Feature(StrEnum):
+    """What `GetModelResponse.features` may name. Never renamed."""
+
+    PRIORITY = "priority"
 
 
 class Reason(StrEnum):

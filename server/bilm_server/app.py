@@ -307,7 +307,9 @@ class _App:
 
     def _warn_of_nameless_callers(self) -> None:
         if self._config.callers and not self._config.authenticates:
-            _log.warning("callers: no token_file or tls_client_ca is set: callers are anonymous and have every right")
+            _log.warning(
+                "callers: no token_file or tls_client_ca is set: callers are anonymous, have every right and no ceiling"
+            )
 
 
 def _pool_of(files: Iterable[Any]) -> DescriptorPool:
@@ -334,4 +336,4 @@ def _infer_methods(config: ServerConfig) -> tuple[str, ...]:
 
 def _taken(admission: Admission | StreamAdmission) -> Taken:
     used, limit = admission.used, admission.capacity
-    return Taken(used.tokens, limit.tokens, used.response_bytes, limit.response_bytes)
+    return Taken(used.tokens, limit.tokens, used.response_bytes, limit.response_bytes, admission.batch_tokens)

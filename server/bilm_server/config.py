@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from bilm_api.constants import MAX_RESPONSE_BYTES
+from bilm_api.constants import MAX_RESPONSE_BYTES, Priority
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -41,6 +41,9 @@ class CallerSettings(BaseModel):
 
     name: Annotated[str, AfterValidator(_check_name)] = Field(description="as the token file or the certificate has it")
     rights: frozenset[Right] = Field(frozenset(), description="what it may do beside calling")
+    max_priority: Priority = Field(
+        Priority.INTERACTIVE, description="batch: all that it sends is batch, whatever it asks for"
+    )
 
 
 class ServerConfig(BaseSettings):
@@ -108,6 +111,9 @@ class ServerConfig(BaseSettings):
         description="MiB for layer 1's input projections of tokens seen before; 0: none; by default 128, on a GPU 0; "
         "small cells in bfloat16 by AMX have none",
     )
+    batch_share: float = Field(
+        0.125, gt=0, le=0.5, description="share of the rounds that batch sentences get while interactive ones run"
+    )
     max_sentences_per_request: int = Field(1024, ge=1, description="sentences in one Embed")
     max_tokens_per_request: int = Field(16384, ge=1, description="tokens in one Embed")
     max_tokens_per_sentence: int = Field(32768, ge=1, description="tokens in one sentence")
@@ -159,8 +165,9 @@ class ServerConfig(BaseSettings):
 
     callers: tuple[CallerSettings, ...] = Field(
         (),
-        description="what single callers may do beside calling, a [[callers]] each in the TOML file with name and "
-        'rights; as JSON elsewhere: [{"name": "team-a", "rights": ["no-log"]}]',
+        description="what single callers may do beside calling, and how urgent they may be, a [[callers]] each in the "
+        "TOML file with name, rights and max_priority; as JSON elsewhere: "
+        '[{"name": "team-a", "rights": ["no-log"], "max_priority": "batch"}]',
     )
 
     hang_s: float = Field(10.0, gt=0, description="seconds without progress after which the engine counts as hung")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import grpc
 import torch
+from bilm_api.constants import Priority
 from bilm_api.v1 import embed_pb2_grpc
 from bilm_model.kernels.fallbacks import fallback_counts
 from bilm_model.tokenization.deferred import DeferredTokenizer
@@ -66,7 +67,7 @@ class SharedParts:
 
 def build_parts(config: ServerConfig, model: ServedModel, shared: SharedParts) -> LoadedParts:
     """Return what serves a model; nothing of it has started."""
-    worker = InferenceWorker(model.engine, _round_observer(model, shared))
+    worker = InferenceWorker(model.engine, _round_observer(model, shared), batch_share=config.batch_share)
     embedder = Embedder(
         model=model,
         worker=worker,
@@ -121,6 +122,8 @@ def engine_view(parts: LoadedParts) -> EngineView:
         stalled_s=lambda: watchdog.stalled_s,
         rows=lambda: worker.rows,
         waiting_sentences=lambda: worker.waiting,
+        waiting_by_priority=lambda: {priority.value: worker.waiting_of(priority) for priority in Priority},
+        rows_by_priority=lambda: {priority.value: worker.rows_of(priority) for priority in Priority},
         cache=lambda: (engine.stats.cache.hits, engine.stats.cache.misses),
         ticks=lambda: engine.stats.ticks,
     )

@@ -43,7 +43,7 @@ class FakeNvml:
 
 
 def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
-    room = Taken(1, 10, 1, 10)
+    room = Taken(1, 10, 1, 10, 1)
     engine = EngineView(
         model={"name": "tiny", "version": "abc", "precision": "float32", "backend": "cpu", "tokenizer": "moses-en"},
         kernel_paths=lambda: {"products": "prepacked", "elementwise": "fused"},
@@ -52,6 +52,8 @@ def new_metrics(serving: Callable[[], bool] = lambda: True) -> Metrics:
         stalled_s=lambda: 0.0,
         rows=lambda: 3,
         waiting_sentences=lambda: 5,
+        waiting_by_priority=lambda: {"interactive": 5, "batch": 0},
+        rows_by_priority=lambda: {"interactive": 3, "batch": 0},
         cache=lambda: (70, 30),
         ticks=lambda: 11,
     )

@@ -52,6 +52,7 @@ def embedded(server: LoopServer, texts: Sequence[str], **changes: Any) -> list[b
         ({"layers": "average"}, {"layers": embed_pb2.LAYERS_AVERAGE}),
         ({"pooling": "max"}, {"pooling": embed_pb2.POOLING_MAX}),
         ({"l2_normalize": True}, {"l2_normalize": True}),
+        ({"priority": "batch"}, {}),
     ],
 )
 def test_the_bits_of_embed(server: LoopServer, address: str, fields: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -187,6 +187,12 @@ def asking(**fields: Any) -> dict[str, Any]:
     return one(options=fields)
 
 
+@pytest.mark.parametrize("priority", ["interactive", "batch"])
+def test_a_priority_changes_no_bit(server: LoopServer, priority: str) -> None:
+    answers = [ask(server, one(encoding_format="base64", **fields)).json for fields in ({}, {"priority": priority})]
+    assert answers[0]["results"] == answers[1]["results"]
+
+
 @pytest.mark.parametrize(
     ("body", "code", "field"),
     [
@@ -209,6 +215,8 @@ def asking(**fields: Any) -> dict[str, Any]:
         (one(encoding_format="hex"), "MALFORMED_REQUEST", "encoding_format"),
         (one(options=[]), "MALFORMED_REQUEST", "options"),
         (one(urgency=1), "MALFORMED_REQUEST", "urgency"),
+        (one(priority=1), "PRIORITY_INVALID", "priority"),
+        (one(priority="low"), "PRIORITY_INVALID", "priority"),
         (asking(layers="first"), "LAYERS_INVALID", "options.layers"),
         (asking(layers=1), "LAYERS_INVALID", "options.layers"),
         (asking(pooling="sum"), "POOLING_INVALID", "options.pooling"),

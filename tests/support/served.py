@@ -1,6 +1,6 @@
 """The services on a fake engine behind a real gRPC server, on the test's own event loop."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 from bilm_api.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
+from bilm_server.config import CallerSettings
 from bilm_server.embedding.call_gate import CallGate
 from bilm_server.embedding.embedder import Embedder
 from bilm_server.inference.types import Sentence
@@ -66,7 +67,12 @@ class RunningService:
 
 @asynccontextmanager
 async def serving(
-    engine: FakeEngine[Sentence], *, stall_s: float = 60.0, options: tuple[tuple[str, int], ...] = (), **settings: Any
+    engine: FakeEngine[Sentence],
+    *,
+    stall_s: float = 60.0,
+    options: tuple[tuple[str, int], ...] = (),
+    callers: Sequence[CallerSettings] = (),
+    **settings: Any,
 ) -> AsyncIterator[RunningService]:
     """Yield services on an engine.
 
@@ -74,11 +80,12 @@ async def serving(
         engine: What computes.
         stall_s: Seconds that a stream's client may take to read a message.
         options: Of the client's channel.
+        callers: With rights or ceilings; every client is "anybody".
         settings: Of `embedding`.
     """
     async with embedding(engine, **settings) as embedder:
         ended = EndedCalls()
-        gate = CallGate(Anybody(), CallerRights((), authenticated=False), NO_LIMITS, [ended])
+        gate = CallGate(Anybody(), CallerRights(callers, authenticated=bool(callers)), NO_LIMITS, [ended])
         server = grpc.aio.server(interceptors=[CallInterceptor(SERVICE, gate)])
         embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedService(embedder, stall_s), server)
         server.add_generic_rpc_handlers((handler_of(InferenceService(embedder), MODEL_METHODS),))

@@ -86,6 +86,7 @@ class CallGate:
             RefusalError: UNAUTHENTICATED or CALLER_LIMIT.
         """
         call.caller = self._authenticator.identify(call.metadata, call.peer, auth_context).name
+        call.priority = self._rights.max_priority(call.caller)
         call.is_test = is_marked(call.metadata) and self._rights.has(call.caller, Right.NO_LOG)
         call.held.add(self._limits.call(call.caller).release)
 

@@ -7,12 +7,14 @@ longer than that is done at once. Both sides count bytes, weighted by what they 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TypeVar
 
-from bilm_api.constants import Reason
+from bilm_api.constants import Priority, Reason
 
 from bilm_server.embedding.admission import pushback_ms
 from bilm_server.errors import RefusalError
+from bilm_server.limits import for_batch
 
 R = TypeVar("R")
 
@@ -50,6 +52,9 @@ class Conversions:
     A request that finds too much waiting is refused. A stream's item waits for its turn instead, and has no part in
     what requests find waiting, as everywhere else. A response is never refused, since its work is done; but it counts.
 
+    Batch work takes one thread at a time, so that interactive work never waits behind more than one piece of it, and
+    batch requests are refused when it makes up three quarters of what may wait.
+
     A conversion that is cancelled while it waits is dropped.
     """
 
@@ -62,14 +67,15 @@ class Conversions:
         self._max_waiting_bytes = max_waiting_bytes
         self._threads = ThreadPoolExecutor(_THREADS, "conversion")
         self._items = asyncio.Semaphore(_THREADS)  # first come, first served
-        self._waiting_bytes = 0
+        self._batch_turn = asyncio.Semaphore(1)
+        self._waiting_bytes = self._batch_bytes = 0
 
     @property
     def waiting_bytes(self) -> int:
         """Weighted bytes of requests and responses being converted or waiting for it."""
         return self._waiting_bytes
 
-    async def request(self, weight: int, function: Callable[[], R]) -> R:
+    async def request(self, weight: int, function: Callable[[], R], priority: Priority = Priority.INTERACTIVE) -> R:
         """Convert a request of a `request_weight`.
 
         Raises:
@@ -77,32 +83,43 @@ class Conversions:
         """
         if weight <= INLINE_BYTES:
             return function()
-        if self._waiting_bytes >= self._max_waiting_bytes:
+        too_much_batch = self._batch_bytes >= for_batch(self._max_waiting_bytes) and priority is Priority.BATCH
+        if too_much_batch or self._waiting_bytes >= self._max_waiting_bytes:
             half_s = self._waiting_bytes * _SECONDS_PER_BYTE / 2
             raise RefusalError(Reason.OVERLOADED, "too many requests wait to be read; try again", pushback_ms(half_s))
-        return await self._counted(weight, function)
+        return await self._counted(weight, function, priority)
 
-    async def item(self, weight: int, function: Callable[[], R]) -> R:
+    async def item(self, weight: int, function: Callable[[], R], priority: Priority = Priority.INTERACTIVE) -> R:
         """Convert a stream's item of a `request_weight`, when its turn comes."""
         if weight <= INLINE_BYTES:
             return function()
-        async with self._items:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+        async with self._turn(priority), self._items:
+            return await self._in_thread(function)
 
-    async def response(self, n_bytes: int, function: Callable[[], R]) -> R:
+    async def response(self, n_bytes: int, function: Callable[[], R], priority: Priority = Priority.INTERACTIVE) -> R:
         """Convert results to a response of so many bytes."""
         if n_bytes <= INLINE_RESPONSE_BYTES:
             return function()
-        return await self._counted(n_bytes // _RESPONSE_SHARE, function)
+        return await self._counted(n_bytes // _RESPONSE_SHARE, function, priority)
 
     def stop(self) -> None:
         """Drop what waits; what runs is left to end by itself."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _counted(self, weight: int, function: Callable[[], R]) -> R:
+    async def _counted(self, weight: int, function: Callable[[], R], priority: Priority) -> R:
+        batch_weight = weight if priority is Priority.BATCH else 0
         self._waiting_bytes += weight
+        self._batch_bytes += batch_weight
         try:
-            # Cancelling the future that is awaited here cancels the thread pool's, which then skips it
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+            async with self._turn(priority):
+                return await self._in_thread(function)
         finally:
             self._waiting_bytes -= weight
+            self._batch_bytes -= batch_weight
+
+    def _turn(self, priority: Priority) -> AbstractAsyncContextManager[None]:
+        return self._batch_turn if priority is Priority.BATCH else nullcontext()
+
+    async def _in_thread(self, function: Callable[[], R]) -> R:
+        # Cancelling the future that is awaited here cancels the thread pool's, which then skips it
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)

@@ -7,7 +7,7 @@ says who calls. Limits, admission, cancellation and accounting are here, for all
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-from bilm_api.constants import Reason
+from bilm_api.constants import Priority, Reason
 from bilm_model.engine.types import State
 
 from bilm_server.embedding.admission import (
@@ -23,7 +23,7 @@ from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.embedding.conversions import Conversions
 from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits
 from bilm_server.errors import Code, RefusalError
-from bilm_server.inference.types import Outcome, Result, Sentence
+from bilm_server.inference.types import Call, Outcome, Result, Sentence
 from bilm_server.inference.worker import InferenceWorker
 from bilm_server.observability.call_record import current_call
 from bilm_server.served_model import ServedModel
@@ -99,6 +99,14 @@ class Embedder:
         current_call().model = self.model.name if name in ("", self.model.name) else ""
         self.model.check(name, expected_version)
 
+    @staticmethod
+    def prioritise(call: Call, asked: Priority) -> None:
+        """Give a call's sentences the priority that it asks for, or its caller's ceiling where that is lower."""
+        record = current_call()
+        if asked is Priority.BATCH:
+            record.priority = asked
+        call.priority = record.priority
+
     async def embed(
         self,
         sentences: Sequence[Sentence],
@@ -124,8 +132,9 @@ class Embedder:
         """
         self.limits.check_count(len(sentences))
         price = self._preprocessing.price(sentences)
-        room = self.admission.reserve(Cost(price, 0), self._retry_after_ms)  # before any work is done for it
-        current_call().held.add(room.release)
+        record = current_call()
+        room = self.admission.reserve(Cost(price, 0), self._retry_after_ms, record.priority)  # before any work
+        record.held.add(room.release)
         try:
             refusals, n_bytes = await self._prepare(sentences, request_bytes, room, response)
             if fail_as_one:
@@ -140,10 +149,10 @@ class Embedder:
         _count(sentences, results)
         if fail_as_one:
             _raise_first(results)
-        return await self.conversions.response(n_bytes, lambda: response.build(sentences, results))
+        return await self.conversions.response(n_bytes, lambda: response.build(sentences, results), record.priority)
 
     def stream(self) -> "SentenceStream":
-        """Return a stream of sentences that are answered one by one."""
+        """Return a stream of sentences that are answered one by one; the call's priority is known."""
         return SentenceStream(self, self._preprocessing, self._caller_limits)
 
     async def compute(self, sentence: Sentence) -> Result:
@@ -173,9 +182,10 @@ class Embedder:
         Returns:
             What is wrong with each sentence, and a bound of the response's bytes.
         """
-        with self._caller_limits.charged(current_call().caller, room.cost.tokens) as charge:
+        record, prepare_all = current_call(), self._preprocessing.prepare_all
+        with self._caller_limits.charged(record.caller, room.cost.tokens) as charge:
             weight = self._preprocessing.weight(sentences, request_bytes)
-            refusals = await self.conversions.request(weight, lambda: self._preprocessing.prepare_all(sentences))
+            refusals = await self.conversions.request(weight, lambda: prepare_all(sentences), record.priority)
             cost = self._cost(_good(sentences, refusals), response)
             self.admission.resize(room, cost, self._retry_after_ms)
             charge.tokens = cost.tokens
@@ -197,7 +207,7 @@ class SentenceStream:
 
     def __init__(self, embedder: Embedder, preprocessing: Preprocessing, caller_limits: CallerLimits) -> None:
         self._embedder, self._preprocessing, self._caller_limits = embedder, preprocessing, caller_limits
-        self._share = StreamShare(embedder.limits.stream_items)
+        self._share = StreamShare(embedder.limits.stream_items, current_call().priority)
         self._carried: State | None = None
 
     async def place(self) -> Reservation:
@@ -220,7 +230,7 @@ class SentenceStream:
         try:
             prepare = self._preprocessing.prepare
             weight = self._preprocessing.weight([sentence], request_bytes)
-            await self._embedder.conversions.item(weight, lambda: prepare(sentence))
+            await self._embedder.conversions.item(weight, lambda: prepare(sentence), self._share.priority)
             n_bytes = self._preprocessing.computed_bytes(sentence) + overhead_bytes(sentence)
             return await self._reserve(Cost(len(sentence.tokens), n_bytes))
         except RefusalError as error:

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
+from bilm_api.constants import Priority
 from bilm_model.engine.types import Engine, EngineResult
 
 from bilm_server.errors import internal_error
@@ -14,6 +15,9 @@ from bilm_server.inference.speed import Speed
 from bilm_server.inference.types import Result, RoundReport, Sentence, Status
 
 _log = logging.getLogger(__name__)
+
+BATCH_ROUND_S = 0.010
+"""How long a round with batch sentences should take: an interactive one may come at any time, and waits for its end."""
 
 
 class RunningBatch:
@@ -47,7 +51,7 @@ class RunningBatch:
         self._clock, self._on_round = clock, on_round
         self._recovery, self._rows = Recovery(engine), engine.capacity.rows
         self._in_flight: dict[Sentence, None] = {}
-        self._speed = Speed()
+        self._speed, self._batch_speed = Speed(), Speed()
         self._healthy = True
         self._checking = False
         self._some_cancelled = False
@@ -89,7 +93,7 @@ class RunningBatch:
         for sentence in sentences:
             if sentence.status is Status.COMPUTING:
                 self._in_flight.pop(sentence, None)
-                self._scheduler.release(sentence.need)
+                self._scheduler.release(sentence.need, sentence.call.priority)
             sentence.status = Status.ENDED
 
     def look_for_cancelled(self) -> None:
@@ -176,10 +180,13 @@ class RunningBatch:
         if not self._in_flight:
             return
         stats = self._engine.stats
+        leave_out = self._scheduler.leaves_batch_out()
+        with_batch = not leave_out and self._scheduler.rows(Priority.BATCH) > 0
+        max_steps = int(self._batch_speed.steps_per_s * BATCH_ROUND_S) if with_batch else None
         begun_s, steps = self._clock(), stats.steps
-        rows = min(len(self._in_flight), self._rows)  # others have joined ahead of them
+        rows = self._advancing(leave_out)
         try:
-            found = self._engine.advance()
+            found = self._engine.advance(leave_out=leave_out, max_steps=max_steps)
         except Exception as error:
             _log.exception("a round of %d sentences failed", rows)
             self._recovery.note(error)
@@ -192,7 +199,16 @@ class RunningBatch:
         self._exit([(each.sentence, _result(each, now_s)) for each in ended])
         report = RoundReport(rows, stats.steps - steps, now_s - begun_s)
         self._speed.add(report.steps, report.seconds)
+        if with_batch:
+            self._batch_speed.add(report.steps, report.seconds)
         self._on_round(report)
+
+    def _advancing(self, leave_out: bool) -> int:
+        """Return how many sentences a round advances."""
+        most = self._rows  # others have joined ahead of them
+        if leave_out:
+            most = min(most, self._scheduler.rows(Priority.INTERACTIVE))
+        return min(len(self._in_flight), most)
 
     def _recover(self) -> None:
         """Find out whether the engine still works, and if so which sentence of those in flight it fails at."""

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
+from bilm_api.constants import Priority
 from bilm_model.engine.types import Capacity
 
 from bilm_server.limits import for_long_sentences
@@ -44,17 +45,20 @@ class _Lane(Generic[T]):
     """Callers take turns, an entry a turn.
 
     Attributes:
-        capacity: that its items may take together.
+        limit: what its items may take together.
         rows: that they take.
         steps: that they take.
         n_waiting: items that wait.
         queues: by caller; the first one's turn is next.
     """
 
-    def __init__(self, capacity: Capacity) -> None:
-        self.capacity = capacity
+    def __init__(self, limit: Capacity) -> None:
+        self.limit = limit
         self.rows = self.steps = self.n_waiting = 0
         self.queues: OrderedDict[Hashable, _Queue[T]] = OrderedDict()
+
+    def fits(self, rows: int, steps: int, limit: Capacity) -> bool:
+        return self.rows + rows <= limit.rows and self.steps + steps <= limit.steps
 
     def add(self, caller: Hashable, item: T, entry: tuple[int, int, float], now: int) -> None:
         queue = self.queues.get(caller)
@@ -89,110 +93,266 @@ class _Lane(Generic[T]):
         return item
 
 
+class _Turn(NamedTuple, Generic[T]):
+    """The head of a lane, and whether it is to be taken out: it has expired, or it fits."""
+
+    lane: _Lane[T]
+    rows: int
+    steps: int
+    since: int
+    expired: bool
+    fits: bool
+
+
+class _Class(Generic[T]):
+    """The sentences of one priority, short and long ones.
+
+    Long sentences stay long: they would fill all rows and keep short ones waiting for thousands of ticks. So they have
+    a lane of their own with a little less capacity. One that waits for other long ones lets short ones pass; one that
+    waits for capacity that short ones take doesn't.
+    """
+
+    def __init__(self, limit: Capacity, long_limit: Capacity) -> None:
+        self.short: _Lane[T] = _Lane(limit)
+        self.long: _Lane[T] = _Lane(long_limit)
+
+    def __bool__(self) -> bool:
+        """Whether any sentence waits."""
+        return bool(self.short.queues or self.long.queues)
+
+    def __len__(self) -> int:
+        """Sentences that wait."""
+        return self.short.n_waiting + self.long.n_waiting
+
+    @property
+    def rows(self) -> int:
+        return self.short.rows + self.long.rows
+
+    @property
+    def steps(self) -> int:
+        return self.short.steps + self.long.steps
+
+    def lane(self, steps: int) -> _Lane[T]:
+        return self.long if steps > LONG_STEPS else self.short
+
+    def next_turn(self, now_s: float, free_rows: int, free_steps: int) -> _Turn[T] | None:
+        """Return the head whose turn it is; None if nothing waits but long sentences for other long ones."""
+        for lane, queue in self.by_turn():
+            rows, steps, deadline_s = next(iter(queue.entries.values()))
+            if deadline_s <= now_s:
+                return _Turn(lane, rows, steps, queue.since, expired=True, fits=True)
+            if lane.fits(rows, steps, lane.limit):
+                fits = rows <= free_rows and steps <= free_steps
+                return _Turn(lane, rows, steps, queue.since, expired=False, fits=fits)
+        return None
+
+    def by_turn(self) -> Sequence[tuple[_Lane[T], _Queue[T]]]:
+        """Return the lanes in which something waits, with the queues whose turn it is, by how long they wait for it."""
+        turns = [(lane, lane.first()[1]) for lane in (self.short, self.long) if lane.queues]
+        if len(turns) > 1 and turns[1][1].since < turns[0][1].since:
+            turns.reverse()
+        return turns
+
+
+class _Share:
+    """What batch gets of something that comes in units: each one that passes it adds to what is due."""
+
+    def __init__(self, share: float) -> None:
+        self._share, self._credit = share, 0.0
+
+    @property
+    def due(self) -> bool:
+        return self._credit >= 1 - self._share - _ROUNDING
+
+    def passed(self) -> None:
+        self._credit = min(1.0, self._credit + self._share)
+
+    def taken(self) -> None:
+        self._credit = max(0.0, self._credit - (1 - self._share))
+
+    def forget(self) -> None:
+        self._credit = 0.0
+
+
+_ROUNDING = 1e-9
+
+EIGHTH = 0.125
+"""Batch's share where nothing else is set."""
+
+
 class Scheduler(Generic[T]):
     """Callers take turns, the one that has waited longest first, one sentence a turn, as long as there is capacity.
 
     So a caller with one sentence waits for one sentence of every other caller at most, and not for a caller with a
     thousand. No batching delay: a sentence that fits is scheduled at once. A sentence whose turn it is and that doesn't
-    fit holds the others up until it does, so that none starves.
+    fit holds the others up until it does, so that none starves. See `_Class` for long sentences.
 
-    Long sentences stay long: they would fill all rows and keep short ones waiting for thousands of ticks. So they have
-    a lane of their own with a little less capacity. One that waits for other long ones lets short ones pass; one that
-    waits for capacity that short ones take doesn't.
+    Batch sentences never take the rows and steps that are closed to long ones. While no interactive sentence waits,
+    they take rows that are free; otherwise they have their share of the turns. For one whose turn it is and that
+    doesn't fit, capacity is kept, and interactive ones join beside it. Long interactive ones leave an eighth of what
+    batch leaves to short ones. One that waits for what batch holds, and has waited longer, keeps batch from joining.
 
     An engine may take some sentences ahead, so that a row that ends one can begin the next at once. Long ones never run
     ahead: those that join have rows, as many as long ones may have, and so do short ones.
     """
 
-    def __init__(self, capacity: Capacity, ahead: int = 0) -> None:
+    def __init__(self, capacity: Capacity, ahead: int = 0, batch_share: float = EIGHTH) -> None:
         """Set what the engine takes.
 
         Args:
             capacity: What it computes at a time.
             ahead: Sentences that may join beyond that.
+            batch_share: Of turns and rounds that go to batch sentences while there are interactive ones; above 0.
         """
-        self._capacity = capacity + Capacity(ahead, 0)
-        self._short: _Lane[T] = _Lane(self._capacity)
-        self._long: _Lane[T] = _Lane(_for_long_ones(capacity))
+        self._capacity, self._with_ahead = capacity, capacity + Capacity(ahead, 0)
+        self._long_limit = limit = _for_long_ones(capacity)
+        self._interactive: _Class[T] = _Class(self._with_ahead, limit)
+        # Batch's long ones may take all of its steps: whatever length is served is served as batch, too
+        self._batch: _Class[T] = _Class(limit, Capacity(for_long_sentences(limit.rows), limit.steps))
+        self._classes = {Priority.INTERACTIVE: self._interactive, Priority.BATCH: self._batch}
+        self._turn_share, self._round_share = _Share(batch_share), _Share(batch_share)
         self._turns = 0
 
     def __bool__(self) -> bool:
         """Whether any sentence waits."""
-        return bool(self._short.queues or self._long.queues)
+        return bool(self._interactive or self._batch)
 
     def __len__(self) -> int:
         """Sentences that wait."""
-        return self._short.n_waiting + self._long.n_waiting
+        return len(self._interactive) + len(self._batch)
+
+    def waiting(self, priority: Priority) -> int:
+        """Return how many sentences of a priority wait."""
+        return len(self._classes[priority])
+
+    def rows(self, priority: Priority) -> int:
+        """Return how many rows sentences of a priority take."""
+        return self._classes[priority].rows
 
     @property
     def used(self) -> Capacity:
         """What is taken."""
-        return Capacity(self._short.rows + self._long.rows, self._short.steps + self._long.steps)
+        interactive, batch = self._interactive, self._batch
+        return Capacity(interactive.rows + batch.rows, interactive.steps + batch.steps)
 
-    def ever_fits(self, need: Capacity) -> bool:
+    def ever_fits(self, need: Capacity, priority: Priority = Priority.INTERACTIVE) -> bool:
         """Return whether a sentence that needs so much could join if nothing else had."""
-        return self._lane(need.steps).capacity.fits(need)
+        if priority is Priority.BATCH or need.steps > LONG_STEPS:
+            return self._long_limit.fits(need)
+        return self._with_ahead.fits(need)
 
-    def add(self, item: T, caller: Hashable, need: Capacity, deadline_s: float) -> None:
+    def add(
+        self,
+        item: T,
+        caller: Hashable,
+        need: Capacity,
+        deadline_s: float,
+        priority: Priority = Priority.INTERACTIVE,
+    ) -> None:
         """Let a sentence wait, until the deadline on the clock that `decide` is given."""
         self._turns += 1
-        self._lane(need.steps).add(caller, item, (need.rows, need.steps, deadline_s), self._turns)
+        lane = self._classes[priority].lane(need.steps)
+        lane.add(caller, item, (need.rows, need.steps, deadline_s), self._turns)
 
     def remove(self, item: T, caller: Hashable) -> bool:
         """Take out one waiting sentence of a caller; return whether it was waiting."""
-        return self._short.remove(caller, item) or self._long.remove(caller, item)
+        return any(lane.remove(caller, item) for lane in self._lanes())
 
-    def release(self, need: Capacity) -> None:
+    def release(self, need: Capacity, priority: Priority = Priority.INTERACTIVE) -> None:
         """Give back the capacity of a sentence that has left the engine."""
-        lane = self._lane(need.steps)
-        lane.rows -= need.rows
-        lane.steps -= need.steps
+        self._take(self._classes[priority].lane(need.steps), -need.rows, -need.steps)
 
     def decide(self, now_s: float) -> Decision[T]:
         """Take out the sentences that join now."""
         items: list[T] = []
         expired: list[T] = []
         while (turn := self._next_turn(now_s)) is not None:
-            lane, (rows, steps, deadline_s) = turn
             self._turns += 1
-            item = lane.pop(self._turns)
-            if deadline_s <= now_s:
+            item = turn.lane.pop(self._turns)
+            if turn.expired:
                 expired.append(item)
-            else:
-                lane.rows += rows
-                lane.steps += steps
-                items.append(item)
+                continue
+            self._take(turn.lane, turn.rows, turn.steps)
+            self._count_turn(turn.lane)
+            items.append(item)
         return Decision(tuple(items), tuple(expired))
+
+    def leaves_batch_out(self) -> bool:
+        """Return whether the round that begins now is to leave batch sentences out; once for each round."""
+        share = self._round_share
+        if not (self._interactive.rows and self._batch.rows):
+            share.forget()  # so that an interactive sentence that joins runs at once
+            return False
+        if share.due:
+            share.taken()
+            return False
+        share.passed()
+        return True
 
     def drain(self) -> tuple[T, ...]:
         """Take out everything that waits."""
         items: list[T] = []
-        for lane in (self._short, self._long):
+        for lane in self._lanes():
             while lane.queues:
                 items.append(lane.pop(self._turns))
         return tuple(items)
 
-    def _next_turn(self, now_s: float) -> tuple[_Lane[T], tuple[int, int, float]] | None:
-        """Return the lane whose head is to be taken out, and the head's entry; None if all must wait."""
-        short, long, whole = self._short, self._long, self._capacity
-        for lane, queue in self._by_turn():
-            head = rows, steps, deadline_s = next(iter(queue.entries.values()))
-            if deadline_s <= now_s:
-                return lane, head
-            if lane.rows + rows <= lane.capacity.rows and lane.steps + steps <= lane.capacity.steps:
-                rows, steps = rows + short.rows + long.rows, steps + short.steps + long.steps
-                return (lane, head) if rows <= whole.rows and steps <= whole.steps else None
-        return None
+    def _next_turn(self, now_s: float) -> _Turn[T] | None:
+        """Return the head that is to be taken out; None if all must wait."""
+        rows, steps = self._interactive.rows + self._batch.rows, self._interactive.steps + self._batch.steps
+        whole = self._with_ahead
+        free_rows, free_steps = whole.rows - rows, whole.steps - steps
+        if self._batch:
+            turn = self._batch_turn(now_s, free_rows, free_steps)
+            if turn is not None and turn.fits:
+                return turn
+            if turn is not None:
+                free_rows, free_steps = free_rows - turn.rows, free_steps - turn.steps
+        turn = self._interactive.next_turn(now_s, free_rows, free_steps)
+        return turn if turn is not None and turn.fits else None
 
-    def _by_turn(self) -> Sequence[tuple[_Lane[T], _Queue[T]]]:
-        """Return the lanes in which something waits, with the queues whose turn it is, by how long they wait for it."""
-        turns = [(lane, lane.first()[1]) for lane in (self._short, self._long) if lane.queues]
-        if len(turns) > 1 and turns[1][1].since < turns[0][1].since:
-            turns.reverse()
-        return turns
+    def _batch_turn(self, now_s: float, free_rows: int, free_steps: int) -> _Turn[T] | None:
+        """Return batch's head, where it may join now, or where capacity is kept for it until it fits."""
+        batch, limit = self._batch, self._long_limit
+        turn = batch.next_turn(now_s, limit.rows - batch.rows, limit.steps - batch.steps)
+        if turn is None or turn.expired or not turn.fits:
+            return turn if turn is not None and turn.expired else None
+        waited_for = self._waits_for_batch()
+        due = self._turn_share.due and (waited_for is None or turn.since < waited_for)
+        if not due:
+            if self._interactive:
+                return None
+            free_rows -= self._with_ahead.rows - self._capacity.rows
+        fits = turn.rows <= free_rows and turn.steps <= free_steps
+        return turn._replace(fits=fits) if fits or due else None
 
-    def _lane(self, steps: int) -> _Lane[T]:
-        return self._long if steps > LONG_STEPS else self._short
+    def _waits_for_batch(self) -> int | None:
+        """Return since when a long interactive sentence waits for nothing but what batch holds; None: none does."""
+        lane = self._interactive.long
+        if not lane.queues:
+            return None
+        queue = lane.first()[1]
+        rows, steps, _ = next(iter(queue.entries.values()))
+        blocked = not lane.fits(rows, steps, lane.limit) and lane.fits(rows, steps, self._long_limit)
+        return queue.since if blocked else None
+
+    def _take(self, lane: _Lane[T], rows: int, steps: int) -> None:
+        lane.rows += rows
+        lane.steps += steps
+        if lane is self._batch.short or lane is self._batch.long:
+            used = Capacity(self._batch.rows, self._batch.steps)
+            self._interactive.long.limit = _for_long_ones(self._capacity - used)
+
+    def _count_turn(self, lane: _Lane[T]) -> None:
+        if lane is self._batch.short or lane is self._batch.long:
+            self._turn_share.taken()
+        elif self._batch:
+            self._turn_share.passed()
+        else:
+            self._turn_share.forget()
+
+    def _lanes(self) -> Sequence[_Lane[T]]:
+        return self._interactive.short, self._interactive.long, self._batch.short, self._batch.long
 
 
 def _for_long_ones(capacity: Capacity) -> Capacity:

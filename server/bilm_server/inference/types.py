@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from bilm_api.constants import Priority
 from bilm_model.engine.types import Capacity, OutputSpec, State
 
 from bilm_server.errors import RefusalError
@@ -24,9 +25,11 @@ class Call:
 
     Attributes:
         deadline_s: on the worker's clock, `time.monotonic`.
+        priority: of its sentences.
     """
 
     deadline_s: float = NO_DEADLINE_S
+    priority: Priority = Priority.INTERACTIVE
 
 
 class Status(Enum):
@@ -109,6 +112,11 @@ class Sentence:
     joined_s: float = 0.0
     future: "asyncio.Future[Outcomes] | None" = None
     outcome: "Outcome | None" = None
+
+    @property
+    def deferrable(self) -> bool:
+        """Whether a round may leave it out."""
+        return self.call.priority is Priority.BATCH
 
     @property
     def cancelled(self) -> bool:

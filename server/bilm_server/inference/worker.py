@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from bilm_api.constants import Priority
 from bilm_model.engine.types import Capacity, Engine
 
 from bilm_server.errors import RefusalError
 from bilm_server.inference.batch import RunningBatch
 from bilm_server.inference.exits import PendingSentences, Refusal, failing, shutting_down, too_large
-from bilm_server.inference.scheduler import Scheduler
+from bilm_server.inference.scheduler import EIGHTH, Scheduler
 from bilm_server.inference.types import Outcomes, RoundReport, Sentence, Status
 
 _log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class InferenceWorker:
         on_round: Callable[[RoundReport], None] = lambda report: None,
         clock: Callable[[], float] = time.monotonic,
         timing: WorkerTiming = WorkerTiming(),
+        batch_share: float = EIGHTH,
     ) -> None:
         """Set the parts; call `start` to start the thread.
 
@@ -54,9 +56,10 @@ class InferenceWorker:
             on_round: called in the thread after each round; must neither raise nor take long.
             clock: seconds, monotonic; the one of the calls' deadlines.
             timing: how long the thread waits.
+            batch_share: of turns and rounds that batch sentences get while there are interactive ones.
         """
         self._engine, self._clock, self._timing = engine, clock, timing
-        self._scheduler: Scheduler[Sentence] = Scheduler(engine.capacity, engine.ahead)
+        self._scheduler: Scheduler[Sentence] = Scheduler(engine.capacity, engine.ahead, batch_share)
         self._pending = PendingSentences()
         self._wake = threading.Condition()  # its lock is that of the scheduler and of the sentences' statuses
         self._batch = RunningBatch(engine, self._scheduler, self._pending, self._wake, clock=clock, on_round=on_round)
@@ -101,6 +104,14 @@ class InferenceWorker:
     def waiting(self) -> int:
         """Sentences that have not ended and are not being computed."""
         return len(self._scheduler) + self._batch.n_suspects
+
+    def waiting_of(self, priority: Priority) -> int:
+        """Return how many sentences of a priority have not joined the engine."""
+        return self._scheduler.waiting(priority)
+
+    def rows_of(self, priority: Priority) -> int:
+        """Return how many rows sentences of a priority hold, those included that rounds leave out."""
+        return self._scheduler.rows(priority)
 
     @property
     def in_flight(self) -> int:
@@ -161,7 +172,8 @@ class InferenceWorker:
             refusal = self._why_not(sentences)
             for sentence in sentences:
                 if refusal is None:
-                    self._scheduler.add(sentence, sentence.call, sentence.need, sentence.call.deadline_s)
+                    call = sentence.call
+                    self._scheduler.add(sentence, call, sentence.need, call.deadline_s, call.priority)
                 else:
                     sentence.status = Status.ENDED
             self._wake.notify()
@@ -194,7 +206,7 @@ class InferenceWorker:
         if not self._batch.healthy:
             return failing()
         for sentence in sentences:
-            if not self._scheduler.ever_fits(sentence.need):
+            if not self._scheduler.ever_fits(sentence.need, sentence.call.priority):
                 return too_large()
         return None
 

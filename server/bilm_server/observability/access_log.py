@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from bilm_api.constants import Priority
+
 from bilm_server.errors import Code
 from bilm_server.observability.call_record import CallRecord
 
@@ -36,7 +38,8 @@ class Fields(Mapping[str, Value]):
     def __init__(self, call: CallRecord, trace_id: str) -> None:
         self._taken = (
             call.method, call.code or Code.UNKNOWN, call.reason, call.model, call.duration_s, call.queue_s,
-            call.inference_s, call.sentences, call.failed_sentences, call.tokens, call.caller, call.peer,
+            call.inference_s, call.sentences, call.failed_sentences, call.tokens,
+            "" if call.priority is Priority.INTERACTIVE else call.priority.value, call.caller, call.peer,
             call.request_id, trace_id,
         )  # fmt: skip
         self._found: dict[str, Value] | None = None
@@ -59,7 +62,7 @@ class Fields(Mapping[str, Value]):
 
 _KEYS = (
     "method", "code", "reason", "model", "duration_ms", "queue_ms", "inference_ms", "sentences", "failed_sentences",
-    "tokens", "caller", "peer", "request_id", "trace_id",
+    "tokens", "priority", "caller", "peer", "request_id", "trace_id",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from bilm_api.constants import MAX_REQUEST_ID_CHARACTERS, NO_LOG_KEY, REQUEST_ID_KEY
+from bilm_api.constants import MAX_REQUEST_ID_CHARACTERS, NO_LOG_KEY, REQUEST_ID_KEY, Priority
 
 from bilm_server.errors import Code
 
@@ -56,6 +56,7 @@ class CallRecord:
         request_bytes: of a unary call's message, once it is there.
         model: name of the model that the call is for, once that is known; "" for one that isn't served.
         caller: who it is, once that is known; an address where nothing better is.
+        priority: of its sentences: its caller's ceiling, or what it asks for where that is lower.
         is_test: whether its caller marked it so and may; False until it is known who calls.
         code: at its end.
         reason: of a refusal of the whole call.
@@ -75,6 +76,7 @@ class CallRecord:
     request_bytes: int = 0
     model: str = ""
     caller: str = ""
+    priority: Priority = Priority.INTERACTIVE
     is_test: bool = False
     code: Code | None = None
     reason: str = ""

@@ -36,12 +36,14 @@ class Taken:
         token_limit: of them.
         response_bytes: of what is admitted.
         response_bytes_limit: of them.
+        batch_tokens: of those admitted, batch's.
     """
 
     tokens: int
     token_limit: int
     response_bytes: int
     response_bytes_limit: int
+    batch_tokens: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class EngineView:
         stalled_s: how long the engine has had work and made no progress; 0 while it makes some.
         rows: sentences being computed.
         waiting_sentences: that haven't joined the engine.
+        waiting_by_priority: the same, by priority.
+        rows_by_priority: rows that sentences hold, those included that rounds leave out.
         cache: hits and misses of token vectors since the start.
         ticks: of the engine since the start.
     """
@@ -84,6 +88,8 @@ class EngineView:
     stalled_s: Callable[[], float]
     rows: Callable[[], int]
     waiting_sentences: Callable[[], int]
+    waiting_by_priority: Callable[[], Mapping[str, int]]
+    rows_by_priority: Callable[[], Mapping[str, int]]
     cache: Callable[[], tuple[int, int]]
     ticks: Callable[[], int]
 
@@ -149,6 +155,18 @@ def _engines(engines: Sequence[EngineView]) -> Iterator[Metric]:
     }
     for name, value in values.items():
         yield _of_each(GaugeMetricFamily(name, _ENGINE_TEXTS[name], labels=["model"]), engines, value)
+    yield _by_priority(
+        "bilm_priority_waiting_sentences",
+        "Sentences that wait for the engine, by priority.",
+        engines,
+        lambda engine: engine.waiting_by_priority(),
+    )
+    yield _by_priority(
+        "bilm_priority_slots_held",
+        "Slots held by sentences, also while rounds leave them out, by priority.",
+        engines,
+        lambda engine: engine.rows_by_priority(),
+    )
     counts: dict[str, Callable[[EngineView], float]] = {
         "bilm_engine_ticks": lambda engine: engine.ticks(),
         "bilm_token_cache_hits": lambda engine: engine.cache()[0],
@@ -163,6 +181,16 @@ def _of_each(
 ) -> Metric:
     for engine in engines:
         family.add_metric([engine.model["name"]], value(engine))
+    return family
+
+
+def _by_priority(
+    name: str, text: str, engines: Sequence[EngineView], values: Callable[[EngineView], Mapping[str, int]]
+) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=["model", "priority"])
+    for engine in engines:
+        for priority, value in values(engine).items():
+            family.add_metric([engine.model["name"], priority], value)
     return family
 
 
@@ -214,14 +242,16 @@ def _admission(taken: Mapping[str, Taken]) -> Iterator[Metric]:
         "bilm_admitted_tokens", "Tokens of calls not computed, of streams not sent.", labels=["room"]
     )
     token_limit = GaugeMetricFamily("bilm_admitted_tokens_limit", "Their limit.", labels=["room"])
+    batch = GaugeMetricFamily("bilm_admitted_batch_tokens", "Those of batch calls and streams.", labels=["room"])
     answers = GaugeMetricFamily("bilm_admitted_answer_bytes", "Bytes of answers not sent.", labels=["room"])
     answer_limit = GaugeMetricFamily("bilm_admitted_answer_bytes_limit", "Their limit.", labels=["room"])
     for room, work in taken.items():
         tokens.add_metric([room], work.tokens)
         token_limit.add_metric([room], work.token_limit)
+        batch.add_metric([room], work.batch_tokens)
         answers.add_metric([room], work.response_bytes)
         answer_limit.add_metric([room], work.response_bytes_limit)
-    yield from (tokens, token_limit, answers, answer_limit)
+    yield from (tokens, token_limit, batch, answers, answer_limit)
 
 
 def _gpu(gpu: Gpu) -> Iterator[Metric]:

@@ -1,10 +1,12 @@
 from contextlib import suppress
 
 import pytest
-from bilm_api.constants import Reason
-from bilm_server.embedding.admission import NOTHING, Admission, Cost
+from bilm_api.constants import Priority, Reason
+from bilm_server.embedding.admission import NOTHING, Admission, Cost, Reservation
 from bilm_server.errors import RefusalError
 from bilm_server.protocols.grpc.status import trailing_metadata
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def test_room_comes_back() -> None:
@@ -72,3 +74,58 @@ def test_what_has_been_released_takes_nothing_again() -> None:
     room.release()
     admission.resize(room, Cost(5, 5), lambda: 250)
     assert admission.used == NOTHING
+
+
+def refused(admission: Admission, cost: Cost, priority: Priority) -> bool:
+    with suppress(RefusalError):
+        admission.reserve(cost, lambda: 250, priority).release()
+        return False
+    return True
+
+
+@pytest.mark.parametrize("more", [Cost(1, 0), Cost(0, 1)])
+def test_batch_calls_hold_three_quarters_and_the_rest_is_for_interactive_ones(more: Cost) -> None:
+    admission = Admission(100, 1000)
+    first = admission.reserve(Cost(70, 700), lambda: 250, Priority.BATCH)
+    admission.resize(first, Cost(75, 750), lambda: 250)
+    assert admission.batch_tokens == 75
+    assert refused(admission, more, Priority.BATCH)
+    with pytest.raises(RefusalError), admission.reserve(Cost(0, 0), lambda: 250, Priority.BATCH) as second:
+        admission.resize(second, more, lambda: 250)
+    assert not refused(admission, Cost(25, 250), Priority.INTERACTIVE)
+    admission.resize(first, Cost(0, 750))  # it was computed
+    assert refused(admission, Cost(0, 1), Priority.BATCH)
+    first.release()
+    assert admission.batch_tokens == 0
+    assert admission.used == NOTHING
+
+
+def test_a_batch_call_that_is_larger_comes_in_as_the_only_one() -> None:
+    admission = Admission(100, 1000)
+    with admission.reserve(Cost(1, 1), lambda: 250, Priority.BATCH):
+        assert refused(admission, Cost(90, 0), Priority.BATCH)
+    with (
+        admission.reserve(Cost(5, 0), lambda: 250),
+        admission.reserve(Cost(90, 0), lambda: 250, Priority.BATCH) as room,
+    ):
+        admission.resize(room, Cost(95, 1000), lambda: 250)  # alone it may grow, too
+        assert refused(admission, Cost(0, 1), Priority.BATCH)
+
+
+@given(st.randoms(use_true_random=False))
+def test_batch_never_holds_more_and_everything_comes_back(chance: object) -> None:
+    admission, rooms = Admission(100, 1000), list[Reservation]()
+    for _ in range(50):
+        cost = Cost(chance.randrange(40), chance.randrange(400))  # type: ignore[attr-defined]
+        priority = chance.choice(list(Priority))  # type: ignore[attr-defined]
+        with suppress(RefusalError):
+            if rooms and chance.random() < 0.3:  # type: ignore[attr-defined]
+                admission.resize(chance.choice(rooms), cost, lambda: 250)  # type: ignore[attr-defined]
+            else:
+                rooms.append(admission.reserve(cost, lambda: 250, priority))
+        if rooms and chance.random() < 0.4:  # type: ignore[attr-defined]
+            rooms.pop(chance.randrange(len(rooms))).release()  # type: ignore[attr-defined]
+        batch = sum((room.cost for room in rooms if room.priority is Priority.BATCH), NOTHING)
+        assert admission.capacity.for_batch().fits(batch)
+        assert admission.used == sum((room.cost for room in rooms), NOTHING)
+        assert admission.batch_tokens == batch.tokens

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from bilm_api.constants import NO_LOG_KEY, Reason
+from bilm_api.constants import NO_LOG_KEY, Priority, Reason
 from bilm_server.config import CallerSettings, Right
 from bilm_server.embedding.call_gate import CallGate
 from bilm_server.embedding.caller_limits import CallerLimits
@@ -59,7 +59,11 @@ def clock() -> Clock:
 
 @pytest.fixture
 def gate(observer: Observer, clock: Clock) -> CallGate:
-    rights = CallerRights([CallerSettings(name="team-a", rights=frozenset({Right.NO_LOG}))], authenticated=True)
+    callers = [
+        CallerSettings(name="team-a", rights=frozenset({Right.NO_LOG})),
+        CallerSettings(name="nightly", max_priority=Priority.BATCH),
+    ]
+    rights = CallerRights(callers, authenticated=True)
     limits = CallerLimits(0, 1, 100, clock=clock)
     return CallGate(Names(), rights, limits, [observer], clock=clock)
 
@@ -141,3 +145,10 @@ def test_a_code_that_the_door_has_set_stays(gate: CallGate) -> None:
     with pytest.raises(asyncio.CancelledError), gate.call(call):
         end_late()
     assert call.code is Code.DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize(("name", "expected"), [("nightly", Priority.BATCH), ("team-a", Priority.INTERACTIVE)])
+def test_a_call_has_its_callers_ceiling(gate: CallGate, name: str, expected: Priority) -> None:
+    call = CallRecord("Embed", name)
+    with gate.call(call):
+        assert call.priority is expected

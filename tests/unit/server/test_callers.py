@@ -2,6 +2,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from bilm_api.constants import Priority
 from bilm_server.config import CallerSettings, Right
 from bilm_server.config_sources import load_config
 from bilm_server.errors import Code, ConfigurationError
@@ -34,6 +35,17 @@ def test_without_authentication_everybody_has_every_right() -> None:
     assert all(CallerRights(callers, False).has("127.0.0.1", right) for callers in ((), CALLERS) for right in Right)
 
 
+def test_a_ceiling_belongs_to_the_names_that_have_it_and_to_nobody_without_authentication() -> None:
+    callers = [*CALLERS, CallerSettings(name="nightly", max_priority=Priority.BATCH)]
+    rights = CallerRights(callers, authenticated=True)
+    names = ("team-a", "nightly", "somebody")
+    assert [rights.max_priority(name) for name in names] == [
+        Priority.INTERACTIVE, Priority.BATCH, Priority.INTERACTIVE,
+    ]  # fmt: skip
+    assert not rights.has("nightly", Right.NO_LOG)
+    assert CallerRights(callers, authenticated=False).max_priority("nightly") is Priority.INTERACTIVE
+
+
 def test_uses_are_counted_and_logged_by_caller_without_flooding(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     calls = NoLogCalls(CallerRights(CALLERS, authenticated=True))
@@ -56,9 +68,10 @@ def test_addresses_are_counted_together(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_callers_in_the_file_and_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (file := tmp_path / "bilm.toml").write_text(
-        '[[callers]]\nname = "team-a"\nrights = ["no-log"]\n\n[[callers]]\nname = "team-b"\n'
+        '[[callers]]\nname = "team-a"\nrights = ["no-log"]\n\n[[callers]]\nname = "team-b"\nmax_priority = "batch"\n'
     )
-    assert load_config(["--config", str(file)]).callers == tuple(CALLERS)
+    first, second = load_config(["--config", str(file)]).callers
+    assert (first, second.max_priority) == (CALLERS[0], Priority.BATCH)
     monkeypatch.setenv("BILM_CALLERS", '[{"name": "team-a", "rights": ["no-log"]}, {"name": "team-b"}]')
     assert load_config([]).callers == tuple(CALLERS)
 
@@ -70,6 +83,7 @@ def test_callers_in_the_file_and_in_the_environment(tmp_path: Path, monkeypatch:
         ('name = "a"\nrights = "no-log"', "callers.0.rights: "),
         ('name = ""', "callers.0.name: expected a name as the token file or the certificate gives it (found '')"),
         ('name = "a\\nb"', "callers.0.name: expected a name as the token file or the certificate gives it (found "),
+        ('name = "a"\nmax_priority = "low"', "callers.0.max_priority: Input should be 'interactive' or 'batch'"),
         ("rights = []", "callers.0.name: Field required"),
         ('name = "a"\nright = []', "callers.0.right: Extra inputs are not permitted (found [])"),
         ('name = "a"\n[[callers]]\nname = "a"', "callers: names must differ, these are there twice: 'a'"),

@@ -2,7 +2,7 @@ import asyncio
 import threading
 
 import pytest
-from bilm_api.constants import Reason
+from bilm_api.constants import Priority, Reason
 from bilm_server.embedding.conversions import INLINE_BYTES, INLINE_RESPONSE_BYTES, Conversions, request_weight
 from bilm_server.errors import RefusalError
 
@@ -137,3 +137,27 @@ def test_text_weighs_more_than_tokens() -> None:
     assert request_weight(kib, kib) == INLINE_BYTES < request_weight(kib + 1, kib + 1)
     assert request_weight(32 * kib, 0) == INLINE_BYTES < request_weight(33 * kib, 0)
     assert request_weight(33 * kib, 1) == request_weight(33 * kib, 0)  # a word of text among many tokens
+
+
+async def test_batch_takes_one_thread_so_that_interactive_work_never_waits_behind_its_queue(slow: Slow) -> None:
+    conversions = Conversions()
+    batch = [asyncio.create_task(conversions.request(LARGE, slow, Priority.BATCH)) for _ in range(3)]
+    batch += [asyncio.create_task(conversions.item(LARGE, slow, Priority.BATCH)) for _ in range(3)]
+    batch += [asyncio.create_task(conversions.response(2**20, slow, Priority.BATCH)) for _ in range(3)]
+    await begun(slow, 1)
+    interactive = asyncio.create_task(conversions.request(LARGE, slow))
+    await begun(slow, 2)  # in the other thread, at once
+    assert slow.most == 2
+    assert await settled(conversions, slow, *batch, interactive) == ["converted"] * 10
+
+
+async def test_batch_requests_are_refused_at_three_quarters_and_interactive_ones_are_not(slow: Slow) -> None:
+    conversions = Conversions(max_waiting_bytes=4 * LARGE)
+    tasks = [asyncio.create_task(conversions.request(LARGE, slow, Priority.BATCH)) for _ in range(3)]
+    await begun(slow, 1)
+    with pytest.raises(RefusalError) as refusal:
+        await conversions.request(LARGE, slow, Priority.BATCH)
+    assert refusal.value.reason is Reason.OVERLOADED
+    tasks.append(asyncio.create_task(conversions.request(LARGE, slow)))
+    assert await settled(conversions, slow, *tasks) == ["converted"] * 4
+    assert await conversions.request(1, lambda: "at once", Priority.BATCH) == "at once"

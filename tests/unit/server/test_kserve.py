@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from bilm_api.constants import PUSHBACK_KEY, STATUS_DETAILS_KEY, Reason
+from bilm_api.constants import PUSHBACK_KEY, STATUS_DETAILS_KEY, Priority, Reason
 from bilm_api.inference import open_inference_pb2 as pb
 from bilm_model.engine.types import Capacity, OutputSpec
 from bilm_model.scalar_mix import Pooling, Selection
@@ -116,6 +116,17 @@ async def test_parameters_choose_what_comes_back(given: dict[str, Any], shape: l
         names = ["embeddings"] if "pooling" in given else ["embeddings", "lengths"]
         assert [output.name for output in response.outputs] == names
         assert (list(response.outputs[0].shape), response.outputs[0].datatype) == (shape, datatype)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [("interactive", Priority.INTERACTIVE), ("batch", Priority.BATCH), (0, Priority.INTERACTIVE),
+     (1, Priority.INTERACTIVE), (2, Priority.BATCH), (5, Priority.BATCH)],
+)  # fmt: skip
+async def test_a_priority_is_a_name_or_one_of_tritons_numbers(asked: str | int, expected: Priority) -> None:
+    async with serving(engine()) as served:
+        await infer(served, texts("a", priority=asked))
+        assert served.ended.records[0].priority is expected
 
 
 async def test_pooled_vectors_come_with_lengths_where_they_are_asked_for() -> None:
@@ -272,7 +283,13 @@ BAD_REQUESTS: dict[str, tuple[Request, str, str]] = {
     "not finite": (texts("a", layers="mix", mix_weights="1,1e39,2"), Reason.MIX_INVALID, "finite"),
     "weights alone": (texts("a", mix_weights="1,2,3"), Reason.MIX_INVALID, "only goes with layers = mix"),
     "negative timeout": (texts("a", timeout=-1), MALFORMED, "timeout: expected a number from 0, found -1"),
-    "priority's type": (texts("a", priority="high"), MALFORMED, "priority: expected int64_param or uint64_param"),
+    "priority's type": (
+        texts("a", priority=True),
+        MALFORMED,
+        "priority: expected string_param or int64_param or uint64_param",
+    ),
+    "priority": (texts("a", priority="high"), Reason.PRIORITY_INVALID, "'high' (expected one of interactive, batch)"),
+    "negative priority": (texts("a", priority=-1), MALFORMED, "priority: expected a number from 0, found -1"),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import bilm_server
 import pytest
+from bilm_api.constants import Priority
 from bilm_server import log_levels
 from bilm_server.errors import Code
 from bilm_server.log_levels import OFF, PARTS, parse_levels
@@ -87,12 +88,13 @@ def test_a_call_leaves_one_json_object(configure: Configure, capfd: pytest.Captu
 
 def test_text_lines_have_the_same_fields(configure: Configure, capfd: pytest.CaptureFixture[str]) -> None:
     found = configure("info", "text")
-    AccessLog().end(a_call(code=Code.RESOURCE_EXHAUSTED, reason="OVERLOADED"))
+    AccessLog().end(a_call(code=Code.RESOURCE_EXHAUSTED, reason="OVERLOADED", priority=Priority.BATCH))
     (line,) = written(found, capfd)
     assert f"INFO {ACCESS} access_log.py:" in line
     assert line.endswith(
         "Embed RESOURCE_EXHAUSTED method=Embed code=RESOURCE_EXHAUSTED reason=OVERLOADED model=tiny duration_ms=12.3 "
-        "queue_ms=1.0 inference_ms=10.0 sentences=2 failed_sentences=0 tokens=9 caller=batch peer=ipv4:127.0.0.1:4711"
+        "queue_ms=1.0 inference_ms=10.0 sentences=2 failed_sentences=0 tokens=9 priority=batch caller=batch "
+        "peer=ipv4:127.0.0.1:4711"
     )
 
 

@@ -23,6 +23,8 @@ ENGINE = EngineView(
     stalled_s=lambda: 0.5,
     rows=lambda: 3,
     waiting_sentences=lambda: 5,
+    waiting_by_priority=lambda: {"interactive": 1, "batch": 4},
+    rows_by_priority=lambda: {"interactive": 2, "batch": 7},
     cache=lambda: (70, 30),
     ticks=lambda: 11,
 )
@@ -31,7 +33,7 @@ VIEW = ServerView(
     max_connections=lambda: 900,
     serving=lambda: False,
     admitted=lambda: {
-        "unary": Taken(10, 100, 1000, 10_000), "stream": Taken(20, 200, 2000, 20_000)
+        "unary": Taken(10, 100, 1000, 10_000, 4), "stream": Taken(20, 200, 2000, 20_000, 0)
     },
     drops=DropCounts(lambda: 1, lambda: 2),
     no_log_calls=lambda: {"team-a": 6},

@@ -2,14 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import numpy as np
 import pytest
-from bilm_api.constants import PUSHBACK_KEY, STATUS_DETAILS_KEY, Reason
+from bilm_api.constants import PUSHBACK_KEY, STATUS_DETAILS_KEY, Priority, Reason
 from bilm_api.v1 import embed_pb2
 from bilm_model.engine.types import Capacity
+from bilm_server.config import CallerSettings
 from bilm_server.embedding.admission import Cost
 from bilm_server.errors import Code
 from bilm_server.inference.types import Sentence
@@ -185,6 +186,51 @@ async def test_a_large_response_arrives_whole() -> None:
         assert response.results[1].embedding.tensor.data == np.full((3, 400, 4), 97, "<f4").tobytes()
 
 
+@pytest.mark.parametrize(
+    ("asked", "ceiling", "expected"),
+    [
+        (embed_pb2.PRIORITY_UNSPECIFIED, Priority.INTERACTIVE, Priority.INTERACTIVE),
+        (embed_pb2.PRIORITY_INTERACTIVE, Priority.INTERACTIVE, Priority.INTERACTIVE),
+        (embed_pb2.PRIORITY_BATCH, Priority.INTERACTIVE, Priority.BATCH),
+        (embed_pb2.PRIORITY_INTERACTIVE, Priority.BATCH, Priority.BATCH),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_sentences_have_the_priority_of_their_call_within_its_callers_ceiling(
+    asked: embed_pb2.Priority, ceiling: Priority, expected: Priority, stream: bool
+) -> None:
+    held: FakeEngine[Sentence] = FakeEngine()
+    callers = [CallerSettings(name="anybody", max_priority=ceiling)]
+    async with serving(held, callers=callers) as served:
+        held.go_on.clear()
+        if stream:
+            call = served.stub.EmbedStream(messages(tokens("a"), priority=asked))
+        else:
+            call = served.stub.Embed(Request(sentences=[tokens("a")], priority=asked))
+        worker, embedder = served.embedder.worker, served.embedder
+        await until(lambda: worker.in_flight == 1)
+        assert [worker.rows_of(priority) for priority in Priority] == [
+            int(priority is expected) for priority in Priority
+        ]
+        batch_tokens = embedder.admission.batch_tokens + embedder.stream_admission.batch_tokens
+        assert batch_tokens == (expected is Priority.BATCH)
+        held.go_on.set()
+        found = [each async for each in call] if stream else [await call]
+        assert len(found) == 1
+        await until(lambda: bool(served.ended.records))
+        assert served.ended.records[0].priority is expected
+
+
+async def test_a_priority_that_is_not_listed_is_refused() -> None:
+    async with serving(engine()) as served:
+        for call in (
+            served.stub.Embed(Request(sentences=[tokens("a")], priority=cast("embed_pb2.Priority", 3))),
+            anext(aiter(served.stub.EmbedStream(messages(tokens("a"), priority=3)))),
+        ):
+            code, reason, _ = await refusal(call)
+            assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.PRIORITY_INVALID)
+
+
 # ---- EmbedStream and GetModel ----
 
 
@@ -231,6 +277,7 @@ async def test_get_model_says_what_is_served() -> None:
         assert (found.name, found.version) == ("fake", served.embedder.model.version)
         assert (found.layer_count, found.width, found.cell_size, found.state_bytes) == (3, 4, 2, 8)
         assert (found.backend, found.tokenizer, found.precision) == ("fake", "whitespace", "float32")
+        assert list(found.features) == ["priority"]
         assert found.limits == embed_pb2.Limits(
             max_sentences_per_request=LIMITS.sentences,
             max_tokens_per_request=LIMITS.tokens,

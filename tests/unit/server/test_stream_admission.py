@@ -2,6 +2,7 @@ import asyncio
 import random
 
 import pytest
+from bilm_api.constants import Priority
 from bilm_server.embedding.admission import NOTHING, Cost, Reservation, StreamAdmission, StreamShare
 from bilm_server.errors import RefusalError
 from bilm_server.protocols.grpc.status import trailing_metadata
@@ -13,8 +14,8 @@ def tokens(count: int) -> Cost:
     return Cost(count, 0)
 
 
-def share() -> StreamShare:
-    return StreamShare(MANY)
+def share(priority: Priority = Priority.INTERACTIVE) -> StreamShare:
+    return StreamShare(MANY, priority)
 
 
 async def waiting(room: StreamAdmission, share: StreamShare, cost: Cost) -> "asyncio.Task[Reservation]":
@@ -149,3 +150,75 @@ async def test_streams_read_in_turns_all_get_on(seed: int) -> None:
             for queue in results:
                 (await queue.get()).release()
     assert room.used == NOTHING
+
+
+# ---- two priorities ----
+
+
+async def test_batch_streams_leave_a_quarter_to_interactive_ones() -> None:
+    room = StreamAdmission(100, 1000)
+    held = [await room.reserve(share(Priority.BATCH), tokens(25)) for _ in range(3)]
+    late = await waiting(room, share(Priority.BATCH), tokens(1))
+    assert not late.done()
+    assert room.batch_tokens == 75
+    with await room.reserve(share(), tokens(25)):
+        held.pop().release()
+        await asyncio.sleep(0)
+        assert not late.done()  # all together hold three quarters still
+    await late
+    assert room.batch_tokens == 51
+
+
+async def test_a_batch_stream_that_holds_something_leaves_half_of_that_to_others() -> None:
+    room, greedy = StreamAdmission(80, 800), share(Priority.BATCH)
+    first = await room.reserve(greedy, tokens(30))
+    further = await waiting(room, greedy, tokens(1))
+    assert not further.done()
+    first.release()
+    await further
+
+
+async def test_interactive_streams_go_first_and_none_waits_behind_batch() -> None:
+    room, own = StreamAdmission(100, 1000), share()
+    held = await room.reserve(own, tokens(60))
+    batch = [await waiting(room, share(Priority.BATCH), tokens(20)) for _ in range(2)]
+    assert not any(each.done() for each in batch)
+    further, first = await waiting(room, own, tokens(50)), await waiting(room, share(), tokens(50))
+    assert not any(each.done() for each in (further, first))
+    held.release()
+    await first
+    await further  # its stream holds nothing any more
+    assert not any(each.done() for each in batch)
+    (await first).release()
+    await batch[0]
+    assert not batch[1].done()
+
+
+async def test_a_batch_item_that_is_larger_comes_in_as_the_only_one_of_batch() -> None:
+    room = StreamAdmission(100, 1000)
+    small, interactive = await room.reserve(share(Priority.BATCH), tokens(1)), await room.reserve(share(), tokens(10))
+    large = await waiting(room, share(Priority.BATCH), tokens(90))
+    assert not large.done()
+    small.release()
+    await large
+    assert room.used == tokens(100)
+    interactive.release()
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_streams_of_both_priorities_all_get_on(seed: int) -> None:
+    numbers = random.Random(seed)
+    room = StreamAdmission(300, 3000)
+
+    async def stream(own: StreamShare) -> None:
+        for _ in range(10):
+            with await room.reserve(own, Cost(numbers.randint(1, 260), numbers.randint(1, 2600))):
+                for _ in range(numbers.randrange(3)):
+                    await asyncio.sleep(0)
+                assert room.used.tokens <= 300
+
+    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+        for _ in range(10):
+            tasks.create_task(stream(share(numbers.choice(list(Priority)))))
+    assert room.used == NOTHING
+    assert room.batch_tokens == 0

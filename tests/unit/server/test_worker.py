@@ -136,9 +136,9 @@ async def test_a_cancelled_suspect_is_not_computed_again() -> None:
 
 async def test_a_culprit_that_is_cancelled_in_its_last_round_is_not_taken_for_another() -> None:
     class Cancelling(FakeEngine[Sentence]):
-        def advance(self) -> list[EngineResult[Sentence]]:
+        def advance(self, *, leave_out: bool = False, max_steps: int | None = None) -> list[EngineResult[Sentence]]:
             poison.cancel()
-            return super().advance()
+            return super().advance(leave_out=leave_out, max_steps=max_steps)
 
     found = DrivenWorker(Cancelling())
     poison, good = found.submit(Call(), "poison"), found.submit(Call(), "a")
@@ -205,9 +205,9 @@ async def test_the_speed_is_that_of_the_steps_and_not_of_sentences_that_ended() 
     now_s = [0.0]
 
     class SlowEngine(FakeEngine[Sentence]):
-        def advance(self) -> list[EngineResult[Sentence]]:
+        def advance(self, *, leave_out: bool = False, max_steps: int | None = None) -> list[EngineResult[Sentence]]:
             now_s[0] += 0.5
-            found = super().advance()
+            found = super().advance(leave_out=leave_out, max_steps=max_steps)
             self.stats.steps += 24 * self.groups[-1]
             return found
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 
+from bilm_api.constants import Priority
 from bilm_model.engine.types import Capacity
 from bilm_server.inference.types import NO_DEADLINE_S, Call, Outcomes
 from hypothesis import settings
@@ -31,16 +32,17 @@ class WorkerMachine(RuleBasedStateMachine):
 
     @initialize(tokens=Tokens)
     def begin(self, tokens: list[str]) -> None:
-        self.submit([tokens], NO_DEADLINE_S)
+        self.submit([tokens], NO_DEADLINE_S, Priority.INTERACTIVE)
 
     @rule(
         sentences=st.lists(Tokens, min_size=1, max_size=4),
         wait_s=st.sampled_from([-1.0, 2.0, NO_DEADLINE_S]),
+        priority=st.sampled_from(Priority),
         together=st.booleans(),
     )
-    def submit(self, sentences: list[list[str]], wait_s: float, together: bool = False) -> None:
+    def submit(self, sentences: list[list[str]], wait_s: float, priority: Priority, together: bool = False) -> None:
         async def submit_all() -> None:
-            call = Call(self.now_s + wait_s)
+            call = Call(self.now_s + wait_s, priority)
             for group in [sentences] if together else [[tokens] for tokens in sentences]:
                 self.found.submit_all(call, group)
 

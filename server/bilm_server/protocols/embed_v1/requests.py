@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-from bilm_api.constants import Reason
+from bilm_api.constants import Priority, Reason
 from bilm_api.v1 import embed_pb2
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.scalar_mix import LayerMix, Pooling, Selection
@@ -32,6 +32,23 @@ _DATA_TYPES: Mapping[int, DataType] = {
     embed_pb2.DATA_TYPE_FLOAT16: "float16",
     embed_pb2.DATA_TYPE_BFLOAT16: "bfloat16",
 }
+_PRIORITIES: Mapping[int, Priority] = {
+    embed_pb2.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
+    embed_pb2.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    embed_pb2.PRIORITY_BATCH: Priority.BATCH,
+}
+
+
+def parse_priority(value: int) -> Priority:
+    """Return how urgent a request is.
+
+    Raises:
+        RefusalError: PRIORITY_INVALID.
+    """
+    priority = _PRIORITIES.get(value)
+    if priority is None:
+        raise RefusalError(Reason.PRIORITY_INVALID, _unsupported("priority", value, _PRIORITIES))
+    return priority
 
 
 def parse_options(options: embed_pb2.EmbedOptions, model: ServedModel) -> OutputSpec:

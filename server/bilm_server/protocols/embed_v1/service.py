@@ -4,14 +4,14 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from bilm_api.constants import MAX_REQUEST_BYTES
+from bilm_api.constants import MAX_REQUEST_BYTES, Feature
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_model.alphabet import MAX_TOKEN_BYTES
 
 import bilm_server
 from bilm_server.embedding.embedder import Embedder
 from bilm_server.observability.call_record import current_call
-from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options
+from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options, parse_priority
 from bilm_server.protocols.embed_v1.responses import WireFormat
 from bilm_server.protocols.embed_v1.stream import StreamHandler
 from bilm_server.protocols.grpc.handlers import new_call
@@ -41,6 +41,7 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
         embedder.check_model(request.model, request.expected_model_version)
         embedder.limits.check_count(len(request.sentences))
         output, call = parse_options(request.options, embedder.model), new_call(context)
+        embedder.prioritise(call, parse_priority(request.priority))
         sentences = [new_sentence(sentence, output, call) for sentence in request.sentences]
         return await embedder.embed(sentences, current_call().request_bytes, self._wires[request.options.omit_tokens])
 
@@ -92,4 +93,5 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
             server_version=bilm_server.__version__,
             inputs="char_cnn",
             contexts="lstm",
+            features=[Feature.PRIORITY],
         )

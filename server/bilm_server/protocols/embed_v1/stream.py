@@ -8,10 +8,10 @@ from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2
 
 from bilm_server.embedding.admission import Reservation
-from bilm_server.embedding.embedder import Embedder
+from bilm_server.embedding.embedder import Embedder, SentenceStream
 from bilm_server.errors import CallerGoneError, Code, RefusalError
 from bilm_server.inference.types import Call, Result, Sentence
-from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options
+from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options, parse_priority
 from bilm_server.protocols.embed_v1.responses import WireFormat
 from bilm_server.protocols.grpc.status import status_of
 
@@ -31,7 +31,6 @@ class StreamHandler:
             stall_s: seconds that it may take.
         """
         self._embedder, self._call, self._write, self._stall_s = embedder, call, write, stall_s
-        self._stream = embedder.stream()
         self._writing = asyncio.Lock()  # grpc takes one message at a time
         self._ids: set[int] = set()
         self._n_items = 0
@@ -46,6 +45,8 @@ class StreamHandler:
         """
         start = await self._read_start(requests)
         output = parse_options(start.options, self._embedder.model)
+        self._embedder.prioritise(self._call, parse_priority(start.priority))
+        self._stream: SentenceStream = self._embedder.stream()
         wire = WireFormat(self._embedder.model, start.options.omit_tokens)
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from bilm_api.constants import Reason
+from bilm_api.constants import Priority, Reason
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.scalar_mix import LayerMix, Pooling, Selection
 
@@ -14,6 +14,7 @@ from bilm_server.embedding.conversions import request_weight
 from bilm_server.embedding.embedder import Embedder
 from bilm_server.embedding.preprocessing import RequestLimits, check_mix
 from bilm_server.inference.types import Call, Sentence
+from bilm_server.observability.call_record import current_call
 from bilm_server.protocols.http.embed_responses import JsonFormat, RawTensors
 from bilm_server.protocols.http.encodings import ENCODINGS, Encoding
 from bilm_server.protocols.http.fields import BodyFields, check_count, parse_json, wrong
@@ -22,7 +23,7 @@ from bilm_server.protocols.http.messages import HttpRequest, HttpResponse
 TENSORS: Final = "application/octet-stream"
 """What a request accepts that wants raw tensors."""
 
-_FIELDS = ("model", "expected_model_version", "options", "sentences", "encoding_format")
+_FIELDS = ("model", "expected_model_version", "options", "sentences", "encoding_format", "priority")
 _OPTIONS = ("layers", "mix", "pooling", "l2_normalize", "data_type", "omit_tokens")
 _MIX = ("weights", "gamma", "layer_norm")
 _SENTENCE = ("text", "tokens", "state", "return_state")
@@ -48,6 +49,7 @@ class EmbedQuery:
         output: of all of them.
         omit_tokens: whether the client knows the tokens.
         encoding: of the vectors in JSON.
+        priority: how urgent it is.
     """
 
     model: str
@@ -56,6 +58,7 @@ class EmbedQuery:
     output: OutputSpec
     omit_tokens: bool
     encoding: Encoding
+    priority: Priority
 
 
 class Embed:
@@ -68,8 +71,9 @@ class Embed:
     async def __call__(self, request: HttpRequest) -> HttpResponse:
         """Embed all sentences of a request; one that is at fault by itself has an error for a result."""
         embedder, body, call = self._embedder, request.body, Call(request.deadline_s)
-        weight = request_weight(len(body), 0)
-        query = await embedder.conversions.request(weight, lambda: parse_query(body, call, embedder.limits))
+        weight, ceiling = request_weight(len(body), 0), current_call().priority
+        query = await embedder.conversions.request(weight, lambda: parse_query(body, call, embedder.limits), ceiling)
+        embedder.prioritise(call, query.priority)
         embedder.check_model(query.model, query.version)
         layers = query.output.selection.layers
         if isinstance(layers, LayerMix):
@@ -103,6 +107,7 @@ def parse_query(body: bytes, call: Call, limits: RequestLimits) -> EmbedQuery:
         output=output,
         omit_tokens=options.flag("omit_tokens"),
         encoding=fields.choice("encoding_format", ENCODINGS, "float"),
+        priority=fields.priority(),
     )
 
 

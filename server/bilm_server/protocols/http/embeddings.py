@@ -13,13 +13,14 @@ from bilm_server.embedding.conversions import request_weight
 from bilm_server.embedding.embedder import Embedder
 from bilm_server.embedding.preprocessing import item_bytes, row_bytes
 from bilm_server.inference.types import Call, Outcome, Result, Sentence
+from bilm_server.observability.call_record import current_call
 from bilm_server.protocols.http.encodings import ENCODINGS, Encoding, extra_bytes, to_json
 from bilm_server.protocols.http.fields import BodyFields, check_count, parse_json, wrong
 from bilm_server.protocols.http.messages import HttpRequest, HttpResponse
 from bilm_server.served_model import ServedModel
 
 _FIELDS = (
-    "input", "model", "encoding_format", "dimensions", "user", "layers", "pooling", "l2_normalize"
+    "input", "model", "encoding_format", "dimensions", "user", "layers", "pooling", "l2_normalize", "priority"
 )  # fmt: skip
 _LAYERS: Final[dict[str, Literal["top", "average"]]] = {"top": "top", "average": "average"}
 _POOLINGS: Final[dict[str, Pooling]] = {"mean": "mean", "max": "max"}
@@ -36,14 +37,16 @@ class Embeddings:
 
     async def __call__(self, request: HttpRequest) -> HttpResponse:
         """Embed all texts of a request; one that fails by itself fails the call."""
-        embedder, n_bytes = self._embedder, len(request.body)
-        fields = await embedder.conversions.request(request_weight(n_bytes, 0), lambda: parse_json(request.body))
+        embedder, n_bytes, call = self._embedder, len(request.body), Call(request.deadline_s)
+        weight, ceiling = request_weight(n_bytes, 0), current_call().priority
+        fields = await embedder.conversions.request(weight, lambda: parse_json(request.body), ceiling)
         fields.check_names(_FIELDS)
+        embedder.prioritise(call, fields.priority())
         embedder.check_model(fields.text("model"), "")
         output, encoding = _output(fields, embedder.model)
         texts = _texts(fields)
         check_count(embedder.limits, len(texts), "input")
-        sentences = _sentences(texts, Call(request.deadline_s), output)
+        sentences = _sentences(texts, call, output)
         wire = EmbeddingsFormat(embedder.model, encoding)
         return HttpResponse(await embedder.embed(sentences, n_bytes, wire, fail_as_one=True))
 

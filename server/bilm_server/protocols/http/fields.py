@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final, TypeVar
 
 import orjson
-from bilm_api.constants import Reason
+from bilm_api.constants import Priority, Reason
 
 from bilm_server.embedding.preprocessing import RequestLimits
 from bilm_server.errors import RefusalError
@@ -14,6 +14,7 @@ from bilm_server.protocols.http.messages import HttpRefusalError
 T = TypeVar("T")
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+_PRIORITIES: Final = {priority.value: priority for priority in Priority}
 
 
 def parse_json(body: bytes) -> "BodyFields":
@@ -93,6 +94,10 @@ class BodyFields:
         """Return an object's fields; none are set where it isn't."""
         value = self.get(name)
         return BodyFields({} if value is None else value, self.path(name))
+
+    def priority(self) -> Priority:
+        """Return what the field `priority` says."""
+        return self.choice("priority", _PRIORITIES, Priority.INTERACTIVE, Reason.PRIORITY_INVALID)
 
     def choice(self, name: str, known: Mapping[str, T], default: str, reason: Reason = Reason.MALFORMED_REQUEST) -> T:
         """Return what one of some strings stands for."""

@@ -14,6 +14,7 @@ _FLAG: Final[Schema] = {"type": "boolean", "default": False}
 _COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
 _BASE64: Final[Schema] = {"type": "string", "contentEncoding": "base64"}
 _ENCODING: Final[Schema] = {"enum": ["float", "base64"], "default": "float"}
+_PRIORITY: Final[Schema] = {"enum": ["interactive", "batch"], "default": "interactive"}
 
 
 class OpenApi:
@@ -66,6 +67,7 @@ def _schemas() -> dict[str, Schema]:
             layers={"enum": ["top", "average"], "default": "top"},
             pooling={"enum": ["mean", "max"], "default": "mean"},
             l2_normalize=_FLAG,
+            priority=_PRIORITY,
         ),
         "Embeddings": _object(
             ["object", "data", "model", "usage"],
@@ -90,6 +92,7 @@ def _schemas() -> dict[str, Schema]:
                 _object([], text=_TEXT, tokens=_list({**_TEXT, "minLength": 1}), state=_BASE64, return_state=_FLAG)
             ),
             encoding_format=_ENCODING,
+            priority=_PRIORITY,
         ),
         "EmbedResponse": _embed_response(),
         "Model": {"type": "object", "required": ["id", "object", "created", "owned_by", "version", "width", "limits"]},

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
-from bilm_api.constants import Reason
+from bilm_api.constants import Priority, Reason
 from bilm_api.inference import open_inference_pb2 as pb
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.scalar_mix import LayerMix, Pooling, Selection
@@ -22,6 +22,7 @@ _LAYERS: Final[Mapping[str, Literal["all", "top", "average", "mix"]]] = {
     "all": "all", "top": "top", "average": "average", _MIX: "mix"
 }  # fmt: skip
 _POOLINGS: Final[Mapping[str, Pooling]] = {"none": "none", "mean": "mean", "max": "max"}
+_PRIORITIES: Final[Mapping[str, Priority]] = {priority.value: priority for priority in Priority}
 _DATA_TYPES: Final[Mapping[str, DataType]] = {"FP32": "float32", "FP16": "float16"}
 _MIX_PARAMETERS: Final = ("mix_weights", "mix_gamma", "mix_layer_norm")
 _NAMES: Final = ("layers", *_MIX_PARAMETERS, "pooling", "l2_normalize", "data_type", "timeout", "priority")
@@ -41,10 +42,12 @@ class CallParameters:
     Attributes:
         output: what to return for each sentence.
         timeout_s: until the work on the call must have begun.
+        priority: how urgent it is.
     """
 
     output: OutputSpec
     timeout_s: float = NO_DEADLINE_S
+    priority: Priority = Priority.INTERACTIVE
 
 
 def parse_parameters(given: Parameters, model: ServedModel) -> CallParameters:
@@ -57,9 +60,9 @@ def parse_parameters(given: Parameters, model: ServedModel) -> CallParameters:
     pooling = _choice(given, "pooling", "none", _POOLINGS, Reason.POOLING_INVALID)
     data_type = _choice(given, "data_type", "FP32", _DATA_TYPES, Reason.DATA_TYPE_INVALID)
     selection = Selection(_parse_layers(given, model), pooling, bool(_value(given, "l2_normalize", ("bool_param",))))
-    _whole_number(given, "priority")  # of no effect: all calls are equal
     timeout_us = _whole_number(given, "timeout")
-    return CallParameters(OutputSpec(selection, data_type), timeout_us / 1e6 if timeout_us else NO_DEADLINE_S)
+    timeout_s = timeout_us / 1e6 if timeout_us else NO_DEADLINE_S
+    return CallParameters(OutputSpec(selection, data_type), timeout_s, _parse_priority(given))
 
 
 def check_names(what: str, found: Collection[str], known: Collection[str]) -> None:
@@ -107,6 +110,14 @@ def _whole_number(given: Parameters, name: str) -> int:
     if value < 0:
         raise RefusalError(Reason.MALFORMED_REQUEST, f"{name}: expected a number from 0, found {value}")
     return int(value)
+
+
+def _parse_priority(given: Parameters) -> Priority:
+    """Return a priority by name, or by Triton's numbers, of which lower ones come first and 0 is not set."""
+    value = _value(given, "priority", ("string_param", *_WHOLE_NUMBERS))
+    if isinstance(value, str):
+        return _choice(given, "priority", "", _PRIORITIES, Reason.PRIORITY_INVALID)
+    return Priority.BATCH if _whole_number(given, "priority") > 1 else Priority.INTERACTIVE
 
 
 def _parse_layers(given: Parameters, model: ServedModel) -> Literal["all", "top", "average"] | LayerMix:

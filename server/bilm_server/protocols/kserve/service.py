@@ -67,12 +67,13 @@ class InferenceService:
         """Embed a batch; the response comes serialised already."""
         embedder = self._find(request.model_name, request.model_version)
         parameters = parse_parameters(request.parameters, embedder.model)
+        call = new_call(context, parameters.timeout_s)
+        embedder.prioritise(call, parameters.priority)
         n_bytes = current_call().request_bytes
         contents = await embedder.conversions.request(
-            request_weight(n_bytes, 0), lambda: inputs.parse_inputs(request, embedder.limits)
+            request_weight(n_bytes, 0), lambda: inputs.parse_inputs(request, embedder.limits), call.priority
         )
         names = outputs.parse_outputs(request.outputs, text=isinstance(contents[0], str))
-        call = new_call(context, parameters.timeout_s)
         sentences = [Sentence(call, content, parameters.output) for content in contents]
         response = outputs.TensorFormat(embedder.model, request.id, names, len(sentences))
         return await embedder.embed(sentences, n_bytes, response, fail_as_one=True)
