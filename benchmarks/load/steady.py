@@ -22,6 +22,7 @@ class LoadSentence:
         state: What to continue from; None: the zero state.
         return_state: Whether to return the state after it.
         deferrable: Whether a round may leave it out.
+        choice: Of its tokens; None: all come back.
     """
 
     tokens: Sequence[str]
@@ -29,6 +30,7 @@ class LoadSentence:
     state: "State | None" = None
     return_state: bool = False
     deferrable: bool = False
+    choice: None = None
 
 
 @dataclass(frozen=True)

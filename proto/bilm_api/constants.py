@@ -42,6 +42,7 @@ class Feature(StrEnum):
     """What `GetModelResponse.features` may name. Never renamed."""
 
     PRIORITY = "priority"
+    SELECTION = "selection"
 
 
 class Reason(StrEnum):

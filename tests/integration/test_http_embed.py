@@ -23,6 +23,17 @@ SENTENCES: list[dict[str, Any]] = [
     {"text": "She works at a bank .", "return_state": True},
 ]
 POOLED = [sentence for sentence in SENTENCES if sentence.get("tokens") != []]
+ROWS: list[dict[str, Any]] = [
+    {"text": "She works at a bank .", "rows": [4, 0, 4]},
+    {"tokens": ["a", LONG], "rows": [1]},
+    {"tokens": ["a", "b"], "rows": [2]},
+]
+SPANS: list[dict[str, Any]] = [
+    *ROWS,
+    {"text": "She works at a bank .", "spans": [[0, 2], [4, 5]]},
+    {"text": "Shé works at a bank .", "spans": [[1, 9]], "span_unit": "bytes"},
+    {"tokens": ["a", "b"], "spans": [[0, 1]], "span_unit": "bytes"},
+]
 LAYERS = {
     "all": embed_pb2.LAYERS_ALL, "top": embed_pb2.LAYERS_TOP,
     "average": embed_pb2.LAYERS_AVERAGE, "mix": embed_pb2.LAYERS_MIX,
@@ -32,6 +43,7 @@ TYPES = {
     "float32": embed_pb2.DATA_TYPE_FLOAT32, "float16": embed_pb2.DATA_TYPE_FLOAT16,
     "bfloat16": embed_pb2.DATA_TYPE_BFLOAT16,
 }  # fmt: skip
+UNITS = {"tokens": embed_pb2.SPAN_UNIT_TOKENS, "bytes": embed_pb2.SPAN_UNIT_BYTES}
 NAMES = {value: name for name, value in TYPES.items()}
 
 
@@ -63,6 +75,11 @@ def by_grpc(server: LoopServer, sentences: list[dict[str, Any]], asked: Mapping[
             given["tokens"] = embed_pb2.Tokens(tokens=given["tokens"])
         if "state" in given:
             given["state"] = base64.b64decode(given["state"])
+        if "rows" in given:
+            given["rows"] = embed_pb2.Rows(rows=given["rows"])
+        if "spans" in given:
+            spans = [embed_pb2.Span(start=start, end=end) for start, end in given["spans"]]
+            given["spans"] = embed_pb2.Spans(spans=spans, unit=UNITS[given.pop("span_unit", "tokens")])
         messages.append(embed_pb2.Sentence(**given))
     return server.stub().Embed(embed_pb2.EmbedRequest(options=options(**fields), sentences=messages))
 
@@ -103,13 +120,17 @@ ASKED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("asked", ASKED)
 def test_everything_that_embed_has_with_the_same_bits(server: LoopServer, asked: dict[str, Any]) -> None:
-    sentences = POOLED if "pooling" in asked else SENTENCES
+    sentences = [*POOLED, *SPANS] if "pooling" in asked else [*SENTENCES, *ROWS]
     expected = by_grpc(server, sentences, asked)
     body = {"sentences": sentences, "options": asked, "model": server.model.name}
     packed = ask(server, {**body, "encoding_format": "base64"}).json
     listed = ask(server, body).json
     binary = ask(server, body, headers={"accept": OCTETS})
     for index, result in enumerate(expected.results):
+        if result.HasField("error"):
+            code = packed["results"][index]["error"]["code"]
+            assert code == listed["results"][index]["error"]["code"] == "SELECTION_INVALID"
+            continue
         one, two = packed["results"][index]["embedding"], listed["results"][index]["embedding"]
         state = base64.b64decode(one.get("state", ""))
         check_embedding(one, result.embedding, base64.b64decode(one["tensor"]["data"]), state)
@@ -128,6 +149,9 @@ def check_tensors(answer: Answer, expected: Any) -> None:
     header, data = json.loads(answer.body[4 : 4 + length]), answer.body[4 + length :]
     assert (4 + length) % 64 == 0
     for item, result in zip(header["results"], expected.results, strict=True):
+        if result.HasField("error"):
+            assert item["error"]["code"] == "SELECTION_INVALID"
+            continue
         embedding = item["embedding"]
         vectors, state = (
             data[place["offset"] : place["offset"] + place["length"]] if place else b""
@@ -210,6 +234,19 @@ def test_a_priority_changes_no_bit(server: LoopServer, priority: str) -> None:
         ({"sentences": [{"text": "a", "state": "é"}]}, "MALFORMED_REQUEST", "sentences[0].state"),
         ({"sentences": [{"text": "a", "return_state": 1}]}, "MALFORMED_REQUEST", "sentences[0].return_state"),
         ({"sentences": [{"text": "a", "raws": [1]}]}, "MALFORMED_REQUEST", "sentences[0].raws"),
+        ({"sentences": [{"text": "a", "rows": 0}]}, "MALFORMED_REQUEST", "sentences[0].rows"),
+        ({"sentences": [{"text": "a", "rows": [True]}]}, "MALFORMED_REQUEST", "sentences[0].rows"),
+        ({"sentences": [{"text": "a", "rows": [-1]}]}, "MALFORMED_REQUEST", "sentences[0].rows"),
+        ({"sentences": [{"text": "a", "rows": [2**32]}]}, "MALFORMED_REQUEST", "sentences[0].rows"),
+        ({"sentences": [{"text": "a", "rows": [0], "spans": [[0, 1]]}]}, "MALFORMED_REQUEST", "sentences[0].rows"),
+        ({"sentences": [{"text": "a", "spans": [0, 1]}]}, "MALFORMED_REQUEST", "sentences[0].spans"),
+        ({"sentences": [{"text": "a", "spans": [[0, 1, 2]]}]}, "MALFORMED_REQUEST", "sentences[0].spans"),
+        ({"sentences": [{"text": "a", "span_unit": "bytes"}]}, "MALFORMED_REQUEST", "sentences[0].span_unit"),
+        (
+            {"sentences": [{"text": "a", "spans": [[0, 1]], "span_unit": "words"}]},
+            "MALFORMED_REQUEST",
+            "sentences[0].span_unit",
+        ),
         (one(model=1), "MALFORMED_REQUEST", "model"),
         (one(expected_model_version=1), "MALFORMED_REQUEST", "expected_model_version"),
         (one(encoding_format="hex"), "MALFORMED_REQUEST", "encoding_format"),

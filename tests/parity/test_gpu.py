@@ -17,7 +17,7 @@ from bilm_model.engine.results import TorchCollector
 from bilm_model.engine.sentences import PlainSentence
 from bilm_model.engine.state_transfer import StateTransfer
 from bilm_model.engine.transfer import CudaTransfers, Sender
-from bilm_model.engine.types import DataType, OutputSpec
+from bilm_model.engine.types import DataType, OutputSpec, TokenChoice
 from bilm_model.kernels.product_paths import Precision
 from bilm_model.scalar_mix import LayerMix, Pooling, Selection
 from bilm_model.weights.loading import load
@@ -153,6 +153,10 @@ def test_gpu_results_and_states_wait_for_nothing() -> None:
         Selection(layers, pooling, True) for layers in ("all", "top", "average", mix) for pooling in get_args(Pooling)
     ]
     asked = [OutputSpec(each, data_type) for each in selections for data_type in get_args(DataType)]
+    choices = {
+        number: TokenChoice(np.array([2, 0, 2]), np.array([1, 2]) if asked[number].pooled else None)
+        for number in range(0, len(asked), 2)
+    }
     numbers = np.arange(5 * len(asked))
     steps = SentenceSteps(np.full(len(asked), 5), numbers, np.zeros_like(numbers))
     collector, transfer = TorchCollector(memory), StateTransfer(GPU)
@@ -164,7 +168,7 @@ def test_gpu_results_and_states_wait_for_nothing() -> None:
     try:
         torch.cuda.set_sync_debug_mode("error")
         for _ in range(4):
-            collected = collector.collect(steps, asked)
+            collected = collector.collect(steps, asked, choices)
             transfer.write(memory, lanes, states)
             found = transfer.read(memory, lanes)
     finally:

@@ -55,6 +55,7 @@ with _measuring():
         item_request,
         model_request,
         mutate,
+        selecting_request,
         start_request,
     )
 
@@ -67,6 +68,7 @@ _REQUESTS: tuple[tuple[type[Message], Callable[[], Message]], ...] = (
     (embed_pb2.GetModelRequest, model_request),
     (open_inference_pb2.ModelInferRequest, infer_request),
     (open_inference_pb2.ModelInferRequest, infer_texts_request),
+    (embed_pb2.EmbedRequest, selecting_request),
 )
 _JSON = len(_REQUESTS)
 """The kind of input that is JSON."""
@@ -146,6 +148,11 @@ class FieldCheck:
         n_bytes = len(message.text.encode())
         for start, end in zip(prepared.starts, prepared.ends, strict=True):
             assert 0 <= start < end <= n_bytes
+        if prepared.choice is not None:
+            rows, lengths = prepared.choice.rows, prepared.choice.span_lengths
+            assert 0 <= rows.min() <= rows.max() < len(prepared.tokens)
+            assert len(rows) <= _LIMITS.sentence_tokens
+            assert lengths is None or (output.pooled and lengths.min() > 0 and lengths.sum() == len(rows))
         for token in prepared.tokens:
             assert token
             assert 0 < int(bytes_ids([read_bytes(token)]).max()) <= 261

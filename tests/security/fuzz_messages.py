@@ -168,6 +168,21 @@ def embed_request() -> embed_pb2.EmbedRequest:
     return embed_pb2.EmbedRequest(options=PLAIN, sentences=known_sentences())
 
 
+def selecting_request() -> embed_pb2.EmbedRequest:
+    words = embed_pb2.Tokens(tokens=["The", "play", "was", "a", "success", "."])
+    spans = [embed_pb2.Span(start=0, end=4), embed_pb2.Span(start=4, end=9), embed_pb2.Span(start=2, end=15)]
+    return embed_pb2.EmbedRequest(
+        options=embed_pb2.EmbedOptions(layers=embed_pb2.LAYERS_TOP, pooling=embed_pb2.POOLING_MEAN),
+        sentences=[
+            embed_pb2.Sentence(tokens=words, rows=embed_pb2.Rows(rows=[5, 0, 5])),
+            embed_pb2.Sentence(tokens=words, spans=embed_pb2.Spans(spans=[embed_pb2.Span(start=1, end=6)])),
+            embed_pb2.Sentence(
+                text="Straße, 日本 — and “text”.", spans=embed_pb2.Spans(unit=embed_pb2.SPAN_UNIT_BYTES, spans=spans)
+            ),
+        ],
+    )
+
+
 def infer_request() -> open_inference_pb2.ModelInferRequest:
     return tokens(["The", "cat"], [], ["sat", "."], layers="top", pooling="none", outputs=["tokens", "embeddings"])
 

@@ -180,7 +180,13 @@ def _vectors(sentence: EngineSentence) -> NDArray[np.generic]:
     vectors = np.broadcast_to(tokens[:, None], (CONFIG.layer_count, len(tokens), CONFIG.width))
     if sentence.output.selection.layers != "all":
         vectors = vectors[0]
-    if sentence.output.pooled:
+    choice = sentence.choice
+    if choice is not None:
+        vectors = vectors[..., choice.rows, :]
+    if choice is not None and choice.span_lengths is not None:
+        spans = np.split(vectors, np.cumsum(choice.span_lengths)[:-1], axis=-2)
+        vectors = np.stack([span.mean(axis=-2) for span in spans], axis=-2)
+    elif sentence.output.pooled:
         vectors = vectors.mean(axis=-2)
     return vectors.astype(_ITEM_TYPES[sentence.output.data_type])
 

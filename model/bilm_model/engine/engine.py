@@ -8,7 +8,8 @@ import numpy as np
 
 from bilm_model.engine.backends import new_collector
 from bilm_model.engine.cellular import CellularBatch
-from bilm_model.engine.results import NUMPY_TYPES, Collected, Collector, shape_of
+from bilm_model.engine.result_groups import NUMPY_TYPES, shape_of
+from bilm_model.engine.results import Collected, Collector
 from bilm_model.engine.sentences import steps_of
 from bilm_model.engine.state import LstmState
 from bilm_model.engine.state_transfer import ArrivingStates
@@ -136,7 +137,9 @@ class RecurrentEngine(Generic[S]):
         """Make the results of what ended in a round and free what it held."""
         numbers = [number for number, _ in ended]
         sentences = [self._sentences[number] for number in numbers]
-        collected = self._collector.collect(self._batch.steps(numbers), [sentence.output for sentence in sentences])
+        choices = {position: each.choice for position, each in enumerate(sentences) if each.choice is not None}
+        outputs = [sentence.output for sentence in sentences]
+        collected = self._collector.collect(self._batch.steps(numbers), outputs, choices)
         wanted = [position for position, sentence in enumerate(sentences) if sentence.return_state]
         states = self._batch.read_states([ended[position][1] for position in wanted]) if wanted else None
         for number, sentence in zip(numbers, sentences, strict=True):  # first, so that none leaves twice

@@ -8,41 +8,26 @@ same operators are computed together; a mix has weights by the sentence, which a
 Legend: L layers with the token layer, N steps of all sentences, n sentences, D width, P projection, A places.
 """
 
-import functools
-import itertools
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.host_ring import FIRST_BYTES, Arrival, HostRing
 from bilm_model.engine.planner import SentenceSteps
-from bilm_model.engine.transfer import Sender, Transfers, aligned, transfers_of
+from bilm_model.engine.result_groups import Choices, ResultGroup, ResultKind, Vectors, groups_of
+from bilm_model.engine.transfer import Sender, Transfers, transfers_of
 from bilm_model.engine.types import DataType, OutputSpec
-from bilm_model.scalar_mix import LAYER_NORM_EPSILON, LayerMix, Pooling, Selection
-
-SHARED_BYTES = 64 * 1024
-"""Of memory that pooled results share: bounds what one that is kept keeps beside itself."""
-NUMPY_TYPES: dict[DataType, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}
-"""What results are on the host; bfloat16, which numpy lacks, as int16 of its bits."""
-
-_KEPT_OUTPUTS = 64
-"""Different outputs that are remembered."""
+from bilm_model.scalar_mix import LAYER_NORM_EPSILON
 
 _TORCH_TYPES: dict[DataType, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-
-Vectors = NDArray[np.generic]
 
 
 class Collected(Protocol):
@@ -62,45 +47,15 @@ class Collector(Protocol):
     def path(self) -> str:
         """What it is, as a label of the metric `bilm_kernel_path`."""
 
-    def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec]) -> Collected:
+    def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec], choices: Choices) -> Collected:
         """Return what each sentence asks for, for sentences of at least one token; their memory may be used again.
+
+        A choice changes no bit: it returns what would stand in the result for all tokens, or what pooling makes of
+        that.
 
         Raises:
             ValueError: If a mix has another number of weights than there are layers.
         """
-
-
-def shape_of(n_tokens: int, n_layers: int, width: int, output: OutputSpec) -> tuple[int, ...]:
-    """Return the shape of a sentence's vectors: [L] [T] D."""
-    layers = (n_layers,) if output.selection.layers == "all" else ()
-    return (*layers, width) if output.pooled else (*layers, n_tokens, width)
-
-
-def grouped(outputs: Sequence[OutputSpec]) -> Iterable[tuple[OutputSpec, Sequence[int]]]:
-    """Return each different output, with the numbers of its sentences."""
-    if outputs.count(outputs[0]) == len(outputs):
-        return [(outputs[0], range(len(outputs)))]
-    groups: dict[OutputSpec, list[int]] = {}
-    last, numbers = None, list[int]()
-    for number, output in enumerate(outputs):
-        if output is not last:  # the sentences of a call share theirs
-            last, numbers = output, groups.setdefault(output, [])
-        numbers.append(number)
-    return groups.items()
-
-
-def shares_of(selection: Selection, n_layers: int) -> NDArray[np.float32] | None:
-    """Return what each of the layers (L,) is multiplied by; None: layers are not added up.
-
-    Raises:
-        ValueError: If a mix has another number of weights than there are layers.
-    """
-    if isinstance(selection.layers, LayerMix):
-        shares = selection.layers.shares()
-        if len(shares) != n_layers:
-            raise ValueError(f"a mix has {len(shares)} weights, expected one for each of {n_layers} layers")
-        return np.array(shares, dtype=np.float32)
-    return np.full(n_layers, 1 / n_layers, dtype=np.float32) if selection.layers == "average" else None
 
 
 class LayerReader:
@@ -146,114 +101,10 @@ class LayerReader:
         return out
 
 
-class _Kind(NamedTuple):
-    """What decides by which operators a result is made.
-
-    Attributes:
-        layers: A mean is a mix.
-        normed: Layers are normalised before they are mixed.
-        pooling: See `Selection`.
-        unit: Vectors are scaled to length 1.
-        data_type: See `OutputSpec`.
-    """
-
-    layers: Literal["all", "top", "mix"]
-    normed: bool
-    pooling: Pooling
-    unit: bool
-    data_type: DataType
-
-    @property
-    def plain(self) -> bool:
-        """Whether results are what stands in memory."""
-        return self.layers != "mix" and self.pooling == "none" and not self.unit and self.data_type == "float32"
-
-
-@functools.lru_cache(_KEPT_OUTPUTS)
-def _kind_of(output: OutputSpec, n_layers: int) -> tuple[_Kind, NDArray[np.float32] | None]:
-    """Return the kind of an output, and what its layers are multiplied by, see `shares_of`."""
-    selection, shares = output.selection, shares_of(output.selection, n_layers)
-    normed = isinstance(selection.layers, LayerMix) and selection.layers.layer_norm
-    layers: Literal["all", "top", "mix"] = "top" if selection.layers == "top" else "all" if shares is None else "mix"
-    return _Kind(layers, normed, selection.pooling, selection.l2_normalize, output.data_type), shares
-
-
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """The sentences of one kind in a round.
-
-    Attributes:
-        kind: Of them.
-        numbers: Theirs.
-        counts: Tokens of each, without boundaries.
-        arrays: What the operators read of them, by name.
-        shape: Of their results together: (n, L, D) if they are pooled, else (L, tokens of all, D); L is 1 for one
-            layer.
-        begin: Of their results among the bytes of the round.
-    """
-
-    kind: _Kind
-    numbers: Sequence[int]
-    counts: NDArray[np.int64]
-    arrays: dict[str, NDArray[np.generic]]
-    shape: tuple[int, int, int]
-    begin: int
-
-    @property
-    def end(self) -> int:
-        """Of their results among the bytes of the round."""
-        return self.begin + math.prod(self.shape) * np.dtype(NUMPY_TYPES[self.kind.data_type]).itemsize
-
-    def vectors(self, data: NDArray[np.uint8]) -> Iterator[Vectors]:
-        """Yield each sentence's, out of the bytes of the round, in memory that keeps little beside it."""
-        little = np.dtype(NUMPY_TYPES[self.kind.data_type])
-        whole = data[self.begin : self.end].view(little.newbyteorder("=")).reshape(self.shape)
-        picked = slice(None) if self.kind.layers == "all" else 0
-        if self.kind.pooling == "none":
-            ends = np.cumsum(self.counts).tolist()
-            for begin, end in itertools.pairwise([0, *ends]):
-                yield whole[:, begin:end].astype(little)[picked]
-            return
-        n_rows = max(1, SHARED_BYTES // whole[0].nbytes)
-        for first in range(0, len(whole), n_rows):
-            for vectors in whole[first : first + n_rows].astype(little):
-                yield vectors[picked]
-
-
-def _indices(
-    kind: _Kind, steps: SentenceSteps, counts: NDArray[np.int64], begins: NDArray[np.int64]
-) -> dict[str, NDArray[np.generic]]:
-    """Return what operators read of sentences of one kind.
-
-    Args:
-        kind: Of them.
-        steps: Of all sentences.
-        counts: (n,) steps of each, boundaries included.
-        begins: (n,) the first of them.
-    """
-    if not kind.normed:  # only then are the boundaries read
-        begins, counts = begins + 1, counts - 2
-    ends = np.cumsum(counts)
-    of_sentence = np.repeat(np.arange(len(counts)), counts)
-    # The steps of these sentences alone, one sentence after another
-    at = np.arange(len(of_sentence)) + (begins - (ends - counts))[of_sentence]
-    found: dict[str, NDArray[np.generic]] = {"places": steps.places[at], "entries": steps.entries[at]}
-    if kind.layers == "mix":
-        found["of_sentence"] = of_sentence
-    if kind.normed:
-        inner = np.ones(len(of_sentence), dtype=bool)
-        inner[ends - 1] = inner[ends - counts] = False
-        found["inner"], found["steps"] = np.flatnonzero(inner), counts
-        counts = counts - 2
-    if kind.pooling != "none":
-        found["tokens"] = counts
-    return found
-
-
 class TorchCollected:
     """`Collected`, in one copy."""
 
-    def __init__(self, groups: Sequence[_Group], arrival: Arrival) -> None:
+    def __init__(self, groups: Sequence[ResultGroup], arrival: Arrival) -> None:
         """Set the groups whose results the copy has."""
         self._groups, self._arrival = groups, arrival
 
@@ -285,9 +136,9 @@ class TorchCollector:
         self._ring = ring or HostRing(transfers, min(FIRST_BYTES, all_bytes))
 
     @torch.inference_mode()
-    def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec]) -> TorchCollected:
+    def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec], choices: Choices) -> TorchCollected:
         """See `Collector`."""
-        groups = self._groups(steps, outputs)
+        groups = groups_of(steps, outputs, choices, self._reader.n_layers, self._reader.width)
         sent = iter(self._sender.send([array for group in groups for array in group.arrays.values()]))
         data = torch.empty(groups[-1].end, dtype=torch.uint8, device=self._device)
         for group in groups:
@@ -295,30 +146,7 @@ class TorchCollector:
             self._make(group.kind, {name: next(sent) for name in group.arrays}, target)
         return TorchCollected(groups, self._ring.receive(data))
 
-    def _groups(self, steps: SentenceSteps, outputs: Sequence[OutputSpec]) -> list[_Group]:
-        """Return the sentences by kind; all that is found out on the host."""
-        n_layers, width = self._reader.n_layers, self._reader.width
-        kinds: dict[_Kind, list[tuple[Sequence[int], NDArray[np.float32] | None]]] = {}
-        for output, numbers in grouped(outputs):
-            kind, shares = _kind_of(output, n_layers)
-            kinds.setdefault(kind, []).append((numbers, shares))
-        begins = np.cumsum(steps.counts) - steps.counts
-        groups: list[_Group] = []
-        for kind, parts in kinds.items():
-            its = [number for numbers, _ in parts for number in numbers]
-            counts = steps.counts[its]
-            arrays = _indices(kind, steps, counts, begins[its])
-            if kind.layers == "mix":
-                each = np.stack([shares for _, shares in parts if shares is not None], axis=1)
-                arrays["shares"] = np.repeat(each, [len(numbers) for numbers, _ in parts], axis=1)
-            n_kept = n_layers if kind.layers == "all" else 1
-            n_tokens = int(counts.sum()) - 2 * len(its)
-            shape = (n_kept, n_tokens, width) if kind.pooling == "none" else (len(its), n_kept, width)
-            begin = aligned(groups[-1].end) if groups else 0
-            groups.append(_Group(kind, its, counts - 2, arrays, shape, begin))
-        return groups
-
-    def _make(self, kind: _Kind, sent: dict[str, Tensor], target: Tensor) -> None:
+    def _make(self, kind: ResultKind, sent: dict[str, Tensor], target: Tensor) -> None:
         """Write the results of sentences of one kind."""
         first = self._reader.n_layers - 1 if kind.layers == "top" else 0
         layers = self._reader.read(sent["places"], sent["entries"], first, out=target if kind.plain else None)
@@ -332,7 +160,7 @@ class TorchCollector:
         target.copy_(rows if kind.pooling == "none" else rows.transpose(0, 1))  # converts, too
 
 
-def _mixed(kind: _Kind, layers: Tensor, sent: dict[str, Tensor]) -> Tensor:
+def _mixed(kind: ResultKind, layers: Tensor, sent: dict[str, Tensor]) -> Tensor:
     """(L, N, D) -> (tokens, D), each sentence by its own shares.
 
     Normalised layers (see `LayerMix.layer_norm`) are only looked at, not computed: their mix is offset +
@@ -354,7 +182,7 @@ def _mixed(kind: _Kind, layers: Tensor, sent: dict[str, Tensor]) -> Tensor:
 
 
 def _segments(rows: Tensor, reduce: str, counts: Tensor) -> Tensor:
-    """Reduce (L, N, …) over the steps of each sentence, counts (n,) -> (L, n, …)."""
+    """Reduce (L, N, …) over so many steps each, counts (n,) -> (L, n, …)."""
     # unsafe: the lengths aren't checked, for which a GPU would have to be waited for
     lengths = counts.expand(len(rows), -1)
     reduced: Tensor = torch.segment_reduce(rows, reduce, lengths=lengths, axis=1, unsafe=True)

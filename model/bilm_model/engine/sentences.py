@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bilm_model.engine.state import LstmState
-from bilm_model.engine.types import OutputSpec
+from bilm_model.engine.types import OutputSpec, TokenChoice
 from bilm_model.scalar_mix import Selection
 
 ALL_LAYERS = OutputSpec(Selection())
@@ -26,6 +26,7 @@ class PlainSentence:
         output: What an engine returns for it; a batch by itself returns all layers with the boundaries.
         return_state: Whether an engine returns the state after it.
         deferrable: Whether a round may leave it out.
+        choice: For which of its tokens an engine returns that; None: for all.
     """
 
     tokens: Sequence[str]
@@ -33,6 +34,7 @@ class PlainSentence:
     output: OutputSpec = ALL_LAYERS
     return_state: bool = False
     deferrable: bool = False
+    choice: TokenChoice | None = None
 
 
 def steps_of(n_tokens: int) -> int:

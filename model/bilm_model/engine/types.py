@@ -57,8 +57,32 @@ class OutputSpec:
 
     @property
     def pooled(self) -> bool:
-        """Whether there is one vector a sentence."""
+        """Whether tokens are pooled: to one vector a sentence, or a span."""
         return self.selection.pooling != "none"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TokenChoice:
+    """Which tokens of a sentence come back; without it, all of them do.
+
+    Attributes:
+        rows: (N,) int64, at least one: their indices in the order in which they come back, the same one several times
+            where that is asked for; with spans, those of one span behind those of another.
+        span_lengths: (n,) int64, each at least 1 and N together: how many of them each span has, which are pooled to
+            one vector; None: there are no spans.
+    """
+
+    rows: "NDArray[np.int64]"
+    span_lengths: "NDArray[np.int64] | None" = None
+
+
+def row_count(n_tokens: int, output: OutputSpec, choice: TokenChoice | None) -> int | None:
+    """Return the length of the token axis of a sentence's vectors; None: they have none."""
+    if choice is not None and choice.span_lengths is not None:
+        return len(choice.span_lengths)
+    if output.pooled:
+        return None
+    return n_tokens if choice is None else len(choice.rows)
 
 
 class EngineSentence(Protocol):
@@ -71,6 +95,10 @@ class EngineSentence(Protocol):
     @property
     def output(self) -> OutputSpec:
         """What to return."""
+
+    @property
+    def choice(self) -> TokenChoice | None:
+        """For which of its tokens, all of which it has; None: for all. Spans need an output that is pooled."""
 
     @property
     def state(self) -> State | None:
@@ -94,8 +122,9 @@ class EngineResult(Generic[S]):
 
     Attributes:
         sentence: The object that joined.
-        vectors: [layers if all are selected] [tokens unless pooled] width, on the host, little-endian, in the format
-            asked for; bfloat16, which numpy lacks, as int16 of its bits. Results of one `advance` may share memory.
+        vectors: [layers if all are selected] [tokens unless pooled, or spans] width, on the host, little-endian, in the
+            format asked for; bfloat16, which numpy lacks, as int16 of its bits. Results of one `advance` may share
+            memory.
         state: After the sentence, where it was asked for and the engine has states.
     """
 

@@ -175,6 +175,29 @@ def copy_block(n, source, target):  # type: ignore[no-untyped-def]
         target[k] = source[k]
 
 
+@intrinsic
+def _bits(typing_context: Any, number: Any) -> Any:
+    """Return the bits of a float32 as int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _INT32)
+
+    return types.int32(types.float32), generate
+
+
+@inner
+def half_bits(number):  # type: ignore[no-untyped-def]
+    """Return the bits of the nearest float16, ties to even (IEEE 754, 5 bits of exponent, 10 of fraction)."""
+    bits = np.int64(_bits(number)) & np.int64(0xFFFFFFFF)
+    sign, size = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
+    normal = (size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13
+    # Below 2⁻¹⁴ the fraction counts units of 2⁻²⁴: which is what stands in the last bits of the number + ½
+    small = (np.int64(_bits(abs(number) + np.float32(0.5))) & np.int64(0xFFFFFFFF)) - 0x3F000000
+    found = small if size < 0x38800000 else normal
+    finite = found if size < 0x477FF000 else 0x7C00  # infinite from 65,520 on
+    return sign | (0x7E00 if size > 0x7F800000 else finite)
+
+
 @inner
 def share(n_units, n_threads):  # type: ignore[no-untyped-def]
     """Return the units from..to of this thread."""

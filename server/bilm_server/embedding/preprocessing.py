@@ -14,6 +14,7 @@ from bilm_model.tokenization.deferred import DeferredTokenizer
 
 from bilm_server.config import ServerConfig
 from bilm_server.embedding.conversions import INLINE_BYTES, request_weight
+from bilm_server.embedding.token_choices import choose
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Sentence
 from bilm_server.served_model import ServedModel
@@ -124,6 +125,8 @@ class Preprocessing:
                 continue
             refusals.append(None)
             n_tokens += len(sentence.tokens)
+            if sentence.choice is not None:  # what is chosen again and again takes time, too
+                n_tokens += max(0, len(sentence.choice.rows) - len(sentence.tokens))
             if n_tokens > limit:  # tokenising the rest would be for nothing
                 raise RefusalError(Reason.TOO_MANY_TOKENS, f"{n_tokens} tokens and more are more than {limit}")
         return refusals
@@ -147,7 +150,11 @@ class Preprocessing:
             sentence.truncated = any(map(is_truncated, [t for t in sentence.tokens if len(t) > _NEVER_TRUNCATED]))
         if sentence.state_bytes or sentence.return_state:
             self._decode_state(sentence)
-        sentence.content, sentence.state_bytes = None, b""  # they can keep a whole message in memory
+        if sentence.asked is not None:
+            n_bytes = _utf8_bytes(sentence.content) if isinstance(sentence.content, str) else None
+            sentence.choice = choose(sentence.asked, sentence, n_bytes, self.limits.sentence_tokens)
+        # They can keep a whole message in memory
+        sentence.content, sentence.state_bytes, sentence.asked = None, b"", None
 
     def computed_bytes(self, *sentences: Sentence) -> int:
         """Return the bytes of prepared sentences' vectors and of the states that they ask for."""
@@ -156,7 +163,10 @@ class Preprocessing:
             if sentence.output is not output:  # a call's sentences share it
                 output = sentence.output
                 pooled, n_row_bytes = output.pooled, row_bytes(output, self._model)
-            n_bytes += n_row_bytes if pooled else n_row_bytes * len(sentence.tokens)
+            if sentence.choice is not None:
+                n_bytes += n_row_bytes * (sentence.row_count or 1)
+            else:
+                n_bytes += n_row_bytes if pooled else n_row_bytes * len(sentence.tokens)
             if sentence.return_state:
                 n_bytes += self._model.state_bytes
         return n_bytes
@@ -194,7 +204,7 @@ def check_mix(mix: LayerMix, layer_count: int) -> LayerMix:
 
 
 def row_bytes(output: OutputSpec, model: ServedModel) -> int:
-    """Return the bytes of one token's (or, pooled, of the sentence's) vectors."""
+    """Return the bytes of one token's vectors; pooled, of those of the sentence, or of a span."""
     n_layers = model.config.layer_count if output.selection.layers == "all" else 1
     return n_layers * model.config.width * item_bytes(output)
 

@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from bilm_api.constants import Priority
-from bilm_model.engine.types import Capacity, OutputSpec, State
+from bilm_model.engine.types import Capacity, OutputSpec, State, TokenChoice, row_count
 
 from bilm_server.errors import RefusalError
 
@@ -15,8 +15,11 @@ if TYPE_CHECKING:  # it is loaded behind the open port
     import numpy as np
     from numpy.typing import NDArray
 
+T = TypeVar("T")
+
 NO_DEADLINE_S = float("inf")
 _NO_NEED = Capacity(0, 0)
+_ALL = slice(None)
 
 
 @dataclass(eq=False)
@@ -30,6 +33,33 @@ class Call:
 
     deadline_s: float = NO_DEADLINE_S
     priority: Priority = Priority.INTERACTIVE
+
+
+class Span(Protocol):
+    """A range of a sentence's tokens or bytes, half-open."""
+
+    @property
+    def start(self) -> int:
+        """The first one."""
+
+    @property
+    def end(self) -> int:
+        """After the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskedTokens:
+    """Which tokens of a sentence a request asks for, not checked.
+
+    Attributes:
+        rows: their indices; None: it asks for spans.
+        spans: ranges.
+        unit: what their ends count, "tokens" or "bytes"; anything else is refused.
+    """
+
+    rows: Sequence[int] | None = None
+    spans: Sequence[Span] = ()
+    unit: str = "tokens"
 
 
 class Status(Enum):
@@ -73,7 +103,7 @@ Outcomes = Sequence[Outcome]
 class Sentence:
     """A sentence; it ends exactly once, in a result, a refusal or a cancellation.
 
-    A protocol sets the first five attributes, preprocessing the next ones from them, and the worker the others. The
+    A protocol sets the first six attributes, preprocessing the next ones from them, and the worker the others. The
     status belongs to the holder of the worker's lock. The future belongs to the event loop; once it is done, nothing
     waits for the sentence any more.
 
@@ -83,11 +113,13 @@ class Sentence:
         output: what to return for it.
         state_bytes: encoded state to continue from; empty: none, or prepared.
         return_state: whether the state after it is needed.
+        asked: for which of its tokens the output is asked for; None: for all, or prepared.
         tokens: to compute, without boundaries.
         starts: byte offsets of the tokens, where the content is text.
         ends: byte offsets after the tokens, where the content is text.
         truncated: whether a token has more bytes than the model reads.
         state: to continue from, for the engine.
+        choice: for which of its tokens the output is computed; None: for all.
         status: where it is.
         need: capacity that it takes while it is computed.
         arrived_s: when it was submitted, on the worker's clock.
@@ -101,11 +133,13 @@ class Sentence:
     output: OutputSpec
     state_bytes: bytes = b""
     return_state: bool = False
+    asked: AskedTokens | None = None
     tokens: Sequence[str] = ()
     starts: Sequence[int] = ()
     ends: Sequence[int] = ()
     truncated: bool = False
     state: State | None = None
+    choice: TokenChoice | None = None
     status: Status = Status.WAITING
     need: Capacity = _NO_NEED
     arrived_s: float = 0.0
@@ -122,6 +156,22 @@ class Sentence:
     def cancelled(self) -> bool:
         """Whether nothing waits for it any more; for any thread, as it reads one attribute."""
         return self.future is not None and self.future.done()
+
+    @property
+    def row_count(self) -> int | None:
+        """The length of its vectors' token axis, once it is prepared; None: they have none."""
+        return row_count(len(self.tokens), self.output, self.choice)
+
+    def of_rows(self, values: Sequence[T], rows: slice = _ALL) -> Sequence[T]:
+        """Return what belongs to a range of rows of something that each token has.
+
+        Where tokens are pooled, all of them belong to the first row.
+        """
+        if self.output.pooled:
+            return () if rows.start else values
+        if self.choice is None:
+            return values[rows]
+        return [values[row] for row in self.choice.rows[rows].tolist()]
 
 
 @dataclass(slots=True)

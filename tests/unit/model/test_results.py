@@ -1,5 +1,6 @@
 """Results by the round, in both ways, against the plain selection of each sentence by itself."""
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from bilm_model.engine.backend import Memory
 from bilm_model.engine.cpu.fastest import fastest_collector
 from bilm_model.engine.cpu.fused_results import FusedCollector
 from bilm_model.engine.planner import SentenceSteps
-from bilm_model.engine.results import SHARED_BYTES, Collector, TorchCollector, Vectors
+from bilm_model.engine.result_groups import SHARED_BYTES, Vectors
+from bilm_model.engine.results import Collector, TorchCollector
 from bilm_model.engine.transfer import Event, HostTransfers
-from bilm_model.engine.types import DataType, OutputSpec
+from bilm_model.engine.types import DataType, OutputSpec, TokenChoice
 from bilm_model.scalar_mix import LayerMix, Pooling, Selection
 
 from tests.support.slow_transfers import Counting
@@ -61,7 +63,7 @@ def numbers(vectors: Vectors, data_type: DataType) -> torch.Tensor:
 def test_a_mix_of_another_number_of_layers_is_an_error(kind: type[Collector], n_weights: int) -> None:
     collector = kind(memory_of())  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"weights|argument"):
-        collector.collect(steps_of([3]), [OutputSpec(Selection(LayerMix((0.0,) * n_weights)))])
+        collector.collect(steps_of([3]), [OutputSpec(Selection(LayerMix((0.0,) * n_weights)))], {})
 
 
 @WAYS
@@ -72,7 +74,7 @@ def test_each_sentence_gets_what_it_asks_for(kind: type[Collector], data_type: D
     for first in range(len(outputs)):  # different ones together, and a few of them twice
         asked = [outputs[(first + i // 2) % len(outputs)] for i in range(len(COUNTS))]
         steps = steps_of(COUNTS, seed=first)
-        found = collector.collect(steps, asked).vectors()
+        found = collector.collect(steps, asked, {}).vectors()
         for vectors, output, layers in zip(found, asked, layers_of(memory, steps), strict=True):
             expected, bound = output.selection(layers), FORMATS[data_type]
             assert numbers(vectors, data_type).shape == expected.shape
@@ -87,11 +89,11 @@ def test_bits_do_not_depend_on_company(kind: type[Collector]) -> None:
     steps = steps_of(COUNTS)
     starts = np.cumsum(steps.counts) - steps.counts
     for output in outputs:
-        together = collector.collect(steps, [output] * len(COUNTS)).vectors()
+        together = collector.collect(steps, [output] * len(COUNTS), {}).vectors()
         for vectors, count, start in zip(together, COUNTS, starts.tolist(), strict=True):
             its = slice(start, start + count)
             (alone,) = collector.collect(
-                SentenceSteps(np.array([count]), steps.places[its], steps.entries[its]), [output]
+                SentenceSteps(np.array([count]), steps.places[its], steps.entries[its]), [output], {}
             ).vectors()
             assert np.array_equal(vectors, alone)
 
@@ -102,7 +104,7 @@ def test_what_is_not_a_number_stays_so(kind: type[Collector]) -> None:
     memory.outputs[1, 0, steps.places[2]] = torch.nan
     for pooling in POOLINGS:
         output = OutputSpec(Selection("top", pooling))
-        bad, good = kind(memory).collect(steps, [output] * 2).vectors()  # type: ignore[call-arg]
+        bad, good = kind(memory).collect(steps, [output] * 2, {}).vectors()  # type: ignore[call-arg]
         assert np.isnan(bad).any()
         assert not np.isnan(good).any()
 
@@ -119,7 +121,7 @@ def test_numbers_are_rounded_to_the_nearest_even_one(kind: type[Collector], data
     whole[whole.isnan()] = torch.nan
     memory.outputs[1, 0, steps.places], memory.outputs[1, 1, steps.places] = torch.split(whole, P, dim=1)
     output = OutputSpec(Selection("top"), data_type)
-    (vectors,) = kind(memory).collect(steps, [output]).vectors()  # type: ignore[call-arg]
+    (vectors,) = kind(memory).collect(steps, [output], {}).vectors()  # type: ignore[call-arg]
     expected = whole[1:-1].to(
         {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[data_type]
     )
@@ -131,7 +133,7 @@ def test_numbers_are_rounded_to_the_nearest_even_one(kind: type[Collector], data
 def test_a_result_that_is_kept_keeps_little_beside_itself(kind: type[Collector], data_type: DataType) -> None:
     memory = memory_of()
     asked = [OutputSpec(Selection("top", "mean"), data_type), OutputSpec(Selection(), data_type)] * 3
-    for vectors in kind(memory).collect(steps_of(COUNTS), asked).vectors():  # type: ignore[call-arg]
+    for vectors in kind(memory).collect(steps_of(COUNTS), asked, {}).vectors():  # type: ignore[call-arg]
         base = vectors
         while isinstance(base.base, np.ndarray):
             base = base.base
@@ -153,15 +155,18 @@ class CountingTransfers(HostTransfers):
         return super().fetch(source, target)
 
 
-def operators_of(n_sentences: int, asked: Sequence[OutputSpec]) -> Counter[str]:
-    """Return the operators of a round, for sentences of four tokens with these outputs in turns."""
+def operators_of(
+    n_sentences: int, asked: Sequence[OutputSpec], choices: Sequence[TokenChoice | None] = (None,)
+) -> Counter[str]:
+    """Return the operators of a round, for sentences of four tokens with these outputs and choices in turns."""
     memory = Memory(torch.randn(ENTRIES, P), torch.randn(2, 2, 1200, P), h=torch.empty(0), c=torch.empty(0))
     steps = SentenceSteps(np.full(n_sentences, 6), np.arange(6 * n_sentences), np.arange(6 * n_sentences) % ENTRIES)
     transfers = CountingTransfers()
     collector = TorchCollector(memory, transfers)
     outputs = list(itertools.islice(itertools.cycle(asked), n_sentences))
+    chosen = {number: each for number, each in zip(range(n_sentences), itertools.cycle(choices), strict=False) if each}
     with Counting() as counting:
-        collected = collector.collect(steps, outputs)
+        collected = collector.collect(steps, outputs, chosen)
     assert (transfers.n_sent, transfers.n_fetched) == (1, 1)
     with Counting() as reading:
         assert len(collected.vectors()) == n_sentences
@@ -189,6 +194,8 @@ def test_operators_and_copies_do_not_grow_with_sentences(
     is_plain = layers in {"all", "top"} and pooling == "none" and not unit and data_type == "float32"
     assert copies == {"aten.copy_.default": 2 + N_COPIES[layers] + (not is_plain)}
     assert "aten._local_scalar_dense.default" not in few  # a number that the host asks for
+    choices = [rows_of(3, 3, 0), None, *([spans_of([0, 1], [2]), spans_of([3])] if pooling != "none" else [])]
+    assert operators_of(200, [output], choices) == many
 
 
 def test_operators_do_not_grow_with_different_mixes() -> None:
@@ -198,12 +205,91 @@ def test_operators_do_not_grow_with_different_mixes() -> None:
     assert operators_of(200, asked) == operators_of(2, asked)
 
 
+# ---- chosen tokens ----
+
+
+def rows_of(*rows: int) -> TokenChoice:
+    return TokenChoice(np.array(rows))
+
+
+def spans_of(*spans: Sequence[int]) -> TokenChoice:
+    return TokenChoice(np.array(list(itertools.chain.from_iterable(spans))), np.array(list(map(len, spans))))
+
+
+def random_rows(chance: np.random.Generator, n_tokens: int) -> list[int]:
+    found: list[int] = chance.integers(0, n_tokens, chance.integers(1, 2 * n_tokens + 1)).tolist()
+    return found
+
+
+@WAYS
+def test_chosen_rows_are_those_of_the_whole_sentence(kind: type[Collector]) -> None:
+    memory, chance = memory_of(), np.random.default_rng(1)
+    collector, steps = kind(memory), steps_of(COUNTS)  # type: ignore[call-arg]
+    for output in outputs_of(*FORMATS):
+        whole = collector.collect(steps, [output] * len(COUNTS), {}).vectors()
+        rows = {number: random_rows(chance, COUNTS[number] - 2) for number in (0, 1, 3, 5)}
+        choices = {number: rows_of(*its) for number, its in rows.items()}
+        found = collector.collect(steps, [output] * len(COUNTS), choices).vectors()
+        for number, vectors in enumerate(found):
+            if number not in rows:
+                assert np.array_equal(vectors, whole[number])
+            elif not output.pooled:
+                assert np.array_equal(vectors, whole[number][..., rows[number], :])
+
+
+@WAYS
+def test_all_rows_in_their_order_are_pooled_as_without_a_choice(kind: type[Collector]) -> None:
+    memory = memory_of()
+    collector, steps = kind(memory), steps_of(COUNTS)  # type: ignore[call-arg]
+    choices = {number: rows_of(*range(count - 2)) for number, count in enumerate(COUNTS)}
+    for output in outputs_of(*FORMATS):
+        whole = collector.collect(steps, [output] * len(COUNTS), {}).vectors()
+        found = collector.collect(steps, [output] * len(COUNTS), choices).vectors()
+        assert all(map(np.array_equal, found, whole))
+
+
+@WAYS
+def test_chosen_rows_are_pooled_in_the_order_in_which_they_are_given(kind: type[Collector]) -> None:
+    memory, chance = memory_of(), np.random.default_rng(2)
+    collector, steps = kind(memory), steps_of(COUNTS)  # type: ignore[call-arg]
+    for layers in LAYERS.values():
+        plain = OutputSpec(Selection(layers))  # type: ignore[arg-type]
+        whole = collector.collect(steps, [plain] * len(COUNTS), {}).vectors()
+        rows = [random_rows(chance, count - 2) for count in COUNTS]
+        choices = {number: rows_of(*its) for number, its in enumerate(rows)}
+        mean, highest = (OutputSpec(Selection(layers, pooling)) for pooling in ("mean", "max"))  # type: ignore[arg-type]
+        means = collector.collect(steps, [mean] * len(COUNTS), choices).vectors()
+        maxima = collector.collect(steps, [highest] * len(COUNTS), choices).vectors()
+        for number, its in enumerate(rows):
+            taken = [numbers(whole[number], "float32").numpy()[..., row, :] for row in its]
+            assert np.array_equal(means[number], functools.reduce(np.add, taken) / np.float32(len(its)))
+            assert np.array_equal(maxima[number], functools.reduce(np.maximum, taken))
+
+
+@WAYS
+def test_each_span_is_pooled_by_itself(kind: type[Collector]) -> None:
+    memory, chance = memory_of(), np.random.default_rng(3)
+    collector, steps = kind(memory), steps_of(COUNTS)  # type: ignore[call-arg]
+    spans = {number: [random_rows(chance, COUNTS[number] - 2) for _ in range(1 + number)] for number in (1, 2, 5)}
+    for output in outputs_of(*FORMATS):
+        if not output.pooled:
+            continue
+        asked = [output] * len(COUNTS)
+        found = collector.collect(steps, asked, {i: spans_of(*its) for i, its in spans.items()}).vectors()
+        assert np.array_equal(found[0], collector.collect(steps, asked, {}).vectors()[0])
+        for number, its in spans.items():
+            assert found[number].shape == (*found[0].shape[:-1], len(its), 2 * P)
+            for i, rows in enumerate(its):
+                alone = collector.collect(steps, asked, {number: rows_of(*rows)}).vectors()[number]
+                assert np.array_equal(found[number][..., i, :], alone)
+
+
 @WAYS
 def test_each_sentence_has_its_own_mix(kind: type[Collector]) -> None:
     memory, steps = memory_of(), steps_of(COUNTS)
     for normed in (False, True):
         mixes = [LayerMix((0.1 * i, -0.2, 0.3 * i), 1.0 + i, normed) for i in range(len(COUNTS))]
-        found = kind(memory).collect(steps, [OutputSpec(Selection(mix)) for mix in mixes]).vectors()  # type: ignore[call-arg]
+        found = kind(memory).collect(steps, [OutputSpec(Selection(mix)) for mix in mixes], {}).vectors()  # type: ignore[call-arg]
         for vectors, mix, layers in zip(found, mixes, layers_of(memory, steps), strict=True):
             assert np.allclose(vectors, Selection(mix)(layers), atol=1e-5)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2
-from bilm_model.engine.types import DataType, OutputSpec
+from bilm_model.engine.types import DataType, OutputSpec, TokenChoice
 from bilm_model.scalar_mix import Selection
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Call, Result, Sentence
@@ -230,3 +230,75 @@ def test_a_vector_alone_keeps_its_place_beside_others() -> None:
         vector.tobytes(), vector.tobytes(), b"", vector.tobytes(), (vector * 2).tobytes(), vector.tobytes(),
     ]  # fmt: skip
     assert found.usage == usage(5)
+
+
+# ---- chosen rows and spans ----
+
+
+def choosing(asked: Sentence, rows: Sequence[int], lengths: Sequence[int] | None = None) -> Sentence:
+    asked.choice = TokenChoice(np.array(rows), None if lengths is None else np.array(lengths))
+    return asked
+
+
+def test_chosen_rows_bring_their_tokens_and_no_other() -> None:
+    asked = choosing(sentence("a", "bc", "d"), (2, 0, 2))
+    embedding = built(WIRE, [asked], [result(numbers(3))]).results[0].embedding
+    assert list(embedding.tokens) == ["d", "a", "d"]
+    assert (list(embedding.token_starts), list(embedding.token_ends)) == ([2, 0, 2], [3, 1, 3])
+    assert list(embedding.tensor.shape) == [3, 3, 4]
+
+
+@pytest.mark.parametrize("lengths", [None, (1, 2)])
+def test_rows_that_are_pooled_bring_all_tokens_of_the_sentence(lengths: tuple[int, ...] | None) -> None:
+    asked = choosing(sentence("a", "bc", "d", output=POOLED), (2, 0, 2), lengths)
+    shape = (4,) if lengths is None else (2, 4)
+    embedding = built(WIRE, [asked], [result(np.ones(shape, "<f2"))]).results[0].embedding
+    assert list(embedding.tokens) == ["a", "bc", "d"]
+    assert list(embedding.token_starts) == [0, 1, 2]
+    assert list(embedding.tensor.shape) == list(shape)
+
+
+def test_vectors_of_spans_stay_whole_where_tokens_are_omitted() -> None:
+    vectors = np.arange(8, dtype="<f2").reshape(2, 4)
+    asked = choosing(Sentence(Call(), None, POOLED, tokens=("a", "b")), (0, 1), (1, 1))
+    tensor = built(WireFormat(MODEL, omit_tokens=True), [asked], [result(vectors)]).results[0].embedding.tensor
+    assert (tensor.data, list(tensor.shape)) == (vectors.tobytes(), [2, 4])
+
+
+def test_no_response_to_chosen_rows_is_larger_than_its_bound() -> None:
+    for rows in ([0], [0] * 500, [1] * 300, list(range(100)) * 3):
+        asked = choosing(sentence(*["ä" * 300, "🙂", *["a"] * 98], return_state=True), rows)
+        bound = WIRE.overhead_bytes(asked) + numbers(len(rows)).nbytes + 8
+        message = built(WIRE, [asked], [result(numbers(len(rows)), 2**60)])
+        assert message.results[0].ByteSize() + 10 <= bound
+
+
+def test_many_chosen_rows_come_in_ranges() -> None:
+    step = STREAM_MESSAGE_BYTES // (3 * 4 * 4)
+    indices = [i % 3 for i in range(2 * step + 1)]
+    messages = rows(choosing(sentence("a", "b", "c"), indices), result(numbers(len(indices))))
+    assert [message.rows.first_row for message in messages] == [0, step, 2 * step]
+    assert {message.rows.total_rows for message in messages} == {len(indices)}
+    assert [token for message in messages for token in message.rows.embedding.tokens] == ["abc"[i] for i in indices]
+    data = b"".join(message.rows.embedding.tensor.data for message in messages[-1:])
+    assert data == numbers(len(indices))[:, 2 * step :].tobytes()
+
+
+def test_many_spans_come_in_ranges_and_the_tokens_with_the_first() -> None:
+    output = OutputSpec(Selection("all", "max"))
+    step = STREAM_MESSAGE_BYTES // (3 * 4 * 4)
+    asked = choosing(sentence("a", "b", output=output), [0] * (step + 1), [1] * (step + 1))
+    first, last = rows(asked, result(numbers(step + 1)))
+    assert (first.rows.first_row, last.rows.first_row) == (0, step)
+    assert {first.rows.total_rows, last.rows.total_rows} == {step + 1}
+    assert list(first.rows.embedding.tokens) == ["a", "b"]
+    assert list(first.rows.embedding.token_ends) == [1, 2]
+    assert not last.rows.embedding.tokens
+    assert not last.rows.embedding.token_ends
+    assert list(last.rows.embedding.tensor.shape) == [3, 1, 4]
+
+
+def test_rows_that_are_pooled_are_one_row() -> None:
+    asked = choosing(sentence("a", "b", output=POOLED), [0, 1])
+    (message,) = rows(asked, result(np.ones(4, "<f2")))
+    assert (message.rows.first_row, message.rows.total_rows, message.rows.last) == (0, 1, True)

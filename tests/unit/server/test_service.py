@@ -277,7 +277,7 @@ async def test_get_model_says_what_is_served() -> None:
         assert (found.name, found.version) == ("fake", served.embedder.model.version)
         assert (found.layer_count, found.width, found.cell_size, found.state_bytes) == (3, 4, 2, 8)
         assert (found.backend, found.tokenizer, found.precision) == ("fake", "whitespace", "float32")
-        assert list(found.features) == ["priority"]
+        assert list(found.features) == ["priority", "selection"]
         assert found.limits == embed_pb2.Limits(
             max_sentences_per_request=LIMITS.sentences,
             max_tokens_per_request=LIMITS.tokens,

@@ -13,7 +13,7 @@ from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.planner import SentenceSteps
 from bilm_model.engine.results import Collector, TorchCollector
-from bilm_model.engine.types import OutputSpec
+from bilm_model.engine.types import OutputSpec, TokenChoice
 from bilm_model.kernels.elementwise import Elementwise, TorchElementwise
 from bilm_model.kernels.fallbacks import note_fallback
 from bilm_model.kernels.product_paths import ProductPath
@@ -148,7 +148,8 @@ def _compare_collectors(*kinds: Callable[[Memory], Collector]) -> None:
     steps = SentenceSteps(np.array([4, 3]), np.array([5, 4, 3, 2, 0, 1, 5]), np.array([0, 1, 2, 3, 0, 4, 3]))
     selections = (Selection("all", "max"), Selection(LayerMix((0.5, -0.5), 2.0, layer_norm=True), "mean", True))
     specs = [OutputSpec(selection) for selection in selections]
-    found, expected = (kind(memory).collect(steps, specs).vectors() for kind in kinds)
+    choices = {1: TokenChoice(np.array([0, 0]), np.array([1, 1]))}
+    found, expected = (kind(memory).collect(steps, specs, choices).vectors() for kind in kinds)
     if not all(np.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True)):
         raise RuntimeError("they don't compute what they should")
 

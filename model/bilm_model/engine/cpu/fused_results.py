@@ -11,20 +11,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, types
-from numba.extending import intrinsic
+from numba import carray
 from numpy.typing import NDArray
 
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.planner import SentenceSteps
-from bilm_model.engine.results import NUMPY_TYPES, SHARED_BYTES, Vectors, grouped, shape_of, shares_of
+from bilm_model.engine.result_groups import (
+    NUMPY_TYPES,
+    SHARED_BYTES,
+    Choices,
+    Vectors,
+    grouped,
+    shape_of,
+    shares_of,
+)
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.kernels.numba_blocks import (
     Kernel,
     bfloat16s,
     copy_block,
     float32s,
+    half_bits,
     inner,
     int64s,
     kernel,
@@ -44,7 +51,7 @@ _LEAST_NORM = np.float32(1e-12)
 _EPSILON = np.float32(LAYER_NORM_EPSILON)
 _POOLINGS = {"none": 0, "mean": 1, "max": 2}
 _KINDS: dict[DataType, int] = {"float32": 0, "float16": 1, "bfloat16": 2}
-_JOB = 10
+_JOB = 12
 """Numbers that describe a sentence to the kernel."""
 _KEPT_WISHES = 64
 """Different outputs that are remembered."""
@@ -149,29 +156,6 @@ def _mix_of(memory, first, n_steps, mix, normed, scratch):  # type: ignore[no-un
     return offset
 
 
-@intrinsic
-def _bits(typing_context, number):  # type: ignore[no-untyped-def]
-    """Return the bits of a float32 as int32."""
-
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), generate
-
-
-@inner
-def _half_bits(number):  # type: ignore[no-untyped-def]
-    """Return the bits of the nearest float16, ties to even (IEEE 754, 5 bits of exponent, 10 of fraction)."""
-    bits = np.int64(_bits(number)) & np.int64(0xFFFFFFFF)
-    sign, size = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
-    normal = (size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13
-    # Below 2⁻¹⁴ the fraction counts units of 2⁻²⁴: which is what stands in the last bits of the number + ½
-    small = (np.int64(_bits(abs(number) + np.float32(0.5))) & np.int64(0xFFFFFFFF)) - 0x3F000000
-    found = small if size < 0x38800000 else normal
-    finite = found if size < 0x477FF000 else 0x7C00  # infinite from 65,520 on
-    return sign | (0x7E00 if size > 0x7F800000 else finite)
-
-
 @inner
 def _write(width, row, kind, out):  # type: ignore[no-untyped-def]
     """Write a row as float32, float16 or bfloat16 (kinds 0, 1, 2)."""
@@ -180,7 +164,7 @@ def _write(width, row, kind, out):  # type: ignore[no-untyped-def]
     elif kind == 1:
         target = bfloat16s(out)  # 16 bits each
         for k in range(width):
-            target[k] = np.uint16(_half_bits(row[k]))
+            target[k] = np.uint16(half_bits(row[k]))
     else:
         for k in range(width):
             store(bfloat16s(out), k, row[k])
@@ -192,36 +176,42 @@ def _collect(memory, job, scratch):  # type: ignore[no-untyped-def]
 
     Args:
         memory: P, L, A and the addresses of vectors, outputs, places and entries; the last number is of no use here.
-        job: first step, steps, first layer, layers that are returned, address of the mix's weights (L) or 0, whether
-            layers are normalised first, pooling, whether vectors are, kind of the numbers, and where the result goes.
+        job: first step, steps, ranges of rows, address of the steps at which they begin (and the last one ends) or 0,
+            first layer, layers that are returned, address of the mix's weights (L) or 0, whether layers are normalised
+            first, pooling, whether vectors are, kind of the numbers, and where the result goes. Without such an
+            address the tokens are the only range; each is pooled by itself.
         scratch: (2·D + L) of this sentence: a row, the weights, what is pooled.
     """
     width = 2 * memory[0]
-    first, n_steps, first_layer, n_layers, mix, normed, pooling, unit, kind, out = carray(job, _JOB)
+    first, n_steps, n_ranges, bounds, first_layer, n_layers, mix, normed, pooling, unit, kind, out = carray(job, _JOB)
     weights, offset = shifted(scratch, width), np.float32(0.0)
     pooled, row_bytes = shifted(weights, memory[1]), width * (2 if kind else 4)
     if mix != 0:
         offset = _mix_of(memory, first, n_steps, mix, normed != 0, scratch)
-    for layer in range(n_layers):
-        for token in range(n_steps - 2):  # without the boundaries
-            step, target = first + 1 + token, pooled if pooling else scratch
-            if mix == 0:
-                _pool_layer(memory, first_layer + layer, step, pooling, token, target)
-            else:
-                _mix_row(memory, step, weights, offset, scratch)
-                if pooling:
-                    _pool(pooling, token, width, scratch, pooled)
-            if not pooling:
+    begin, end = first + 1, first + n_steps - 1  # without the boundaries
+    for layer in range(first_layer, first_layer + n_layers):
+        for number in range(n_ranges):
+            if bounds != 0:
+                begin, end = int64s(bounds)[number], int64s(bounds)[number + 1]
+            for step in range(begin, end):
+                target = pooled if pooling else scratch
+                if mix == 0:
+                    _pool_layer(memory, layer, step, pooling, step - begin, target)
+                else:
+                    _mix_row(memory, step, weights, offset, scratch)
+                    if pooling:
+                        _pool(pooling, step - begin, width, scratch, pooled)
+                if not pooling:
+                    if unit:
+                        _normalise(width, scratch)
+                    _write(width, scratch, kind, out)
+                    out += row_bytes
+            if pooling:
+                _end_pooling(pooling, end - begin, width, pooled)
                 if unit:
-                    _normalise(width, scratch)
-                _write(width, scratch, kind, out)
+                    _normalise(width, pooled)
+                _write(width, pooled, kind, out)
                 out += row_bytes
-        if pooling:
-            _end_pooling(pooling, n_steps - 2, width, pooled)
-            if unit:
-                _normalise(width, pooled)
-            _write(width, pooled, kind, out)
-            out += row_bytes
 
 
 def _collect_all(arguments):  # type: ignore[no-untyped-def]
@@ -244,7 +234,7 @@ class _Wish:
     """An output as the kernel reads it.
 
     Attributes:
-        numbers: First layer, layers that are returned, address of the weights, and the flags.
+        numbers: Of a job, from the ranges of a sentence all of whose tokens come back to the kind of the numbers.
         weights: (L,) float32 at that address, if layers are mixed.
     """
 
@@ -265,7 +255,7 @@ def _wish(output: OutputSpec, n_layers: int) -> _Wish:
     first = n_layers - 1 if selection.layers == "top" else 0
     count = n_layers if selection.layers == "all" else 1
     flags = (int(normed), _POOLINGS[selection.pooling], int(selection.l2_normalize), _KINDS[output.data_type])
-    return _Wish((first, count, 0 if weights is None else weights.ctypes.data, *flags), weights)
+    return _Wish((1, 0, first, count, 0 if weights is None else weights.ctypes.data, *flags), weights)
 
 
 @dataclass(eq=False, slots=True)
@@ -306,20 +296,28 @@ class FusedCollector:
         self._n_scratch = 2 * self._width + self._n_layers
         self._grow_scratch(1)
 
-    def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec]) -> FusedCollected:
+    def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec], choices: Choices) -> FusedCollected:
         """See `Collector`."""
         counts = steps.counts.tolist()
         jobs: list[Sequence[int]] = [()] * len(counts)
         found: list[Vectors] = [_NONE] * len(counts)
         wishes: list[_Wish] = []
         firsts = list(itertools.accumulate(counts, initial=0))
+        steps, ranges, bounds = _with_choices(steps, choices) if choices else (steps, {}, _NONE)
         for output, numbers in grouped(outputs):
             wish = _wish(output, self._n_layers)
             wishes.append(wish)  # the kernel reads what it holds
-            memory = self._pooled(output, len(numbers)) if output.pooled else self._whole(output, numbers, counts)
+            if output.pooled and not choices:
+                memory = self._pooled(output, len(numbers))
+            else:
+                memory = self._apart(output, numbers, counts, choices)
             for number, (vectors, address) in zip(numbers, memory, strict=True):
                 found[number], jobs[number] = vectors, (firsts[number], counts[number], *wish.numbers, address)
+        for number, its in ranges.items():
+            first, n_steps, _, _, *others = jobs[number]
+            jobs[number] = (first, n_steps, *its, *others)
         self._run(steps, array("q", itertools.chain.from_iterable(jobs)))
+        del bounds  # the kernel has read them
         return FusedCollected(found)
 
     def _pooled(self, output: OutputSpec, n_sentences: int) -> Iterator[tuple[Vectors, int]]:
@@ -333,12 +331,12 @@ class FusedCollector:
             address = results.ctypes.data
             yield from zip(results, range(address, address + results.nbytes, n_bytes), strict=True)
 
-    def _whole(
-        self, output: OutputSpec, numbers: Sequence[int], counts: Sequence[int]
+    def _apart(
+        self, output: OutputSpec, numbers: Sequence[int], counts: Sequence[int], choices: Choices
     ) -> Iterator[tuple[Vectors, int]]:
-        """Yield memory for each result that isn't pooled, its own, and its address."""
+        """Yield memory of its own for each result, and its address."""
         for number in numbers:
-            shape = shape_of(counts[number] - 2, self._n_layers, self._width, output)
+            shape = shape_of(counts[number] - 2, self._n_layers, self._width, output, choices.get(number))
             vectors = np.empty(shape, NUMPY_TYPES[output.data_type])
             yield vectors, vectors.ctypes.data
 
@@ -359,3 +357,26 @@ class FusedCollector:
 
 
 _NONE = np.empty(0, dtype=np.float32)
+
+
+def _with_choices(
+    steps: SentenceSteps, choices: Choices
+) -> tuple[SentenceSteps, dict[int, tuple[int, int]], NDArray[np.int64]]:
+    """Append the steps that choices name, once for each time that they are named.
+
+    Returns:
+        The steps; by the number of a sentence with a choice its ranges, as `_collect` is given them; and the memory
+        that these have.
+    """
+    tokens = np.cumsum(steps.counts) - steps.counts + 1
+    chosen = np.concatenate([tokens[number] + choice.rows for number, choice in choices.items()])
+    places, entries = (np.concatenate([each, each[chosen]]) for each in (steps.places, steps.entries))
+    lengths = [[len(each.rows)] if each.span_lengths is None else each.span_lengths for each in choices.values()]
+    # The end of a sentence's last range is where the next sentence's first one begins
+    bounds = len(steps.places) + np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    firsts = itertools.accumulate(map(len, lengths), initial=0)
+    ranges = {
+        number: (len(its), bounds.ctypes.data + first * bounds.itemsize)
+        for number, its, first in zip(choices, lengths, firsts, strict=False)
+    }
+    return SentenceSteps(steps.counts, places, entries), ranges, bounds

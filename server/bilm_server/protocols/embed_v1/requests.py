@@ -10,7 +10,7 @@ from bilm_model.scalar_mix import LayerMix, Pooling, Selection
 
 from bilm_server.embedding.preprocessing import check_mix
 from bilm_server.errors import RefusalError
-from bilm_server.inference.types import Call, Sentence
+from bilm_server.inference.types import AskedTokens, Call, Sentence
 from bilm_server.served_model import ServedModel
 
 # What isn't set means what the client's defaults mean, so that a first call by hand needs no options.
@@ -51,6 +51,13 @@ def parse_priority(value: int) -> Priority:
     return priority
 
 
+_SPAN_UNITS: Mapping[int, str] = {
+    embed_pb2.SPAN_UNIT_UNSPECIFIED: "tokens",
+    embed_pb2.SPAN_UNIT_TOKENS: "tokens",
+    embed_pb2.SPAN_UNIT_BYTES: "bytes",
+}
+
+
 def parse_options(options: embed_pb2.EmbedOptions, model: ServedModel) -> OutputSpec:
     """Return what a request's options ask of the engine.
 
@@ -73,7 +80,14 @@ def new_sentence(sentence: embed_pb2.Sentence, output: OutputSpec, call: Call) -
             content = sentence.text
         case "tokens":
             content = sentence.tokens.tokens
-    return Sentence(call, content, output, sentence.state, sentence.return_state)
+    asked: AskedTokens | None = None
+    match sentence.WhichOneof("selection"):
+        case "rows":
+            asked = AskedTokens(rows=sentence.rows.rows)
+        case "spans":
+            unit = sentence.spans.unit
+            asked = AskedTokens(spans=sentence.spans.spans, unit=_SPAN_UNITS.get(unit, str(unit)))
+    return Sentence(call, content, output, sentence.state, sentence.return_state, asked)
 
 
 def _unsupported(field: str, value: int, known: Iterable[int]) -> str:

@@ -48,8 +48,9 @@ class WireFormat:
 
     def overhead_bytes(self, sentence: Sentence) -> int:
         """Return an upper bound of what a sentence takes of a message beside its vectors and state."""
-        text = 0 if self.omit_tokens else sum(4 * len(token) for token in sentence.tokens)
-        return text + _SENTENCE_OVERHEAD_BYTES + _TOKEN_OVERHEAD_BYTES * len(sentence.tokens)
+        tokens = sentence.of_rows(sentence.tokens)
+        text = 0 if self.omit_tokens else sum(4 * len(token) for token in tokens)
+        return text + _SENTENCE_OVERHEAD_BYTES + _TOKEN_OVERHEAD_BYTES * len(tokens)
 
     def build(self, sentences: Sequence[Sentence], results: Sequence[Outcome]) -> bytes:
         """Return the response to an `Embed`, serialised: the messages of its parts, one behind the other, are one."""
@@ -76,14 +77,14 @@ class WireFormat:
         self, item_id: int, sentence: Sentence, result: Result, *, with_state: bool
     ) -> Iterator[embed_pb2.EmbedStreamResponse]:
         """Yield a sentence's embedding in row ranges that fit a message; the last one has the state and the usage."""
-        pooled = sentence.output.pooled
-        total = 1 if pooled else len(sentence.tokens)
-        step = 1 if pooled else max(1, STREAM_MESSAGE_BYTES // row_bytes(sentence.output, self.model))
+        count = sentence.row_count
+        total = 1 if count is None else count
+        step = max(1, STREAM_MESSAGE_BYTES // row_bytes(sentence.output, self.model))
         for first in range(0, max(total, 1), step):
             message = embed_pb2.EmbedStreamResponse(id=item_id)
             rows = message.rows
             rows.first_row, rows.total_rows, rows.last = first, total, first + step >= total
-            self._fill(rows.embedding, sentence, result, slice(0, None) if pooled else slice(first, first + step))
+            self._fill(rows.embedding, sentence, result, slice(first, first + step))
             if rows.last:
                 if with_state:
                     rows.embedding.state = self._state_bytes(result)
@@ -91,11 +92,12 @@ class WireFormat:
             yield message
 
     def _has_vector_alone(self, sentence: Sentence) -> bool:
-        """Return whether the embedding has neither tokens, offsets, marks nor a state; with few shapes: pooled."""
+        """Return whether the embedding has neither tokens, offsets, marks nor a state, and one of few shapes."""
         return (
             self.omit_tokens
             and sentence.output.selection.pooling != "none"
             and not (sentence.starts or sentence.truncated or sentence.return_state)
+            and sentence.row_count is None
         )
 
     def _serialised(self, sentence: Sentence, result: Result) -> bytes:
@@ -108,12 +110,12 @@ class WireFormat:
         return data
 
     def _fill(self, message: embed_pb2.Embedding, sentence: Sentence, result: Result, rows: slice) -> None:
-        vectors = result.vectors if sentence.output.pooled else result.vectors[..., rows, :]
+        vectors = result.vectors if sentence.row_count is None else result.vectors[..., rows, :]
         if not self.omit_tokens:
-            message.tokens.extend(sentence.tokens[rows])
+            message.tokens.extend(sentence.of_rows(sentence.tokens, rows))
         if sentence.starts:
-            message.token_starts.extend(sentence.starts[rows])
-            message.token_ends.extend(sentence.ends[rows])
+            message.token_starts.extend(sentence.of_rows(sentence.starts, rows))
+            message.token_ends.extend(sentence.of_rows(sentence.ends, rows))
         if sentence.truncated:
             message.truncated = True
         _fill_tensor(message.tensor, vectors.tobytes(), vectors.shape, sentence.output.data_type)

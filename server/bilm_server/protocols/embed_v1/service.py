@@ -93,5 +93,5 @@ class EmbedService(embed_pb2_grpc.EmbedServiceServicer):
             server_version=bilm_server.__version__,
             inputs="char_cnn",
             contexts="lstm",
-            features=[Feature.PRIORITY],
+            features=Feature,
         )

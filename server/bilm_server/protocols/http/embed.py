@@ -4,7 +4,7 @@ import struct
 from binascii import Error, a2b_base64
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from bilm_api.constants import Priority, Reason
 from bilm_model.engine.types import DataType, OutputSpec
@@ -13,7 +13,7 @@ from bilm_model.scalar_mix import LayerMix, Pooling, Selection
 from bilm_server.embedding.conversions import request_weight
 from bilm_server.embedding.embedder import Embedder
 from bilm_server.embedding.preprocessing import RequestLimits, check_mix
-from bilm_server.inference.types import Call, Sentence
+from bilm_server.inference.types import AskedTokens, Call, Sentence
 from bilm_server.observability.call_record import current_call
 from bilm_server.protocols.http.embed_responses import JsonFormat, RawTensors
 from bilm_server.protocols.http.encodings import ENCODINGS, Encoding
@@ -26,7 +26,7 @@ TENSORS: Final = "application/octet-stream"
 _FIELDS = ("model", "expected_model_version", "options", "sentences", "encoding_format", "priority")
 _OPTIONS = ("layers", "mix", "pooling", "l2_normalize", "data_type", "omit_tokens")
 _MIX = ("weights", "gamma", "layer_norm")
-_SENTENCE = ("text", "tokens", "state", "return_state")
+_SENTENCE = ("text", "tokens", "state", "return_state", "rows", "spans", "span_unit")
 
 _LAYERS: Final[Mapping[str, Literal["all", "top", "average", "mix"]]] = {
     "all": "all",
@@ -36,6 +36,8 @@ _LAYERS: Final[Mapping[str, Literal["all", "top", "average", "mix"]]] = {
 }
 _POOLINGS: Final[Mapping[str, Pooling]] = {"none": "none", "mean": "mean", "max": "max"}
 _DATA_TYPES: Final[Mapping[str, DataType]] = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+_SPAN_UNITS: Final[Mapping[str, str]] = {"tokens": "tokens", "bytes": "bytes"}
+_MAX_INDEX: Final = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,36 @@ def _sentence(value: object, path: str, call: Call, output: OutputSpec) -> Sente
     content: Any = fields.text("text") if text is not None else tokens
     if tokens is not None and not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
         raise wrong(fields.path("tokens"), "expected a list of strings")
-    return Sentence(call, content, output, _state(fields), fields.flag("return_state"))
+    return Sentence(call, content, output, _state(fields), fields.flag("return_state"), _asked(fields))
+
+
+class _Span(NamedTuple):
+    """A `Span`."""
+
+    start: int
+    end: int
+
+
+def _asked(fields: BodyFields) -> AskedTokens | None:
+    rows, spans = fields.get("rows"), fields.get("spans")
+    unit = fields.choice("span_unit", _SPAN_UNITS, "tokens")
+    if fields.get("span_unit") is not None and spans is None:
+        raise wrong(fields.path("span_unit"), "goes with spans, and with nothing else")
+    if rows is not None and spans is not None:
+        raise wrong(fields.path("rows"), "expected rows or spans, not both")
+    if rows is not None:
+        if not _are_indices(rows):
+            raise wrong(fields.path("rows"), "expected a list of indices")
+        return AskedTokens(rows=rows)
+    if spans is None:
+        return None
+    if not (isinstance(spans, list) and all(_are_indices(span) and len(span) == 2 for span in spans)):
+        raise wrong(fields.path("spans"), "expected a list of pairs [start, end]")
+    return AskedTokens(spans=[_Span(*span) for span in spans], unit=unit)
+
+
+def _are_indices(value: object) -> bool:
+    return isinstance(value, list) and all(type(each) is int and 0 <= each <= _MAX_INDEX for each in value)
 
 
 def _state(fields: BodyFields) -> bytes:

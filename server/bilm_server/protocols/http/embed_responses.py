@@ -41,9 +41,9 @@ class JsonFormat:
     def overhead_bytes(self, sentence: Sentence) -> int:
         """Return an upper bound of what a sentence takes beside the bytes of its vectors and state."""
         output = sentence.output
-        n_tokens = 1 if output.pooled else len(sentence.tokens)
-        n_bytes = n_tokens * row_bytes(output, self.model)
-        n_rows = n_tokens * self.model.config.layer_count
+        count = 1 if sentence.row_count is None else sentence.row_count
+        n_bytes = count * row_bytes(output, self.model)
+        n_rows = count * self.model.config.layer_count
         vectors = extra_bytes(self.encoding, n_bytes, item_bytes(output), n_rows)
         state = base64_bytes(self.model.state_bytes) - self.model.state_bytes if sentence.return_state else 0
         return _description_bytes(sentence, self.omit_tokens) + vectors + state
@@ -121,15 +121,19 @@ class _Places:
 
 
 def _description_bytes(sentence: Sentence, omit_tokens: bool) -> int:
-    text = 0 if omit_tokens else sum(_CHARACTER_BYTES * len(token) for token in sentence.tokens)
-    return text + _SENTENCE_OVERHEAD_BYTES + _TOKEN_OVERHEAD_BYTES * len(sentence.tokens)
+    tokens = sentence.of_rows(sentence.tokens)
+    text = 0 if omit_tokens else sum(_CHARACTER_BYTES * len(token) for token in tokens)
+    return text + _SENTENCE_OVERHEAD_BYTES + _TOKEN_OVERHEAD_BYTES * len(tokens)
 
 
 def _described(sentence: Sentence, omit_tokens: bool) -> dict[str, Any]:
     """Return an embedding's fields but tensor and state; offsets only where the input was text."""
-    found: dict[str, Any] = {} if omit_tokens else {"tokens": sentence.tokens}
+    found: dict[str, Any] = {} if omit_tokens else {"tokens": sentence.of_rows(sentence.tokens)}
     if sentence.starts:
-        found |= {"token_starts": sentence.starts, "token_ends": sentence.ends}
+        found |= {
+            "token_starts": sentence.of_rows(sentence.starts),
+            "token_ends": sentence.of_rows(sentence.ends),
+        }
     return {**found, "truncated": sentence.truncated}
 
 

@@ -88,9 +88,7 @@ def _schemas() -> dict[str, Schema]:
             model=_TEXT,
             expected_model_version=_TEXT,
             options=_options(),
-            sentences=_list(
-                _object([], text=_TEXT, tokens=_list({**_TEXT, "minLength": 1}), state=_BASE64, return_state=_FLAG)
-            ),
+            sentences=_list(_sentence()),
             encoding_format=_ENCODING,
             priority=_PRIORITY,
         ),
@@ -108,6 +106,20 @@ def _schemas() -> dict[str, Schema]:
             ),
         ),
     }
+
+
+def _sentence() -> Schema:
+    pair = {**_list(_COUNT), "minItems": 2, "maxItems": 2}
+    return _object(
+        [],
+        text=_TEXT,
+        tokens=_list({**_TEXT, "minLength": 1}),
+        state=_BASE64,
+        return_state=_FLAG,
+        rows={**_list(_COUNT), "minItems": 1},
+        spans={**_list(pair), "minItems": 1},
+        span_unit={"enum": ["tokens", "bytes"], "default": "tokens"},
+    )
 
 
 def _options() -> Schema:
