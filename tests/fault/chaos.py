@@ -2,10 +2,11 @@
 
     python -m tests.fault.chaos --minutes 5 --seed 1
 
-A supervisor restarts a real server; callers of all kinds (chaos_callers) go to it directly and through a proxy; faults
-come as the seed has it (chaos_schedule, chaos_faults). Ends with 0 if there was no wrong answer, no call that hung
-beyond its deadline, no failure that no fault explains, no leak and no error in the server's log; 1 otherwise. Where it
-may, it runs in a network namespace of its own, in which packets can be lost, too.
+A supervisor restarts a real server; callers of all kinds (chaos_callers; chaos_doors over HTTP and the Open Inference
+Protocol) go to it directly and through a proxy; faults come as the seed has it (chaos_schedule, chaos_faults). Ends
+with 0 if there was no wrong answer, no call that hung beyond its deadline, no failure that no fault explains, no leak
+and no error in the server's log; 1 otherwise. Where it may, it runs in a network namespace of its own, in which packets
+can be lost, too.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from tests.fault.chaos_schedule import KINDS, PACKETS, schedule
 from tests.fault.chaos_supervisor import Supervisor
 from tests.fault.packets import PacketFilter, enter_namespace
 from tests.fault.proxy import FaultyProxy
-from tests.support.processes import ROOT, descriptors, module_command, resident_bytes
+from tests.support.processes import ROOT, descriptors, free_port, module_command, resident_bytes
 from tests.support.server_processes import ProcessServer
 
 _MAX_STREAM_TOKENS = 8192
@@ -70,10 +71,12 @@ class Run:
 
     def __init__(self, seed: int, kinds: Sequence[str], folder: Path, in_namespace: bool) -> None:
         self._seed, self._kinds, self._folder = seed, kinds, folder
-        flags = [part for name, value in _FLAGS.items() for part in (f"--{name}", str(value))]
+        self._http_port = free_port()
+        settings = {**_FLAGS, "http-listen": f"127.0.0.1:{self._http_port}"}
+        flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         self._server = ProcessServer(*flags, log=folder / "server.log")
         self._supervisor = Supervisor(self._server)
-        self._packets = PacketFilter(self._server.port, in_namespace)
+        self._packets = PacketFilter((self._server.port, self._http_port), in_namespace)
         self._recorder = Recorder(folder / "injector.jsonl")
         self._callers_file = folder / "callers.jsonl"
         self.outcome = Outcome(seed)
@@ -90,15 +93,15 @@ class Run:
             stack.callback(self._recorder.close)
             stack.callback(self._supervisor.give_up)
             self._supervisor.start()
-            proxy = stack.enter_context(FaultyProxy(self._server.port))
-            callers = stack.enter_context(self._callers(proxy))
-            self._go_through(callers, proxy, until_s - _SETTLE_S, n_rounds)
+            proxies = [stack.enter_context(FaultyProxy(port)) for port in (self._server.port, self._http_port)]
+            callers = stack.enter_context(self._callers(*proxies))
+            self._go_through(callers, proxies, until_s - _SETTLE_S, n_rounds)
             self._supervisor.stop()
         self._collect()
         self.outcome.seconds = time.monotonic() - begun_s
 
     def _go_through(
-        self, callers: "subprocess.Popen[str]", proxy: FaultyProxy, until_s: float, n_rounds: int | None
+        self, callers: "subprocess.Popen[str]", proxies: Sequence[FaultyProxy], until_s: float, n_rounds: int | None
     ) -> None:
         self.outcome.exact = _said(callers)["exact"]
         before = self._held()
@@ -107,7 +110,14 @@ class Run:
         kinds = [kind for kind in self._kinds if kind not in skipped]
         if skipped:
             self.outcome.skipped = f"{', '.join(skipped)} (they need nft and a network namespace)"
-        injector = Injector(self._server, self._supervisor, proxy, self._packets, self._recorder)
+        injector = Injector(
+            self._server,
+            self._supervisor,
+            self._recorder,
+            http_port=self._http_port,
+            proxies=proxies,
+            packets=self._packets,
+        )
         self.outcome.windows = injector.windows
         for fault in islice(schedule(self._seed, kinds), None if n_rounds is None else n_rounds * len(kinds)):
             if time.monotonic() >= until_s:
@@ -131,9 +141,10 @@ class Run:
                 list(client.embed_stream([["w"] * _MAX_STREAM_TOKENS], pool="mean", timeout_s=LIMIT_S))
 
     @contextmanager
-    def _callers(self, proxy: FaultyProxy) -> "Iterator[subprocess.Popen[str]]":
-        command = module_command("tests.fault.chaos_load", "--direct", self._server.target)
-        command += ["--proxy", proxy.target, "--records", str(self._callers_file), "--seed", str(self._seed)]
+    def _callers(self, proxy: FaultyProxy, http_proxy: FaultyProxy) -> "Iterator[subprocess.Popen[str]]":
+        command = module_command("tests.fault.chaos_load", "--direct", self._server.target, "--proxy", proxy.target)
+        command += ["--direct-http", f"127.0.0.1:{self._http_port}", "--proxy-http", http_proxy.target]
+        command += ["--records", str(self._callers_file), "--seed", str(self._seed)]
         with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             try:
                 yield process

@@ -24,7 +24,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 )
-_MAX_RECEIVE_BYTES = 20 * 2**20
+MAX_RECEIVE_BYTES = 20 * 2**20
 _HEALTH_LIMIT_S = 5.0
 _CARRY_EVERY = 4
 _WINDOWS = (1, 8, 64)
@@ -38,7 +38,7 @@ class Callers:
         self._recorder, self._known = recorder, known
         self._client = Client(target, channel_options=CHANNEL_OPTIONS)
         self._channel = grpc.insecure_channel(
-            target, options=[*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", _MAX_RECEIVE_BYTES)]
+            target, options=[*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES)]
         )
         self._stub = embed_pb2_grpc.EmbedServiceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)

@@ -1,12 +1,13 @@
 """Injects the faults of a chaos run, and notes when each began and ended."""
 
 import contextlib
+import itertools
 import random
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import grpc
@@ -20,6 +21,7 @@ from tests.fault.chaos_supervisor import Supervisor
 from tests.fault.known_answers import PLAIN, bare_options, endless_items, sentence
 from tests.fault.packets import DROP, RESET, PacketFilter
 from tests.fault.proxy import FaultyProxy
+from tests.support.http_calls import deaf_client, raw_request
 from tests.support.processes import ROOT, module_command, wait_until
 from tests.support.server_processes import START_TIMEOUT_S, ProcessServer
 
@@ -33,6 +35,7 @@ _BURST_CALLS = 80
 _SLOW_STREAMS = 4
 _OVERSIZED_BYTES = 24 * 2**20
 _MAX_DELAY_S = 0.15
+_LARGE_REQUEST = raw_request("/v1/embed", {"sentences": [{"tokens": ["w"] * (MAX_REQUEST_TOKENS // 16)}] * 2})
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _SETTINGS = bytes(3) + b"\x04" + bytes(5)
 
@@ -44,12 +47,14 @@ class Injector:
         self,
         server: ProcessServer,
         supervisor: Supervisor,
-        proxy: FaultyProxy,
-        packets: PacketFilter,
         recorder: Recorder,
+        *,
+        http_port: int,
+        proxies: Sequence[FaultyProxy],
+        packets: PacketFilter,
     ) -> None:
-        self._server, self._supervisor, self._proxy, self._packets = server, supervisor, proxy, packets
-        self._recorder = recorder
+        self._server, self._http_port, self._supervisor, self._proxies = server, http_port, supervisor, proxies
+        self._packets, self._recorder = packets, recorder
         self.windows: list[Window] = []
 
     def inject(self, fault: Fault) -> None:
@@ -102,7 +107,11 @@ class Injector:
     # ---- the network ----
 
     def _cut(self, fault: Fault) -> None:
-        self._proxy.reset()
+        self._reset()
+
+    def _reset(self) -> None:
+        for proxy in self._proxies:
+            proxy.reset()
 
     def _finish_client(self, fault: Fault) -> None:
         self._half_open("client", fault)
@@ -112,31 +121,39 @@ class Injector:
 
     def _half_open(self, side: Literal["client", "server"], fault: Fault) -> None:
         """One end hears of the end of the connection; for the other it lasts until the reset."""
-        self._proxy.finish(side)
+        for proxy in self._proxies:
+            proxy.finish(side)
         time.sleep(fault.length_s)
-        self._proxy.reset()
+        self._reset()
 
     def _swallow(self, fault: Fault) -> None:
-        self._proxy.swallow()
+        for proxy in self._proxies:
+            proxy.swallow()
         time.sleep(fault.length_s)
-        self._proxy.reset()
+        self._reset()
 
     def _hold(self, fault: Fault) -> None:
-        self._proxy.hold()
+        for proxy in self._proxies:
+            proxy.hold()
         time.sleep(fault.length_s)
-        self._proxy.go_on()
+        for proxy in self._proxies:
+            proxy.go_on()
 
     def _delay(self, fault: Fault) -> str:
-        self._proxy.delay_s = _MAX_DELAY_S * fault.hardness
+        for proxy in self._proxies:
+            proxy.delay_s = _MAX_DELAY_S * fault.hardness
         time.sleep(fault.length_s)
-        self._proxy.delay_s = 0.0
+        for proxy in self._proxies:
+            proxy.delay_s = 0.0
         return f"{1000 * _MAX_DELAY_S * fault.hardness:.0f} ms"
 
     def _refuse(self, fault: Fault) -> None:
-        self._proxy.refusing = True
-        self._proxy.reset()
+        for proxy in self._proxies:
+            proxy.refusing = True
+            proxy.reset()
         time.sleep(fault.length_s)
-        self._proxy.refusing = False
+        for proxy in self._proxies:
+            proxy.refusing = False
 
     def _lost_packets(self, fault: Fault) -> str:
         return self._filtered(fault, 20 + round(80 * fault.hardness), DROP)
@@ -166,8 +183,10 @@ class Injector:
                 child.kill()
 
     def _slow_readers(self, fault: Fault) -> None:
-        """Streams that send and never read, until the server has had enough of them."""
-        with self._channel() as channel:
+        """Streams and HTTP clients that send and never read, until the server has had enough of them."""
+        with self._channel() as channel, contextlib.ExitStack() as stack:
+            for _ in range(_SLOW_STREAMS):
+                stack.enter_context(deaf_client(f"127.0.0.1:{self._http_port}", _LARGE_REQUEST))
             streams = [
                 embed_pb2_grpc.EmbedServiceStub(channel).EmbedStream(endless_items(), timeout=_CALL_LIMIT_S)
                 for _ in range(_SLOW_STREAMS)
@@ -177,19 +196,20 @@ class Injector:
                 stream.cancel()
 
     def _bad_frames(self, fault: Fault) -> None:
-        """Connections that say something else than HTTP/2, or nothing more after a good beginning."""
+        """Connections that say something else than HTTP, or nothing more after a good beginning."""
         noise = random.Random(fault.hardness).randbytes(4096)
         sent = (
             noise,
             b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"POST /v1/embed HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n\r\n{",
             _HTTP2_PREFACE,
             _HTTP2_PREFACE + noise,
             _HTTP2_PREFACE + _SETTINGS + b"\xff\xff\xff" + noise,
             _HTTP2_PREFACE + _SETTINGS + bytes(2) + b"\x08\x01\x05" + bytes(3) + b"\x01" + noise[:8],
         )
         with contextlib.ExitStack() as stack:
-            for data in sent:
-                connection = stack.enter_context(socket.create_connection(("127.0.0.1", self._server.port), 5))
+            for port, data in itertools.product((self._server.port, self._http_port), sent):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
                 connection.sendall(data)
             time.sleep(fault.length_s / 2)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from bilm_client import AsyncClient, Client
 
 from tests.fault.chaos_callers import LIMIT_S, AsyncCallers, Callers
+from tests.fault.chaos_doors import HttpCallers, KserveCallers
 from tests.fault.chaos_records import HANG_MARGIN_S, Recorder
 from tests.fault.known_answers import KnownAnswers
 from tests.support.processes import descriptors, resident_bytes
@@ -32,12 +33,12 @@ _MIB = 2**20
 class Load:
     """All callers, from their start to their end."""
 
-    def __init__(self, targets: dict[str, str], recorder: Recorder, seed: int) -> None:
-        self._targets, self._recorder, self._seed = targets, recorder, seed
+    def __init__(self, targets: dict[str, str], http: dict[str, str], recorder: Recorder, seed: int) -> None:
+        self._targets, self._http, self._recorder, self._seed = targets, http, recorder, seed
         self._known = KnownAnswers()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._callers: list[Callers] = []
+        self._callers: list[Callers | KserveCallers | HttpCallers] = []
 
     def learn(self) -> KnownAnswers:
         """Learns all answers, and does everything once that takes memory for good."""
@@ -59,11 +60,23 @@ class Load:
             self._callers.append(callers)
             for one in (callers.unary, callers.stream, callers.document, callers.bare_unary, callers.bare_stream):
                 self._in_thread(f"{one.__name__}/{path}", one)
-        direct = self._callers[0]
-        self._in_thread("bad", direct.bad)
-        self._in_thread("health", direct.health)
+            if path == "direct":
+                self._in_thread("bad", callers.bad)
+                self._in_thread("health", callers.health)
+            self._start_other_doors(path, target)
         self._threads.append(threading.Thread(target=lambda: asyncio.run(self._run_async()), name="async", daemon=True))
         self._threads[-1].start()
+
+    def _start_other_doors(self, path: str, target: str) -> None:
+        kserve = KserveCallers(path, target, self._recorder, self._known)
+        http = HttpCallers(path, self._http[path], self._recorder, self._known)
+        self._callers += [kserve, http]
+        ones: dict[str, Callable[[random.Random], bool]]
+        ones = {"kserve": kserve.infer, "http embeddings": http.embeddings, "http embed": http.embed}
+        if path == "direct":
+            ones |= {"bad http": http.bad, "http health": http.health}
+        for name, one in ones.items():
+            self._in_thread(f"{name}/{path}", one)
 
     def stop(self) -> list[str]:
         """Stops them; the names of those that still hadn't stopped long after every deadline."""
@@ -117,11 +130,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--direct", required=True)
     parser.add_argument("--proxy", required=True)
+    parser.add_argument("--direct-http", required=True)
+    parser.add_argument("--proxy-http", required=True)
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
     arguments = parser.parse_args()
     recorder = Recorder(arguments.records)
-    load = Load({"direct": arguments.direct, "proxy": arguments.proxy}, recorder, arguments.seed)
+    targets = {"direct": arguments.direct, "proxy": arguments.proxy}
+    http = {"direct": arguments.direct_http, "proxy": arguments.proxy_http}
+    load = Load(targets, http, recorder, arguments.seed)
     known = load.learn()
     before = holdings()
     print(json.dumps({"ready": True, "exact": known.exact, "version": known.version}), flush=True)

@@ -117,8 +117,16 @@ class KnownAnswers:
         shape, width = tuple(found.tensor.shape), known.vectors.dtype.itemsize
         if shape != known.vectors.shape or len(found.tensor.data) != known.vectors.nbytes:
             raise WrongAnswerError(f"options {options}, sentence {index}: shape {shape}, not {known.vectors.shape}")
-        vectors = np.frombuffer(found.tensor.data, f"<f{width}").reshape(shape)
-        self._compare_vectors(vectors, known.vectors, f"options {options}, sentence {index}", options)
+        self.check_vectors(np.frombuffer(found.tensor.data, f"<f{width}").reshape(shape), options, index)
+
+    def check_vectors(self, found: Vectors, options: int, index: int) -> None:
+        """Compares the vectors of an answer.
+
+        Raises:
+            WrongAnswerError: They differ.
+        """
+        known = self._alone[options][index]
+        self._compare_vectors(found, known.vectors, f"options {options}, sentence {index}", options)
 
     def request(self, options: int, indices: Sequence[int]) -> pb.EmbedRequest:
         """The bare message for some sentences; `options` below `N_BARE_OPTIONS`."""

@@ -78,7 +78,7 @@ def _measure(server: ProcessServer) -> dict[str, dict[str, Any]]:
     known = KnownAnswers()
     with Client(server.target) as client:
         known.ask(client)
-    calls, packets = Calls(server.target, known), PacketFilter(server.port, True)
+    calls, packets = Calls(server.target, known), PacketFilter((server.port,), True)
     calls.make(_FEW_CALLS, _LIMIT_S)
     before = _held(server)
     found = {}

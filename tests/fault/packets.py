@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tests.fault.fault_support import missing_namespace, unshare
@@ -35,15 +35,15 @@ def enter_namespace(module: str) -> bool:
 
 
 class PacketFilter:
-    """Rules for the packets to and from one port.
+    """Rules for the packets to and from some ports.
 
     Args:
-        port: The server's.
+        ports: The server's.
         in_namespace: Whether this is a namespace of our own; rules anywhere else would meet others.
     """
 
-    def __init__(self, port: int, in_namespace: bool) -> None:
-        self._port = port
+    def __init__(self, ports: Sequence[int], in_namespace: bool) -> None:
+        self._ports = ports
         self.available = in_namespace and shutil.which("nft") is not None
         self.packets_hit = 0
         """Packets that rules have met so far."""
@@ -56,7 +56,8 @@ class PacketFilter:
             f"add table {_TABLE}",
             f"add chain {_TABLE} faults {{ type filter hook input priority 0; }}",
             *(
-                f"add rule {_TABLE} faults tcp {end} {self._port} {chosen} counter {verdict}"
+                f"add rule {_TABLE} faults tcp {end} {port} {chosen} counter {verdict}"
+                for port in self._ports
                 for end in ("dport", "sport")
             ),
         )

@@ -100,6 +100,24 @@ def connected(address: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
 
 
+def raw_request(path: str, body: object) -> bytes:
+    """Return the bytes of a POST with JSON."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
+
+
+def deaf_client(address: str, request: bytes) -> socket.socket:
+    """Return a connection whose client has sent a request and never reads; its kernel takes little of the response."""
+    host, _, port = address.rpartition(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(TIMEOUT_S)
+    connection.connect((host, int(port)))
+    connection.sendall(request)
+    return connection
+
+
 def read_to_end(connection: socket.socket) -> bytes:
     """Return what comes until the server closes; that it does so at once, with unread bytes, is an end, too."""
     found = b""
