@@ -9,9 +9,12 @@ from datetime import UTC, datetime
 from functools import partial
 from random import Random
 
+from bilm_api.constants import Feature
+from bilm_api.v1 import embed_pb2 as pb
 from bilm_client._core.inputs import Sentence
-from bilm_client._core.options import Options
+from bilm_client._core.options import Options, PriorityName
 from bilm_client._core.settings import Settings
+from bilm_client.errors import BilmError
 from bilm_client.policy import DEFAULT_RETRY
 from bilm_client.results import ModelInfo
 from tqdm import tqdm
@@ -105,10 +108,24 @@ async def measure(settings: BenchSettings, sentences: Sequence[Sentence], on_ste
         if expected is not None:
             alone = tqdm(make_requests(sentences, 1, wire_options), "asking alone", unit="", disable=None, leave=False)
             await fetch_expected(connections, alone, expected)
-        requests = make_requests(sentences, settings.sentences_per_call, wire_options)
+        priority = wire_priority(settings.priority, model)
+        requests = make_requests(sentences, settings.sentences_per_call, wire_options, priority)
         call = partial(make_call, connections, expected)
         run = LoadRun(settings, requests, call, connection, on_step)
         return await run.measure(model)
+
+
+def wire_priority(priority: PriorityName, model: ModelInfo) -> pb.Priority:
+    """Return a priority as calls state it.
+
+    Raises:
+        BilmError: The server doesn't know it, and would treat all calls alike.
+    """
+    if priority == "interactive":
+        return pb.PRIORITY_UNSPECIFIED
+    if Feature.PRIORITY not in model.features:
+        raise BilmError(f"priority: the server ({model.server_version}) doesn't know it")
+    return pb.PRIORITY_BATCH
 
 
 def server_reader(settings: BenchSettings) -> ReadResources | None:

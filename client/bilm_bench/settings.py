@@ -6,6 +6,7 @@ from typing import Any, Literal
 import grpc
 from bilm_api.constants import NO_LOG_KEY
 from bilm_client._core.balancing import as_target
+from bilm_client._core.options import PriorityName
 from bilm_client.cli.settings_sources import credentials_from_files, load_command_settings
 from bilm_client.policy import Balance
 from bilm_system.files import check_readable, check_writable, is_special
@@ -63,6 +64,7 @@ class BenchSettings(BaseSettings):
     layers: Literal["all", "top", "average"] = Field("all", description="which layers")
     pool: Literal["none", "mean", "max"] = Field("none", description="over the tokens of a sentence")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="number format on the wire")
+    priority: PriorityName = Field("interactive", description="of every call; batch steps aside for interactive ones")
     timeout_s: float = Field(60.0, gt=0, allow_inf_nan=False, description="deadline of a call")
     retry: bool = Field(False, description="as the client does: what callers see; otherwise one attempt a call")
     max_in_flight: int = Field(4096, ge=1, description="calls under way; an open loop counts further ones as NOT_SENT")

@@ -20,6 +20,7 @@ from bilm_client._core.keywords import (
     keywords_of,
     parse_keywords,
 )
+from bilm_client._core.options import StatedPriority
 from bilm_client._core.session import ResumableSession, check_iterable, stream_by_job, stream_input
 from bilm_client._core.settings import Deadline, ResultTimeout, Settings
 from bilm_client._transport.base import AsyncTransport
@@ -48,6 +49,7 @@ class AsyncTransportClient:
         self._uniform = uniform
         self._transport = new_transport(settings)
         self._model_info: ModelInfo | None = None
+        self._priority = StatedPriority()
         self._coalescing = AsyncCoalescing(settings.coalesce_s, self._transport.embed) if settings.coalesce_s else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,7 +98,8 @@ class AsyncTransportClient:
         deadline = self._settings.deadline(arguments.timeout_s)
         if not job.inputs:
             return []
-        job.plan(self._model_info or await self._fetch_model_info(deadline))
+        info = self._model_info or await self._fetch_model_info(deadline)
+        job.plan(info, self._priority.of(arguments, info.features))
         await self._run_shared(job, deadline)
         await self._run_parts(job, deadline)
         await self._run_by_stream(job, deadline)
@@ -137,7 +140,10 @@ class AsyncTransportClient:
         arguments = parse_keywords(StreamArguments, "embed_stream", keywords)
         session = ResumableSession(arguments, self._settings, uniform=self._uniform)
         inputs = _parsed(sentences, arguments.return_states)
-        return self._stream(session, inputs, self._settings.result_timeout(arguments.timeout_s))
+        timeout = self._settings.result_timeout(arguments.timeout_s)
+        if arguments.needs_features:
+            return self._stream_by_features(session, inputs, timeout, arguments)
+        return self._stream(session, inputs, timeout)
 
     async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """Ask the server what it serves; as `Client.model_info`."""
@@ -201,6 +207,19 @@ class AsyncTransportClient:
             async for outcome in outcomes:
                 index = next(indices)
                 job.settle(index, at_index(outcome, index))
+
+    async def _stream_by_features(
+        self,
+        session: ResumableSession,
+        inputs: Iterator[Input] | AsyncIterator[Input],
+        timeout: ResultTimeout,
+        arguments: StreamArguments,
+    ) -> AsyncGenerator[Outcome, None]:
+        info = self._model_info or await self._fetch_model_info(self._settings.deadline(arguments.timeout_s))
+        session.priority = self._priority.of(arguments, info.features)
+        async with aclosing(self._stream(session, inputs, timeout)) as outcomes:
+            async for outcome in outcomes:
+                yield outcome
 
     def _stream(
         self, session: ResumableSession, inputs: Iterator[Input] | AsyncIterator[Input], timeout: ResultTimeout

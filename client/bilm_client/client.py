@@ -20,6 +20,7 @@ from bilm_client._core.keywords import (
     keywords_of,
     parse_keywords,
 )
+from bilm_client._core.options import StatedPriority
 from bilm_client._core.session import ResumableSession, check_iterable, stream_by_job, stream_input
 from bilm_client._core.settings import Deadline, ResultTimeout, Settings
 from bilm_client._transport.base import PendingEmbed, SyncTransport
@@ -53,6 +54,7 @@ class TransportClient:
         self._uniform = uniform
         self._transport = new_transport(settings)
         self._model_info: ModelInfo | None = None
+        self._priority = StatedPriority()
         self._coalescing: SyncCoalescing | None = None
         if settings.coalesce_s:
             self._coalescing = SyncCoalescing(settings.coalesce_s, self._transport)
@@ -104,6 +106,8 @@ class TransportClient:
             dtype: Number format on the wire. "bfloat16" arrives as float32 with bfloat16's precision.
             mix: The scalar mix, with layers="mix" only.
             l2_normalize: Scale each vector to length 1.
+            priority: "interactive", or "batch" for what may take long: a server computes it when nothing interactive
+                waits, as far as it can ("Two priorities" in docs/client.md).
             on_error: "raise" the SentenceError of a sentence that fails, or "return" it in the sentence's place.
             states: A state (or None) for each sentence, to continue from.
             return_states: Return the state after each sentence.
@@ -125,7 +129,8 @@ class TransportClient:
         deadline = self._settings.deadline(arguments.timeout_s)
         if not job.inputs:
             return []
-        job.plan(self._model_info or self._fetch_model_info(deadline))
+        info = self._model_info or self._fetch_model_info(deadline)
+        job.plan(info, self._priority.of(arguments, info.features))
         with self._transport.calls():
             self._run_shared(job, deadline)
             self._run_parts(job, deadline)
@@ -167,6 +172,7 @@ class TransportClient:
             dtype: As for `embed`.
             mix: As for `embed`.
             l2_normalize: As for `embed`.
+            priority: As for `embed`.
             on_error: As for `embed`; a raised error ends the stream.
             return_states: Return the state after each sentence.
             carry_state: Each sentence continues from the state after the one before it.
@@ -196,7 +202,10 @@ class TransportClient:
         sentences = iter(sentences)
         states = arguments.return_states
         inputs = (stream_input(sentence, index, states) for index, sentence in enumerate(sentences))
-        return self._stream(session, inputs, self._settings.result_timeout(arguments.timeout_s))
+        timeout = self._settings.result_timeout(arguments.timeout_s)
+        if arguments.needs_features:
+            return self._stream_by_features(session, inputs, timeout, arguments)
+        return self._stream(session, inputs, timeout)
 
     def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """Ask the server what it serves.
@@ -274,6 +283,13 @@ class TransportClient:
         outcomes = self._stream(session, inputs, ResultTimeout(None, deadline))
         for index, outcome in zip(job.by_stream, outcomes, strict=True):
             job.settle(index, at_index(outcome, index))
+
+    def _stream_by_features(
+        self, session: ResumableSession, inputs: Iterator[Input], timeout: ResultTimeout, arguments: StreamArguments
+    ) -> Generator[Outcome, None, None]:
+        info = self._model_info or self._fetch_model_info(self._settings.deadline(arguments.timeout_s))
+        session.priority = self._priority.of(arguments, info.features)
+        yield from self._stream(session, inputs, timeout)
 
     def _stream(
         self, session: ResumableSession, inputs: Iterator[Input], timeout: ResultTimeout

@@ -52,7 +52,8 @@ def describe_calls(report: Report) -> str:
     per_call = choices["sentences_per_call"]
     return (
         f"{per_call} sentence{'s' if per_call > 1 else ''} a call, layers {choices['layers']}, pool {choices['pool']}, "
-        f"{choices['dtype']}; {choices['connections']} connections; deadline {choices['timeout_s']:g} s; "
+        f"{choices['dtype']}; priority {choices['priority']}; {choices['connections']} connections; "
+        f"deadline {choices['timeout_s']:g} s; "
         f"retry {'as the client does' if choices['retry'] else 'off'}; {text['sentences']:,} sentences of "
         f"{text['median_tokens']:g} tokens (median), {text['longest_tokens']:,} at most"
     )

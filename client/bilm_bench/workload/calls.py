@@ -83,13 +83,18 @@ class CallResult:
     wrong: int = 0
 
 
-def make_requests(sentences: Sequence[Sentence], per_call: int, options: pb.EmbedOptions) -> list[Request]:
+def make_requests(
+    sentences: Sequence[Sentence],
+    per_call: int,
+    options: pb.EmbedOptions,
+    priority: pb.Priority = pb.PRIORITY_UNSPECIFIED,
+) -> list[Request]:
     """Return calls with so many sentences each, neighbours in the text; every sentence is in one, some in more."""
     inputs = [parse_sentence(sentence, f"sentence {index}") for index, sentence in enumerate(sentences)]
     requests = []
     for first in range(0, len(sentences), per_call):
         indices = tuple(index % len(sentences) for index in range(first, first + per_call))
-        request = pb.EmbedRequest(options=options)
+        request = pb.EmbedRequest(options=options, priority=priority)
         for index in indices:
             inputs[index].write(request.sentences.add())
         n_tokens = sum(n_words(sentences[index]) for index in indices)

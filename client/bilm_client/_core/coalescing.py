@@ -245,7 +245,7 @@ def may_share(job: EmbedJob, deadline: Deadline, until_s: float) -> bool:
 
 def sharing_key(options: Options) -> Hashable:
     """Return what calls must have in common to share a request: the options that a request states once."""
-    return options.layers, options.pool, options.dtype, options.mix, options.l2_normalize
+    return options.layers, options.pool, options.dtype, options.mix, options.l2_normalize, options.priority
 
 
 def _settle(group: CallGroup, outcome: pb.EmbedResponse | Exception) -> None:

@@ -50,11 +50,17 @@ class EmbedJob:
         self._in_flight = 0
         self._outcomes: dict[int, Outcome] = {}
         self._total = self._shared_limit = NO_COST
+        self._priority: pb.Priority = pb.PRIORITY_UNSPECIFIED
 
     @property
     def version(self) -> str:
         """The model version that responses must have; "" as long as any will do."""
         return self._version
+
+    @property
+    def priority(self) -> pb.Priority:
+        """What requests state; known after `plan`."""
+        return self._priority
 
     @property
     def cost(self) -> RequestCost:
@@ -66,14 +72,19 @@ class EmbedJob:
         """What a request that the job shares with others may take; known after `plan`."""
         return self._shared_limit
 
-    def plan(self, info: ModelInfo) -> None:
+    def plan(self, info: ModelInfo, priority: pb.Priority = pb.PRIORITY_UNSPECIFIED) -> None:
         """Cut the sentences into parts.
+
+        Args:
+            info: The server's model, limits and features.
+            priority: What requests state, see `StatedPriority`.
 
         Raises:
             ValueError: The mix doesn't fit the model.
             RequestTooLargeError: A sentence is larger than a request, with on_error="raise".
         """
         self.options.check_layer_count(info.layer_count)
+        self._priority = priority
         planned = plan(self.inputs, self.options, info)
         self._total, self._shared_limit = planned.total, shared_limit(info.limits)
         self._parts.extend(planned.parts)
@@ -111,6 +122,7 @@ class EmbedJob:
             model=self._model,
             expected_model_version=self._version,
             options=self.options.to_proto(omit_tokens=omit_tokens),
+            priority=self._priority,
         )
         for source in inputs:
             source.write(request.sentences.add())

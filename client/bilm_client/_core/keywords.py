@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, TypedDict, TypeVar, cast
 
 from bilm_client._core.inputs import check_bool, check_state
-from bilm_client._core.options import DTypeName, LayersName, Options, PoolName, ScalarMix
+from bilm_client._core.options import DTypeName, LayersName, Options, PoolName, PriorityName, ScalarMix
 
 WINDOW = 64
 WINDOW_TOKENS = 16_384
@@ -25,13 +25,14 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class OutputKeywords(TypedDict, total=False):
-    """What is returned for each sentence."""
+    """What is returned for each sentence, and how urgent it is."""
 
     layers: LayersName
     pool: PoolName
     dtype: DTypeName
     mix: ScalarMix | None
     l2_normalize: bool
+    priority: PriorityName
     timeout_s: float | None
 
 

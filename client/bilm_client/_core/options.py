@@ -3,17 +3,22 @@
 Shapes: L layers, T tokens, D width.
 """
 
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from bilm_api.constants import Feature
 from bilm_api.v1 import embed_pb2 as pb
+
+_log = logging.getLogger(__name__)
 
 LayersName = Literal["all", "top", "average", "mix"]
 PoolName = Literal["none", "mean", "max"]
 DTypeName = Literal["float32", "float16", "bfloat16"]
 OnError = Literal["raise", "return"]
+PriorityName = Literal["interactive", "batch"]
 
 LAYERS = {
     "all": pb.LAYERS_ALL,
@@ -28,6 +33,7 @@ DATA_TYPES = {
     "bfloat16": pb.DATA_TYPE_BFLOAT16,
 }
 _ON_ERROR = {"raise": True, "return": False}
+_PRIORITIES = {"interactive": pb.PRIORITY_UNSPECIFIED, "batch": pb.PRIORITY_BATCH}
 _V = TypeVar("_V")
 
 
@@ -72,12 +78,14 @@ class Options:
     mix: ScalarMix | None = None
     l2_normalize: bool = False
     on_error: OnError = "raise"
+    priority: PriorityName = "interactive"
 
     def __post_init__(self) -> None:
         _choose("layers", self.layers, LAYERS)
         _choose("pool", self.pool, POOLING)
         _choose("dtype", self.dtype, DATA_TYPES)
         _choose("on_error", self.on_error, _ON_ERROR)
+        _choose("priority", self.priority, _PRIORITIES)
         if not isinstance(self.mix, ScalarMix | None):
             raise TypeError(f"mix must be a ScalarMix, got {type(self.mix).__name__}")
         if (self.mix is not None) != (self.layers == "mix"):
@@ -90,6 +98,11 @@ class Options:
     def raises(self) -> bool:
         """Whether a failed sentence raises."""
         return self.on_error == "raise"
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether what is sent depends on what the server can do."""
+        return self.priority != "interactive"
 
     @property
     def pooled(self) -> bool:
@@ -139,6 +152,25 @@ class Options:
         """
         if self.mix is not None and len(self.mix.weights) != layer_count:
             raise ValueError(f"mix must have {layer_count} weights for this model, got {len(self.mix.weights)}")
+
+
+class StatedPriority:
+    """Which priority the messages of a client's calls state.
+
+    A priority is a wish: for a server that doesn't know it, batch calls are as all others, and that is logged once.
+    """
+
+    def __init__(self) -> None:
+        self._logged = False
+
+    def of(self, options: Options, features: Collection[str]) -> pb.Priority:
+        """Return the priority on the wire, for a server with these features."""
+        if not options.needs_features or Feature.PRIORITY in features:
+            return _PRIORITIES[options.priority]
+        if not self._logged:
+            self._logged = True
+            _log.warning("priority: the server doesn't know it, so batch calls are treated as interactive ones")
+        return pb.PRIORITY_UNSPECIFIED
 
 
 def _choose(name: str, value: object, table: dict[str, _V]) -> _V:

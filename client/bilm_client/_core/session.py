@@ -46,6 +46,10 @@ class ResumableSession:
 
     With `carry_state`, sentences stay in hand after their results have left, until a later state makes them
     unnecessary: a new stream starts from the last state and reads them once more, and their second results are dropped.
+
+    Attributes:
+        ended: Whether there is no more input.
+        priority: What each stream states, see `StatedPriority`; set before the first one opens.
     """
 
     def __init__(
@@ -70,7 +74,8 @@ class ResumableSession:
         self._state = arguments.initial_state or b""
         self._owes_state = False
         self._failures = 0
-        self.ended = False  # no more input
+        self.ended = False
+        self.priority: pb.Priority = pb.PRIORITY_UNSPECIFIED
 
     @property
     def accepts_input(self) -> bool:
@@ -112,6 +117,7 @@ class ResumableSession:
             expected_model_version=self._version,
             options=self._options.to_proto(),
             carry_state=self._carry,
+            priority=self.priority,
         )
         again = [item for item in self._items.values() if self._is_needed(item)]
         for item in again:
@@ -217,7 +223,9 @@ def stream_by_job(settings: Settings, job: EmbedJob, uniform: Callable[[], float
     """Return the session for those sentences of a job that an Embed can't bring."""
     options = {each.name: getattr(job.options, each.name) for each in fields(Options)}
     options["on_error"] = "return"  # the job settles, by the sentence's number in the call
-    return ResumableSession(StreamArguments(**options), settings, uniform=uniform, version=job.version)
+    session = ResumableSession(StreamArguments(**options), settings, uniform=uniform, version=job.version)
+    session.priority = job.priority
+    return session
 
 
 def stream_input(sentence: Sentence, index: int, return_state: bool) -> Input:

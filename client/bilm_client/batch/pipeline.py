@@ -262,6 +262,7 @@ class _BatchRun:
                     layers=self._settings.layers,
                     pool=self._settings.pool,
                     dtype=self._settings.dtype,
+                    priority=self._settings.priority,
                     on_error="return",
                 )
             except PASSING as error:
@@ -293,6 +294,7 @@ class _BatchRun:
             layers=self._settings.layers,
             pool=self._settings.pool,
             dtype=self._settings.dtype,
+            priority=self._settings.priority,
             on_error="return",
             carry_state=True,
             initial_state=self._state,

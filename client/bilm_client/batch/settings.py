@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
 from bilm_client._core.balancing import as_target
+from bilm_client._core.options import PriorityName
 from bilm_client.cli.settings_sources import credentials_from_files, load_command_settings
 from bilm_client.policy import Balance
 
@@ -58,6 +59,9 @@ class RunSettings(BaseSettings):
         False, description="continue an interrupted run of the same input, options, model and precision"
     )
     overwrite: bool = Field(False, description="start anew whatever is there")
+    priority: PriorityName = Field(
+        "batch", description="batch: steps aside for interactive callers, where the server can"
+    )
     batch_tokens: int = Field(2048, ge=1, description="tokens a request, about")
     concurrency: int = Field(4, ge=1, description="requests under way")
     timeout_s: float = Field(600.0, gt=0, description="seconds that one request may take")

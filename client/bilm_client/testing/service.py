@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
-from bilm_api.constants import ERROR_DOMAIN, Reason
+from bilm_api.constants import ERROR_DOMAIN, Feature, Reason
 from bilm_api.v1 import embed_pb2 as pb
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
@@ -75,6 +75,7 @@ class FakeService:
                 max_stream_items_in_flight=64,
             ),
             server_version="fake",
+            features=[Feature.PRIORITY],
         )
 
     def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:

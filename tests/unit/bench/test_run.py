@@ -115,12 +115,20 @@ def test_the_same_seed_sends_the_same(scripted: Scripted, bench: Bench) -> None:
 def test_what_is_asked_for_is_sent(scripted: Scripted, bench: Bench, tmp_path: Path) -> None:
     (token := tmp_path / "token").write_text("secret", encoding="utf-8")
     flags = ("--raw", "--layers", "top", "--pool", "mean", "--dtype", "float16", "--no-log", "--metadata", "x-a=b")
-    assert bench(scripted.target, *flags, "--token-file", str(token)) == DONE
+    assert bench(scripted.target, *flags, "--priority", "batch", "--token-file", str(token)) == DONE
     request, metadata = scripted.service.embed_requests[0], scripted.service.metadata
     assert request.sentences[0].text in SENTENCES
     options = request.options
-    assert (options.layers, options.pooling, options.data_type) == (2, 2, 2)
+    assert (options.layers, options.pooling, options.data_type, request.priority) == (2, 2, 2, 2)
     assert [metadata[name] for name in ("x-bilm-no-log", "x-a", "authorization")] == ["1", "b", "Bearer secret"]
+
+
+def test_a_priority_needs_a_server_that_knows_it(
+    scripted: Scripted, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted.service.model.ClearField("features")
+    assert bench(scripted.target, "--priority", "batch") == STOPPED
+    assert capsys.readouterr().err == "bilm-bench: priority: the server (fake) doesn't know it\n"
 
 
 def test_an_open_loop_goes_on_while_answers_wait_and_their_wait_counts(scripted: Scripted, bench: Bench) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bilm_api.v1 import embed_pb2 as pb
 from bilm_client.batch.outputs.base import OpenOutput, new_output, read_run
 from bilm_client.batch.pipeline import Summary, embed_file
 from bilm_client.batch.reader import open_input
@@ -17,7 +18,7 @@ from bilm_client.cli.settings_sources import UsageError
 from tests.support.scripted import Scripted
 
 LINES = ("one sentence", "another one", "and a third")
-Run = Callable[[OpenOutput], Summary | None]
+Run = Callable[..., Summary | None]
 
 
 @pytest.fixture
@@ -28,9 +29,9 @@ def output(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(answering: Scripted, tmp_path: Path, output: Path) -> Run:
     (text := tmp_path / "text").write_text("\n".join(LINES) + "\n", encoding="utf-8")
-    settings = load_settings([str(text), str(output), "--target", answering.target])
 
-    def embed(open_output: OpenOutput) -> Summary | None:
+    def embed(open_output: OpenOutput, *flags: str) -> Summary | None:
+        settings = load_settings([str(text), str(output), "--target", answering.target, *flags])
         with open_input(settings) as lines:
             return asyncio.run(embed_file(settings, lines, open_output))
 
@@ -48,6 +49,19 @@ def test_a_run_embeds_each_line_under_its_number(run: Run, output: Path) -> None
     with np.load(output) as found:
         assert [found[str(index)].shape for index in range(3)] == [(3, 2, 16), (3, 2, 16), (3, 3, 16)]
     assert others(output) == {"out.npz"}
+
+
+@pytest.mark.parametrize("flags", [(), ("--carry-state",)])
+@pytest.mark.parametrize(("priority", "expected"), [((), pb.PRIORITY_BATCH), (("--priority", "interactive"), 0)])
+def test_a_run_is_batch_unless_it_is_told_otherwise(
+    run: Run, answering: Scripted, flags: tuple[str, ...], priority: tuple[str, ...], expected: int
+) -> None:
+    service = answering.service
+    n_requests, n_streams = len(service.embed_requests), len(service.streams)  # of other tests
+    assert run(new_output, *flags, *priority)
+    stated = {request.priority for request in service.embed_requests[n_requests:]}
+    stated |= {stream[0].start.priority for stream in service.streams[n_streams:]}
+    assert stated == {expected}
 
 
 def test_no_partial_file_has_the_final_name(run: Run, output: Path) -> None:

@@ -32,7 +32,15 @@ def test_all_clients_have_one_surface() -> None:
     assert inspect.signature(FakeClient).parameters == inspect.signature(FakeAsyncClient).parameters
 
 
-OUTPUT = {"layers": "all", "pool": "none", "dtype": "float32", "mix": None, "l2_normalize": False, "on_error": "raise"}
+OUTPUT = {
+    "layers": "all",
+    "pool": "none",
+    "dtype": "float32",
+    "mix": None,
+    "l2_normalize": False,
+    "on_error": "raise",
+    "priority": "interactive",
+}
 STREAM = {
     **OUTPUT,
     "return_states": False,

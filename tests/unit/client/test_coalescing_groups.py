@@ -93,6 +93,7 @@ def test_after_it_was_sent_no_call_joins() -> None:
         ({"pool": "mean"}, {"pool": "max"}),
         ({"dtype": "float16"}, {}),
         ({"l2_normalize": True}, {}),
+        ({"priority": "batch"}, {}),
         ({"layers": "mix", "mix": MIX}, {"layers": "mix", "mix": ScalarMix([1.0, 2.0, 4.0])}),
         ({"layers": "mix", "mix": MIX}, {"layers": "mix", "mix": replace(MIX, layer_norm=True)}),
     ],
