@@ -146,8 +146,13 @@ class AsyncTransportClient:
         return self._stream(session, inputs, timeout)
 
     async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
-        """Ask the server what it serves; as `Client.model_info`."""
+        """Ask the server about the client's model; as `Client.model_info`."""
         return await self._fetch_model_info(self._settings.deadline(timeout_s))
+
+    async def list_models(self, *, timeout_s: float | None = None) -> tuple[ModelInfo, ...]:
+        """Ask the server about every model that it serves, the default one first; as `Client.list_models`."""
+        response = await self._transport.list_models(self._settings.deadline(timeout_s))
+        return tuple(map(ModelInfo.from_proto, response.models))
 
     async def health(self, service: str = "", *, timeout_s: float | None = None) -> HealthStatus:
         """Ask the server how it is, in one attempt; as `Client.health`."""

@@ -208,22 +208,31 @@ class TransportClient:
         return self._stream(session, inputs, timeout)
 
     def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
-        """Ask the server what it serves.
+        """Ask the server about the client's model.
 
         Args:
             timeout_s: Seconds for the call; None: the client's default.
 
         Raises:
-            ServiceError: The call failed; see bilm_client.errors.
+            ModelNotFoundError: The server has no model of that name.
+            ServiceError: The call failed in another way; see bilm_client.errors.
             ClientClosedError: The client is closed.
         """
         return self._fetch_model_info(self._settings.deadline(timeout_s))
+
+    def list_models(self, *, timeout_s: float | None = None) -> tuple[ModelInfo, ...]:
+        """Ask the server about every model that it serves, the default one first, the others by name.
+
+        Arguments and exceptions are those of `model_info`, but that nothing depends on the client's model.
+        """
+        response = self._transport.list_models(self._settings.deadline(timeout_s))
+        return tuple(map(ModelInfo.from_proto, response.models))
 
     def health(self, service: str = "", *, timeout_s: float | None = None) -> HealthStatus:
         """Ask the server how it is, in one attempt.
 
         Args:
-            service: Name of a service; "": the server as a whole.
+            service: Name of a service; "": the server as a whole; "model:NAME": one of its models.
             timeout_s: Seconds for the call; None: the client's default.
 
         Raises:
@@ -333,7 +342,7 @@ class Client(TransportClient):
         balance: How calls are spread over several addresses, given or found by DNS: all to the "first" that accepts a
             connection, in turns ("round_robin"), or in turns by the servers' load reports ("weighted"). The latter two
             leave out servers whose health isn't SERVING. See "Several servers" in docs/client.md.
-        model: Name of the model; "": the server's only one.
+        model: Name of the model that embeds; "": the server's default one. See "Several models" in docs/client.md.
         expected_model_version: Version that the caller relies on; another one raises ModelVersionError. "": any.
         timeout_s: Seconds that a call may take, where the call itself names none; `math.inf`: no deadline.
         retry: How calls are retried and streams resumed.

@@ -69,7 +69,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model that a server serves.
+    """A model that a server serves.
 
     Attributes:
         name: Its name, as a client's `model` may give it.

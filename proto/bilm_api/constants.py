@@ -30,6 +30,9 @@ STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
 LOAD_REPORT_KEY: Final = "endpoint-load-metrics-bin"
 """Trailing metadata with an `xds.data.orca.v3.OrcaLoadReport`: the load of the server that took the call."""
 
+MODEL_HEALTH: Final = "model:"
+"""Name of the health service's for a model, with the model's name behind it."""
+
 
 class Priority(StrEnum):
     """How urgent a request is, as configurations, JSON and arguments name it. Never renamed."""

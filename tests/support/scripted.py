@@ -13,7 +13,8 @@ import pytest
 from bilm_api.constants import PUSHBACK_KEY
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
-from bilm_client.testing.service import FakeService, FakeStream, error_status
+from bilm_client.testing.models import FakeModel
+from bilm_client.testing.service import CallFailure, FakeService, FakeStream, error_status
 from grpc_health.v1 import health, health_pb2_grpc
 
 EmbedAct = Callable[[pb.EmbedRequest, Any], pb.EmbedResponse]
@@ -30,6 +31,16 @@ def abort(context: Any, code: grpc.StatusCode, reason: str = "", pushback_ms: in
         metadata.append((PUSHBACK_KEY, str(pushback_ms)))
     context.set_trailing_metadata(tuple(metadata))
     context.abort(code, "as scripted")
+
+
+@contextmanager
+def refusing(context: Any) -> Iterator[None]:
+    """End a call as the fake service says."""
+    try:
+        yield
+    except CallFailure as failure:
+        context.set_trailing_metadata(failure.trailing_metadata())
+        context.abort(failure.code(), failure.details())
 
 
 def failing(code: grpc.StatusCode, reason: str = "", pushback_ms: int | None = None) -> EmbedAct:
@@ -56,17 +67,25 @@ class ScriptedService(embed_pb2_grpc.EmbedServiceServicer):
         self.answered = threading.Semaphore(0)
         self.metadata: dict[str, str | bytes] = {}
 
+    def serve(self, *models: FakeModel) -> None:
+        """Serve these from now on, the default one first."""
+        self.fake = FakeService(models)
+        self.model = self.fake.get_model()
+
     def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
         self.get_model_count += 1
-        return self.model
+        with refusing(context):
+            named = self.fake.get_model(request)
+        return self.model if named.name == self.model.name else named
 
     def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
-        return pb.ListModelsResponse(models=[self.model])
+        return self.fake.list_models()
 
     def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:  # noqa: N802
         self.embed_requests.append(request)
         self.metadata = dict(context.invocation_metadata())
-        response = self.embed_acts.popleft()(request, context) if self.embed_acts else self.fake.embed(request)
+        with refusing(context):
+            response = self.embed_acts.popleft()(request, context) if self.embed_acts else self.fake.embed(request)
         self.answered.release()
         return response
 
@@ -86,7 +105,8 @@ class ScriptedService(embed_pb2_grpc.EmbedServiceServicer):
 
     def answer(self, requests: Iterator[pb.EmbedStreamRequest], context: Any) -> Iterator[pb.EmbedStreamResponse]:
         """Answer every item in order."""
-        stream = FakeStream(self.fake, next(requests).start)
+        with refusing(context):
+            stream = FakeStream(self.fake, next(requests).start)
         for request in requests:
             yield stream.answer(request.item)
 

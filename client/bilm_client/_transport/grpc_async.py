@@ -55,6 +55,12 @@ class GrpcAsyncTransport:
         response: pb.GetModelResponse = await self._unary(self._stub().GetModel, request, deadline)
         return response
 
+    async def list_models(self, deadline: Deadline) -> pb.ListModelsResponse:
+        """Call ListModels."""
+        request = pb.ListModelsRequest()
+        response: pb.ListModelsResponse = await self._unary(self._stub().ListModels, request, deadline)
+        return response
+
     async def check_health(self, service: str, deadline: Deadline) -> HealthStatus:
         """Call the health service."""
         stub: Any = health_pb2_grpc.HealthStub(self._open_channel())

@@ -59,6 +59,13 @@ class GrpcSyncTransport:
             response: pb.GetModelResponse = self._unary(self._link.stub().GetModel, request, deadline)
         return response
 
+    def list_models(self, deadline: Deadline) -> pb.ListModelsResponse:
+        """Call ListModels."""
+        with FORK_GATE.call():
+            request = pb.ListModelsRequest()
+            response: pb.ListModelsResponse = self._unary(self._link.stub().ListModels, request, deadline)
+        return response
+
     def check_health(self, service: str, deadline: Deadline) -> HealthStatus:
         """Call the health service."""
         request = health_pb2.HealthCheckRequest(service=service)

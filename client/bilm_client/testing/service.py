@@ -1,27 +1,20 @@
-"""A service without a model: messages in, messages out, vectors from hashes.
+"""A service without a network: messages in, messages out, from one or several models that compute hashes.
 
 Shapes: L layers, T tokens, D width.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
+import grpc
 import numpy as np
-from bilm_api.constants import ERROR_DOMAIN, Feature, Reason
+from bilm_api.constants import ERROR_DOMAIN, STATUS_DETAILS_KEY, Reason
 from bilm_api.v1 import embed_pb2 as pb
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float32]
+from bilm_client.testing.models import MAX_TOKEN_BYTES, FakeModel, FloatArray
 
-MODEL_NAME = "fake"
-MODEL_VERSION = "fake-1"
-MAX_TOKEN_BYTES = 48
-_STATE_MAGIC = b"bilm-fake-state:"
-_DIGEST_BYTES = 16
-STATE_BYTES = len(_STATE_MAGIC) + _DIGEST_BYTES
 _INVALID_ARGUMENT = 3
 
 
@@ -33,69 +26,105 @@ class SentenceFailure(Exception):  # noqa: N818 - not an error of the caller's: 
         self.reason = reason
 
 
-class FakeService:
-    """Answers as a server with a model of `layer_count` layers of `width` components would.
+class CallFailure(Exception):  # noqa: N818 - not an error of the caller's: it becomes the call's status
+    """A call that gets a status instead of a response; has what a call of gRPC has once it has failed."""
 
-    Layer 0 depends on the token alone; the others on the token, its neighbours and the state that came with the
-    sentence. Text is cut at white space. Numbers are uniform in [-1, 1) and the same on every machine and release.
+    def __init__(self, code: grpc.StatusCode, reason: str, message: str) -> None:
+        super().__init__(message)
+        self._code, self._reason, self._message = code, reason, message
+
+    def code(self) -> grpc.StatusCode:
+        """Return the status."""
+        return self._code
+
+    def details(self) -> str:
+        """Return the message."""
+        return self._message
+
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """Return the metadata with the reason."""
+        status = error_status(self._reason, self._message, self._code.value[0])
+        return ((STATUS_DETAILS_KEY, status.SerializeToString()),)
+
+
+class FakeService:
+    """Answers as a server with these models would. Text is cut at white space.
 
     Args:
-        layer_count: Layers, the token layer included; at least 1.
-        width: Components of a vector; at least 1.
+        models: What is served, the default one first; at least one.
         failures: Reason by sentence (the text, or the tokens joined by spaces) that shall fail.
+
+    Raises:
+        ValueError: There is no model, or there are two of one name.
     """
 
-    def __init__(self, layer_count: int = 3, width: int = 16, failures: Mapping[str, str] | None = None) -> None:
-        if layer_count < 1 or width < 1:
-            raise ValueError(f"layer_count and width must be at least 1, got {layer_count} and {width}")
-        self.layer_count = layer_count
-        self.width = width
+    def __init__(self, models: Sequence[FakeModel] = (FakeModel(),), failures: Mapping[str, str] | None = None) -> None:
+        self.models = {model.name: model for model in models}
+        if not models or len(self.models) < len(models):
+            raise ValueError(f"models must be at least one, each of another name, got {[each.name for each in models]}")
         self.failures = dict(failures or {})
 
-    def get_model(self) -> pb.GetModelResponse:
-        """Return what the service serves."""
-        return pb.GetModelResponse(
-            name=MODEL_NAME,
-            version=MODEL_VERSION,
-            layer_count=self.layer_count,
-            width=self.width,
-            cell_size=self.width,
-            parameter_count=0,
-            precision="float32",
-            backend="fake",
-            tokenizer="whitespace",
-            max_token_bytes=MAX_TOKEN_BYTES,
-            state_bytes=STATE_BYTES,
-            limits=pb.Limits(
-                max_sentences_per_request=1024,
-                max_tokens_per_request=16384,
-                max_tokens_per_sentence=16384,
-                max_request_bytes=4 * 1024 * 1024,
-                max_response_bytes=16 * 1024 * 1024,
-                max_stream_items_in_flight=64,
-            ),
-            server_version="fake",
-            features=[Feature.PRIORITY],
-        )
+    def model(self, name: str = "", expected_version: str = "") -> FakeModel:
+        """Return the model that a call names.
+
+        Raises:
+            CallFailure: None of that name is served, or another version of it.
+        """
+        model = self.models.get(name) if name else next(iter(self.models.values()))
+        if model is None:
+            served = ", ".join(sorted(self.models))
+            message = f"no such model is served here (expected one of {served})"
+            raise CallFailure(grpc.StatusCode.NOT_FOUND, Reason.MODEL_NOT_FOUND, message)
+        if expected_version not in ("", model.version):
+            message = f"the version of {model.name} served here is {model.version}"
+            raise CallFailure(grpc.StatusCode.FAILED_PRECONDITION, Reason.MODEL_VERSION_MISMATCH, message)
+        return model
+
+    def get_model(self, request: pb.GetModelRequest | None = None) -> pb.GetModelResponse:
+        """Return what is served by the name of a request; None: by default.
+
+        Raises:
+            CallFailure: As `model`.
+        """
+        request = request or pb.GetModelRequest()
+        return self.model(request.model, request.expected_model_version).description()
+
+    def list_models(self) -> pb.ListModelsResponse:
+        """Return all that is served, the default one first, the others by name."""
+        first, *others = self.models.values()
+        ordered = [first, *sorted(others, key=lambda model: model.name)]
+        return pb.ListModelsResponse(models=[model.description() for model in ordered])
 
     def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
-        """Return one result for each sentence."""
-        results = [self.embed_sentence(sentence, request.options) for sentence in request.sentences]
-        tokens = sum(len(_split(sentence)[0]) for sentence in request.sentences)
-        return pb.EmbedResponse(results=results, usage=pb.Usage(tokens=tokens, model_version=MODEL_VERSION))
+        """Return one result for each sentence.
 
-    def embed_sentence(self, sentence: pb.Sentence, options: pb.EmbedOptions) -> pb.EmbedResult:
-        """Return a sentence's embedding or error; options that aren't set mean what they mean to a server."""
+        Raises:
+            CallFailure: As `model`.
+        """
+        model = self.model(request.model, request.expected_model_version)
+        results = [self.embed_sentence(sentence, request.options, model) for sentence in request.sentences]
+        tokens = sum(len(_split(sentence)[0]) for sentence in request.sentences)
+        return pb.EmbedResponse(results=results, usage=pb.Usage(tokens=tokens, model_version=model.version))
+
+    def embed_sentence(
+        self, sentence: pb.Sentence, options: pb.EmbedOptions, model: FakeModel | None = None
+    ) -> pb.EmbedResult:
+        """Return a sentence's embedding or error; options that aren't set mean what they mean to a server.
+
+        Args:
+            sentence: The sentence.
+            options: What is returned.
+            model: Of those that are served; None: the default one.
+        """
         try:
-            return pb.EmbedResult(embedding=self._embedding(sentence, _with_defaults(options)))
+            return pb.EmbedResult(embedding=self._embedding(model or self.model(), sentence, _with_defaults(options)))
         except SentenceFailure as failure:
             return pb.EmbedResult(error=error_status(failure.reason, str(failure)))
 
-    def _embedding(self, sentence: pb.Sentence, options: pb.EmbedOptions) -> pb.Embedding:
+    def _embedding(self, model: FakeModel, sentence: pb.Sentence, options: pb.EmbedOptions) -> pb.Embedding:
         tokens, starts, ends = _split(sentence)
-        self._check(sentence, tokens, options)
-        left = sentence.state.removeprefix(_STATE_MAGIC)
-        vectors = _reduced(self._layers(tokens, left), options)
+        self._check(model, sentence, tokens, options)
+        vectors = _reduced(model.layers(tokens, sentence.state), options)
         tensor = pb.Tensor(data=_encoded(vectors, options), shape=vectors.shape, data_type=options.data_type)
         return pb.Embedding(
             tokens=[] if options.omit_tokens else tokens,
@@ -103,36 +132,31 @@ class FakeService:
             token_ends=ends,
             truncated=any(len(token.encode()) > MAX_TOKEN_BYTES for token in tokens),
             tensor=tensor,
-            state=_state_after(tokens, left) if sentence.return_state else b"",
+            state=model.state_after(tokens, sentence.state) if sentence.return_state else b"",
         )
 
-    def _check(self, sentence: pb.Sentence, tokens: Sequence[str], options: pb.EmbedOptions) -> None:
+    def _check(self, model: FakeModel, sentence: pb.Sentence, tokens: Sequence[str], options: pb.EmbedOptions) -> None:
         name = sentence.text if sentence.HasField("text") else " ".join(tokens)
         if name in self.failures:
             raise SentenceFailure(self.failures[name], f"this sentence shall fail: {name!r}")
         if "" in tokens:
             raise SentenceFailure(Reason.TOKEN_EMPTY, f"token {list(tokens).index('')} is empty")
-        if sentence.state and not (sentence.state.startswith(_STATE_MAGIC) and len(sentence.state) == STATE_BYTES):
+        if not model.accepts_state(sentence.state):
             raise SentenceFailure(Reason.STATE_INVALID, "the state is not of this model")
         if not tokens and options.pooling != pb.POOLING_NONE:
             raise SentenceFailure(Reason.POOLING_EMPTY, "a sentence without tokens can't be pooled")
 
-    def _layers(self, tokens: Sequence[str], left: bytes) -> FloatArray:
-        """(L, T, D)."""
-        digests = [left, *map(_digest, tokens), b""]
-        layers = np.zeros((self.layer_count, len(tokens), self.width), np.float32)
-        for layer in range(self.layer_count):
-            for position, (before, (token, after)) in enumerate(zip(digests, pairwise(digests[1:]), strict=False)):
-                key = token if layer == 0 else b"|".join((str(layer).encode(), before, token, after))
-                layers[layer, position] = _uniform(key, self.width)
-        return layers
-
 
 class FakeStream:
-    """The items of one stream, each answered in one message; carries the state where `start` says so."""
+    """The items of one stream, each answered in one message; carries the state where `start` says so.
+
+    Raises:
+        CallFailure: As `FakeService.model`.
+    """
 
     def __init__(self, service: FakeService, start: pb.StreamStart) -> None:
         self._service = service
+        self._model = service.model(start.model, start.expected_model_version)
         self._start = start
         self._state = b""
 
@@ -142,8 +166,8 @@ class FakeStream:
         sentence.CopyFrom(item.sentence)
         sentence.state = item.sentence.state or self._state
         sentence.return_state = asked or self._start.carry_state
-        result = self._service.embed_sentence(sentence, self._start.options)
-        response = pb.EmbedStreamResponse(id=item.id, usage=pb.Usage(model_version=MODEL_VERSION))
+        result = self._service.embed_sentence(sentence, self._start.options, self._model)
+        response = pb.EmbedStreamResponse(id=item.id, usage=pb.Usage(model_version=self._model.version))
         if result.HasField("error"):
             response.error.CopyFrom(result.error)
             return response
@@ -188,20 +212,6 @@ def _split(sentence: pb.Sentence) -> tuple[list[str], list[int], list[int]]:
         end = starts[-1] + len(token.encode())
         ends.append(end)
     return tokens, starts, ends
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.blake2b(token.encode(), digest_size=_DIGEST_BYTES).digest()
-
-
-def _uniform(key: bytes, width: int) -> FloatArray:
-    """(D,) of uniform numbers: no generator of numpy's, whose streams may change from release to release."""
-    numbers = np.frombuffer(hashlib.shake_256(key).digest(2 * width), "<i2")
-    return numbers.astype(np.float32) / np.float32(32768)
-
-
-def _state_after(tokens: Sequence[str], left: bytes) -> bytes:
-    return _STATE_MAGIC + (_digest(tokens[-1]) if tokens else left.ljust(_DIGEST_BYTES, b"\0"))
 
 
 def _reduced(layers: FloatArray, options: pb.EmbedOptions) -> FloatArray:

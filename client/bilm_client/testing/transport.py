@@ -1,31 +1,32 @@
 """Transports over `FakeService`: every call is answered at once, in the calling thread."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+from bilm_api.constants import MODEL_HEALTH
 from bilm_api.v1 import embed_pb2 as pb
 
 from bilm_client._core.settings import Deadline, Settings
 from bilm_client._transport.base import Deliver
-from bilm_client.errors import ClientClosedError, ended_early
+from bilm_client.errors import ClientClosedError, ended_early, service_error
 from bilm_client.results import HealthStatus
-from bilm_client.testing.service import FakeService, FakeStream
+from bilm_client.testing.models import FakeModel
+from bilm_client.testing.service import CallFailure, FakeService, FakeStream
 
 
 class FakeTransport:
     """A `SyncTransport` without a network.
 
     Args:
-        layer_count: Layers, the token layer included.
-        width: Components of a vector.
+        models: What is served, the default one first.
         failures: Reason by sentence that shall fail.
-        health: The status of every service.
+        health: The status of every service and every model.
     """
 
     def __init__(
-        self, layer_count: int, width: int, failures: Mapping[str, str], health: HealthStatus, _settings: Settings
+        self, models: Sequence[FakeModel], failures: Mapping[str, str], health: HealthStatus, _settings: Settings
     ) -> None:
-        self.service = FakeService(layer_count, width, failures)
+        self.service = FakeService(models, failures)
         self.closed = False
         self._health = health
 
@@ -41,19 +42,28 @@ class FakeTransport:
     def embed(self, request: pb.EmbedRequest, _deadline: Deadline) -> pb.EmbedResponse:
         """Answer an Embed."""
         self.check_open()
-        return self.service.embed(request)
+        with _as_service_errors():
+            return self.service.embed(request)
 
     def start_embed(self, request: pb.EmbedRequest, deadline: Deadline) -> "FakeEmbed":
         """Answer an Embed."""
         return FakeEmbed(self.embed(request, deadline))
 
-    def get_model(self, _request: pb.GetModelRequest, _deadline: Deadline) -> pb.GetModelResponse:
+    def get_model(self, request: pb.GetModelRequest, _deadline: Deadline) -> pb.GetModelResponse:
         """Answer a GetModel."""
         self.check_open()
-        return self.service.get_model()
+        with _as_service_errors():
+            return self.service.get_model(request)
 
-    def check_health(self, _service: str, _deadline: Deadline) -> HealthStatus:
-        """Return the status that the constructor was given."""
+    def list_models(self, _deadline: Deadline) -> pb.ListModelsResponse:
+        """Answer a ListModels."""
+        self.check_open()
+        return self.service.list_models()
+
+    def check_health(self, service: str, _deadline: Deadline) -> HealthStatus:
+        """Return the status that the constructor was given; SERVICE_UNKNOWN for a model that isn't served."""
+        if service.startswith(MODEL_HEALTH) and service.removeprefix(MODEL_HEALTH) not in self.service.models:
+            return HealthStatus.SERVICE_UNKNOWN
         return self._health
 
     def open_stream(
@@ -75,9 +85,9 @@ class FakeAsyncTransport:
     """An `AsyncTransport` without a network; arguments are those of `FakeTransport`."""
 
     def __init__(
-        self, layer_count: int, width: int, failures: Mapping[str, str], health: HealthStatus, settings: Settings
+        self, models: Sequence[FakeModel], failures: Mapping[str, str], health: HealthStatus, settings: Settings
     ) -> None:
-        self._sync = FakeTransport(layer_count, width, failures, health, settings)
+        self._sync = FakeTransport(models, failures, health, settings)
 
     def check_open(self) -> None:
         """Raise ClientClosedError if the client is closed."""
@@ -91,8 +101,12 @@ class FakeAsyncTransport:
         """Answer a GetModel."""
         return self._sync.get_model(request, deadline)
 
+    async def list_models(self, deadline: Deadline) -> pb.ListModelsResponse:
+        """Answer a ListModels."""
+        return self._sync.list_models(deadline)
+
     async def check_health(self, service: str, deadline: Deadline) -> HealthStatus:
-        """Return the status that the constructor was given."""
+        """Return the status that the constructor was given; SERVICE_UNKNOWN for a model that isn't served."""
         return self._sync.check_health(service, deadline)
 
     def open_stream(
@@ -133,7 +147,11 @@ class FakeConnection:
     def __init__(self, transport: FakeTransport, opening: list[pb.EmbedStreamRequest], deliver: Deliver) -> None:
         self._transport = transport
         self._deliver = deliver
-        self._stream = FakeStream(transport.service, opening[0].start)
+        self._stream: FakeStream | None = None
+        try:
+            self._stream = FakeStream(transport.service, opening[0].start)
+        except CallFailure as failure:
+            deliver(service_error(failure))
         for request in opening[1:]:
             self.send(request)
 
@@ -141,12 +159,21 @@ class FakeConnection:
         """Deliver the result of an item."""
         if self._transport.closed:
             self._deliver(ClientClosedError("the client was closed during the call"))
-        else:
+        elif self._stream is not None:  # else the call has ended
             self._deliver(self._stream.answer(request.item))
 
     def half_close(self) -> None:
         """Deliver the end of the stream."""
-        self._deliver(ended_early())
+        if self._stream is not None:
+            self._deliver(ended_early())
 
     def close(self) -> None:
         """Do nothing: there is no call to cancel."""
+
+
+@contextmanager
+def _as_service_errors() -> Iterator[None]:
+    try:
+        yield
+    except CallFailure as failure:
+        raise service_error(failure) from failure

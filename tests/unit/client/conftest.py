@@ -69,6 +69,9 @@ class Either:
     def model_info(self, **options: Any) -> Any:
         return self.run(self.client.model_info(**options))
 
+    def list_models(self, **options: Any) -> Any:
+        return self.run(self.client.list_models(**options))
+
     def health(self, *arguments: Any, **options: Any) -> Any:
         return self.run(self.client.health(*arguments, **options))
 

@@ -1,12 +1,14 @@
 """The fakes: the same surface, and vectors that behave."""
 
 import inspect
+from typing import Any
 
 import numpy as np
 import pytest
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_client import AsyncClient, Client, ClientClosedError, HealthStatus, ScalarMix, SentenceError
-from bilm_client.testing import FakeAsyncClient, FakeClient
+from bilm_client.errors import ModelNotFoundError, ModelVersionError
+from bilm_client.testing import FakeAsyncClient, FakeClient, FakeModel
 from bilm_client.testing.service import FakeService, FakeStream
 
 
@@ -17,7 +19,7 @@ def surface(kind: type) -> dict[str, list[inspect.Parameter]]:
 
 def test_all_clients_have_one_surface() -> None:
     expected = surface(Client)
-    assert set(expected) == {"close", "embed", "embed_stream", "health", "model_info"}
+    assert set(expected) == {"close", "embed", "embed_stream", "health", "list_models", "model_info"}
     assert surface(FakeClient) == expected
     for kind in (AsyncClient, FakeAsyncClient):
         found = surface(kind)
@@ -114,6 +116,63 @@ def test_states_carry_the_context() -> None:
         np.testing.assert_array_equal(after.vectors, second.vectors)
         with pytest.raises(SentenceError, match="STATE_INVALID"):
             client.embed(["b"], states=[b"else"])
+
+
+MODELS = (FakeModel("en"), FakeModel("nl", layer_count=2), FakeModel("de", width=8, version="2026-11"))
+
+
+def test_several_models_have_shapes_versions_and_vectors_of_their_own() -> None:
+    with FakeClient(models=MODELS) as client:
+        [english] = client.embed("a b")
+        assert [info.name for info in client.list_models()] == ["en", "de", "nl"]
+    with FakeClient(models=MODELS, model="nl") as client:
+        [dutch] = client.embed("a b")
+        assert client.model_info().name == "nl"
+    with FakeClient(models=MODELS, model="de", expected_model_version="2026-11") as client:
+        [german] = client.embed("a b")
+        [streamed] = client.embed_stream(["a b"])
+    np.testing.assert_array_equal(streamed.vectors, german.vectors)
+    assert (english.vectors.shape, dutch.vectors.shape, german.vectors.shape) == ((3, 2, 16), (2, 2, 16), (3, 2, 8))
+    assert (english.model_version, dutch.model_version, german.model_version) == ("en-1", "nl-1", "2026-11")
+    assert (english.vectors[0] != dutch.vectors[0]).all()
+
+
+def test_a_state_is_of_one_model() -> None:
+    with FakeClient(models=MODELS) as english, FakeClient(models=MODELS, model="nl") as dutch:
+        [first] = english.embed("a", return_states=True)
+        english.embed("b", states=[first.state])
+        with pytest.raises(SentenceError, match="STATE_INVALID"):
+            dutch.embed("b", states=[first.state])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": "fr"}, ModelNotFoundError, r"MODEL_NOT_FOUND\): .*expected one of de, en, nl"),
+        ({"expected_model_version": "en-2"}, ModelVersionError, r"MODEL_VERSION_MISMATCH\): .*en served here is en-1"),
+    ],
+)
+async def test_a_model_that_is_not_served(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with FakeClient(models=MODELS, **arguments) as client:
+        for call in (client.model_info, lambda: client.embed("a"), lambda: next(client.embed_stream(["a"]))):
+            with pytest.raises(error, match=message):
+                call()
+        assert len(client.list_models()) == 3
+    async with FakeAsyncClient(models=MODELS, **arguments) as other:
+        with pytest.raises(error, match=message):
+            await anext(other.embed_stream(["a", "b"]))
+        assert len(await other.list_models()) == 3
+
+
+def test_models_of_one_name() -> None:
+    with pytest.raises(ValueError, match=r"each of another name, got \['en', 'en'\]"):
+        FakeClient(models=[FakeModel("en"), FakeModel("en", width=8)])
+
+
+def test_health_of_models() -> None:
+    with FakeClient(models=MODELS) as client:
+        assert client.health("model:de") is HealthStatus.SERVING
+        assert client.health("model:fr") is HealthStatus.SERVICE_UNKNOWN
 
 
 def test_health_and_closing() -> None:

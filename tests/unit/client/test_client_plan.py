@@ -11,7 +11,7 @@ from bilm_client.testing.service import FakeService
 from hypothesis import given
 from hypothesis import strategies as st
 
-SERVICE = FakeService(3, 16)
+SERVICE = FakeService()
 INFO = ModelInfo.from_proto(SERVICE.get_model())
 ALL = Options("all", "none", "float32", None, False, "raise")
 POOLED = Options("top", "mean", "float16", None, False, "raise")

@@ -8,6 +8,7 @@ from bilm_client.aio import AsyncTransportClient
 from bilm_client.client import TransportClient
 from bilm_client.errors import ModelVersionError, ServiceError, UnavailableError
 from bilm_client.results import HealthStatus
+from bilm_client.testing.models import FakeModel
 from bilm_client.testing.transport import FakeAsyncTransport, FakeTransport
 
 SETTINGS = Settings(target="nowhere")
@@ -19,7 +20,7 @@ class Failing(FakeTransport):
     """Fails each Embed, and counts GetModel."""
 
     def __init__(self, error: ServiceError) -> None:
-        super().__init__(3, 16, {}, HealthStatus.SERVING, SETTINGS)
+        super().__init__([FakeModel()], {}, HealthStatus.SERVING, SETTINGS)
         self.error = error
         self.get_model_count = 0
 
@@ -35,7 +36,7 @@ class AsyncFailing(FakeAsyncTransport):
     """The same, with awaits."""
 
     def __init__(self, failing: Failing) -> None:
-        super().__init__(3, 16, {}, HealthStatus.SERVING, SETTINGS)
+        super().__init__([FakeModel()], {}, HealthStatus.SERVING, SETTINGS)
         self.failing = failing
 
     async def get_model(self, request: pb.GetModelRequest, deadline: Deadline) -> pb.GetModelResponse:

@@ -18,6 +18,7 @@ from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
 from bilm_client import Client, ClientClosedError, HealthStatus, RetryPolicy, ScalarMix, SentenceError, errors
 from bilm_client._transport.link import Link
+from bilm_client.testing import FakeModel
 from grpc_health.v1 import health_pb2
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def test_a_version_refused_on_a_later_part(connect: Connect, scripted: Scripted)
 
 
 def test_the_callers_version_refused(connect: Connect, scripted: Scripted) -> None:
+    scripted.service.serve(FakeModel(version="mine"))
     scripted.fail_next(grpc.StatusCode.FAILED_PRECONDITION, "MODEL_VERSION_MISMATCH")
     with pytest.raises(errors.ModelVersionError) as caught:
         connect(expected_model_version="mine").embed("a")
