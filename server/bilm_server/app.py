@@ -5,17 +5,20 @@ that is needed to listen.
 """
 
 import asyncio
+import dataclasses
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 from ssl import SSLContext
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from bilm_api.constants import Reason
 from bilm_api.inference import open_inference_pb2
-from bilm_api.v1 import embed_pb2
+from bilm_api.v1 import embed_pb2, embed_pb2_grpc
+from bilm_model.errors import ModelError
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
 
@@ -24,7 +27,7 @@ from bilm_server.embedding.admission import Admission, StreamAdmission
 from bilm_server.embedding.call_gate import CallGate
 from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.embedding.conversions import Conversions
-from bilm_server.errors import RefusalError
+from bilm_server.errors import ConfigurationError, RefusalError
 from bilm_server.inference.load import LoadMeter
 from bilm_server.lifecycle import DrainTimes, Listener, LoadedParts, Server
 from bilm_server.observability.access_log import AccessLog
@@ -40,11 +43,13 @@ from bilm_server.observability.server_metrics import (
     ServerView,
     Taken,
 )
+from bilm_server.preflight import ServingPlan, plan_serving
+from bilm_server.protocols.embed_v1.admin import AdminService
 from bilm_server.protocols.grpc.acceptor import Acceptor
 from bilm_server.protocols.grpc.connections import connection_limit, health_server, http_share
 from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.grpc.interceptors import CallInterceptor, OpenCalls, OpenInterceptor
-from bilm_server.protocols.grpc.late_service import LateService
+from bilm_server.protocols.grpc.late_service import RETRY_AFTER_MS, LateService
 from bilm_server.protocols.grpc.listening import address, channel_options, credentials
 from bilm_server.protocols.grpc.load_report import Trailer, load_trailer
 from bilm_server.protocols.http import names as http
@@ -57,6 +62,7 @@ from bilm_server.security.callers import CallerRights
 from bilm_server.security.tls import server_contexts
 
 if TYPE_CHECKING:
+    from bilm_server.embedding.model_set import Changes, ModelSet
     from bilm_server.observability.tracing import Tracing
     from bilm_server.protocols.http.door import HttpDoor
     from bilm_server.served_model import ServedModel
@@ -70,9 +76,18 @@ _log = logging.getLogger(__name__)
 
 _MIB = 2**20
 
+_RELOADED = ("models", "model", "options", "served_model_name", "callers")
+"""Settings that a reload reads again."""
+_EXPECTED = (ConfigurationError, ModelError, RefusalError, OSError)
+"""What a configuration can cause; all else is logged with its traceback."""
+
 
 def build_server(
-    config: ServerConfig, name: str, load_model: "Callable[[], ServedModel]", drops: DropCounts = NO_DROPS
+    config: ServerConfig,
+    plan: ServingPlan,
+    load_model: "Callable[[ServerConfig], ServedModel]",
+    drops: DropCounts = NO_DROPS,
+    read_config: Callable[[], ServerConfig] | None = None,
 ) -> Server:
     """Return a server that has not started.
 
@@ -80,28 +95,35 @@ def build_server(
 
     Args:
         config: all settings.
-        name: of the model that will be served.
-        load_model: loads it; called by `Server.load`, in a thread.
+        plan: what will be served.
+        load_model: loads a model that a configuration names alone; called by `Server.load`, in a thread.
         drops: log lines and alerts lost by the process, for the metrics.
+        read_config: returns all settings as they are now; None: they never change.
 
     Raises:
         ConfigurationError: if traces or HTTP are configured and what they need isn't installed.
     """
-    return _App(config, name, load_model, drops).server
+    return _App(config, plan, load_model, drops, read_config or (lambda: config)).server
 
 
 class _App:
     """Each part of one server, built when the first other part needs it."""
 
     def __init__(
-        self, config: ServerConfig, name: str, load_model: "Callable[[], ServedModel]", drops: DropCounts
+        self,
+        config: ServerConfig,
+        plan: ServingPlan,
+        load_model: "Callable[[ServerConfig], ServedModel]",
+        drops: DropCounts,
+        read_config: Callable[[], ServerConfig],
     ) -> None:
-        self._config, self._load_model, self._drops = config, load_model, drops
+        self._config, self._plan, self._load_model, self._drops = config, plan, load_model, drops
+        self._read_config = read_config
         self._max_connections = cache(lambda: connection_limit(config.max_connections))
         self._starting = asyncio.Lock()
         self._open_calls = OpenCalls()
-        self._metrics = Metrics([name], _infer_methods(config))
-        self._health = HealthReporter(SERVICE_NAME)
+        self._metrics = Metrics(plan.names, _infer_methods(config))
+        self._health = HealthReporter(SERVICE_NAME, plan.names)
         self._rights = CallerRights(config.callers, config.authenticates)
         self._no_log_calls = NoLogCalls(self._rights)
         self._authenticator = Authenticator(config.token_file)
@@ -110,8 +132,8 @@ class _App:
         self._stream_admission = StreamAdmission(config.max_stream_tokens, config.max_stream_mib * _MIB)
         self._service = LateService(SERVICE_NAME, _SERVICE.methods_by_name)
         self._kserve = LateService(kserve.SERVICE_NAME, kserve.MODEL_METHODS) if config.kserve else None
-        self._model: ServedModel | None = None
-        self._engines: tuple[EngineView, ...] = ()
+        self._models: ModelSet | None = None
+        self._engine_views: Callable[[], Sequence[EngineView]] = tuple
         self._gpu: Gpu | None = None
         self._load_meter = LoadMeter() if config.load_reports else None
 
@@ -127,6 +149,7 @@ class _App:
             open_calls=self._open_calls,
             drain_times=DrainTimes(config.drain_delay_s, config.grace_s),
             doors=() if self._http is None else (self._http,),
+            reload=self._reload,
             prepare=(self._authenticator.load, self._warn_of_nameless_callers, self._grpc_connections),
             close=(self._conversions.stop, *(() if self._tracing is None else (self._tracing.stop,))),
         )
@@ -137,9 +160,8 @@ class _App:
         return CallerLimits(config.caller_tokens_per_s, config.caller_max_calls, config.max_tokens_per_request)
 
     def _load(self) -> LoadedParts:
-        """Load the model and build what needs it; in the thread that loads."""
-        model = self._load_model()
-        from bilm_server.model_parts import SharedParts, build_parts, engine_view, model_gpu  # noqa: PLC0415 - torch
+        """Load the models and build what needs them; in the thread that loads."""
+        from bilm_server.model_parts import SharedParts, build_parts, engine_views, gpu_of  # noqa: PLC0415 - torch
 
         shared = SharedParts(
             self._conversions,
@@ -153,9 +175,33 @@ class _App:
             self._kserve,
             None if self._http is None else self._http.app,
         )
-        parts = build_parts(self._config, model, shared)
-        self._engines, self._gpu, self._model = (engine_view(parts),), model_gpu(model), model
+        parts = build_parts(self._config, self._plan, self._load_model, shared)
+        self._models, self._gpu = parts.models, gpu_of(self._config)
+        self._engine_views = lambda: engine_views(parts.models.models, lambda: parts.watchdog.stalled_s)
         return parts
+
+    async def _reload(self) -> "Changes":
+        """Serve the models, and know the callers, that the configuration has now.
+
+        Raises:
+            RefusalError: MODEL_LOADING, or RELOAD_FAILED; then nothing has changed.
+        """
+        if self._models is None or not self._models.models:
+            raise RefusalError(Reason.MODEL_LOADING, "the first models are being loaded; try again", RETRY_AFTER_MS)
+        try:
+            found = await asyncio.to_thread(self._read_config)
+            config = self._config.model_copy(update={name: getattr(found, name) for name in _RELOADED})
+            changes = await self._models.reload(await asyncio.to_thread(plan_serving, config))
+        except Exception as error:
+            _log.error("reload: nothing has changed: %s", error, exc_info=not isinstance(error, _EXPECTED))
+            raise RefusalError(Reason.RELOAD_FAILED, f"nothing has changed: {error}") from error
+        self._rights.replace(config.callers)
+        self._health.set(self._models.health())
+        _log.info(
+            "reloaded: %s",
+            ", ".join(f"{what} {' '.join(names) or 'none'}" for what, names in dataclasses.asdict(changes).items()),
+        )
+        return changes
 
     # ---- who observes ----
 
@@ -183,7 +229,7 @@ class _App:
     def _view(self) -> ServerView:
         tracing = self._tracing
         return ServerView(
-            engines=lambda: self._engines,
+            engines=lambda: self._engine_views(),  # noqa: PLW0108 - it is replaced
             max_connections=self._max_connections,
             serving=lambda: self._health.serving,
             admitted=lambda: {"unary": _taken(self._admission), "stream": _taken(self._stream_admission)},
@@ -218,6 +264,8 @@ class _App:
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         server.add_generic_rpc_handlers((self._service,))
+        if self._config.authenticates:
+            embed_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(self.server.reload, self._rights), server)
         self._health.add_to(server)
         if self._kserve is not None:
             readiness = ReadinessService(self._health, self._has_model)
@@ -227,13 +275,7 @@ class _App:
 
     def _has_model(self, name: str, version: str) -> bool:
         """Return whether a model is loaded that calls with this name and version find."""
-        if self._model is None:
-            return False
-        try:
-            self._model.check(name, version)
-        except RefusalError:
-            return False
-        return True
+        return self._models is not None and self._models.registry.has(name, version)
 
     def _add_reflection(self, server: grpc.aio.Server) -> None:
         """Register reflection of all services."""

@@ -5,7 +5,7 @@ the options and the shapes are checked, and neither its numbers nor whether the 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +13,13 @@ import torch
 from bilm_model.device import resolve_device
 from bilm_model.engine import host_ring, state_transfer
 from bilm_model.errors import ModelError
-from bilm_model.weights.header import ModelHeader, inspect
 from bilm_system.control_groups import memory_limit_bytes
 from bilm_system.files import message, reason
 
 from bilm_server.addresses import socket_path
 from bilm_server.config import ServerConfig
 from bilm_server.errors import ConfigurationError
-from bilm_server.preflight import configured_tokenizer, served_name
+from bilm_server.preflight import ModelPlan, ServingPlan, plan_serving
 from bilm_server.protocols.grpc.connections import connection_limit, http_share
 from bilm_server.protocols.grpc.listening import credentials
 from bilm_server.protocols.grpc.unix_sockets import check_kinds
@@ -81,7 +80,6 @@ def check(config: ServerConfig) -> tuple[list[str], list[str]]:
 
     for step in (
         lambda: resolve_device(config.device),
-        lambda: configured_tokenizer(config),
         lambda: Authenticator(config.token_file).load(),
         lambda: credentials(config),
         lambda: _check_extras(config),
@@ -89,38 +87,34 @@ def check(config: ServerConfig) -> tuple[list[str], list[str]]:
     ):
         checked(step)
     n_connections = checked(lambda: _connections(config))
-    header = checked(lambda: inspect(config.model, config.options))
-    if not isinstance(header, ModelHeader) or errors:
+    plan = checked(lambda: plan_serving(config))
+    if not isinstance(plan, ServingPlan) or errors:
         return errors, []
     assert isinstance(n_connections, int)  # noqa: S101 - there was no error
-    return errors, [_model_line(config, header), *memory_sum(config, header, n_connections).lines()]
+    models = [*plan.models.values()]
+    return errors, [*_model_lines(plan), *memory_sum(config, models, n_connections).lines()]
 
 
 def memory_sum(
-    config: ServerConfig, header: ModelHeader, n_connections: int, device: torch.device | None = None
+    config: ServerConfig, models: Sequence[ModelPlan], n_connections: int, device: torch.device | None = None
 ) -> MemorySum:
     """Return what a server takes at most.
 
     Args:
         config: the server's.
-        header: of its model.
+        models: that it serves.
         n_connections: open at a time.
         device: where it computes; None: on the one that the configuration names.
     """
     device = device or resolve_device(config.device)
-    options = engine_options(config).resolved(device)
-    place = f"on {device}" if device.type == "cuda" else "in memory"
-    parameters = _FLOAT_BYTES * header.parameter_count
+    of_models = [part for model in models for part in _parts_of(model, device, named=len(models) > 1)]
     connection = _CONNECTION_BYTES if config.tls_cert is None else _TLS_CONNECTION_BYTES
     pinned = [(f"results on their way from {device}", _PINNED_BYTES)] if device.type == "cuda" else []
     answers_mib = 2 * (config.max_waiting_mib + config.max_stream_mib)
     return MemorySum(
         (
             ("Python, torch and compiled kernels", _PROCESS_BYTES),
-            (f"parameters {place}; as much again in memory while they load", parameters),
-            (f"sentences in flight and the token cache, {place}", options.memory_bytes(header.config, device)),
-            ("names of the tokens in the cache", options.name_bytes(header.config)),
-            (f"the input cache, {place}", (options.input_cache_mib or 0) * _MIB),
+            *of_models,
             *pinned,
             ("answers that wait to be sent, twice", answers_mib * _MIB),
             (f"{n_connections} connections", n_connections * connection),
@@ -130,10 +124,26 @@ def memory_sum(
     )
 
 
-def _model_line(config: ServerConfig, header: ModelHeader) -> str:
-    name = served_name(config, header.name)
-    layers, width = header.config.n_layers + 1, 2 * header.config.projection_dim
-    return f"model {name}: {layers} layers of {width} numbers, {header.parameter_count:,} parameters"
+def _parts_of(model: ModelPlan, device: torch.device, *, named: bool) -> Iterator[tuple[str, int]]:
+    """Yield what one model takes, with its name where there are others."""
+    options, header = engine_options(model.config).resolved(device), model.header
+    before, place = f"{model.name}: " if named else "", f"on {device}" if device.type == "cuda" else "in memory"
+    parameters = _FLOAT_BYTES * header.parameter_count
+    yield f"{before}parameters {place}; as much again in memory while they load", parameters
+    in_flight = options.memory_bytes(header.config, device)
+    yield f"{before}sentences in flight and the token cache, {place}", in_flight
+    yield f"{before}names of the tokens in the cache", options.name_bytes(header.config)
+    yield f"{before}the input cache, {place}", options.input_cache_bytes
+
+
+def _model_lines(plan: ServingPlan) -> Iterator[str]:
+    for name in plan.names:
+        if (ensemble := plan.ensembles.get(name)) is not None:
+            yield f"ensemble {name}: of {', '.join(ensemble.members)}"
+            continue
+        header = plan.models[name].header
+        layers, width = header.config.layer_count, header.config.width
+        yield f"model {name}: {layers} layers of {width} numbers, {header.parameter_count:,} parameters"
 
 
 def _connections(config: ServerConfig) -> int:

@@ -26,6 +26,8 @@ class Right(StrEnum):
 
     NO_LOG = "no-log"
     """Keep calls out of the access log, by the metadata x-bilm-no-log."""
+    RELOAD = "reload"
+    """Have the server read its models and callers again."""
 
 
 def _check_name(name: str) -> str:
@@ -44,6 +46,62 @@ class CallerSettings(BaseModel):
     max_priority: Priority = Field(
         Priority.INTERACTIVE, description="batch: all that it sends is batch, whatever it asks for"
     )
+
+
+Precision = Literal["auto", "float32", "bfloat16"]
+TokenizerKind = Literal["moses", "whitespace"]
+
+
+class ModelSettings(BaseModel):
+    """One of `[[models]]`: a model, or an ensemble of others of them. What isn't set is as for the whole server."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    name: str = Field(pattern=f"^{MODEL_NAME}$", description="that requests give")
+    path: str | None = Field(None, description="as model")
+    options: Path | None = Field(None, description="as options")
+    precision: Precision | None = Field(None, description="as precision")
+    tokenizer: TokenizerKind | None = Field(None, description="as tokenizer")
+    tokenizer_language: str | None = Field(None, min_length=2, description="as tokenizer_language")
+    token_cache_mib: int | None = Field(None, ge=0, description="as token_cache_mib")
+    input_cache_mib: int | None = Field(None, ge=0, description="as input_cache_mib")
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="of its share of the device's time while others want it, too"
+    )
+    members: tuple[str, ...] = Field((), description="models whose vectors are concatenated, in this order")
+    layers: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = Field(
+        (),
+        description="for each member, its layers that are the ensemble's; by default as many of the last as all have",
+    )
+
+    @field_validator("members")
+    @classmethod
+    def _check_members(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if len(value) == 1 or len(set(value)) < len(value):
+            raise ValueError("expected two names or more, each once")
+        own = [name for name in _OF_ONE_MODEL if info.data.get(name) is not None]
+        if value and own:
+            raise ValueError(f"an ensemble has no {', '.join(own)} of its own")
+        if not value and info.data.get("path") is None:
+            raise ValueError("expected path, or members")
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, value: tuple[tuple[int, ...], ...], info: ValidationInfo) -> tuple[tuple[int, ...], ...]:
+        if value and len(value) != len(info.data.get("members", value)):
+            raise ValueError("expected a list of layers for each member")
+        if len({len(layers) for layers in value}) > 1 or not all(value):
+            raise ValueError("expected as many layers of each member, one at least")
+        if any(list(layers) != sorted(set(layers)) for layers in value):
+            raise ValueError("expected ascending layers")
+        return value
+
+
+_OF_ONE_MODEL = (
+    "path", "options", "precision", "tokenizer", "tokenizer_language", "token_cache_mib", "input_cache_mib"
+)  # fmt: skip
+"""Settings that a model has and an ensemble hasn't."""
 
 
 class ServerConfig(BaseSettings):
@@ -67,7 +125,7 @@ class ServerConfig(BaseSettings):
     model: str = Field(
         "",
         description="a .safetensors file, a folder with options.json and weights.hdf5, a .hdf5 file with --options, or "
-        "random:tiny|small|medium|original for tests; empty: the model that ships",
+        "random:tiny|small|medium|original for tests; empty: the model that ships; NAME=MODEL for each of several",
     )
     options: Path | None = Field(None, description="the options.json that goes with a .hdf5 file")
     served_model_name: str = Field(
@@ -77,14 +135,19 @@ class ServerConfig(BaseSettings):
     )
     listen: str = Field("127.0.0.1:50051", description="HOST:PORT (port 0: any free one) or unix:PATH")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
+    precision: Precision = Field(
         "float32",
         description="of the products, float32, bfloat16, or auto: bfloat16 where the processor has such products; "
         "sums are in float32",
     )
     threads: int = Field(0, ge=0, description="CPU threads of the model; 0: one a core that it may use, at most 16")
-    tokenizer: Literal["moses", "whitespace"] = Field("moses", description="for raw text")
+    tokenizer: TokenizerKind = Field("moses", description="for raw text")
     tokenizer_language: str = Field("en", min_length=2, description="whose rules Moses follows: en, de, ko, ja, …")
+    models: tuple[ModelSettings, ...] = Field(
+        (),
+        description="several models, a [[models]] each in the TOML file with name and path, and what differs from the "
+        "settings of the whole server; calls that name none get the first",
+    )
     kernel_cache: Path | None = Field(
         None,
         description="folder that compiled kernels are kept in, closed to other users; by default bilm-serve in "
@@ -242,6 +305,27 @@ class ServerConfig(BaseSettings):
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"names must differ, these are there twice: {', '.join(sorted(map(repr, twice)))}")
         return value
+
+    @field_validator("models")
+    @classmethod
+    def _check_models(cls, value: tuple[ModelSettings, ...], info: ValidationInfo) -> tuple[ModelSettings, ...]:
+        if value and (short := [name for name in ("model", "options", "served_model_name") if info.data.get(name)]):
+            raise ValueError(f"{', '.join(short)}: for one model alone, doesn't go with models")
+        names = [model.name for model in value]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"names must differ, these are there twice: {', '.join(sorted(twice))}")
+        single = {model.name for model in value if not model.members}
+        for model in value:
+            if unknown := [member for member in model.members if member not in single]:
+                raise ValueError(f"{model.name}: members: no single models: {', '.join(unknown)}")
+        return value
+
+    def of(self, model: ModelSettings) -> "ServerConfig":
+        """Return the configuration of a server on one of `models` alone."""
+        own = {name: getattr(model, name) for name in _OF_ONE_MODEL if name != "path"}
+        changes = {name: value for name, value in own.items() if value is not None}
+        changes |= {"model": model.path, "options": model.options, "served_model_name": model.name, "models": ()}
+        return self.model_copy(update=changes)
 
     @field_validator("tls_key", "tls_client_ca")
     @classmethod

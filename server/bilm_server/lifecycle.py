@@ -8,13 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from bilm_server.errors import BindError
+from bilm_server.errors import BindError, RefusalError
+from bilm_server.own_thread import in_own_thread
 from bilm_server.protocols.grpc.acceptor import Acceptor
 from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.grpc.interceptors import OpenCalls
 
 if TYPE_CHECKING:  # torch comes with them, which is loaded behind the open port
     from bilm_server.embedding.embedder import Embedder
+    from bilm_server.embedding.model_set import Changes, ModelSet
     from bilm_server.inference.watchdog import Watchdog
 
 R = TypeVar("R")
@@ -58,23 +60,25 @@ class DrainTimes:
 
 @dataclass(frozen=True, eq=False)
 class LoadedParts:
-    """What there is once the model is loaded.
+    """What there is once the models are loaded.
 
     Attributes:
-        embedder: what embeds; its worker starts and stops with the server.
+        models: what embeds; stop with the server.
+        start: starts the models.
         watchdog: reports to health.
-        open: lets calls reach the embedder.
+        open: lets calls reach the models.
         later: loads what the first calls can do without, in a thread, when the server is SERVING.
     """
 
-    embedder: "Embedder"
+    models: "ModelSet"
+    start: Callable[[], Coroutine[object, object, None]]
     watchdog: "Watchdog"
     open: Callable[[], None]
     later: Callable[[], object] = lambda: None
 
 
 class Server:
-    """A server on one model; `app.build_server` puts it together."""
+    """A server; `app.build_server` puts it together."""
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class Server:
         open_calls: OpenCalls,
         drain_times: DrainTimes,
         doors: Sequence[Door] = (),
+        reload: "Callable[[], Coroutine[object, object, Changes]] | None" = None,
         prepare: Sequence[Callable[[], object]] = (),
         close: Sequence[Callable[[], object]] = (),
     ) -> None:
@@ -95,16 +100,18 @@ class Server:
             health: what is reported.
             acceptor: listens for calls.
             listeners: start after it, in this order, and stop in the same.
-            load: loads the model, in a thread; may take as long as it likes.
+            load: loads the models, in a thread; may take as long as it likes.
             open_calls: are ended when new calls are refused.
             drain_times: of `drain`.
             doors: listen for calls, too; start after the acceptor, drain with it, and stop after it.
+            reload: see `Server.reload`; None: nothing can change.
             prepare: read what the configuration names, before anything listens.
             close: end what is left, after everything else; may block.
         """
         self._health, self._open_calls, self._load = health, open_calls, load
         self._acceptor, self._doors, self._listeners = acceptor, tuple(doors), (acceptor, *doors, *listeners)
         self._drain_times, self._prepare, self._close = drain_times, tuple(prepare), tuple(close)
+        self._reload, self._reloads = reload, set[asyncio.Task[Any]]()
         self._stop_asked = asyncio.Event()
         self._loading: threading.Thread | None = None
         self._parts: LoadedParts | None = None
@@ -123,14 +130,20 @@ class Server:
 
     @property
     def embedder(self) -> "Embedder":
-        """What embeds, once the model is loaded."""
+        """What embeds by the default model, once that is loaded."""
+        return self.models.registry.default
+
+    @property
+    def models(self) -> "ModelSet":
+        """What embeds, once it is loaded."""
         assert self._parts is not None  # noqa: S101 - load() has made it
-        return self._parts.embedder
+        return self._parts.models
 
     @property
     def loading(self) -> bool:
         """Whether the thread that loads still runs: after `stop`, when the server was stopped while it loaded."""
-        return self._loading is not None and self._loading.is_alive()
+        loading = self._loading is not None and self._loading.is_alive()
+        return loading or (self._parts is not None and self._parts.models.loading)
 
     async def start(self) -> None:
         """Check what the configuration names, and listen: health answers NOT_SERVING, calls find the model loading.
@@ -146,16 +159,17 @@ class Server:
                 _log.info("%s", line)
 
     async def load(self) -> None:
-        """Load the model behind the open port; SERVING when a warm-up pass has succeeded, or return when asked to stop.
+        """Load the models behind the open port; SERVING when warm-ups have succeeded, or return when asked to stop.
 
         Raises:
             Exception: what loading or the warm-up pass raised.
         """
-        parts = await self._unless_stopped(self._in_thread(self._load))
+        loaded, self._loading = in_own_thread(self._load, "loading")
+        parts = await self._unless_stopped(loaded)
         if parts is None:
             return
         self._parts = parts
-        if not await self._unless_stopped(_done(parts.embedder.worker.start())):
+        if not await self._unless_stopped(_done(parts.start())):
             return
         parts.open()
         parts.watchdog.look()  # nothing but the watchdog reports to health
@@ -183,6 +197,25 @@ class Server:
         """End `load` and `serve`; may be called from a signal handler on the event loop."""
         self._stop_asked.set()
 
+    async def reload(self) -> "Changes":
+        """Serve what the configuration says now; it is done to its end, whoever stops waiting for it.
+
+        Raises:
+            RefusalError: RELOAD_FAILED or MODEL_LOADING; then nothing has changed.
+        """
+        assert self._reload is not None  # noqa: S101 - of a server that has anything to read again
+        task = asyncio.create_task(self._reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio logs what nobody awaits
+        return await asyncio.shield(task)
+
+    def ask_to_reload(self) -> None:
+        """Reload; may be called from a signal handler on the event loop. What comes of it is in the log."""
+        task = asyncio.create_task(_quietly(self.reload()))
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
     async def drain(self) -> None:
         """Report NOT_SERVING, wait until balancers notice, then refuse new calls and let those in flight finish.
 
@@ -202,11 +235,12 @@ class Server:
         """End everything but the thread that loads; idempotent."""
         for listener in self._listeners:
             await listener.stop()
-        for task in (self._watching, self._later):
+        for task in (self._watching, self._later, *self._reloads):
             if task is not None:
                 task.cancel()
+        await asyncio.gather(*self._reloads, return_exceptions=True)
         if self._parts is not None:
-            await self._parts.embedder.worker.stop()
+            await self._parts.models.stop()
         for close in self._close:
             await asyncio.to_thread(close)
         _log.info("stopped")
@@ -227,38 +261,6 @@ class Server:
         work.cancel()
         return None
 
-    def _in_thread(self, function: Callable[[], R]) -> "asyncio.Future[R]":
-        """Run a function in a thread of its own, which no end of the process waits for."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[R] = loop.create_future()
-
-        def run() -> None:
-            try:
-                result = function()
-            except BaseException as error:  # whatever it is, somebody waits for it
-                _tell(loop, future, error)
-            else:
-                _tell(loop, future, result)
-
-        self._loading = threading.Thread(target=run, name="loading", daemon=True)
-        self._loading.start()
-        return future
-
-
-def _tell(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[R]", outcome: "R | BaseException") -> None:
-    """End a future from another thread, unless it or its loop has ended."""
-
-    def end() -> None:
-        if future.done():
-            return
-        if isinstance(outcome, BaseException):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-
-    with suppress(RuntimeError):  # the loop is closed
-        loop.call_soon_threadsafe(end)
-
 
 def _done(work: Coroutine[object, object, None]) -> "asyncio.Task[bool]":
     async def done() -> bool:
@@ -266,6 +268,11 @@ def _done(work: Coroutine[object, object, None]) -> "asyncio.Task[bool]":
         return True
 
     return asyncio.ensure_future(done())
+
+
+async def _quietly(reload: "Coroutine[object, object, Changes]") -> None:
+    with suppress(RefusalError):
+        await reload
 
 
 async def _load_later(load: Callable[[], object]) -> None:

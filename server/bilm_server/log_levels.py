@@ -22,7 +22,7 @@ PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "health": ("bilm_server.protocols.grpc.health",),
     "http": ("bilm_server.protocols.http", "uvicorn"),
     "inference": ("bilm_server.inference",),
-    "lifecycle": ("bilm_server.lifecycle", "bilm_server.app"),
+    "lifecycle": ("bilm_server.lifecycle", "bilm_server.app", "bilm_server.embedding.model_set"),
     "main": ("bilm_server.main", "bilm_server.preflight", "bilm_server.served_model"),
     "metrics": ("bilm_server.protocols.ops.metrics_endpoint", "bilm_server.observability.resources"),
     "model": ("bilm_model",),

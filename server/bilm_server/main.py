@@ -27,7 +27,7 @@ from bilm_server.log_levels import parse_levels
 from bilm_server.observability.alerts import AlertHandler
 from bilm_server.observability.log_setup import Logs, configure_logs
 from bilm_server.observability.server_metrics import DropCounts
-from bilm_server.preflight import check_model
+from bilm_server.preflight import plan_serving
 
 if TYPE_CHECKING:
     from bilm_server.served_model import ServedModel
@@ -82,7 +82,7 @@ def _main(argv: list[str], load: "LoadModel") -> int:
     except (OSError, ValueError) as error:
         print(f"bilm-serve: test_log: {config.test_log}: {reason(error)}", file=sys.stderr)
         return 2
-    return _serve(config, logs, load)
+    return _serve(config, logs, load, partial(load_config, argv))
 
 
 def _check(config: ServerConfig) -> int:
@@ -96,16 +96,17 @@ def _check(config: ServerConfig) -> int:
     return 2 if errors else 0
 
 
-def _serve(config: ServerConfig, logs: Logs, load: "LoadModel") -> int:
+def _serve(config: ServerConfig, logs: Logs, load: "LoadModel", read_config: Callable[[], ServerConfig]) -> int:
     alerts = _start_alerts(config)
     # Until the event loop takes over: process 1 of a container gets only those signals that it handles
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         drops = DropCounts(lambda: logs.dropped, lambda: alerts.dropped if alerts else 0)
-        still_loading = asyncio.run(_run(config, load, drops))
+        still_loading = asyncio.run(_run(config, load, drops, read_config))
     except (BindError, ConfigurationError, ModelError) as error:
         logs.flush()
-        print(f"bilm-serve: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"bilm-serve: {line}", file=sys.stderr)
         return exit_code(error)
     if still_loading:
         logging.shutdown()
@@ -134,11 +135,13 @@ def _start_alerts(config: ServerConfig) -> AlertHandler | None:
     return alerts
 
 
-async def _run(config: ServerConfig, load: "LoadModel", drops: DropCounts) -> bool:
-    """Run a server from start to stop; return whether a thread still loads its model."""
+async def _run(
+    config: ServerConfig, load: "LoadModel", drops: DropCounts, read_config: Callable[[], ServerConfig]
+) -> bool:
+    """Run a server from start to stop; return whether a thread still loads a model."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    server = build_server(config, check_model(config), partial(_load, config, load), drops)
-    _stop_on_signals(server)
+    server = build_server(config, plan_serving(config), partial(_load, load), drops, read_config)
+    _heed_signals(server)
     try:
         await server.start()
         await server.load()
@@ -153,7 +156,7 @@ async def _run(config: ServerConfig, load: "LoadModel", drops: DropCounts) -> bo
     return server.loading
 
 
-def _load(config: ServerConfig, load: "LoadModel") -> "ServedModel":
+def _load(load: "LoadModel", config: ServerConfig) -> "ServedModel":
     model = load(config)
     _log.info(
         "model %s, version %s, %s, %s, tokenizer %s",
@@ -167,8 +170,8 @@ def _load(config: ServerConfig, load: "LoadModel") -> "ServedModel":
     return model
 
 
-def _stop_on_signals(server: Server) -> None:
-    """The first signal drains; a second one ends the process as it would without us."""
+def _heed_signals(server: Server) -> None:
+    """The first SIGTERM or SIGINT drains, a second one ends the process as it would without us; SIGHUP reloads."""
     loop = asyncio.get_running_loop()
 
     def stop(number: int) -> None:
@@ -178,3 +181,5 @@ def _stop_on_signals(server: Server) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(NotImplementedError):  # on Windows
             loop.add_signal_handler(number, stop, number)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        loop.add_signal_handler(signal.SIGHUP, server.ask_to_reload)

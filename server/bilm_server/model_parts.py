@@ -1,7 +1,7 @@
-"""The parts of a server that need its model: imported, which loads torch, and built behind the open port."""
+"""The parts of a server that need its models: imported, which loads torch, and built behind the open port."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -9,6 +9,7 @@ import grpc
 import torch
 from bilm_api.constants import Priority
 from bilm_api.v1 import embed_pb2_grpc
+from bilm_model.device import resolve_device
 from bilm_model.kernels.fallbacks import fallback_counts
 from bilm_model.tokenization.deferred import DeferredTokenizer
 
@@ -17,7 +18,10 @@ from bilm_server.embedding.admission import Admission, StreamAdmission
 from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.embedding.conversions import Conversions
 from bilm_server.embedding.embedder import Embedder
+from bilm_server.embedding.model_set import ModelSet, ServingModel
 from bilm_server.embedding.preprocessing import RequestLimits
+from bilm_server.embedding.registry import Registry
+from bilm_server.inference.engine_thread import EngineThread
 from bilm_server.inference.load import LoadMeter
 from bilm_server.inference.types import RoundReport
 from bilm_server.inference.watchdog import Watchdog
@@ -26,6 +30,7 @@ from bilm_server.lifecycle import LoadedParts
 from bilm_server.observability.metrics import Metrics
 from bilm_server.observability.resources import Gpu, find_gpu
 from bilm_server.observability.server_metrics import EngineView
+from bilm_server.preflight import ServingPlan
 from bilm_server.protocols.embed_v1.service import EmbedService
 from bilm_server.protocols.grpc.late_service import LateService
 from bilm_server.protocols.kserve.methods import MODEL_METHODS, handler_of
@@ -38,7 +43,7 @@ if TYPE_CHECKING:  # uvicorn is an extra
 
 @dataclass(frozen=True, eq=False)
 class SharedParts:
-    """What is there before the model, and used with it.
+    """What is there before the models, and used with them.
 
     Attributes:
         conversions: threads for what would hold the event loop.
@@ -46,7 +51,7 @@ class SharedParts:
         stream_admission: of streams' items.
         caller_limits: of each caller by itself.
         metrics: count rounds.
-        set_health: takes whether the engine works.
+        set_health: takes whether each model works.
         service: where calls come in.
         load: measures how much the engine works; None: nothing asks.
         kserve: where calls of the Open Inference Protocol come in; None: nowhere.
@@ -58,31 +63,43 @@ class SharedParts:
     stream_admission: StreamAdmission
     caller_limits: CallerLimits
     metrics: Metrics
-    set_health: Callable[[bool], None]
+    set_health: Callable[[Mapping[str, bool]], None]
     service: LateService
     load: LoadMeter | None
     kserve: LateService | None
     http: "HttpApp | None"
 
 
-def build_parts(config: ServerConfig, model: ServedModel, shared: SharedParts) -> LoadedParts:
-    """Return what serves a model; nothing of it has started."""
-    worker = InferenceWorker(model.engine, _round_observer(model, shared), batch_share=config.batch_share)
-    embedder = Embedder(
-        model=model,
-        worker=worker,
-        limits=RequestLimits.of(config),
-        conversions=shared.conversions,
-        admission=shared.admission,
-        stream_admission=shared.stream_admission,
-        caller_limits=shared.caller_limits,
-    )
-    tokenizer = model.tokenizer
+def build_parts(
+    config: ServerConfig, plan: ServingPlan, load: Callable[[ServerConfig], ServedModel], shared: SharedParts
+) -> LoadedParts:
+    """Load models, and return what serves them; nothing of it has started."""
+    limits = RequestLimits.of(config)
+    registry, thread = Registry(limits, shared.conversions), EngineThread()
+
+    def serve(model: ServedModel, weight: float) -> tuple[Embedder, InferenceWorker]:
+        worker = InferenceWorker(
+            model.engine, _round_observer(model, shared), batch_share=config.batch_share, thread=thread, weight=weight
+        )
+        embedder = Embedder(
+            model=model,
+            worker=worker,
+            limits=limits,
+            conversions=shared.conversions,
+            admission=shared.admission,
+            stream_admission=shared.stream_admission,
+            caller_limits=shared.caller_limits,
+        )
+        return embedder, worker
+
+    models = ModelSet(registry, load, serve, shared.metrics.add_models)
+    loaded = models.load([*plan.models.values()])
     return LoadedParts(
-        embedder,
-        Watchdog(worker, config.hang_s, config.give_up_s, shared.set_health),
-        open=lambda: _open(config, embedder, shared),
-        later=tokenizer.load if isinstance(tokenizer, DeferredTokenizer) else lambda: None,
+        models,
+        lambda: models.start(plan, loaded),
+        Watchdog(thread, models.health, config.hang_s, config.give_up_s, shared.set_health),
+        open=lambda: _open(config, registry, shared),
+        later=lambda: _load_tokenizers(registry),
     )
 
 
@@ -97,29 +114,40 @@ def _round_observer(model: ServedModel, shared: SharedParts) -> Callable[[RoundR
     return observe
 
 
-def _open(config: ServerConfig, embedder: Embedder, shared: SharedParts) -> None:
-    """Let calls reach an embedder."""
-    service = EmbedService(embedder, config.stream_stall_s)
+def _load_tokenizers(registry: Registry) -> None:
+    for embedder in registry:
+        tokenizer = embedder.model.tokenizer
+        if isinstance(tokenizer, DeferredTokenizer):
+            tokenizer.load()
+
+
+def _open(config: ServerConfig, registry: Registry, shared: SharedParts) -> None:
+    """Let calls reach the models."""
+    service = EmbedService(registry, config.stream_stall_s)
     embed_pb2_grpc.add_EmbedServiceServicer_to_server(service, cast("grpc.aio.Server", shared.service))
     if shared.kserve is not None:
-        handler = handler_of(InferenceService(embedder), MODEL_METHODS)
+        handler = handler_of(InferenceService(registry), MODEL_METHODS)
         shared.kserve.add_generic_rpc_handlers((handler,))
     if shared.http is not None:
         from bilm_server.protocols.http.endpoints import endpoints_of  # noqa: PLC0415 - only where HTTP is on
 
-        shared.http.open(endpoints_of(embedder))
+        shared.http.open(endpoints_of(registry))
 
 
-def engine_view(parts: LoadedParts) -> EngineView:
-    """Return what the metrics read of a model's engine."""
-    model, worker, watchdog = parts.embedder.model, parts.embedder.worker, parts.watchdog
+def engine_views(models: Sequence[ServingModel], stalled_s: Callable[[], float]) -> Sequence[EngineView]:
+    """Return what the metrics read of each model's engine."""
+    return [_engine_view(each, stalled_s) for each in models]
+
+
+def _engine_view(embedding: ServingModel, stalled_s: Callable[[], float]) -> EngineView:
+    model, worker = embedding.loaded.model, embedding.worker
     engine = model.engine
     return EngineView(
         model=_labels(model),
         kernel_paths=lambda: engine.description.paths,
         fallbacks=fallback_counts,  # kernels are the process's, and so every model's
         max_rows=engine.capacity.rows,
-        stalled_s=lambda: watchdog.stalled_s,
+        stalled_s=stalled_s,
         rows=lambda: worker.rows,
         waiting_sentences=lambda: worker.waiting,
         waiting_by_priority=lambda: {priority.value: worker.waiting_of(priority) for priority in Priority},
@@ -129,9 +157,9 @@ def engine_view(parts: LoadedParts) -> EngineView:
     )
 
 
-def model_gpu(model: ServedModel) -> Gpu | None:
-    """Return the GPU that a model computes on; None: a CPU does."""
-    device = torch.device(model.engine.description.device)
+def gpu_of(config: ServerConfig) -> Gpu | None:
+    """Return the GPU that models compute on; None: a CPU does."""
+    device = resolve_device(config.device)
     return find_gpu(str(torch.cuda.get_device_properties(device).uuid)) if device.type == "cuda" else None
 
 

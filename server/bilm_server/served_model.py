@@ -2,32 +2,96 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
-from bilm_api.constants import Reason
 from bilm_model.config import BilmConfig
 from bilm_model.device import default_threads, resolve_device
 from bilm_model.engine.cellular import CellularBatch
 from bilm_model.engine.engine import RecurrentEngine
 from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.state import LstmStateCodec
-from bilm_model.engine.types import Engine
+from bilm_model.engine.types import Engine, StateCodec
 from bilm_model.errors import ModelError
 from bilm_model.kernels.fallbacks import fallback_counts
 from bilm_model.kernels.kernel_cache import CachedKernels, keep_triton_kernels, use_store
 from bilm_model.kernels.product_paths import Precision, ProductPath, resolve_precision
 from bilm_model.tokenization.types import Tokenizer
+from bilm_model.weights.header import ModelHeader
 from bilm_model.weights.loading import load
 
 from bilm_server.config import ServerConfig
-from bilm_server.errors import RefusalError
 from bilm_server.preflight import configured_tokenizer, served_name
+
+MODEL_SETTINGS = (
+    "model", "options", "precision", "tokenizer", "tokenizer_language", "token_cache_mib", "input_cache_mib"
+)  # fmt: skip
+"""Settings that can differ between the models of a server."""
+
+
+class EmbeddingModel(Protocol):
+    """What calls and clients see of a model, or of an ensemble of several."""
+
+    @property
+    def name(self) -> str:
+        """That requests may give."""
+
+    @property
+    def version(self) -> str:
+        """A hash of weights and options."""
+
+    @property
+    def layer_count(self) -> int:
+        """Layers that "all" returns, the token layer included."""
+
+    @property
+    def width(self) -> int:
+        """Components of a vector."""
+
+    @property
+    def cell_size(self) -> int:
+        """Size of the LSTM cells; 0 where there are none, or of several kinds."""
+
+    @property
+    def parameter_count(self) -> int:
+        """Its size."""
+
+    @property
+    def precision(self) -> str:
+        """Of its products, "float32" or "bfloat16"."""
+
+    @property
+    def backend(self) -> str:
+        """Device and implementation, for people to read."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """For raw text."""
+
+    @property
+    def inputs(self) -> str:
+        """What makes vectors of tokens."""
+
+    @property
+    def contexts(self) -> str:
+        """What runs over them."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of an ensemble's models; none for a model."""
+
+    @property
+    def state_codec(self) -> StateCodec | None:
+        """For the states of its sentences; None: it has none."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a state; 0 for a model without states."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model and what belongs to it.
+    """One model and what belongs to it (`EmbeddingModel`).
 
     Attributes:
         name: that requests may give.
@@ -47,22 +111,39 @@ class ServedModel:
     engine: Engine[Any]
     tokenizer: Tokenizer
 
+    inputs = "char_cnn"
+    contexts = "lstm"
+    members: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def layer_count(self) -> int:
+        """See `EmbeddingModel`."""
+        return self.config.layer_count
+
+    @property
+    def width(self) -> int:
+        """See `EmbeddingModel`."""
+        return self.config.width
+
+    @property
+    def cell_size(self) -> int:
+        """See `EmbeddingModel`."""
+        return self.config.cell_dim
+
+    @property
+    def backend(self) -> str:
+        """See `EmbeddingModel`."""
+        return self.engine.description.backend
+
+    @property
+    def state_codec(self) -> StateCodec | None:
+        """See `EmbeddingModel`."""
+        return self.engine.state_codec
+
     @property
     def state_bytes(self) -> int:
-        """Bytes of a state; 0 for a model without states."""
-        codec = self.engine.state_codec
-        return 0 if codec is None else codec.n_bytes
-
-    def check(self, name: str, expected_version: str) -> None:
-        """Make sure that a request means this model; "" means any.
-
-        Raises:
-            RefusalError: MODEL_NOT_FOUND or MODEL_VERSION_MISMATCH.
-        """
-        if name not in ("", self.name):
-            raise RefusalError(Reason.MODEL_NOT_FOUND, f"the model served here is {self.name}")
-        if expected_version not in ("", self.version):
-            raise RefusalError(Reason.MODEL_VERSION_MISMATCH, f"the version served here is {self.version}")
+        """See `EmbeddingModel`."""
+        return 0 if self.state_codec is None else self.state_codec.n_bytes
 
 
 def load_served_model(config: ServerConfig, bfloat16: ProductPath | None = None) -> ServedModel:
@@ -107,6 +188,16 @@ def _load(config: ServerConfig, bfloat16: ProductPath | None) -> ServedModel:
         engine=engine,
         tokenizer=configured_tokenizer(config),
     )
+
+
+def host_bytes(config: ServerConfig, header: ModelHeader, device: torch.device) -> int:
+    """Return what a model takes of the host's memory once it is loaded: parameters, sentences in flight, caches."""
+    options = engine_options(config).resolved(device)
+    names = options.name_bytes(header.config)
+    if device.type == "cuda":
+        return names
+    on_device = 4 * header.parameter_count + options.memory_bytes(header.config, device) + options.input_cache_bytes
+    return names + on_device
 
 
 def engine_options(

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from bilm_model.weights.header import inspect
 from bilm_server.checking import memory_sum
 from bilm_server.config import ServerConfig
 from bilm_server.config_sources import load_config
+from bilm_server.preflight import plan_serving
 from grpc_health.v1 import health_pb2
 
 from tests.fault.balancer_support import HAPROXY_CONFIG, ROOT, program
@@ -153,7 +153,7 @@ def test_kubernetes_gives_it_the_memory_that_it_may_take(
     objects: dict[str, dict[str, Any]], container: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = check_choices({each["name"]: each["value"] for each in container["env"]}, monkeypatch)
-    needed = memory_sum(config, inspect(""), config.max_connections).total
+    needed = memory_sum(config, [*plan_serving(config).models.values()], config.max_connections).total
     kernels, limit = (
         int(value.removesuffix("Mi")) * 2**20
         for value in (

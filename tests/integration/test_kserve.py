@@ -15,7 +15,9 @@ from bilm_api.inference import open_inference_pb2 as pb
 from bilm_api.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from bilm_api.v1 import embed_pb2
 from bilm_server.app import build_server
+from bilm_server.config import ServerConfig
 from bilm_server.config_sources import load_config
+from bilm_server.preflight import plan_serving
 from bilm_server.protocols.grpc.health import HealthReporter
 from bilm_server.protocols.kserve.methods import MODEL_METHODS, OPEN_METHODS
 from bilm_server.protocols.kserve.readiness import ReadinessService
@@ -170,7 +172,7 @@ async def test_readiness_is_that_of_health() -> None:
         return (await service.ServerLive(pb.ServerLiveRequest(), context)).live, server.ready, model.ready
 
     assert await ready() == (True, False, False)
-    health.set(True)
+    health.set({"a": True})
     assert await ready() == (True, True, True)
     assert await ready("b") == (True, True, False)
     health.drain()
@@ -181,11 +183,11 @@ async def test_while_the_model_loads_readiness_is_answered_and_calls_are_sent_ba
     config, may_load = load_config(with_defaults(())), asyncio.Event()
     model, loop = load_served_model(config), asyncio.get_running_loop()
 
-    def load() -> ServedModel:
+    def load(_: ServerConfig) -> ServedModel:
         asyncio.run_coroutine_threadsafe(may_load.wait(), loop).result(60)
         return model
 
-    server = build_server(config, model.name, load)
+    server = build_server(config, plan_serving(config), load)
     await server.start()
     loading = asyncio.create_task(server.load())
     try:

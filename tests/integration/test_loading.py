@@ -19,8 +19,10 @@ from bilm_client.errors import UnavailableError
 from bilm_client.policy import RetryPolicy
 from bilm_client.results import HealthStatus
 from bilm_server.app import build_server
+from bilm_server.config import ServerConfig
 from bilm_server.config_sources import load_config
 from bilm_server.lifecycle import Server
+from bilm_server.preflight import plan_serving
 from bilm_server.served_model import ServedModel, load_served_model
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -43,9 +45,9 @@ class LoadingServer:
         config = load_config(with_defaults(flags))
         self._model = load_served_model(config)
         self.may_load = threading.Event()
-        self.server: Server = build_server(config, self._model.name, self._load)
+        self.server: Server = build_server(config, plan_serving(config), self._load)
 
-    def _load(self) -> ServedModel:
+    def _load(self, _: ServerConfig) -> ServedModel:
         assert self.may_load.wait(60)
         return self._model
 
@@ -156,9 +158,9 @@ def _metrics(port: int) -> bytes:
 @pytest.mark.parametrize("flags", [[], ["--http-listen", "127.0.0.1:0"]])
 def test_nothing_that_takes_long_is_imported_before_the_port_is_open(flags: list[str]) -> None:
     code = (
-        "import sys; from bilm_server.main import build_server, check_model, load_config; "
+        "import sys; from bilm_server.main import build_server, plan_serving, load_config; "
         f"config = load_config({flags!r}); "
-        "build_server(config, check_model(config), None); "
+        "build_server(config, plan_serving(config), None); "
         "print([m for m in ('torch', 'numpy', 'numba', 'llvmlite', 'h5py', 'sacremoses') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

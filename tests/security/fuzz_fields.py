@@ -9,6 +9,8 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
@@ -33,9 +35,12 @@ with _measuring():
     from bilm_model.engine.types import OutputSpec
     from bilm_model.scalar_mix import Selection
     from bilm_server.config_sources import load_config
+    from bilm_server.embedding.conversions import Conversions
     from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits
+    from bilm_server.embedding.registry import Registry
     from bilm_server.errors import RefusalError
     from bilm_server.inference.types import Call, Sentence
+    from bilm_server.observability.call_record import CallRecord
     from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options
     from bilm_server.protocols.embed_v1.responses import WireFormat
     from bilm_server.protocols.http.embed import EmbedQuery, parse_query
@@ -58,6 +63,7 @@ with _measuring():
         selecting_request,
         start_request,
     )
+    from tests.support.embedders import entered
 
 _LIMITS = RequestLimits.of(load_config(["--max-tokens-per-sentence", "1000", "--max-text-kib", "64"]))
 _PLAIN = OutputSpec(Selection("all", "none", False), "float32")
@@ -79,6 +85,8 @@ class FieldCheck:
 
     def __init__(self, model: ServedModel, preprocessing: type[Preprocessing]) -> None:
         self._model, self._preprocessing = model, preprocessing(model, _LIMITS)
+        embedder: Any = SimpleNamespace(model=model, take=lambda: lambda: None)
+        self._models = Registry(_LIMITS, Conversions(), [embedder])
 
     def __call__(self, data: bytes) -> str:
         """Checks one input; returns what came of it: "malformed", a reason, or "prepared".
@@ -87,10 +95,11 @@ class FieldCheck:
             Exception: which is a bug: input may lead to a refusal only.
         """
         try:
-            if _kind(data) == _JSON:
-                self._check_json(data[1:])
-            else:
-                self._check(_parsed(data))
+            with entered(CallRecord("Embed", "a peer")):
+                if _kind(data) == _JSON:
+                    self._check_json(data[1:])
+                else:
+                    self._check(_parsed(data))
         except DecodeError:
             return "malformed"
         except RefusalError as error:
@@ -108,7 +117,7 @@ class FieldCheck:
         if isinstance(request, open_inference_pb2.ModelInferRequest):
             return self._infer(request)
         assert isinstance(request, embed_pb2.EmbedRequest | embed_pb2.StreamStart | embed_pb2.GetModelRequest)
-        self._model.check(request.model, request.expected_model_version)
+        self._models.find(request.model, request.expected_model_version)
         if isinstance(request, embed_pb2.GetModelRequest):
             return None
         output = parse_options(request.options, self._model)
@@ -117,7 +126,7 @@ class FieldCheck:
         return None
 
     def _infer(self, request: open_inference_pb2.ModelInferRequest) -> None:
-        self._model.check(request.model_name, request.model_version)
+        self._models.find(request.model_name, request.model_version)
         output = parse_parameters(request.parameters, self._model).output
         contents = parse_inputs(request, _LIMITS)
         names = parse_outputs(request.outputs, text=isinstance(contents[0], str))
@@ -130,7 +139,7 @@ class FieldCheck:
 
     def _check_json(self, body: bytes) -> None:
         query = parse_query(body, Call(), _LIMITS)
-        self._model.check(query.model, query.version)
+        self._models.find(query.model, query.version)
         for wire in (JsonFormat(self._model, query.omit_tokens, query.encoding), RawTensors(self._model, False)):
             self._prepare_query(query, wire)
 

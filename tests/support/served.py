@@ -11,6 +11,7 @@ from bilm_api.v1 import embed_pb2, embed_pb2_grpc
 from bilm_server.config import CallerSettings
 from bilm_server.embedding.call_gate import CallGate
 from bilm_server.embedding.embedder import Embedder
+from bilm_server.embedding.registry import Registry
 from bilm_server.inference.types import Sentence
 from bilm_server.observability.call_record import CallRecord
 from bilm_server.protocols.embed_v1.service import EmbedService
@@ -86,9 +87,10 @@ async def serving(
     async with embedding(engine, **settings) as embedder:
         ended = EndedCalls()
         gate = CallGate(Anybody(), CallerRights(callers, authenticated=bool(callers)), NO_LIMITS, [ended])
+        models = Registry(embedder.limits, embedder.conversions, [embedder])
         server = grpc.aio.server(interceptors=[CallInterceptor(SERVICE, gate)])
-        embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedService(embedder, stall_s), server)
-        server.add_generic_rpc_handlers((handler_of(InferenceService(embedder), MODEL_METHODS),))
+        embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedService(models, stall_s), server)
+        server.add_generic_rpc_handlers((handler_of(InferenceService(models), MODEL_METHODS),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:

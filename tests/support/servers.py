@@ -22,6 +22,7 @@ from bilm_server.config_sources import load_config
 from bilm_server.embedding.admission import Admission, Cost, StreamAdmission
 from bilm_server.inference.worker import InferenceWorker
 from bilm_server.lifecycle import Server
+from bilm_server.preflight import plan_serving
 from bilm_server.protocols.http.door import HttpDoor
 from bilm_server.served_model import ServedModel, load_served_model
 
@@ -42,7 +43,7 @@ def with_defaults(flags: Sequence[str], listen: str = "127.0.0.1:0") -> list[str
 
 def new_server(config: ServerConfig, model: ServedModel) -> Server:
     """Return a server on a model that is loaded already."""
-    return build_server(config, model.name, lambda: model)
+    return build_server(config, plan_serving(config), lambda _: model)
 
 
 async def started(server: Server) -> None:

@@ -4,6 +4,7 @@ A protocol makes `Sentence`s of its messages and its messages of `Result`s; it i
 says who calls. Limits, admission, cancellation and accounting are here, for all of them.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -26,7 +27,7 @@ from bilm_server.errors import Code, RefusalError
 from bilm_server.inference.types import Call, Outcome, Result, Sentence
 from bilm_server.inference.worker import InferenceWorker
 from bilm_server.observability.call_record import current_call
-from bilm_server.served_model import ServedModel
+from bilm_server.served_model import EmbeddingModel
 
 R_co = TypeVar("R_co", covariant=True)
 
@@ -56,7 +57,7 @@ class Embedder:
     def __init__(
         self,
         *,
-        model: ServedModel,
+        model: EmbeddingModel,
         worker: InferenceWorker,
         limits: RequestLimits,
         conversions: Conversions,
@@ -78,6 +79,7 @@ class Embedder:
         self.model, self.worker, self.limits = model, worker, limits
         self.conversions, self.admission, self.stream_admission = conversions, admission, stream_admission
         self._caller_limits = caller_limits
+        self._n_calls, self._changed = 0, asyncio.Event()
         self._preprocessing = Preprocessing(model, limits)
 
     @property
@@ -90,14 +92,25 @@ class Embedder:
             and not self.stream_admission.waiting
         )
 
-    def check_model(self, name: str, expected_version: str) -> None:
-        """Make sure that the client means this model; the call is then one of this model.
+    @property
+    def healthy(self) -> bool:
+        """Whether the last thing that its engine computed succeeded."""
+        return self.worker.healthy
 
-        Raises:
-            RefusalError: MODEL_NOT_FOUND or MODEL_VERSION_MISMATCH.
-        """
-        current_call().model = self.model.name if name in ("", self.model.name) else ""
-        self.model.check(name, expected_version)
+    def take(self) -> Callable[[], None]:
+        """Count a call that uses it; return what counts it out again."""
+        self._n_calls += 1
+        return self._give_back
+
+    async def given_back(self) -> None:
+        """Wait until no call uses it any more, which none may begin to."""
+        while self._n_calls:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _give_back(self) -> None:
+        self._n_calls -= 1
+        self._changed.set()
 
     @staticmethod
     def prioritise(call: Call, asked: Priority) -> None:

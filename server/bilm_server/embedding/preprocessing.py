@@ -17,7 +17,7 @@ from bilm_server.embedding.conversions import INLINE_BYTES, request_weight
 from bilm_server.embedding.token_choices import choose
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Sentence
-from bilm_server.served_model import ServedModel
+from bilm_server.served_model import EmbeddingModel
 
 _ITEM_BYTES: Mapping[DataType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -76,7 +76,7 @@ class RequestLimits:
 class Preprocessing:
     """Checks, prices and tokenises sentences for one model; without state, so that any thread may use it."""
 
-    def __init__(self, model: ServedModel, limits: RequestLimits) -> None:
+    def __init__(self, model: EmbeddingModel, limits: RequestLimits) -> None:
         """Set the model that the sentences are for, and what they may have."""
         self._model, self.limits = model, limits
 
@@ -179,7 +179,7 @@ class Preprocessing:
         sentence.tokens, sentence.starts, sentence.ends = found.tokens, found.starts, found.ends
 
     def _decode_state(self, sentence: Sentence) -> None:
-        codec = self._model.engine.state_codec
+        codec = self._model.state_codec
         if codec is None:
             raise RefusalError(Reason.STATE_INVALID, "state: this model has none")
         if not sentence.state_bytes:
@@ -203,10 +203,10 @@ def check_mix(mix: LayerMix, layer_count: int) -> LayerMix:
     return mix
 
 
-def row_bytes(output: OutputSpec, model: ServedModel) -> int:
+def row_bytes(output: OutputSpec, model: EmbeddingModel) -> int:
     """Return the bytes of one token's vectors; pooled, of those of the sentence, or of a span."""
-    n_layers = model.config.layer_count if output.selection.layers == "all" else 1
-    return n_layers * model.config.width * item_bytes(output)
+    n_layers = model.layer_count if output.selection.layers == "all" else 1
+    return n_layers * model.width * item_bytes(output)
 
 
 def item_bytes(output: OutputSpec) -> int:

@@ -1,8 +1,8 @@
-"""Watch whether the engine makes progress: health follows it, and an engine that is lost ends the process."""
+"""Watch whether engines make progress: health follows them, and engines that are lost end the process."""
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from bilm_server.errors import EngineLostError
@@ -13,15 +13,11 @@ _INTERVAL_S = 0.25
 
 
 class Watched(Protocol):
-    """What a watchdog sees of the inference worker."""
+    """What a watchdog sees of the thread in which the engines compute."""
 
     @property
     def alive(self) -> bool:
         """Whether the thread runs."""
-
-    @property
-    def healthy(self) -> bool:
-        """Whether the last thing that the model computed succeeded."""
 
     @property
     def lost(self) -> bool:
@@ -36,26 +32,36 @@ class Watched(Protocol):
         """Whether there is anything that should make it grow."""
 
     def refuse_pending(self) -> None:
-        """Refuse every sentence because the model fails."""
+        """Refuse every sentence because the engines fail."""
 
 
 class Watchdog:
-    """Watches an inference worker from the event loop.
+    """Watches the engines' thread from the event loop.
+
+    A model that fails is the only one that doesn't work. Where the thread hangs, none does.
 
     Time is counted in looks, not read from a clock: a process that was stopped for a minute, by a signal or with its
     machine, has not hung for a minute.
     """
 
-    def __init__(self, watched: Watched, hang_s: float, give_up_s: float, on_health: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        watched: Watched,
+        models: Callable[[], Mapping[str, bool]],
+        hang_s: float,
+        give_up_s: float,
+        on_health: Callable[[Mapping[str, bool]], None],
+    ) -> None:
         """Set what to watch.
 
         Args:
             watched: what to look at.
-            hang_s: seconds that one thing may take before the engine counts as hung.
-            give_up_s: seconds that it may stay hung, or go on failing, before it counts as lost.
-            on_health: takes at each look whether the engine works, and doesn't wait for anything.
+            models: returns, by model, whether the last thing that it computed succeeded.
+            hang_s: seconds that one thing may take before the thread counts as hung.
+            give_up_s: seconds that it may stay hung, or every model go on failing, before the engines count as lost.
+            on_health: takes at each look whether each model works, and doesn't wait for anything.
         """
-        self._watched, self._on_health = watched, on_health
+        self._watched, self._models, self._on_health = watched, models, on_health
         self._looks_to_hang = max(1, round(hang_s / _INTERVAL_S))
         self._looks_to_loss = max(1, round(give_up_s / _INTERVAL_S))
         self._heartbeats = -1
@@ -64,7 +70,7 @@ class Watchdog:
 
     @property
     def stalled_s(self) -> float:
-        """How long the engine has had work and got nothing done."""
+        """How long there has been work and nothing got done."""
         return self._still * _INTERVAL_S
 
     async def run(self) -> None:
@@ -84,8 +90,9 @@ class Watchdog:
             EngineLostError: when waiting longer makes no sense.
         """
         hung = self._is_hung()
-        works = self._watched.alive and self._watched.healthy and not hung
-        self._bad = 0 if works else self._bad + 1
+        moves = self._watched.alive and not hung
+        works = {model: healthy and moves for model, healthy in self._models().items()}
+        self._bad = 0 if any(works.values()) else self._bad + 1
         self._on_health(works)
         if hung:
             self._watched.refuse_pending()
@@ -94,8 +101,8 @@ class Watchdog:
         if self._watched.lost:
             raise EngineLostError("the device has failed for good, so nothing can be computed in this process any more")
         if self._bad > self._looks_to_loss:
-            what = "hangs" if hung else "fails"
-            raise EngineLostError(f"the model {what} and hasn't recovered in {self._bad * _INTERVAL_S:g} s")
+            what = "the engine hangs" if hung else "the model fails" if len(works) == 1 else "every model fails"
+            raise EngineLostError(f"{what} and hasn't recovered in {self._bad * _INTERVAL_S:g} s")
 
     def _is_hung(self) -> bool:
         moved = self._watched.heartbeats != self._heartbeats or not self._watched.has_work

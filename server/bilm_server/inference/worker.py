@@ -1,8 +1,7 @@
-"""Between the event loop and the engine's own thread: sentences go in, and each one's future ends exactly once."""
+"""Between the event loop and an engine: sentences go in, and each one's future ends exactly once."""
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from bilm_model.engine.types import Capacity, Engine
 
 from bilm_server.errors import RefusalError
 from bilm_server.inference.batch import RunningBatch
+from bilm_server.inference.engine_thread import STOP_S, EngineThread
 from bilm_server.inference.exits import PendingSentences, Refusal, failing, shutting_down, too_large
 from bilm_server.inference.scheduler import EIGHTH, Scheduler
 from bilm_server.inference.types import Outcomes, RoundReport, Sentence, Status
@@ -21,24 +21,28 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkerTiming:
-    """How long the worker's thread waits, in seconds.
+    """How long the worker waits, in seconds.
 
     Attributes:
         probe_s: until an engine that fails is tried again; a balancer sends nothing that would show that it works.
         idle_check_s: until an engine that computes nothing is checked.
-        stop_s: for the thread's end; a round takes a fraction of a second, so a longer one hangs.
+        stop_s: for the thread to let go of it.
     """
 
     probe_s: float = 1.0
     idle_check_s: float = 5.0
-    stop_s: float = 10.0
+    stop_s: float = STOP_S
 
 
 class InferenceWorker:
-    """Run an engine in a thread of its own: a waiting sentence joins the running batch as soon as capacity allows.
+    """Run an engine: a waiting sentence joins the running batch as soon as capacity allows.
 
     A sentence is in the scheduler, in the engine, among the suspects of a failed round, or has ended. Each way to end
     takes it out of all of them and ends its future.
+
+    Attributes:
+        thread: in which the engine computes; other workers may take turns in it.
+        weight: of its share of the thread's time.
     """
 
     def __init__(
@@ -48,25 +52,29 @@ class InferenceWorker:
         clock: Callable[[], float] = time.monotonic,
         timing: WorkerTiming = WorkerTiming(),
         batch_share: float = EIGHTH,
+        *,
+        thread: EngineThread | None = None,
+        weight: float = 1.0,
     ) -> None:
-        """Set the parts; call `start` to start the thread.
+        """Set the parts; call `start` to take turns in the thread.
 
         Args:
             engine: what computes.
             on_round: called in the thread after each round; must neither raise nor take long.
             clock: seconds, monotonic; the one of the calls' deadlines.
-            timing: how long the thread waits.
+            timing: how long it waits.
             batch_share: of turns and rounds that batch sentences get while there are interactive ones.
+            thread: in which it computes; None: one of its own.
+            weight: of its share of the thread's time.
         """
+        self.thread, self.weight = thread or EngineThread(), weight
         self._engine, self._clock, self._timing = engine, clock, timing
         self._scheduler: Scheduler[Sentence] = Scheduler(engine.capacity, engine.ahead, batch_share)
         self._pending = PendingSentences()
-        self._wake = threading.Condition()  # its lock is that of the scheduler and of the sentences' statuses
+        self._wake = self.thread.lock  # the lock of the scheduler and of the sentences' statuses
         self._batch = RunningBatch(engine, self._scheduler, self._pending, self._wake, clock=clock, on_round=on_round)
         self._stopping = False
-        self._heartbeats = 0
         self._warm: asyncio.Future[None] | None = None
-        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
     # ---- for any thread ----
 
@@ -74,11 +82,6 @@ class InferenceWorker:
     def steps_per_s(self) -> float:
         """Recent speed while computing: tokens and boundaries a second; never 0."""
         return self._batch.steps_per_s
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
 
     @property
     def healthy(self) -> bool:
@@ -91,14 +94,14 @@ class InferenceWorker:
         return self._batch.lost
 
     @property
-    def heartbeats(self) -> int:
-        """Grows with everything that the thread gets done."""
-        return self._heartbeats
+    def has_work(self) -> bool:
+        """Whether there is anything to compute for a caller, or a self-check under way."""
+        return bool(self._batch.has_work or self._scheduler)
 
     @property
-    def has_work(self) -> bool:
-        """Whether there is anything that should make `heartbeats` grow."""
-        return bool(self._batch.has_work or self._scheduler)
+    def check_after_s(self) -> float:
+        """Seconds after which an engine without work is checked, or one that fails tried again."""
+        return self._timing.idle_check_s if self._batch.healthy else self._timing.probe_s
 
     @property
     def waiting(self) -> int:
@@ -136,26 +139,23 @@ class InferenceWorker:
     # ---- on the event loop ----
 
     async def start(self) -> None:
-        """Start the thread and wait until the engine has warmed up; results go to the running event loop.
+        """Take turns in the thread, and wait until the engine has warmed up; results go to the running event loop.
 
         Raises:
             Exception: what the engine raised, if it failed.
         """
         self._warm = self._pending.attach().create_future()
-        self._thread.start()
+        self.thread.add(self)
         await self._warm
 
     async def stop(self) -> None:
-        """End the thread after the round it is at; what is not done is refused."""
+        """Take no more turns after the round that is computed; what is not done is refused."""
         with self._wake:
             self._stopping = True
-            self._wake.notify()
-        if self._thread.ident is None:
+        if self._warm is None:
             self._batch.close(shutting_down)
-        else:
-            await asyncio.to_thread(self._thread.join, self._timing.stop_s)
-            if self._thread.is_alive():
-                _log.error("the inference thread doesn't end; it is left behind")
+        elif not await self.thread.remove(self, self._timing.stop_s):
+            _log.error("the inference thread doesn't end; it is left behind")
         self._refuse_pending(shutting_down)
 
     def submit(self, sentences: Sequence[Sentence]) -> asyncio.Future[Outcomes]:
@@ -212,21 +212,7 @@ class InferenceWorker:
 
     # ---- in the thread ----
 
-    def _run(self) -> None:
-        refusal: Refusal = failing
-        try:
-            if self._warm_up():
-                while self._wait_for_work():
-                    self.step()
-                refusal = shutting_down
-        except Exception:
-            _log.critical("the inference thread ends by an error of its own", exc_info=True)
-        finally:
-            self._batch.close(refusal)
-            # … and what an error of its own left in none of its places
-            self._pending.call(lambda: self._refuse_pending(refusal))
-
-    def _warm_up(self) -> bool:
+    def begin(self) -> bool:
         """Compute something small for `start`; return whether that succeeded."""
         failure: Exception | None = None
         try:
@@ -245,14 +231,13 @@ class InferenceWorker:
         self._pending.call(report)
         return failure is None
 
-    def _wait_for_work(self) -> bool:
-        """Wait for work, or until the engine is to be checked without any; return whether to continue."""
-        with self._wake:
-            timeout_s = self._timing.idle_check_s if self._batch.healthy else self._timing.probe_s
-            self._wake.wait_for(lambda: self._stopping or self.has_work, timeout_s)
-            return not self._stopping
-
     def step(self) -> None:
         """Do one bounded piece of work, which the thread does again and again; without any, check the engine."""
         self._batch.step()
-        self._heartbeats += 1
+
+    def end(self, *, failed: bool) -> None:
+        """Refuse what is left of all sentences: there will be no further step."""
+        refusal: Refusal = failing if failed else shutting_down
+        self._batch.close(refusal)
+        # … and what an error of its own left in none of its places
+        self._pending.call(lambda: self._refuse_pending(refusal))

@@ -33,13 +33,21 @@ class Held:
 
     def __init__(self) -> None:
         self._releases: list[Callable[[], None]] = []
+        self._closed = False
 
     def add(self, release: Callable[[], None]) -> None:
-        """Hold something until `close`, which gives it back by calling `release`; that must not raise."""
-        self._releases.append(release)
+        """Hold something until `close`, which gives it back by calling `release`; that must not raise.
+
+        A call that is over, and doesn't know it yet, holds nothing any more: that is given back at once.
+        """
+        if self._closed:
+            release()
+        else:
+            self._releases.append(release)
 
     def close(self) -> None:
         """Give everything back."""
+        self._closed = True
         while self._releases:
             self._releases.pop()()
 

@@ -48,7 +48,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._backlog = _Backlog(self._count)
         self.registry.register(self._backlog)
-        self._models, self._embedding = tuple(models), (*EMBEDDING_METHODS, *infer_methods)
+        self._embedding = (*EMBEDDING_METHODS, *infer_methods)
         self._methods = (*METHODS, *infer_methods)
         self._requests = self._counter("requests", "Calls ended.", "method", "code", "model")
         self._refusals = self._counter("refusals", "Calls refused as a whole, by reason.", "method", "reason", "model")
@@ -64,8 +64,8 @@ class Metrics:
                 "bilm_round_rows", "Sentences in a round.", ["model"], buckets=_ROWS, registry=self.registry
             ).labels
         )
-        self._open = _OpenCalls(self._methods, self._models)
-        self._show_zeros()
+        self._open = _OpenCalls(self._methods)
+        self._show_zeros((*models, NO_MODEL))
         self.registry.register(self._open)
         ProcessCollector(registry=self.registry)
 
@@ -76,16 +76,23 @@ class Metrics:
         names = ["method", "model"]
         return cache(Histogram(f"bilm_{name}", text, names, buckets=_SECONDS, registry=self.registry).labels)
 
-    def _show_zeros(self) -> None:
+    def add_models(self, models: Sequence[str]) -> None:
+        """Take the names of the models that are served now; the series of others stay, as counters do."""
+        self._show_zeros(models)
+
+    def _show_zeros(self, models: Sequence[str]) -> None:
         """Make series before their first event: Prometheus sees no increase in a series that appears with it."""
-        for model in (*self._models, NO_MODEL):
+        for model in models:
             for method in self._methods:
                 self._durations(method, model)
                 for code in (Code.OK, Code.INTERNAL, Code.UNAVAILABLE):
                     self._requests(method, code, model)
             for method in self._embedding:
                 self._refusals(method, "OVERLOADED", model)
-        for model in self._models:
+        self._open.show(models)
+        for model in models:
+            if model == NO_MODEL:
+                continue
             for method in self._embedding:
                 self._queue(method, model)
                 self._inference(method, model)
@@ -170,14 +177,18 @@ def _popped(queue: deque[T]) -> Iterator[T]:
 class _OpenCalls(Collector):
     """Calls begun and not ended, counted at each scrape: a call's model is known only some time after its begin."""
 
-    def __init__(self, methods: Sequence[str], models: Sequence[str]) -> None:
-        self._shown = {(method, model) for method in methods for model in (*models, NO_MODEL)}
+    def __init__(self, methods: Sequence[str]) -> None:
+        self._methods, self._shown = methods, set[tuple[str, str]]()
         self.calls: set[CallRecord] = set()
+
+    def show(self, models: Sequence[str]) -> None:
+        """Show these models, at 0 while they have no calls."""
+        self._shown = self._shown | {(method, model) for method in self._methods for model in models}
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauge; labels that a scrape has shown stay, at 0."""
         counts = Counts((call.method, call.model) for call in self.calls.copy())
-        self._shown |= counts.keys()
+        self._shown = self._shown | counts.keys()
         family = GaugeMetricFamily("bilm_requests_in_flight", "Calls begun and not ended.", labels=["method", "model"])
         for labels in sorted(self._shown):
             family.add_metric(labels, counts[labels])

@@ -17,8 +17,12 @@ class CallerRights:
             callers: that have any, or a ceiling; other names have none.
             authenticated: whether callers prove who they are. Without that a name is an address, which proves nothing.
         """
-        self._callers: Mapping[str, CallerSettings] = {caller.name: caller for caller in callers}
         self._authenticated = authenticated
+        self.replace(callers)
+
+    def replace(self, callers: Iterable[CallerSettings]) -> None:
+        """Keep these rights from now on."""
+        self._callers: Mapping[str, CallerSettings] = {caller.name: caller for caller in callers}
 
     def has(self, name: str, right: Right) -> bool:
         """Return whether the caller of this name has a right."""

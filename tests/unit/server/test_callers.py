@@ -79,7 +79,10 @@ def test_callers_in_the_file_and_in_the_environment(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("table", "line"),
     [
-        ('name = "a"\nrights = ["no-logs"]', "callers.0.rights.0: Input should be 'no-log' (found 'no-logs')"),
+        (
+            'name = "a"\nrights = ["no-logs"]',
+            "callers.0.rights.0: Input should be 'no-log' or 'reload' (",
+        ),
         ('name = "a"\nrights = "no-log"', "callers.0.rights: "),
         ('name = ""', "callers.0.name: expected a name as the token file or the certificate gives it (found '')"),
         ('name = "a\\nb"', "callers.0.name: expected a name as the token file or the certificate gives it (found "),

@@ -13,6 +13,7 @@ from bilm_model.weights.header import inspect
 from bilm_server.checking import MemorySum, memory_sum
 from bilm_server.config_sources import load_config
 from bilm_server.main import main
+from bilm_server.preflight import plan_serving
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -90,12 +91,16 @@ def test_the_engines_memory_is_what_the_engine_allocates() -> None:
     assert options.memory_bytes(SIZES["tiny"], CPU) == allocated
 
 
+def the_sum(flags: list[str], n_connections: int = 100, device: torch.device = CPU) -> MemorySum:
+    config = load_config(flags)
+    return memory_sum(config, [*plan_serving(config).models.values()], n_connections, device)
+
+
 def test_the_sum_grows_with_what_is_configured() -> None:
-    header = inspect("random:small")
-    assert header.parameter_count == random_bilm(SIZES["small"]).parameter_count
+    assert inspect("random:small").parameter_count == random_bilm(SIZES["small"]).parameter_count
 
     def total(*flags: str, n_connections: int = 100) -> int:
-        return memory_sum(load_config(list(flags)), header, n_connections).total
+        return the_sum(["--model", "random:small", *flags], n_connections).total
 
     plain = total()
     assert total("--input-cache-mib", "0") == plain - 128 * MIB
@@ -107,8 +112,9 @@ def test_the_sum_grows_with_what_is_configured() -> None:
 
 
 def test_a_gpu_takes_pinned_memory() -> None:
-    config, header = load_config([]), inspect("random:small")
-    parts = [dict(memory_sum(config, header, 100, device).parts) for device in (CPU, torch.device("cuda:0"))]
+    parts = [
+        dict(the_sum(["--model", "random:small"], device=device).parts) for device in (CPU, torch.device("cuda:0"))
+    ]
     assert parts[1]["results on their way from cuda:0"] == 1152 * MIB
     assert not any("on their way" in name for name in parts[0])
 

@@ -114,7 +114,7 @@ def test_options_of_connections(max_age_s: float, expected_ms: int) -> None:
 
 async def test_health_alone() -> None:
     reporter = HealthReporter("some.v1.Service")
-    reporter.set(True)
+    reporter.set({"a": True})
     server = health_server(OpenInterceptor({"grpc.health.v1.Health"}))
     reporter.add_to(server)
     port = server.add_insecure_port("127.0.0.1:0")

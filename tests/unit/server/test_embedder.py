@@ -270,24 +270,6 @@ async def test_a_caller_is_charged_for_what_it_costs_in_fact() -> None:
         assert error.value.retry_after_ms > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "version", "expected"),
-    [("other", "", Reason.MODEL_NOT_FOUND), ("fake", "other", Reason.MODEL_VERSION_MISMATCH)],
-)
-async def test_a_request_for_another_model_is_refused(
-    engine: FakeEngine[Sentence], name: str, version: str, expected: Reason
-) -> None:
-    async with embedding(engine) as embedder:
-        with a_call() as call:
-            embedder.check_model("", "")
-            embedder.check_model("fake", embedder.model.version)
-            assert call.model == "fake"
-            with pytest.raises(RefusalError) as error:
-                embedder.check_model(name, version)
-        assert error.value.reason is expected
-        assert call.model == ("" if name == "other" else "fake")
-
-
 # ---- streams ----
 
 

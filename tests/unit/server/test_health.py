@@ -37,19 +37,43 @@ async def served() -> AsyncIterator[Served]:
 
 async def test_alive_from_the_start_ready_when_told(served: Served) -> None:
     assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
-    served.reporter.set(True)
+    served.reporter.set({"a": True})
     assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {SERVING})
     assert await served.ask(INFERENCE) == SERVING
     assert served.reporter.serving
-    served.reporter.set(False)
+    served.reporter.set({"a": False})
     assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
 
 
+async def test_each_model_has_its_own_health_and_the_first_is_the_servers(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "bilm_server.protocols.grpc.health")
+    served.reporter.set({"a": True, "b": True})
+    served.reporter.set({"a": True, "b": False})
+    assert (await served.ask("model:a"), await served.ask("model:b")) == (SERVING, NOT_SERVING)
+    assert await served.ready() == {SERVING}
+    served.reporter.set({"a": False, "b": True})
+    assert await served.ready() == {NOT_SERVING}
+    assert (await served.ask("model:b"), await served.ask(INFERENCE)) == (SERVING, SERVING)
+    served.reporter.set({"b": True})
+    assert await served.ready() == {SERVING}
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await served.ask("model:a")
+    assert error.value.code() is grpc.StatusCode.NOT_FOUND
+    served.reporter.drain()
+    assert (await served.ask("model:b"), await served.ask(INFERENCE)) == (NOT_SERVING, SERVING)
+    assert [record.getMessage() for record in caplog.records] == [
+        "health: SERVING", "health of b: SERVING", "health of b: NOT_SERVING", "health: NOT_SERVING",
+        "health of b: SERVING",
+    ]  # fmt: skip
+
+
 async def test_draining_is_for_good_and_alive(served: Served) -> None:
-    served.reporter.set(True)
+    served.reporter.set({"a": True})
     served.reporter.drain()
     for works in (True, False, True):
-        served.reporter.set(works)
+        served.reporter.set({"a": works})
         assert (await served.ask(LIVENESS), await served.ready()) == (SERVING, {NOT_SERVING})
         assert await served.ask(INFERENCE) == (SERVING if works else NOT_SERVING)
         assert not served.reporter.serving
@@ -58,7 +82,7 @@ async def test_draining_is_for_good_and_alive(served: Served) -> None:
 async def test_only_changes_are_logged(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "bilm_server.protocols.grpc.health")
     for serving in (False, True, True, False, False):
-        served.reporter.set(serving)
+        served.reporter.set({"a": serving})
     assert [record.getMessage() for record in caplog.records] == ["health: SERVING", "health: NOT_SERVING"]
 
 
@@ -69,7 +93,7 @@ async def test_watchers_see_every_lasting_change_and_unknown_names(served: Serve
     watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=20)
     assert (await watch.read()).status == NOT_SERVING
     for works in (True, False, True):
-        served.reporter.set(works)
+        served.reporter.set({"a": works})
         assert (await watch.read()).status == (SERVING if works else NOT_SERVING)
     served.reporter.drain()
     assert (await watch.read()).status == NOT_SERVING
@@ -79,9 +103,9 @@ async def test_watchers_see_every_lasting_change_and_unknown_names(served: Serve
 
 @pytest.mark.skipif(not hasattr(health_pb2, "HealthListResponse"), reason="this grpcio-health-checking has no List")
 async def test_list_has_every_name_and_nothing_else(served: Served) -> None:
-    served.reporter.set(True)
+    served.reporter.set({"a": True})
     messages: Any = health_pb2  # its stubs lack this one
     response = await served.stub.List(messages.HealthListRequest())
     assert {name: found.status for name, found in response.statuses.items()} == dict.fromkeys(
-        ("", SERVICE, INFERENCE, LIVENESS), SERVING
+        ("", SERVICE, INFERENCE, LIVENESS, "model:a"), SERVING
     )

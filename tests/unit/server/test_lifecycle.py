@@ -53,14 +53,14 @@ class Parts:
 
         return SimpleNamespace(start=start, stop=stop, lost=self.lost, target="127.0.0.1:1")
 
-    def worker(self) -> Any:
-        async def start() -> None:
-            self.do("start worker")
+    async def start_models(self) -> None:
+        self.do("start models")
 
+    def models(self) -> Any:
         async def stop() -> None:
-            self.do("stop worker")
+            self.do("stop models")
 
-        return SimpleNamespace(start=start, stop=stop)
+        return SimpleNamespace(stop=stop, loading=False)
 
     def watchdog(self) -> Any:
         async def run() -> None:
@@ -72,8 +72,7 @@ class Parts:
     def load(self) -> LoadedParts:
         self.do("load")
         self.may_load.wait(60)
-        embedder: Any = SimpleNamespace(worker=self.worker())
-        return LoadedParts(embedder, self.watchdog(), self.sync("open"), self.load_later)
+        return LoadedParts(self.models(), self.start_models, self.watchdog(), self.sync("open"), self.load_later)
 
     def server(self) -> Server:
         return Server(
@@ -94,9 +93,9 @@ def parts() -> Parts:
 
 
 LISTENING = ["read tokens", "start calls", "start health"]
-STARTED = [*LISTENING, "load", "start worker", "open", "look"]
+STARTED = [*LISTENING, "load", "start models", "open", "look"]
 STOPPED_LISTENING = ["stop calls, 0 s", "stop health, 0 s"]
-STOPPED = [*STOPPED_LISTENING, "stop worker", "stop conversions"]
+STOPPED = [*STOPPED_LISTENING, "stop models", "stop conversions"]
 STOPPED_UNLOADED = [*STOPPED_LISTENING, "stop conversions"]
 
 
@@ -130,7 +129,7 @@ async def test_a_life(parts: Parts, caplog: pytest.LogCaptureFixture) -> None:
         ("read tokens", ConfigurationError("bad")),
         ("start health", BindError("taken")),
         ("load", ConfigError("no such device")),
-        ("start worker", ValueError()),
+        ("start models", ValueError()),
     ],
 )
 async def test_a_start_that_fails_goes_no_further_and_can_be_stopped(parts: Parts, name: str, error: Exception) -> None:
@@ -140,7 +139,7 @@ async def test_a_start_that_fails_goes_no_further_and_can_be_stopped(parts: Part
         await started(server)
     assert parts.done == STARTED[: STARTED.index(name) + 1]
     await server.stop()
-    stopped = STOPPED if name == "start worker" else STOPPED_UNLOADED
+    stopped = STOPPED if name == "start models" else STOPPED_UNLOADED
     assert parts.done[-len(stopped) :] == stopped
 
 

@@ -49,29 +49,29 @@ async def test_open_only_while_ready_and_always_on_the_same_port(ready: Readines
     port = ready.port
     assert not await is_open(port)
     for _ in range(3):
-        health.set(True)
+        health.set({"a": True})
         await until_open(port, True)
-        health.set(False)
+        health.set({"a": False})
         await until_open(port, False)
         assert ready.port == port
 
 
 async def test_it_follows_the_last_of_reports_that_come_at_once(ready: ReadinessPort, health: HealthReporter) -> None:
     for works in (True, False, True, True, False, True):
-        health.set(works)
+        health.set({"a": works})
     await until_open(ready.port, True)
     for works in (False, True, False):
-        health.set(works)
+        health.set({"a": works})
     await until_open(ready.port, False)
 
 
 async def test_draining_closes_it_for_good(ready: ReadinessPort, health: HealthReporter) -> None:
-    health.set(True)
+    health.set({"a": True})
     await until_open(ready.port, True)
     health.drain()
     await until_open(ready.port, False)
-    health.set(False)
-    health.set(True)
+    health.set({"a": False})
+    health.set({"a": True})
     await asyncio.sleep(0)
     assert not await is_open(ready.port)
 
@@ -79,9 +79,9 @@ async def test_draining_closes_it_for_good(ready: ReadinessPort, health: HealthR
 async def test_a_port_that_cannot_be_opened_again_changes_no_health_and_is_tried_again(
     ready: ReadinessPort, health: HealthReporter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    health.set(True)
+    health.set({"a": True})
     await until_open(ready.port, True)
-    health.set(False)
+    health.set({"a": False})
     await until_open(ready.port, False)
     failed = asyncio.Event()
 
@@ -91,7 +91,7 @@ async def test_a_port_that_cannot_be_opened_again_changes_no_health_and_is_tried
 
     caplog.handler.addFilter(seen)
     with socket.create_server(("127.0.0.1", ready.port)):
-        health.set(True)
+        health.set({"a": True})
         assert health.serving
         await asyncio.wait_for(failed.wait(), 20)
     await until_open(ready.port, True)
@@ -103,14 +103,14 @@ async def test_a_port_that_cannot_be_opened_again_changes_no_health_and_is_tried
 async def test_it_stops_while_it_tries_to_open(health: HealthReporter) -> None:
     ready = ReadinessPort("127.0.0.1:0", health)
     await ready.start()
-    health.set(True)
+    health.set({"a": True})
     await ready.stop()
     await ready.stop()
     assert not await is_open(ready.port)
 
 
 async def test_those_who_only_connect_cost_nothing_that_lasts(ready: ReadinessPort, health: HealthReporter) -> None:
-    health.set(True)
+    health.set({"a": True})
     await until_open(ready.port, True)
     silent = [socket.create_connection(("127.0.0.1", ready.port)) for _ in range(50)]
     assert await said_on(ready.port) == GREETING

@@ -17,6 +17,7 @@ from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.embedding.conversions import Conversions
 from bilm_server.embedding.embedder import Embedder
 from bilm_server.embedding.preprocessing import RequestLimits
+from bilm_server.embedding.registry import Registry
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Call, Result, Sentence
 from bilm_server.inference.worker import InferenceWorker
@@ -39,8 +40,8 @@ LIMITS = RequestLimits(
 class LineProtocol:
     """`TOKEN sentence|sentence` in; `first component of each token|…` out, or the reason of a refusal."""
 
-    def __init__(self, gate: CallGate, embedder: Embedder) -> None:
-        self._gate, self._embedder = gate, embedder
+    def __init__(self, gate: CallGate, models: Registry) -> None:
+        self._gate, self._models = gate, models
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer each line of a connection."""
@@ -49,10 +50,9 @@ class LineProtocol:
             record = CallRecord("toy/Embed", "a peer", (("authorization", f"Bearer {token}"),))
             try:
                 with self._gate.call(record):
-                    self._embedder.check_model("", "")
-                    call = Call()
+                    embedder, call = self._models.find("", ""), Call()
                     sentences = [Sentence(call, content, TOP) for content in text.split("|")]
-                    response = await self._embedder.embed(sentences, len(line), self)
+                    response = await embedder.embed(sentences, len(line), self)
             except RefusalError as error:
                 response = error.reason
             writer.write(f"{response}\n".encode())
@@ -91,7 +91,7 @@ class Door:
         authenticator = Authenticator(token_file)
         authenticator.load()
         gate = CallGate(authenticator, CallerRights((), True), limits, (AccessLog(), self.metrics))
-        self.protocol = LineProtocol(gate, self.embedder)
+        self.protocol = LineProtocol(gate, Registry(LIMITS, self.embedder.conversions, [self.embedder]))
 
     async def ask(self, *lines: str) -> list[str]:
         """Return the response to each line, sent over one connection."""

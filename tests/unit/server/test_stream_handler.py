@@ -12,6 +12,7 @@ from bilm_api.v1 import embed_pb2
 from bilm_model.engine.types import Capacity
 from bilm_server.embedding.admission import Cost
 from bilm_server.embedding.embedder import Embedder
+from bilm_server.embedding.registry import Registry
 from bilm_server.errors import CallerGoneError, Code, RefusalError
 from bilm_server.inference.types import Call, Sentence
 from bilm_server.observability.call_record import CallRecord
@@ -66,7 +67,9 @@ class HandledStream:
 
     def __init__(self, embedder: Embedder, stall_s: float) -> None:
         self.embedder, self.client, self.record = embedder, StreamClient(), CallRecord("EmbedStream", "peer")
-        handler = StreamHandler(embedder, Call(), self.client.write, stall_s)
+        handler = StreamHandler(
+            Registry(embedder.limits, embedder.conversions, [embedder]), Call(), self.client.write, stall_s
+        )
         with entered(self.record):
             self.task = asyncio.create_task(handler.run(aiter(self.client)))
 

@@ -89,11 +89,11 @@ async def test_an_engine_that_hangs_in_a_self_check_is_seen() -> None:
     async with running(engine) as worker:
         engine.go_on.clear()
         await until(lambda: worker.has_work)
-        heartbeats = worker.heartbeats
+        heartbeats = worker.thread.heartbeats
         assert worker.has_work
-        assert worker.heartbeats == heartbeats  # what the watchdog takes for hanging
+        assert worker.thread.heartbeats == heartbeats  # what the watchdog takes for hanging
         engine.go_on.set()
-        await until(lambda: worker.heartbeats > heartbeats)
+        await until(lambda: worker.thread.heartbeats > heartbeats)
 
 
 async def test_sentences_of_a_hung_round_can_be_refused() -> None:
@@ -102,13 +102,13 @@ async def test_sentences_of_a_hung_round_can_be_refused() -> None:
         engine.go_on.clear()
         futures = submit(worker, "a")
         await in_a_round(engine)
-        heartbeats = worker.heartbeats
+        heartbeats = worker.thread.heartbeats
         worker.refuse_pending()
         assert reasons(futures) == {Reason.MODEL_FAILING}
         assert worker.has_work
-        assert worker.heartbeats == heartbeats
+        assert worker.thread.heartbeats == heartbeats
         engine.go_on.set()
-        await until(lambda: worker.idle and worker.heartbeats > heartbeats)
+        await until(lambda: worker.idle and worker.thread.heartbeats > heartbeats)
 
 
 async def test_a_thread_that_dies_leaves_nothing_waiting() -> None:
@@ -118,7 +118,7 @@ async def test_a_thread_that_dies_leaves_nothing_waiting() -> None:
     async with running(FakeEngine(Capacity(2, 100)), bug) as worker:
         futures = [*submit(worker, "a"), *submit(worker, "b", "c"), *submit(worker, "d")]
         assert await settled(futures) <= {None, Reason.MODEL_FAILING}
-        await until(lambda: not worker.alive)
+        await until(lambda: not worker.thread.alive)
         assert await settled(submit(worker, "a")) == {Reason.MODEL_FAILING}
         assert worker.idle
 
@@ -148,7 +148,7 @@ async def test_a_stop_while_the_engine_hangs_leaves_nothing_waiting() -> None:
     await worker.stop()
     assert reasons(futures) == {Reason.SHUTTING_DOWN}
     engine.go_on.set()
-    await until(lambda: not worker.alive)
+    await until(lambda: not worker.thread.alive)
     assert worker.idle
 
 

@@ -11,7 +11,7 @@ from bilm_model.scalar_mix import LayerMix, Pooling, Selection
 from bilm_server.embedding.preprocessing import check_mix
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import AskedTokens, Call, Sentence
-from bilm_server.served_model import ServedModel
+from bilm_server.served_model import EmbeddingModel
 
 # What isn't set means what the client's defaults mean, so that a first call by hand needs no options.
 _PLAIN_LAYERS: Mapping[int, Literal["all", "top", "average"]] = {
@@ -58,7 +58,7 @@ _SPAN_UNITS: Mapping[int, str] = {
 }
 
 
-def parse_options(options: embed_pb2.EmbedOptions, model: ServedModel) -> OutputSpec:
+def parse_options(options: embed_pb2.EmbedOptions, model: EmbeddingModel) -> OutputSpec:
     """Return what a request's options ask of the engine.
 
     Raises:
@@ -94,9 +94,11 @@ def _unsupported(field: str, value: int, known: Iterable[int]) -> str:
     return f"{field}: unsupported value {value} (expected one of {', '.join(map(str, sorted(known)))})"
 
 
-def _parse_layers(options: embed_pb2.EmbedOptions, model: ServedModel) -> Literal["all", "top", "average"] | LayerMix:
+def _parse_layers(
+    options: embed_pb2.EmbedOptions, model: EmbeddingModel
+) -> Literal["all", "top", "average"] | LayerMix:
     if options.layers == embed_pb2.LAYERS_MIX:
-        return _parse_mix(options, model.config.layer_count)
+        return _parse_mix(options, model.layer_count)
     layers = _PLAIN_LAYERS.get(options.layers)
     if layers is None:
         known = (*_PLAIN_LAYERS, embed_pb2.LAYERS_MIX)

@@ -17,7 +17,7 @@ from bilm_server.embedding.preprocessing import row_bytes
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Outcome, Result, Sentence
 from bilm_server.protocols.grpc.status import status_of
-from bilm_server.served_model import ServedModel
+from bilm_server.served_model import EmbeddingModel
 
 Buffer = bytes | memoryview
 
@@ -43,7 +43,7 @@ class WireFormat:
         omit_tokens: whether the client knows the tokens.
     """
 
-    model: ServedModel
+    model: EmbeddingModel
     omit_tokens: bool
 
     def overhead_bytes(self, sentence: Sentence) -> int:
@@ -121,7 +121,7 @@ class WireFormat:
         _fill_tensor(message.tensor, vectors.tobytes(), vectors.shape, sentence.output.data_type)
 
     def _state_bytes(self, result: Result) -> bytes:
-        codec = self.model.engine.state_codec
+        codec = self.model.state_codec
         return b"" if codec is None or result.state is None else codec.encode(result.state)
 
     def _fill_usage(self, usage: embed_pb2.Usage, computed: Sequence[tuple[Sentence, Result]]) -> None:

@@ -8,7 +8,8 @@ from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2
 
 from bilm_server.embedding.admission import Reservation
-from bilm_server.embedding.embedder import Embedder, SentenceStream
+from bilm_server.embedding.embedder import SentenceStream
+from bilm_server.embedding.registry import Registry
 from bilm_server.errors import CallerGoneError, Code, RefusalError
 from bilm_server.inference.types import Call, Result, Sentence
 from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options, parse_priority
@@ -21,16 +22,16 @@ Write = Callable[[embed_pb2.EmbedStreamResponse], Awaitable[None]]
 class StreamHandler:
     """The state of one stream."""
 
-    def __init__(self, embedder: Embedder, call: Call, write: Write, stall_s: float) -> None:
+    def __init__(self, models: Registry, call: Call, write: Write, stall_s: float) -> None:
         """Set the parts.
 
         Args:
-            embedder: what embeds.
+            models: what embeds.
             call: the sentences'.
             write: sends a message.
             stall_s: seconds that it may take.
         """
-        self._embedder, self._call, self._write, self._stall_s = embedder, call, write, stall_s
+        self._models, self._call, self._write, self._stall_s = models, call, write, stall_s
         self._writing = asyncio.Lock()  # grpc takes one message at a time
         self._ids: set[int] = set()
         self._n_items = 0
@@ -44,10 +45,11 @@ class StreamHandler:
             CallerGoneError: if there is nobody to send results to.
         """
         start = await self._read_start(requests)
-        output = parse_options(start.options, self._embedder.model)
-        self._embedder.prioritise(self._call, parse_priority(start.priority))
-        self._stream: SentenceStream = self._embedder.stream()
-        wire = WireFormat(self._embedder.model, start.options.omit_tokens)
+        embedder = self._models.find(start.model, start.expected_model_version)
+        output = parse_options(start.options, embedder.model)
+        embedder.prioritise(self._call, parse_priority(start.priority))
+        self._stream: SentenceStream = embedder.stream()
+        wire = WireFormat(embedder.model, start.options.omit_tokens)
         try:
             async with asyncio.TaskGroup() as tasks:
                 place = await self._stream.place()
@@ -68,7 +70,6 @@ class StreamHandler:
         first = await anext(requests, None)
         if first is None or first.WhichOneof("message") != "start":
             raise RefusalError(Reason.STREAM_ORDER, "the first message must hold `start`")
-        self._embedder.check_model(first.start.model, first.start.expected_model_version)
         return first.start
 
     def _register(self, request: embed_pb2.EmbedStreamRequest) -> embed_pb2.StreamItem:

@@ -1,8 +1,8 @@
-"""The standard health service: SERVING is reported only when inference has been seen to work."""
+"""The standard health service: SERVING is reported only when inference has been seen to work, of each model."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -14,6 +14,9 @@ LIVENESS = "liveness"
 INFERENCE = "inference"
 """The name to ask for whether a call would be computed; unlike readiness it stays SERVING while the server drains."""
 
+MODEL = "model:"
+"""Begins the name to ask for the readiness of one model."""
+
 _log = logging.getLogger(__name__)
 
 _Response = health_pb2.HealthCheckResponse
@@ -21,27 +24,36 @@ _SERVING, _NOT_SERVING, _UNKNOWN = _Response.SERVING, _Response.NOT_SERVING, _Re
 
 
 class HealthReporter(health_pb2_grpc.HealthServicer):
-    """`grpc.health.v1.Health`: readiness, of the server as a whole ("") and of one service; inference; and liveness.
+    """`grpc.health.v1.Health`: readiness, inference, and liveness.
+
+    Readiness of the server as a whole ("") and of one service is that of the default model; each model has its own.
 
     It holds the only record of health, used from the event loop; `serving` may be read from any thread. Reports change
     it without awaiting anything, so they take effect in the order in which they are made. Everything that follows
     health, the service's own watchers included, waits for changes and reads the record again.
     """
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, service: str, models: Sequence[str] = ()) -> None:
         """Start alive and not ready.
 
         Args:
             service: full name of the service whose readiness is reported beside the server's.
+            models: names of those that will be served, the default one first.
         """
         self._readiness = ("", service)
-        self._works = self._draining = False
+        self._works: Mapping[str, bool] = dict.fromkeys(models, False)
+        self._draining = False
         self._changed = asyncio.Event()
 
     @property
     def serving(self) -> bool:
         """Whether readiness is SERVING."""
-        return self._works and not self._draining
+        return self.is_ready("")
+
+    def is_ready(self, model: str) -> bool:
+        """Return whether the readiness of a model is SERVING; "": of the default one."""
+        works = self._works.get(model, False) if model else next(iter(self._works.values()), False)
+        return works and not self._draining
 
     @property
     def changed(self) -> asyncio.Event:
@@ -52,12 +64,16 @@ class HealthReporter(health_pb2_grpc.HealthServicer):
         """Register the service."""
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
 
-    def set(self, works: bool) -> None:
-        """Report whether the engine works; while the server drains it isn't ready all the same."""
-        if works == self._works:
+    def set(self, works: Mapping[str, bool]) -> None:
+        """Report whether each model works, the default one first; while the server drains, none is ready."""
+        if works == self._works and [*works][:1] == [*self._works][:1]:
             return
-        _log.log(logging.INFO if works else logging.WARNING, "health: %sSERVING", "" if works else "NOT_")
-        self._works = works
+        for number, (model, now) in enumerate(works.items()):
+            if now != self._works.get(model, False):
+                of_model = f" of {model}" if number else ""  # the default one's is the server's
+                level = logging.INFO if now else logging.WARNING
+                _log.log(level, "health%s: %sSERVING", of_model, "" if now else "NOT_")
+        self._works = dict(works)
         self._tell()
 
     def drain(self) -> None:
@@ -70,7 +86,8 @@ class HealthReporter(health_pb2_grpc.HealthServicer):
         readiness = _SERVING if self.serving else _NOT_SERVING
         return {
             **dict.fromkeys(self._readiness, readiness),
-            INFERENCE: _SERVING if self._works else _NOT_SERVING,
+            **{MODEL + model: _SERVING if self.is_ready(model) else _NOT_SERVING for model in self._works},
+            INFERENCE: _SERVING if any(self._works.values()) else _NOT_SERVING,
             LIVENESS: _SERVING,
         }
 

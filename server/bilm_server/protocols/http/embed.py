@@ -11,8 +11,8 @@ from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.scalar_mix import LayerMix, Pooling, Selection
 
 from bilm_server.embedding.conversions import request_weight
-from bilm_server.embedding.embedder import Embedder
 from bilm_server.embedding.preprocessing import RequestLimits, check_mix
+from bilm_server.embedding.registry import Registry
 from bilm_server.inference.types import AskedTokens, Call, Sentence
 from bilm_server.observability.call_record import current_call
 from bilm_server.protocols.http.embed_responses import JsonFormat, RawTensors
@@ -66,20 +66,20 @@ class EmbedQuery:
 class Embed:
     """The endpoint."""
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(self, models: Registry) -> None:
         """Set what embeds."""
-        self._embedder = embedder
+        self._models = models
 
     async def __call__(self, request: HttpRequest) -> HttpResponse:
         """Embed all sentences of a request; one that is at fault by itself has an error for a result."""
-        embedder, body, call = self._embedder, request.body, Call(request.deadline_s)
+        models, body, call = self._models, request.body, Call(request.deadline_s)
         weight, ceiling = request_weight(len(body), 0), current_call().priority
-        query = await embedder.conversions.request(weight, lambda: parse_query(body, call, embedder.limits), ceiling)
+        query = await models.conversions.request(weight, lambda: parse_query(body, call, models.limits), ceiling)
+        embedder = models.find(query.model, query.version)
         embedder.prioritise(call, query.priority)
-        embedder.check_model(query.model, query.version)
         layers = query.output.selection.layers
         if isinstance(layers, LayerMix):
-            check_mix(layers, embedder.model.config.layer_count)
+            check_mix(layers, embedder.model.layer_count)
         if TENSORS in request.headers.get("accept", ""):
             tensors = RawTensors(embedder.model, query.omit_tokens)
             return HttpResponse(await embedder.embed(query.sentences, len(body), tensors), content_type=TENSORS)

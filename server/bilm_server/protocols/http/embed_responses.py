@@ -13,7 +13,7 @@ from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Outcome, Result, Sentence
 from bilm_server.protocols.http.encodings import Encoding, base64_bytes, extra_bytes, text_of, to_json
 from bilm_server.protocols.http.messages import error_object
-from bilm_server.served_model import ServedModel
+from bilm_server.served_model import EmbeddingModel
 
 ALIGNMENT: Final = 64
 """The tensors begin at a multiple of so many bytes of the response."""
@@ -34,7 +34,7 @@ class JsonFormat:
         encoding: of the vectors.
     """
 
-    model: ServedModel
+    model: EmbeddingModel
     omit_tokens: bool
     encoding: Encoding
 
@@ -43,7 +43,7 @@ class JsonFormat:
         output = sentence.output
         count = 1 if sentence.row_count is None else sentence.row_count
         n_bytes = count * row_bytes(output, self.model)
-        n_rows = count * self.model.config.layer_count
+        n_rows = count * self.model.layer_count
         vectors = extra_bytes(self.encoding, n_bytes, item_bytes(output), n_rows)
         state = base64_bytes(self.model.state_bytes) - self.model.state_bytes if sentence.return_state else 0
         return _description_bytes(sentence, self.omit_tokens) + vectors + state
@@ -80,7 +80,7 @@ class RawTensors:
         omit_tokens: whether the client knows the tokens.
     """
 
-    model: ServedModel
+    model: EmbeddingModel
     omit_tokens: bool
 
     def overhead_bytes(self, sentence: Sentence) -> int:
@@ -137,14 +137,14 @@ def _described(sentence: Sentence, omit_tokens: bool) -> dict[str, Any]:
     return {**found, "truncated": sentence.truncated}
 
 
-def _state_bytes(model: ServedModel, sentence: Sentence, result: Result) -> bytes:
-    codec = model.engine.state_codec
+def _state_bytes(model: EmbeddingModel, sentence: Sentence, result: Result) -> bytes:
+    codec = model.state_codec
     if not sentence.return_state or codec is None or result.state is None:
         return b""
     return codec.encode(result.state)
 
 
-def _usage(model: ServedModel, sentences: Sequence[Sentence], results: Sequence[Outcome]) -> dict[str, Any]:
+def _usage(model: EmbeddingModel, sentences: Sequence[Sentence], results: Sequence[Outcome]) -> dict[str, Any]:
     computed = [(s, r) for s, r in zip(sentences, results, strict=True) if not isinstance(r, RefusalError)]
 
     def longest(seconds: Callable[[Result], float]) -> float:

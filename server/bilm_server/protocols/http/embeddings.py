@@ -10,14 +10,14 @@ from bilm_model.engine.types import OutputSpec
 from bilm_model.scalar_mix import Pooling, Selection
 
 from bilm_server.embedding.conversions import request_weight
-from bilm_server.embedding.embedder import Embedder
 from bilm_server.embedding.preprocessing import item_bytes, row_bytes
+from bilm_server.embedding.registry import Registry
 from bilm_server.inference.types import Call, Outcome, Result, Sentence
 from bilm_server.observability.call_record import current_call
 from bilm_server.protocols.http.encodings import ENCODINGS, Encoding, extra_bytes, to_json
 from bilm_server.protocols.http.fields import BodyFields, check_count, parse_json, wrong
 from bilm_server.protocols.http.messages import HttpRequest, HttpResponse
-from bilm_server.served_model import ServedModel
+from bilm_server.served_model import EmbeddingModel
 
 _FIELDS = (
     "input", "model", "encoding_format", "dimensions", "user", "layers", "pooling", "l2_normalize", "priority"
@@ -31,18 +31,18 @@ _ITEM_OVERHEAD_BYTES = 64
 class Embeddings:
     """The endpoint."""
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(self, models: Registry) -> None:
         """Set what embeds."""
-        self._embedder = embedder
+        self._models = models
 
     async def __call__(self, request: HttpRequest) -> HttpResponse:
         """Embed all texts of a request; one that fails by itself fails the call."""
-        embedder, n_bytes, call = self._embedder, len(request.body), Call(request.deadline_s)
+        n_bytes, call = len(request.body), Call(request.deadline_s)
         weight, ceiling = request_weight(n_bytes, 0), current_call().priority
-        fields = await embedder.conversions.request(weight, lambda: parse_json(request.body), ceiling)
+        fields = await self._models.conversions.request(weight, lambda: parse_json(request.body), ceiling)
         fields.check_names(_FIELDS)
+        embedder = self._models.find(fields.text("model"), "")
         embedder.prioritise(call, fields.priority())
-        embedder.check_model(fields.text("model"), "")
         output, encoding = _output(fields, embedder.model)
         texts = _texts(fields)
         check_count(embedder.limits, len(texts), "input")
@@ -51,11 +51,11 @@ class Embeddings:
         return HttpResponse(await embedder.embed(sentences, n_bytes, wire, fail_as_one=True))
 
 
-def _output(fields: BodyFields, model: ServedModel) -> tuple[OutputSpec, Encoding]:
+def _output(fields: BodyFields, model: EmbeddingModel) -> tuple[OutputSpec, Encoding]:
     fields.text("user")
     layers = fields.choice("layers", _LAYERS, "top", Reason.LAYERS_INVALID)
     pooling = fields.choice("pooling", _POOLINGS, "mean", Reason.POOLING_INVALID)
-    dimensions, width = fields.get("dimensions"), model.config.width
+    dimensions, width = fields.get("dimensions"), model.width
     if dimensions is not None and (type(dimensions) is not int or dimensions != width):
         raise wrong("dimensions", f"this model's vectors have {width} (expected that, or nothing)")
     encoding = fields.choice("encoding_format", ENCODINGS, "float")
@@ -98,7 +98,7 @@ class EmbeddingsFormat:
         encoding: of the vectors.
     """
 
-    model: ServedModel
+    model: EmbeddingModel
     encoding: Encoding
 
     def overhead_bytes(self, sentence: Sentence) -> int:

@@ -13,7 +13,7 @@ from bilm_model.engine.types import DataType
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Outcome, Result, Sentence
 from bilm_server.protocols.kserve.parameters import check_names
-from bilm_server.served_model import ServedModel
+from bilm_server.served_model import EmbeddingModel
 
 EMBEDDINGS, LENGTHS, TOKENS, STARTS, ENDS = "embeddings", "lengths", "tokens", "token_starts", "token_ends"
 _NAMES: Final = (EMBEDDINGS, LENGTHS, TOKENS, STARTS, ENDS)
@@ -55,7 +55,7 @@ class TensorFormat:
         n_sentences: of the call.
     """
 
-    model: ServedModel
+    model: EmbeddingModel
     request_id: str
     names: Sequence[str]
     n_sentences: int
@@ -86,9 +86,9 @@ class TensorFormat:
         return data
 
 
-def metadata(model: ServedModel) -> list[pb.ModelMetadataResponse.TensorMetadata]:
+def metadata(model: EmbeddingModel) -> list[pb.ModelMetadataResponse.TensorMetadata]:
     """Return what a model's outputs are without parameters."""
-    shape = [-1, model.config.layer_count, model.config.width]
+    shape = [-1, model.layer_count, model.width]
     tensors = {EMBEDDINGS: ("FP32", shape), TOKENS: ("BYTES", [-1])}
     others = ("INT32", [-1])
     return [

@@ -13,7 +13,7 @@ from bilm_model.scalar_mix import LayerMix, Pooling, Selection
 from bilm_server.embedding.preprocessing import check_mix
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import NO_DEADLINE_S
-from bilm_server.served_model import ServedModel
+from bilm_server.served_model import EmbeddingModel
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class CallParameters:
     priority: Priority = Priority.INTERACTIVE
 
 
-def parse_parameters(given: Parameters, model: ServedModel) -> CallParameters:
+def parse_parameters(given: Parameters, model: EmbeddingModel) -> CallParameters:
     """Return what a call's parameters say; those that aren't set mean what unset options of an `Embed` mean.
 
     Raises:
@@ -120,10 +120,10 @@ def _parse_priority(given: Parameters) -> Priority:
     return Priority.BATCH if _whole_number(given, "priority") > 1 else Priority.INTERACTIVE
 
 
-def _parse_layers(given: Parameters, model: ServedModel) -> Literal["all", "top", "average"] | LayerMix:
+def _parse_layers(given: Parameters, model: EmbeddingModel) -> Literal["all", "top", "average"] | LayerMix:
     layers = _choice(given, "layers", "all", _LAYERS, Reason.LAYERS_INVALID)
     if layers == "mix":
-        return _parse_mix(given, model.config.layer_count)
+        return _parse_mix(given, model.layer_count)
     if found := [name for name in _MIX_PARAMETERS if name in given]:
         raise RefusalError(Reason.MIX_INVALID, f"{found[0]}: only goes with layers = {_MIX}")
     return layers

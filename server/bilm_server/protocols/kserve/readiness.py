@@ -39,6 +39,6 @@ class ReadinessService:
     async def ModelReady(  # noqa: N802 - the protocol's name
         self, request: pb.ModelReadyRequest, context: "Context"
     ) -> pb.ModelReadyResponse:
-        """Say whether the server is SERVING and has this model."""
-        ready = self._health.serving and self._has_model(request.name, request.version)
+        """Say whether this model is SERVING."""
+        ready = self._health.is_ready(request.name) and self._has_model(request.name, request.version)
         return pb.ModelReadyResponse(ready=ready)

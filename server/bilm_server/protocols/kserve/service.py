@@ -8,7 +8,7 @@ from bilm_model.alphabet import MAX_TOKEN_BYTES
 
 import bilm_server
 from bilm_server.embedding.conversions import request_weight
-from bilm_server.embedding.embedder import Embedder
+from bilm_server.embedding.registry import Registry
 from bilm_server.inference.types import Sentence
 from bilm_server.observability.call_record import current_call
 from bilm_server.protocols.grpc.handlers import new_call
@@ -24,9 +24,9 @@ _PLATFORM = "bilm-serve"
 class InferenceService:
     """The methods that need the model; the others are in `readiness`."""
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(self, models: Registry) -> None:
         """Set what embeds."""
-        self._embedder = embedder
+        self._models = models
 
     async def ServerMetadata(  # noqa: N802 - the protocol's name
         self, request: pb.ServerMetadataRequest, context: "Context"
@@ -38,13 +38,13 @@ class InferenceService:
         self, request: pb.ModelMetadataRequest, context: "Context"
     ) -> pb.ModelMetadataResponse:
         """Describe a model's tensors, with what `GetModel` says of it among the properties."""
-        embedder = self._find(request.name, request.version)
+        embedder = self._models.find(request.name, request.version)
         model, limits = embedder.model, embedder.limits
         properties = {
-            "layer_count": model.config.layer_count,
-            "width": model.config.width,
+            "layer_count": model.layer_count,
+            "width": model.width,
             "precision": model.precision,
-            "backend": model.engine.description.backend,
+            "backend": model.backend,
             "tokenizer": model.tokenizer.name,
             "max_token_bytes": MAX_TOKEN_BYTES,
             "max_sentences_per_request": limits.sentences,
@@ -65,7 +65,7 @@ class InferenceService:
         self, request: pb.ModelInferRequest, context: "Context"
     ) -> bytes:
         """Embed a batch; the response comes serialised already."""
-        embedder = self._find(request.model_name, request.model_version)
+        embedder = self._models.find(request.model_name, request.model_version)
         parameters = parse_parameters(request.parameters, embedder.model)
         call = new_call(context, parameters.timeout_s)
         embedder.prioritise(call, parameters.priority)
@@ -77,12 +77,3 @@ class InferenceService:
         sentences = [Sentence(call, content, parameters.output) for content in contents]
         response = outputs.TensorFormat(embedder.model, request.id, names, len(sentences))
         return await embedder.embed(sentences, n_bytes, response, fail_as_one=True)
-
-    def _find(self, name: str, version: str) -> Embedder:
-        """Return what embeds by a model; the call is then one of this model.
-
-        Raises:
-            RefusalError: MODEL_NOT_FOUND or MODEL_VERSION_MISMATCH.
-        """
-        self._embedder.check_model(name, version)
-        return self._embedder

@@ -1,0 +1,142 @@
+"""Engines that take turns in one thread: none waits for ever, and each leaves by itself."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from bilm_api.constants import Reason
+from bilm_model.engine.types import Capacity
+from bilm_server.inference.engine_thread import EngineThread
+from bilm_server.inference.types import Call, Outcomes, Sentence
+from bilm_server.inference.worker import InferenceWorker, WorkerTiming
+
+from tests.support.embedders import until
+from tests.support.fake_engine import FakeEngine
+from tests.support.sentences import new_sentence, reasons
+
+PATIENT = WorkerTiming()
+QUICK = WorkerTiming(probe_s=0.001, idle_check_s=0.001)
+
+
+class Shared:
+    """Two workers in one thread."""
+
+    def __init__(self, timing: WorkerTiming) -> None:
+        self.thread = EngineThread()
+        self.engines: list[FakeEngine[Sentence]] = [FakeEngine(Capacity(2, 100)), FakeEngine(Capacity(2, 100))]
+        self.workers = [InferenceWorker(engine, timing=timing, thread=self.thread) for engine in self.engines]
+
+    def submit(self, number: int, *tokens: str) -> "asyncio.Future[Outcomes]":
+        return self.workers[number].submit([new_sentence(Call(), *tokens)])
+
+
+@asynccontextmanager
+async def shared(timing: WorkerTiming = PATIENT) -> AsyncIterator[Shared]:
+    it = Shared(timing)
+    for worker in it.workers:
+        await worker.start()
+    try:
+        yield it
+    finally:
+        for engine in it.engines:
+            engine.go_on.set()
+        for worker in it.workers:
+            await worker.stop()
+        await until(lambda: not it.thread.alive)
+
+
+async def test_one_thread_computes_for_all() -> None:
+    before = threading.active_count()
+    async with shared() as it:
+        assert threading.active_count() == before + 1
+        futures = [it.submit(number, "a", "b") for number in (0, 1) for _ in range(5)]
+        await asyncio.wait(futures, timeout=60)
+        assert reasons(futures) == {None}
+
+
+async def test_one_that_fails_leaves_the_other_alone_and_is_tried_again() -> None:
+    async with shared(QUICK) as it:
+        it.engines[0].broken = 10**9
+        await until(lambda: not it.workers[0].healthy)
+        futures = [it.submit(1, "a"), it.submit(0, "a")]
+        await asyncio.wait(futures, timeout=60)
+        assert reasons(futures[:1]) == {None}
+        assert reasons(futures[1:]) == {Reason.MODEL_FAILING}
+        assert it.workers[1].healthy
+
+        def mended() -> bool:
+            it.engines[0].broken = 0
+            return it.workers[0].healthy
+
+        await until(mended)
+        again = it.submit(0, "a")
+        await again
+        assert reasons([again]) == {None}
+
+
+async def test_one_that_is_busy_is_left_for_the_other_and_for_its_checks() -> None:
+    """One has work without end; the other's sentence, and its check while it has none, come all the same."""
+    async with shared(QUICK) as it:
+        busy = [it.submit(0, *"abcdefgh" * 10) for _ in range(50)]
+        await it.submit(1, "a")
+        checks = it.engines[1].checks
+        await until(lambda: it.engines[1].checks > checks)
+        await asyncio.wait(busy, timeout=60)
+        assert reasons(busy) == {None}
+
+
+async def test_one_leaves_while_the_other_goes_on() -> None:
+    async with shared() as it:
+        await it.workers[0].stop()
+        assert reasons([it.submit(0, "a")]) == {Reason.SHUTTING_DOWN}
+        assert it.thread.alive
+        future = it.submit(1, "a")
+        await future
+        assert reasons([future]) == {None}
+
+
+async def test_one_that_cannot_begin_is_refused_and_leaves_the_other_alone() -> None:
+    async with shared() as it:
+        engine: FakeEngine[Sentence] = FakeEngine()
+        engine.broken = 1
+        third = InferenceWorker(engine, thread=it.thread)
+        with pytest.raises(RuntimeError, match="broken"):
+            await third.start()
+        await third.stop()
+        future = it.submit(1, "a")
+        await future
+        assert reasons([future]) == {None}
+
+
+async def test_a_round_that_hangs_is_seen_whosever_it_is() -> None:
+    async with shared() as it:
+        it.engines[0].go_on.clear()
+        future, other = it.submit(0, "a"), it.submit(1, "a")
+        assert await asyncio.to_thread(it.engines[0].computing.wait, 60)
+        heartbeats = it.thread.heartbeats
+        assert it.thread.has_work
+        it.thread.refuse_pending()
+        assert Reason.MODEL_FAILING in reasons([future])
+        it.engines[0].go_on.set()
+        await until(lambda: it.thread.heartbeats > heartbeats and other.done())
+
+
+async def test_an_error_of_its_own_ends_the_thread_for_all() -> None:
+    thread = EngineThread()
+
+    def bug(_: object) -> None:
+        raise AssertionError("an error of our own")
+
+    workers = [InferenceWorker(FakeEngine[Sentence](), bug, thread=thread) for _ in range(2)]
+    for worker in workers:
+        await worker.start()
+    futures = [worker.submit([new_sentence(Call(), "a")]) for worker in workers]
+    await asyncio.wait(futures, timeout=60)
+    assert reasons(futures) <= {None, Reason.MODEL_FAILING}
+    await until(lambda: not thread.alive)
+    for worker in workers:
+        assert reasons([worker.submit([new_sentence(Call(), "a")])]) == {Reason.MODEL_FAILING}
+        await worker.stop()
+        await until(lambda worker=worker: worker.idle)  # type: ignore[misc]
