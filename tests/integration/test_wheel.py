@@ -137,12 +137,13 @@ def serving(environment: Environment, folder: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_it_serves_and_embeds(full: Environment) -> None:
+def test_it_serves_and_embeds(full: Environment, light: Environment) -> None:
     with tempfile.TemporaryDirectory(prefix="bilm-") as name:  # short: a Unix socket's path has to be
         folder = Path(name)
         (folder / "in.txt").write_text("The cat sat on the mat .\nHello\n")
         with serving(full, folder) as target:
             assert run(full.bin / "bilm-health", "--target", target).strip() == "SERVING"
+            assert "* the default model" in run(light.bin / "bilm-models", "list", "--target", target)
             run(full.bin / "bilm-embed", folder / "in.txt", folder / "out.hdf5", "--target", target)
         code = f"import h5py; f = h5py.File({str(folder / 'out.hdf5')!r}); print([f[k].shape[:2] for k in '01'])"
         assert full.python(code).strip() == "[(3, 7), (3, 1)]"

@@ -129,6 +129,20 @@ class ScriptedService(embed_pb2_grpc.EmbedServiceServicer):
         return [request.item.id for request in self.streams[number] if request.HasField("item")]
 
 
+class ScriptedAdmin(embed_pb2_grpc.AdminServiceServicer):
+    """Answers each Reload as the next of its acts does; without one as a server that doesn't know its callers."""
+
+    def __init__(self) -> None:
+        self.acts: deque[Callable[[Any], pb.ReloadResponse]] = deque()
+        self.metadata: dict[str, str | bytes] = {}
+
+    def Reload(self, request: pb.ReloadRequest, context: Any) -> pb.ReloadResponse:  # noqa: N802
+        self.metadata = dict(context.invocation_metadata())
+        if not self.acts:
+            abort(context, grpc.StatusCode.UNIMPLEMENTED, "METHOD_NOT_FOUND")
+        return self.acts.popleft()(context)
+
+
 @dataclass
 class Hold:
     """A call that waits."""
@@ -143,6 +157,7 @@ class Scripted:
 
     target: str
     service: ScriptedService
+    admin: ScriptedAdmin
     health_servicer: health.HealthServicer = field(repr=False)
 
     def set_health(self, status: Any, name: str = "") -> None:
@@ -183,13 +198,14 @@ def running_scripted() -> Iterator[Scripted]:
         ThreadPoolExecutor(64, thread_name_prefix="scripted"),
         options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 4 * 1024 * 1024)],
     )
-    service, health_servicer = ScriptedService(), health.HealthServicer()
+    service, admin, health_servicer = ScriptedService(), ScriptedAdmin(), health.HealthServicer()
     embed_pb2_grpc.add_EmbedServiceServicer_to_server(service, server)
+    embed_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        yield Scripted(f"127.0.0.1:{port}", service, health_servicer)
+        yield Scripted(f"127.0.0.1:{port}", service, admin, health_servicer)
     finally:
         server.stop(None).wait()
 

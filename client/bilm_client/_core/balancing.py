@@ -7,6 +7,7 @@ import ipaddress
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, get_args
+from urllib.parse import unquote
 
 from bilm_system.proxies import lists_addresses
 
@@ -50,6 +51,14 @@ def as_target(target: str | Sequence[str]) -> str:
     else:
         raise TypeError(f"target must be a str or a sequence of str, got {target!r}")
     return addresses[0] if len(addresses) == 1 else _list_target(addresses)
+
+
+def each_target(target: str) -> list[str]:
+    """Return a target for each address of a target of gRPC: several where it is a list, else the one."""
+    if not lists_addresses(target):
+        return [target]
+    scheme, _, addresses = target.partition(":")
+    return [f"{scheme}:{address}" for address in unquote(addresses).split(",")]
 
 
 def check_server_name(target: str, channel_options: Iterable[tuple[str, Any]] = ()) -> None:

@@ -4,21 +4,21 @@ Imports no numpy: a probe starts it every few seconds.
 """
 
 import argparse
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import grpc
+from bilm_api.constants import MODEL_HEALTH
 from bilm_system.terminal import is_lost, run_command
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bilm_client._transport.channels import new_channel
-from bilm_client.cli.credentials import CredentialsError, channel_credentials, read_token
+from bilm_client.cli.connection_flags import add_connection_flags, add_timeout_flag, read_credentials
+from bilm_client.cli.credentials import CredentialsError
 
 SERVING, NOT_SERVING, UNREACHABLE = 0, 1, 2
 _RECONNECT_PAUSE_S = 1.0
@@ -45,13 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     try:
-        credentials, metadata = _credentials(args)
+        credentials, token = read_credentials(args)
     except CredentialsError as error:
         print(f"bilm-health: {error}", file=sys.stderr)
         return UNREACHABLE
+    metadata: _Metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+    service = MODEL_HEALTH + args.model if args.model else args.service
     with new_channel(args.target, credentials=credentials, proxy=not args.no_proxy) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
-        request = health_pb2.HealthCheckRequest(service=args.service)
+        request = health_pb2.HealthCheckRequest(service=service)
         if args.watch:
             return _watch(partial(stub.Watch, request, metadata=metadata))
         return _check(partial(stub.Check, request, metadata=metadata, timeout=args.timeout_s))
@@ -62,33 +64,21 @@ def _parser() -> argparse.ArgumentParser:
         prog="bilm-health",
         description="Ask a bilm-serve server for its health. Exit code: 0 serving, 1 not serving, 2 unreachable.",
     )
-    default = os.environ.get("BILM_TARGET", "127.0.0.1:50051")
-    parser.add_argument("--target", default=default, metavar="HOST:PORT", help="the server (BILM_TARGET; %(default)s)")
-    parser.add_argument("--service", default="", metavar="NAME", help="a service of it; default: the whole server")
+    add_connection_flags(parser, target="the server", token="bearer token; bilm-serve itself wants none")
+    names = parser.add_mutually_exclusive_group()
+    names.add_argument("--service", default="", metavar="NAME", help="a service of it; default: the whole server")
+    names.add_argument(
+        "--model", type=_model, metavar="NAME", help=f"one of its models; as --service {MODEL_HEALTH}NAME"
+    )
     parser.add_argument("--watch", action="store_true", help="print each change until interrupted")
-    parser.add_argument("--timeout-s", type=_seconds, default=1.0, help="longest wait of a check (%(default)s)")
-    parser.add_argument("--tls", action="store_true", help="connect by TLS")
-    parser.add_argument("--ca-file", type=Path, metavar="PEM", help="certificates to trust; implies --tls")
-    parser.add_argument("--cert-file", type=Path, metavar="PEM", help="own certificate, for mutual TLS; implies --tls")
-    parser.add_argument("--key-file", type=Path, metavar="PEM", help="its key")
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token; bilm-serve itself wants none")
-    parser.add_argument("--no-proxy", action="store_true", help="use no proxy, whatever http_proxy and the like say")
+    add_timeout_flag(parser, 1.0, "longest wait of a check in seconds")
     return parser
 
 
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
-    return value
-
-
-def _credentials(args: argparse.Namespace) -> tuple[grpc.ChannelCredentials | None, _Metadata]:
-    token = read_token(args.token_file)
-    credentials = channel_credentials(
-        tls=args.tls, ca_file=args.ca_file, cert_file=args.cert_file, key_file=args.key_file
-    )
-    return credentials, () if token is None else (("authorization", f"Bearer {token}"),)
+def _model(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a name, got an empty one")
+    return text
 
 
 def _check(check: Callable[[], health_pb2.HealthCheckResponse]) -> int:

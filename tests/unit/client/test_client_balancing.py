@@ -8,7 +8,7 @@ import grpc
 import pytest
 from bilm_bench.settings import load_settings as load_bench_settings
 from bilm_client import AsyncClient, Client, RetryPolicy
-from bilm_client._core.balancing import as_target, service_config
+from bilm_client._core.balancing import as_target, each_target, service_config
 from bilm_client._core.settings import Settings
 from bilm_client.batch.settings import load_settings
 from bilm_client.cli.settings_sources import UsageError
@@ -46,6 +46,19 @@ def test_an_address_that_a_list_can_not_have_is_named(bad: str) -> None:
         with pytest.raises(ValueError, match="expected IPV4:PORT or") as error:
             Client(target)
         assert repr(bad) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("dns:///bilm-serve:50051", ["dns:///bilm-serve:50051"]),
+        ("unix:/a,b", ["unix:/a,b"]),
+        (f"ipv4:{SEVERAL}", ["ipv4:10.0.0.1:50051", "ipv4:10.0.0.2:50051"]),
+        ("ipv6:[::1]:1,[2001:db8::2]:2", ["ipv6:[::1]:1", "ipv6:[2001:db8::2]:2"]),
+    ],
+)
+def test_each_server_of_a_target(target: str, expected: list[str]) -> None:
+    assert each_target(target) == expected
 
 
 @pytest.mark.parametrize("target", [7, None, ["10.0.0.1:1", 7], b"10.0.0.1:1"])

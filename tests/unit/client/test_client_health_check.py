@@ -37,6 +37,16 @@ def test_the_target_comes_from_the_environment(scripted: Scripted, monkeypatch: 
     assert main([]) == 0
 
 
+def test_a_model_has_a_health_of_its_own(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    scripted.set_health(NOT_SERVING, "model:de")
+    assert main(["--target", scripted.target, "--model", "de"]) == 1
+    assert main(["--target", scripted.target, "--model", "fr"]) == 1
+    assert capsys.readouterr().out.split() == ["NOT_SERVING", "SERVICE_UNKNOWN"]
+    for flags in (["--model", ""], ["--model", "de", "--service", "liveness"]):
+        with pytest.raises(SystemExit):
+            main(["--target", scripted.target, *flags])
+
+
 @pytest.mark.parametrize("text", ["0", "-1", "inf", "x"])
 def test_a_bad_timeout(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -71,7 +71,7 @@ def test_standard_error_that_cannot_be_written_costs_nothing(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["bilm-embed", "bilm-bench", "bilm-health", "bilm-serve", "bilm-convert", "bilm-train"]
+    "command", ["bilm-embed", "bilm-bench", "bilm-health", "bilm-models", "bilm-serve", "bilm-convert", "bilm-train"]
 )
 def test_the_help_of_every_command_can_be_cut_off(command: str) -> None:
     path = Path(sys.executable).with_name(command)
