@@ -90,11 +90,12 @@ async def measure(settings: BenchSettings, sentences: Sequence[Sentence], on_ste
         BilmError: The server can't be reached at the beginning, or fails while expected results are fetched.
     """
     options = Options(settings.layers, settings.pool, settings.dtype, None, False, "return")
-    wire_options = options.to_proto(omit_tokens=not settings.raw)
+    common = pb.EmbedRequest(model=settings.model, options=options.to_proto(omit_tokens=not settings.raw))
     credentials, token = settings.credentials()
     connection = client_settings(
         settings.target,
         balance=settings.balance,
+        model=settings.model,
         timeout_s=settings.timeout_s,
         retry=DEFAULT_RETRY if settings.retry else ONE_ATTEMPT,
         credentials=credentials,
@@ -106,10 +107,10 @@ async def measure(settings: BenchSettings, sentences: Sequence[Sentence], on_ste
         model = await connections.open(min(settings.timeout_s, _CONNECT_TIMEOUT_S))
         expected = ExpectedResults(options, settings.tolerance) if settings.verify else None
         if expected is not None:
-            alone = tqdm(make_requests(sentences, 1, wire_options), "asking alone", unit="", disable=None, leave=False)
+            alone = tqdm(make_requests(sentences, 1, common), "asking alone", unit="", disable=None, leave=False)
             await fetch_expected(connections, alone, expected)
-        priority = wire_priority(settings.priority, model)
-        requests = make_requests(sentences, settings.sentences_per_call, wire_options, priority)
+        common.priority = wire_priority(settings.priority, model)
+        requests = make_requests(sentences, settings.sentences_per_call, common)
         call = partial(make_call, connections, expected)
         run = LoadRun(settings, requests, call, connection, on_step)
         return await run.measure(model)

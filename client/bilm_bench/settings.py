@@ -42,6 +42,7 @@ class BenchSettings(BaseSettings):
         description="HOST:PORT or unix:PATH of the server, or IP:PORT,IP:PORT,… of several",
     )
     balance: Balance = Field("first", description="of several addresses: which server gets a call")
+    model: str = Field("", description="name of the server's model; by default its default one")
 
     text: Path = Field(description="UTF-8 text whose sentences are sent; a sentence a line, or see --running")
     running: bool = Field(False, description="the lines are paragraphs: cut them into sentences, skip headings (= … =)")

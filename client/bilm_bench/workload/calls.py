@@ -83,18 +83,20 @@ class CallResult:
     wrong: int = 0
 
 
-def make_requests(
-    sentences: Sequence[Sentence],
-    per_call: int,
-    options: pb.EmbedOptions,
-    priority: pb.Priority = pb.PRIORITY_UNSPECIFIED,
-) -> list[Request]:
-    """Return calls with so many sentences each, neighbours in the text; every sentence is in one, some in more."""
+def make_requests(sentences: Sequence[Sentence], per_call: int, common: pb.EmbedRequest) -> list[Request]:
+    """Return calls with so many sentences each, neighbours in the text; every sentence is in one, some in more.
+
+    Args:
+        sentences: The text.
+        per_call: Sentences of a call.
+        common: What all calls say: model, options, priority.
+    """
     inputs = [parse_sentence(sentence, f"sentence {index}") for index, sentence in enumerate(sentences)]
     requests = []
     for first in range(0, len(sentences), per_call):
         indices = tuple(index % len(sentences) for index in range(first, first + per_call))
-        request = pb.EmbedRequest(options=options, priority=priority)
+        request = pb.EmbedRequest()
+        request.CopyFrom(common)
         for index in indices:
             inputs[index].write(request.sentences.add())
         n_tokens = sum(n_words(sentences[index]) for index in indices)
@@ -106,6 +108,7 @@ def client_settings(
     target: str,
     *,
     balance: Balance = "first",
+    model: str = "",
     timeout_s: float,
     retry: RetryPolicy,
     credentials: grpc.ChannelCredentials | None,
@@ -117,6 +120,7 @@ def client_settings(
     return Settings(
         target=target,
         balance=balance,
+        model=model,
         timeout_s=timeout_s,
         retry=retry,
         credentials=credentials,
@@ -162,7 +166,7 @@ class Connections:
         async def ask(channel: grpc.aio.Channel) -> pb.GetModelResponse:
             stub: Any = embed_pb2_grpc.EmbedServiceStub(channel)
             response: pb.GetModelResponse = await stub.GetModel(
-                pb.GetModelRequest(), timeout=timeout_s, metadata=self._metadata
+                pb.GetModelRequest(model=self._settings.model), timeout=timeout_s, metadata=self._metadata
             )
             return response
 

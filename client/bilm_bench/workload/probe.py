@@ -33,7 +33,9 @@ class HealthCheck:
 
 
 class HealthProbe:
-    """Checks the server's health every 0.1 s, whether the last response is there or not; a context manager.
+    """Checks health every 0.1 s, whether the last response is there or not; a context manager.
+
+    It is that of the model that the settings name, else that of the server as a whole.
 
     Args:
         settings: How to connect.
@@ -44,6 +46,7 @@ class HealthProbe:
         self._settings = settings
         self._note_check = note
         self._metadata = settings.call_metadata()
+        self._request = health_pb2.HealthCheckRequest(service=settings.health_service)
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="bilm-bench-health", daemon=True)
@@ -69,7 +72,7 @@ class HealthProbe:
                 meant_s += CHECK_EVERY_S
 
     def _send(self, stub: Any, note: Any) -> Any:
-        call = stub.Check.future(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S, metadata=self._metadata)
+        call = stub.Check.future(self._request, timeout=_TIMEOUT_S, metadata=self._metadata)
         call.add_done_callback(note)
         return call
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import grpc
-from bilm_api.constants import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES
+from bilm_api.constants import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, MODEL_HEALTH
 
 from bilm_client._core.balancing import check_balance, check_server_name, service_config
 from bilm_client.errors import DeadlineError, ServiceError
@@ -134,6 +134,11 @@ class Settings:
             raise TypeError(f"proxy must be a bool, got {self.proxy!r}")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token):
             raise ValueError("token must be printable ASCII and not empty")  # never show the token itself
+
+    @property
+    def health_service(self) -> str:
+        """Name of what embeds for the client, at the health service: its model, or the server as a whole."""
+        return MODEL_HEALTH + self.model if self.model else ""
 
     @property
     def coalesce_s(self) -> float:

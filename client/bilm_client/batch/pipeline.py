@@ -21,7 +21,7 @@ from bilm_client.batch.outputs.base import OpenOutput, new_output, read_run
 from bilm_client.batch.reader import InputText, Line
 from bilm_client.batch.settings import RunSettings
 from bilm_client.cli.settings_sources import UsageError
-from bilm_client.errors import BilmError, SentenceError
+from bilm_client.errors import BilmError, ModelNotFoundError, SentenceError
 from bilm_client.results import Embedding, ModelInfo
 
 _STATE_EVERY = 16
@@ -61,25 +61,31 @@ async def embed_file(settings: RunSettings, text: InputText, open_output: OpenOu
     """
     _check_not_there(settings)
     credentials, token = settings.credentials()
-    async with _client(settings, credentials, token) as client:
+    async with _client(settings, credentials, token, settings.model) as client:
         info = await _model_info(client, settings.patience_s)
         identity = run_identity(settings, text, info)
         if settings.resume and settings.output.exists() and not _journal_path(settings).exists():
             check_same_run(settings.output, read_run(settings.output), identity)
             return None
-    # From here on, a server with another model must refuse rather than mix its vectors in
-    async with _client(settings, credentials, token, info.version) as client:
+    # From here on, a server with another model must refuse rather than mix its vectors in; by its name, since which one
+    # is the default may change
+    async with _client(settings, credentials, token, info.name, info.version) as client:
         with _BatchRun(settings, text, identity, open_output) as run:
             await (run.embed_in_order(client) if settings.carry_state else run.embed_in_batches(client))
             return run.finish()
 
 
 def _client(
-    settings: RunSettings, credentials: grpc.ChannelCredentials | None, token: str | None, model_version: str = ""
+    settings: RunSettings,
+    credentials: grpc.ChannelCredentials | None,
+    token: str | None,
+    model: str,
+    model_version: str = "",
 ) -> AsyncClient:
     return AsyncClient(
         settings.target,
         balance=settings.balance,
+        model=model,
         expected_model_version=model_version,
         timeout_s=settings.timeout_s,
         credentials=credentials,
@@ -95,6 +101,8 @@ async def _model_info(client: AsyncClient, patience_s: float) -> ModelInfo:
             return await client.model_info()
         except PASSING as error:
             await backoff.wait(error)
+        except ModelNotFoundError as error:
+            raise UsageError(f"model: {error.message}") from error
 
 
 def _journal_path(settings: RunSettings) -> Path:

@@ -38,6 +38,7 @@ class RunSettings(BaseSettings):
         description="HOST:PORT or unix:PATH of the server, or IP:PORT,IP:PORT,… of several",
     )
     balance: Balance = Field("first", description="of several addresses: which server gets a call")
+    model: str = Field("", description="name of the server's model; by default its default one")
     tls: bool = Field(False, description="connect by TLS; a file of certificates or a key implies it")
     ca_file: Path | None = Field(None, description="PEM file of certificates to trust; by default those of gRPC")
     cert_file: Path | None = Field(None, description="PEM file of the own certificate, for mutual TLS")

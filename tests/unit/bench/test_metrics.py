@@ -8,6 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from bilm_api.v1 import embed_pb2 as pb
 from bilm_bench.conditions import Condition, flat
 from bilm_bench.resources import Resources, of_process
 from bilm_bench.statistics.counters import StepCounters
@@ -21,7 +22,7 @@ from bilm_client.cli.settings_sources import UsageError
 
 TIMEOUT_S = 10.0
 REQUEST = Request(b"", (0, 1), 7)
-OPTIONS = Options("all", "none", "float32", None, False, "return").to_proto()
+COMMON = pb.EmbedRequest(options=Options("all", "none", "float32", None, False, "return").to_proto())
 
 
 def histogram(*seconds: float) -> Histogram:
@@ -142,9 +143,9 @@ def test_a_text_without_sentences(tmp_path: Path, content: bytes | None) -> None
 
 def test_calls_of_many_sentences_take_neighbours_and_begin_anew_at_the_end() -> None:
     sentences = [["a"], ["b", "b"], ["c", "c", "c"]]
-    requests = make_requests(sentences, 2, OPTIONS)
+    requests = make_requests(sentences, 2, COMMON)
     assert [(request.indices, request.n_tokens) for request in requests] == [((0, 1), 3), ((2, 0), 4)]
-    assert make_requests(sentences[:1], 3, OPTIONS)[0].indices == (0, 0, 0)
+    assert make_requests(sentences[:1], 3, COMMON)[0].indices == (0, 0, 0)
 
 
 # ---- tally ----

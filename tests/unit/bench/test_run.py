@@ -31,6 +31,7 @@ from bilm_bench.settings import load_settings
 from bilm_bench.statistics.metrics import step_metrics
 from bilm_bench.workload.calls import ONE_ATTEMPT, CallKind, CallResult, Request, client_settings, make_requests
 from bilm_client.results import ModelInfo
+from bilm_client.testing import FakeModel
 from bilm_client.testing.service import FakeService
 from grpc_health.v1 import health_pb2
 
@@ -123,6 +124,20 @@ def test_what_is_asked_for_is_sent(scripted: Scripted, bench: Bench, tmp_path: P
     assert [metadata[name] for name in ("x-bilm-no-log", "x-a", "authorization")] == ["1", "b", "Bearer secret"]
 
 
+def test_a_model_is_asked_for_by_its_name(scripted: Scripted, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    scripted.service.serve(FakeModel("en"), FakeModel("de", width=8))
+    scripted.set_health(NOT_SERVING)
+    scripted.set_health(health_pb2.HealthCheckResponse.SERVING, "model:de")
+    assert bench(scripted.target, "--model", "de", "--verify", "--rate", "40") == DONE
+    assert {request.model for request in scripted.service.embed_requests} == {"de"}
+    assert bench.report["model"]["name"] == "de"
+    assert bench.figures["health"]["checks"] > 0
+    assert bench.figures["health"]["not_serving"] == bench.figures["health"]["unanswered"] == 0
+    capsys.readouterr()
+    assert bench(scripted.target, "--model", "fr") == STOPPED
+    assert "MODEL_NOT_FOUND" in capsys.readouterr().err
+
+
 def test_a_priority_needs_a_server_that_knows_it(
     scripted: Scripted, bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,7 +174,7 @@ def test_what_a_late_generator_makes_calls_wait_is_part_of_their_latency(answeri
         return CallResult(CallKind.ACCEPTED, sentences=1)
 
     settings = load_settings(bench.flags(answering.target, "--rate", "60", "--step-s", "0.5"))
-    requests = make_requests(SENTENCES, 1, pb.EmbedOptions())
+    requests = make_requests(SENTENCES, 1, pb.EmbedRequest())
     connection = client_settings(
         answering.target, timeout_s=5.0, retry=ONE_ATTEMPT, credentials=None, token=None, metadata=()
     )

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from bilm_client.batch.pipeline import Summary, embed_file
 from bilm_client.batch.reader import open_input
 from bilm_client.batch.settings import load_settings
 from bilm_client.cli.settings_sources import UsageError
+from bilm_client.testing import FakeModel
 
 from tests.support.scripted import Scripted
 
@@ -62,6 +63,45 @@ def test_a_run_is_batch_unless_it_is_told_otherwise(
     stated = {request.priority for request in service.embed_requests[n_requests:]}
     stated |= {stream[0].start.priority for stream in service.streams[n_streams:]}
     assert stated == {expected}
+
+
+@pytest.fixture
+def several(answering: Scripted) -> Iterator[Scripted]:
+    answering.service.serve(FakeModel("en"), FakeModel("de", width=8))
+    yield answering
+    answering.service.serve(FakeModel())
+
+
+@pytest.mark.parametrize("flags", [(), ("--carry-state",)])
+def test_a_run_stays_with_the_model_that_it_began_with(
+    run: Run, several: Scripted, output: Path, flags: tuple[str, ...]
+) -> None:
+    """Also where it names none, and another one becomes the default."""
+
+    def breaking(_path: Path, _made_by: dict[str, Any]) -> AbstractContextManager[Any]:
+        raise OSError("no output this time")
+
+    service = several.service
+    service.embed_requests.clear()
+    service.streams.clear()
+    with pytest.raises(OSError, match="no output"):
+        run(breaking, *flags)
+    named = {request.model for request in service.embed_requests} | {each[0].start.model for each in service.streams}
+    assert named == {"en"}
+    several.service.serve(FakeModel("de", width=8), FakeModel("en"))
+    with pytest.raises(UsageError, match=r"model: then en, now de.*model_version: then en-1, now de-1"):
+        run(new_output, "--resume", *flags)
+    summary = run(new_output, "--resume", "--model", "en", *flags)
+    assert summary is not None
+    assert summary.n_embedded == 3
+    with np.load(output) as found:
+        assert found["0"].shape == (3, 2, 16)
+
+
+def test_an_unknown_model_ends_a_run_before_it_begins(run: Run, several: Scripted, output: Path) -> None:
+    with pytest.raises(UsageError, match="model: .*expected one of de, en"):
+        run(new_output, "--model", "fr")
+    assert others(output) == set()
 
 
 def test_no_partial_file_has_the_final_name(run: Run, output: Path) -> None:
