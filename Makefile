@@ -15,7 +15,7 @@ TRITON_VENV := .venv-triton
 OLD_TRITON := .venv-triton-3.6
 # Nor can the clients of the Open Inference Protocol: they need older protobuf, and bring its messages in their own pool
 KSERVE_VENV := .venv-kserve
-# OpenAI's clients are no dependency of ours
+# Clients of OpenAI's API are no dependency of ours; the one for JavaScript is there where npm is
 OPENAI_VENV := .venv-openai
 # The oldest tools whose output we support: their versions set the floors of grpcio and protobuf in pyproject.toml.
 PROTO_TOOLS := grpcio-tools==1.74.0 protobuf==6.33.6 googleapis-common-protos==1.76.0 mypy-protobuf==5.1.0
@@ -163,7 +163,9 @@ $(KSERVE_VENV)/.installed: Makefile
 
 $(OPENAI_VENV)/.installed: Makefile
 	$(PYTHON) -m venv $(OPENAI_VENV)
-	$(OPENAI_VENV)/bin/pip install --quiet openai==3.51.0 langchain-openai==1.7.4
+	$(OPENAI_VENV)/bin/pip install --quiet openai==3.51.0 langchain-openai==1.7.4 haystack-ai==3.4.1 \
+	  llama-index-embeddings-openai==0.7.0
+	if command -v npm > /dev/null; then npm install --silent --no-audit --no-fund --prefix $(OPENAI_VENV)/npm openai@6.49.0; fi
 	touch $@
 
 $(OLD_TRITON)/.installed: $(VENV)/bin/python Makefile

@@ -1,9 +1,11 @@
 """Clients of OpenAI's API, and curl, against a real server.
 
-OpenAI's and LangChain's have an environment of their own: `make test-slow` sets it up.
+Those for Python have an environment of their own, that for JavaScript a folder in it: `make test-slow` sets them up.
 """
 
+import base64
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ from tests.support.server_processes import ProcessServer
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-openai" / "bin" / "python"
+NPM = ROOT / ".venv-openai" / "npm"
 MODEL = "random-tiny"
 TOKEN = "a-token-of-sixteen"
 ERRORS = {
@@ -66,7 +69,20 @@ def said_by(client: str, served: Served) -> Any:
         pytest.skip("needs the clients' environment: make .venv-openai/.installed")
     script = ROOT / "tests" / "contract" / "openai_clients.py"
     command = [str(PYTHON), str(script), client, served.url, TOKEN, MODEL]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    quiet = {**os.environ, "HAYSTACK_TELEMETRY_ENABLED": "False"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=quiet)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def said_by_node(served: Served) -> Any:
+    """Return what the client for JavaScript says."""
+    node = shutil.which("node")
+    if node is None or not (NPM / "node_modules" / "openai").exists():
+        pytest.skip("needs node, npm and the clients' environment: make .venv-openai/.installed")
+    script = (ROOT / "tests" / "contract" / "openai_client.mjs").read_text(encoding="utf-8")
+    command = [node, "--input-type=module", "-", served.url, TOKEN, MODEL]
+    done = subprocess.run(command, input=script, cwd=NPM, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -76,26 +92,38 @@ def check_bits(found: Sequence[Sequence[float]], expected: Sequence[Sequence[flo
     assert np.array_equal(np.array(found, np.float32), np.array(expected, np.float32))
 
 
+def check_errors(found: dict[str, list[str]], names: Sequence[str] = tuple(ERRORS)) -> None:
+    assert found.keys() == set(names)
+    for name in names:
+        kind, code, text = ERRORS[name]
+        assert found[name][:2] == [kind, code]
+        assert text in found[name][2]
+
+
 @pytest.mark.slow
-def test_openai(served: Served) -> None:
-    said = said_by("openai", served)
+@pytest.mark.parametrize("language", ["Python", "JavaScript"])
+def test_openai(served: Served, language: str) -> None:
+    said = said_by("openai", served) if language == "Python" else said_by_node(served)
     expected = served.embed(layers="top", pool="mean")
-    assert said["default"] == expected  # base64, which is what this client asks for
+    assert said["default"] == expected  # base64, which is what these clients ask for
+    if "base64" in said:
+        packed = [np.frombuffer(base64.b64decode(data), "<f4").tolist() for data in said["base64"]]
+        assert packed == expected
     check_bits(said["float"], expected)
     check_bits(said["average"], served.embed(layers="average", pool="max"))
     assert (said["models"], said["model"], said["tokens"]) == ([MODEL], MODEL, 11)
-    assert said["errors"].keys() == ERRORS.keys()
-    for name, (kind, code, text) in ERRORS.items():
-        assert said["errors"][name][:2] == [kind, code]
-        assert text in said["errors"][name][2]
+    check_errors(said["errors"])
 
 
 @pytest.mark.slow
-def test_langchain(served: Served) -> None:
-    said = said_by("langchain", served)
+@pytest.mark.parametrize("client", ["langchain", "haystack", "llama-index"])
+def test_frameworks(served: Served, client: str) -> None:
+    said = said_by(client, served)
     expected = served.embed(layers="top", pool="mean")
     check_bits(said["default"], expected)
     check_bits([said["query"]], expected[:1])
+    if "errors" in said:
+        check_errors(said["errors"], ["empty"])
 
 
 @pytest.mark.slow
