@@ -1,5 +1,5 @@
 # On a machine with Python (3.11 or later), pip and make, each of these works by itself:
-#   make demo     serve the model that ships, embed a sample, show what came out
+#   make demo     serve the model that ships, embed a sample, show what came out; PAGE=1 then serves a page for browsers
 #   make test     everything CI runs; `make check` and `make tests` are its halves
 # WORKERS says how many processes run the tests. PYTHON names the interpreter; pip's own variables (PIP_INDEX_URL,
 # PIP_FIND_LINKS, …) say where packages come from.
@@ -30,7 +30,7 @@ LIMITED := timeout --foreground --kill-after=30
 .PHONY: demo serve test tests test-gpu test-triton test-slow chaos fuzz audit diagrams check proto proto-baseline bench bench-original bench-before bench-memory bench-full bench-training bench-page train clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py $(if $(PAGE),--page)
 
 serve: $(VENV)/.demo
 	$(BIN)/bilm-serve $(ARGS)
@@ -133,7 +133,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,files]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,files,http]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt

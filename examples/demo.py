@@ -1,6 +1,10 @@
-"""`make demo`: serves the model that ships, embeds a sample, and shows that the vectors mean something."""
+"""`make demo`: serves the model that ships, embeds a sample, and shows that the vectors mean something.
+
+With --page it then serves the page for browsers, until Ctrl+C.
+"""
 
 import io
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,10 +22,20 @@ LAYER = 1  # of 0, 1, 2; the middle one knows most about meaning in context
 SHOWN = ((4, "play"), (5, "play"), (10, "season"), (13, "season"), (15, "bank"), (18, "bank"), (60, "patietns"))
 N_NEIGHBOURS = 3
 QUIET = ("--log-level", "warning")
+PAGE = "--page"
 
 
-def main() -> None:
-    """Runs the demo."""
+def main() -> int:
+    """Run the demo; return the exit code."""
+    show_sample()
+    if PAGE in sys.argv[1:]:
+        return serve_page()
+    print("\nThe same in a browser, for sentences that you type: make demo PAGE=1")
+    return 0
+
+
+def show_sample() -> None:
+    """Embed the sample through a server, and print what came out."""
     lines = [line.split() for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     with tempfile.TemporaryDirectory() as folder, ServerProcess(model="", arguments=QUIET) as server:
         with Client(server.target) as client:
@@ -59,8 +73,26 @@ def excerpt(line: list[str], t: int, reach: int = 5) -> str:
     return " ".join(words[max(0, t - reach) : t + reach + 1])
 
 
+def serve_page() -> int:
+    """Serve the page on a free port of the loopback until Ctrl+C; return the server's exit code."""
+    flags = ("--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--drain-delay-s", "0")
+    command = [sys.executable, "-m", "bilm_server", *flags]
+    with subprocess.Popen(  # noqa: S603 - our own program
+        command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    ) as server:
+        assert server.stderr is not None  # noqa: S101
+        try:
+            for line in server.stderr:
+                sys.stderr.write(line)
+                if found := re.search(r"HTTP on (http://[0-9.:]+)", line):
+                    print(f"\nOpen {found[1]}/ in a browser. Ctrl+C ends the server.\n", flush=True)
+        except KeyboardInterrupt:  # the server got it, too
+            sys.stderr.write(server.communicate()[1])
+    return server.returncode
+
+
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not every terminal has every character
             stream.reconfigure(errors="backslashreplace")
-    main()
+    sys.exit(main())

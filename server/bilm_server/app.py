@@ -310,6 +310,7 @@ class _App:
         from bilm_server.protocols.http.door import HttpDoor  # noqa: PLC0415 - uvicorn is an extra
         from bilm_server.protocols.http.metrics_page import MetricsPage  # noqa: PLC0415
         from bilm_server.protocols.http.openapi import OpenApi  # noqa: PLC0415
+        from bilm_server.protocols.http.page_files import page_files  # noqa: PLC0415
         from bilm_server.protocols.http.routing import HttpApp  # noqa: PLC0415
 
         app = HttpApp(
@@ -318,6 +319,7 @@ class _App:
             config.http_host,
             config.stream_stall_s,
             endpoints={http.METRICS: MetricsPage(self._metrics.registry), http.OPENAPI: OpenApi()},
+            page=page_files(),
         )
         return HttpDoor(config.http_listen, app, self._http_connections, self._tls_contexts)
 

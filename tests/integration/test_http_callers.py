@@ -40,6 +40,7 @@ def test_tokens_limits_and_hosts(token_file: Path) -> None:
         }
         assert not [answer for answer in refused if TOKEN in answer.body.decode()]
         assert call(address, "GET", "/healthz").status == call(address, "GET", "/readyz").status == 200
+        assert [call(address, "GET", "/", headers={"host": name}).status for name in ("b", "localhost")] == [200, 421]
         assert embeddings(address, ONE, headers=known).status == 200
         assert embeddings(address, ONE, headers={**known, "authorization": f"bEARER {TOKEN}"}).status == 200
         assert embeddings(address, ONE, headers={**known, "host": "localhost"}).status == 421

@@ -94,6 +94,8 @@ def test_the_wheel_has_the_data_files_too(wheel: Path) -> None:
     assert "bilm_api/v1/embed_pb2.pyi" in names
     assert "bilm_api/v1/embed.binpb" in names
     assert "bilm_model/pretrained/wikitext2-mini.safetensors" in names
+    page = ROOT / "server" / "bilm_server" / "protocols" / "http" / "page"
+    assert {f"bilm_server/protocols/http/page/{path.name}" for path in page.iterdir()} <= names
     assert {f"bilm_training/presets/{name}.toml" for name in PRESETS} <= names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(packages)  # no tests, no benchmarks

@@ -13,6 +13,7 @@ from bilm_server.inference.types import Sentence
 from bilm_server.protocols.http.bodies import Bodies
 from bilm_server.protocols.http.door import HttpDoor
 from bilm_server.protocols.http.endpoints import endpoints_of
+from bilm_server.protocols.http.page_files import page_files
 from bilm_server.protocols.http.routing import HttpApp
 from bilm_server.security.auth import Authenticator
 from bilm_server.security.callers import CallerRights
@@ -54,9 +55,14 @@ class Opened:
         """Call it from a thread."""
         return await asyncio.to_thread(embeddings, self.door.address, body, **options)
 
-    async def get(self, path: str) -> Answer:
+    async def get(self, path: str, **headers: str) -> Answer:
         """Call it from a thread."""
-        return await asyncio.to_thread(call, self.door.address, "GET", path)
+        return await self.ask("GET", path, **headers)
+
+    async def ask(self, method: str, path: str, **headers: str) -> Answer:
+        """Call it from a thread; a header's underscores are hyphens."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await asyncio.to_thread(call, self.door.address, method, path, headers=named)
 
     async def connect(self) -> socket.socket:
         """Return a connection to it."""
@@ -86,7 +92,7 @@ async def opened(
     ended = EndedCalls()
     async with embedding(engine or FakeEngine()) as embedder:
         gate = CallGate(Authenticator(None), CallerRights((), authenticated=False), NO_LIMITS, [ended])
-        app = HttpApp(gate, lambda: loaded, (), stall_s, bodies=bodies)
+        app = HttpApp(gate, lambda: loaded, (), stall_s, page=page_files(), bodies=bodies)
         settings = {"tls": lambda: None, **settings}
         door = HttpDoor("127.0.0.1:0", app, lambda: max_connections, **settings)
         await door.start()

@@ -94,6 +94,16 @@ class HttpRefusalError(RefusalError):
         self.status, self.field, self.headers = status, field, headers or {}
 
 
+def method_refused(expected: str) -> HttpRefusalError:
+    """Return the refusal of a method that a path doesn't have."""
+    return HttpRefusalError(
+        f"method: expected {expected}",
+        reason=Reason.METHOD_NOT_FOUND,
+        status=405,
+        headers={"allow": expected},
+    )
+
+
 def error_object(refusal: RefusalError) -> dict[str, object]:
     """Return a refusal as OpenAI's clients read errors; `code` is the reason."""
     status = status_of_refusal(refusal)

@@ -1,6 +1,6 @@
 """From ASGI to the endpoints: what every HTTP call passes through, whether or not the model is loaded.
 
-Every path is guarded, those that don't exist included, but /healthz and /readyz.
+Every path is guarded, those that don't exist included, but /healthz, /readyz and the files of the page.
 """
 
 import asyncio
@@ -30,7 +30,8 @@ from bilm_server.protocols.http import names
 from bilm_server.protocols.http.bodies import Bodies, Receive
 from bilm_server.protocols.http.connection import MAX_HEAD_BYTES, Connection, connection_of
 from bilm_server.protocols.http.hosts import AllowedHosts, split_target
-from bilm_server.protocols.http.messages import HttpRefusalError, HttpRequest, HttpResponse, refused
+from bilm_server.protocols.http.messages import HttpRefusalError, HttpRequest, HttpResponse, method_refused, refused
+from bilm_server.protocols.http.page_files import PageFile
 
 DEFAULT_TIMEOUT_S: Final = 60.0
 """Deadline of a call that has no header `timeout`."""
@@ -103,6 +104,7 @@ class HttpApp:
         stall_s: float,
         *,
         endpoints: Mapping[str, Endpoint] = MappingProxyType({}),
+        page: Mapping[str, PageFile] = MappingProxyType({}),
         bodies: Bodies | None = None,
     ) -> None:
         """Keep what calls pass through.
@@ -113,11 +115,12 @@ class HttpApp:
             hosts: see `AllowedHosts`.
             stall_s: seconds that a client may take to read a part of a response.
             endpoints: those that need no model, by the names of their routes.
+            page: files that anybody may have who names an allowed host, by their paths.
             bodies: receives them.
         """
         self._gate, self._serving, self._stall_s = gate, serving, stall_s
         self._hosts, self._bodies = AllowedHosts(hosts), bodies or Bodies()
-        self._endpoints = endpoints
+        self._endpoints, self._page = endpoints, page
 
     def open(self, endpoints: Mapping[str, Endpoint]) -> None:
         """Take the endpoints of the loaded model, by the names of their routes; from here on calls reach them."""
@@ -131,6 +134,8 @@ class HttpApp:
         try:
             if exchange.path in OPEN_PATHS and scope["method"] in ("GET", "HEAD"):
                 await self._send(connection, self._health(exchange.path), send)
+            elif (file := self._page.get(exchange.path)) is not None:
+                await self._send(connection, self._page_file(exchange, file), send)
             else:
                 await self._guarded(exchange, send)
         except asyncio.CancelledError:
@@ -142,6 +147,13 @@ class HttpApp:
     def _health(self, path: str) -> HttpResponse:
         healthy = path == "/healthz" or self._serving()
         return HttpResponse(b"ok\n" if healthy else b"not ready\n", 200 if healthy else 503, "text/plain")
+
+    def _page_file(self, exchange: "_Exchange", file: PageFile) -> HttpResponse:
+        try:
+            self._hosts.check(exchange.host)
+            return file.response(exchange.scope["method"], exchange.headers)
+        except HttpRefusalError as refusal:
+            return refused(refusal)
 
     async def _guarded(self, exchange: "_Exchange", send: Send) -> None:
         """Answer a call so that every way to fail ends in a response, and every end is observed."""
@@ -211,12 +223,7 @@ class HttpApp:
             raise HttpRefusalError("this server has no such path", reason=Reason.METHOD_NOT_FOUND)
         method = exchange.scope["method"]
         if method != route.method and (method, route.method) != ("HEAD", "GET"):
-            raise HttpRefusalError(
-                f"method: expected {route.method}",
-                reason=Reason.METHOD_NOT_FOUND,
-                status=405,
-                headers={"allow": route.method},
-            )
+            raise method_refused(route.method)
         return route
 
     async def _send(self, connection: Connection, response: HttpResponse, send: Send, request_id: str = "") -> None:
