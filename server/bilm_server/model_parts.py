@@ -18,6 +18,7 @@ from bilm_server.embedding.admission import Admission, StreamAdmission
 from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.embedding.conversions import Conversions
 from bilm_server.embedding.embedder import Embedder
+from bilm_server.embedding.ensemble import Ensemble, EnsembleWorker, Member
 from bilm_server.embedding.model_set import ModelSet, ServingModel
 from bilm_server.embedding.preprocessing import RequestLimits
 from bilm_server.embedding.registry import Registry
@@ -25,7 +26,7 @@ from bilm_server.inference.engine_thread import EngineThread
 from bilm_server.inference.load import LoadMeter
 from bilm_server.inference.types import RoundReport
 from bilm_server.inference.watchdog import Watchdog
-from bilm_server.inference.worker import InferenceWorker
+from bilm_server.inference.worker import InferenceWorker, Worker
 from bilm_server.lifecycle import LoadedParts
 from bilm_server.observability.metrics import Metrics
 from bilm_server.observability.resources import Gpu, find_gpu
@@ -35,7 +36,7 @@ from bilm_server.protocols.embed_v1.service import EmbedService
 from bilm_server.protocols.grpc.late_service import LateService
 from bilm_server.protocols.kserve.methods import MODEL_METHODS, handler_of
 from bilm_server.protocols.kserve.service import InferenceService
-from bilm_server.served_model import ServedModel
+from bilm_server.served_model import EmbeddingModel, ServedModel
 
 if TYPE_CHECKING:  # uvicorn is an extra
     from bilm_server.protocols.http.routing import HttpApp
@@ -77,11 +78,8 @@ def build_parts(
     limits = RequestLimits.of(config)
     registry, thread = Registry(limits, shared.conversions), EngineThread()
 
-    def serve(model: ServedModel, weight: float) -> tuple[Embedder, InferenceWorker]:
-        worker = InferenceWorker(
-            model.engine, _round_observer(model, shared), batch_share=config.batch_share, thread=thread, weight=weight
-        )
-        embedder = Embedder(
+    def embedder_of(model: EmbeddingModel, worker: Worker) -> Embedder:
+        return Embedder(
             model=model,
             worker=worker,
             limits=limits,
@@ -90,9 +88,17 @@ def build_parts(
             stream_admission=shared.stream_admission,
             caller_limits=shared.caller_limits,
         )
-        return embedder, worker
 
-    models = ModelSet(registry, load, serve, shared.metrics.add_models)
+    def serve(model: ServedModel, weight: float) -> tuple[Embedder, InferenceWorker]:
+        worker = InferenceWorker(
+            model.engine, _round_observer(model, shared), batch_share=config.batch_share, thread=thread, weight=weight
+        )
+        return embedder_of(model, worker), worker
+
+    def serve_ensemble(ensemble: Ensemble, members: Sequence[Member]) -> Embedder:
+        return embedder_of(ensemble, EnsembleWorker(members, shared.conversions))
+
+    models = ModelSet(registry, load, serve, serve_ensemble, shared.metrics.add_models)
     loaded = models.load([*plan.models.values()])
     return LoadedParts(
         models,

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
-from bilm_client import AsyncClient
-from bilm_client.errors import ServiceError
+from bilm_client import AsyncClient, ScalarMix, SentenceError, ServiceError
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
 from bilm_model.engine.cellular import CellularBatch
@@ -80,6 +80,11 @@ class Running:
         """Return what a model makes of the sentences."""
         async with self.client(model=name) as client:
             return [found.vectors for found in await client.embed(SENTENCES)]
+
+    async def ask(self, name: str, sentences: Any, **options: Any) -> Any:
+        """Return embeddings by a model."""
+        async with self.client(model=name) as client:
+            return await client.embed(sentences, **options)
 
     async def reload(self, token: str = TOKEN) -> Any:
         """Call the RPC."""
@@ -255,3 +260,128 @@ def test_models_that_do_not_fit_the_memory_are_refused(tmp_path: Path) -> None:
         check_memory(plans, (), process + loading + 2 * each - 1)
     with pytest.raises(ConfigurationError, match="models: a: "):
         check_memory(plans[:1], plans, process + loading + 3 * each - 1)
+
+
+# ---- ensembles ----
+
+_ENSEMBLE = '[[models]]\nname = "{name}"\nmembers = ["a", "b"]\n{more}\n'
+
+
+def write_deep(path: Path) -> None:
+    """Write a model with a layer more than the others have."""
+    config = replace(TINY, n_layers=TINY.n_layers + 1)
+    single_file.write(path, config, random_bilm(config, seed=5).state_dict())
+
+
+@asynccontextmanager
+async def with_ensemble(folder: Path, more: str = "", *, deep: bool = False) -> AsyncIterator[Running]:
+    """Yield a server with an ensemble "both" of a and b, of which b may be deeper."""
+    it = Running(folder)
+    if deep:
+        write_deep(folder / "b.safetensors")
+    it.configure("a", "b", also=_ENSEMBLE.format(name="both", more=more))
+    config = it.read()
+    it.server = build_server(config, plan_serving(config), load_served_model, read_config=it.read)
+    await it.server.start()
+    await it.server.load()
+    try:
+        yield it
+        await until(lambda: all(embedder.idle for embedder in it.server.models.registry))
+    finally:
+        await it.server.stop()
+
+
+Options = dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layers": "top"},
+        {"layers": "average", "pool": "mean"},
+        {"layers": "mix", "mix": ScalarMix((0.5, -1.0, 2.0), 0.7, layer_norm=True)},
+        {"layers": "top", "pool": "max", "dtype": "float16"},
+    ],
+)
+async def test_an_ensembles_vectors_are_those_of_its_members(tmp_path: Path, options: Options) -> None:
+    async with with_ensemble(tmp_path) as it:
+        found, a, b = [await it.ask(name, SENTENCES, **options) for name in ("both", "a", "b")]
+        for each, *parts in zip(found, a, b, strict=True):
+            assert np.array_equal(each.vectors, np.concatenate([part.vectors for part in parts], axis=-1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+async def test_an_ensembles_vectors_are_scaled_as_one(tmp_path: Path, dtype: str) -> None:
+    async with with_ensemble(tmp_path) as it:
+        (found,) = await it.ask("both", SENTENCES[:1], layers="top", l2_normalize=True, dtype=dtype)
+        (plain,) = await it.ask("both", SENTENCES[:1], layers="top")
+        expected = plain.vectors / np.linalg.norm(plain.vectors, axis=-1, keepdims=True)
+        assert np.allclose(found.vectors, expected, atol=1e-6 if dtype == "float32" else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "layers"),
+    [("", (1, 2, 3)), ("layers = [[0, 1, 2], [0, 1, 3]]", (0, 1, 3)), ("layers = [[1, 2], [0, 2]]", (0, 2))],
+)
+async def test_layers_of_members_that_differ_are_paired(tmp_path: Path, more: str, layers: tuple[int, ...]) -> None:
+    async with with_ensemble(tmp_path, more, deep=True) as it:
+        whole = {name: (await it.ask(name, SENTENCES[:1]))[0].vectors for name in "ab"}
+        own = {"a": (1, 2) if len(layers) == 2 else (0, 1, 2), "b": layers}
+        expected = np.concatenate([whole[name][list(own[name])] for name in "ab"], axis=-1)
+
+        async def ask(**options: Any) -> Any:
+            (found,) = await it.ask("both", SENTENCES[:1], **options)
+            return found.vectors
+
+        assert np.array_equal(await ask(), expected)
+        assert np.array_equal(await ask(layers="top"), expected[-1])
+        assert np.allclose(await ask(layers="average"), expected.mean(axis=0), atol=1e-6)
+        shares = np.exp(weights := np.linspace(-1, 1, len(layers))) / np.exp(weights).sum()
+        mixed = await ask(layers="mix", mix=ScalarMix(tuple(weights), 2.0))
+        assert np.allclose(mixed, 2 * np.tensordot(shares, expected, axes=1), atol=1e-5)
+        async with it.client(model="both") as client:
+            info = await client.model_info()
+        assert (info.members, info.layer_count, info.width) == (("a", "b"), len(layers), 4 * TINY.projection_dim)
+
+
+async def test_an_ensembles_state_is_carried(tmp_path: Path) -> None:
+    async with with_ensemble(tmp_path) as it:
+
+        async def carried(name: str) -> Any:
+            (first,) = await it.ask(name, SENTENCES[:1], return_states=True)
+            (second,) = await it.ask(name, SENTENCES[1:2], states=[first.state])
+            return second.vectors
+
+        found = await carried("both")
+        (fresh,) = await it.ask("both", SENTENCES[1:2])
+        assert not np.array_equal(found, fresh.vectors)
+        assert np.array_equal(found, np.concatenate([await carried("a"), await carried("b")], axis=-1))
+        with pytest.raises(SentenceError) as error:
+            await it.ask("both", SENTENCES[:1], states=[b"damaged"])
+        assert error.value.reason == "STATE_INVALID"
+
+
+async def test_a_reload_of_a_member_is_one_of_its_ensembles(tmp_path: Path) -> None:
+    async with with_ensemble(tmp_path) as it:
+        await asyncio.to_thread(write, tmp_path / "b.safetensors", 9)
+        done = await it.reload()
+        assert (done.kept, done.replaced) == (["a"], ["b", "both"])
+        assert (await it.reload()).kept == ["a", "b", "both"]
+        it.configure("a", "b")
+        assert (await it.reload()).removed == ["both"]
+
+
+@pytest.mark.parametrize(
+    ("also", "says"),
+    [
+        (_ENSEMBLE.format(name="both", more="layers = [[0, 1], [0, 9]]"), "both: layers: b has no layer 9"),
+        ('[[models]]\nname = "c"\npath = "random:tiny"\ntokenizer = "whitespace"\n'
+         '[[models]]\nname = "both"\nmembers = ["a", "c"]\n', "both: its members have different tokenizers"),
+    ],
+)  # fmt: skip
+def test_ensembles_that_do_not_fit_together_are_refused(tmp_path: Path, also: str, says: str) -> None:
+    it = Running(tmp_path)
+    it.configure("a", "b", also=also)
+    with pytest.raises(ConfigurationError, match=says):
+        plan_serving(it.read())

@@ -32,6 +32,12 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
+def worker_of(embedder: Embedder) -> InferenceWorker:
+    """Return the worker of an embedder that isn't an ensemble's."""
+    assert isinstance(embedder.worker, InferenceWorker)
+    return embedder.worker
+
+
 @contextmanager
 def entered(call: CallRecord) -> Iterator[None]:
     """Make a call the current one."""
@@ -62,20 +68,21 @@ async def embedding(
         caller_limits: of each caller.
         limits: other ones than `LIMITS`.
     """
+    worker = InferenceWorker(engine)
     embedder = Embedder(
         model=model or fake_model(engine),
-        worker=InferenceWorker(engine),
+        worker=worker,
         limits=replace(LIMITS, **limits),
         conversions=Conversions(),
         admission=Admission(max_tokens, max_response_bytes),
         stream_admission=StreamAdmission(max_tokens, max_response_bytes),
         caller_limits=caller_limits,
     )
-    await embedder.worker.start()
+    await worker.start()
     try:
         yield embedder
         await until(lambda: embedder.idle)
     finally:
         engine.go_on.set()
-        await embedder.worker.stop()
+        await worker.stop()
         embedder.conversions.stop()

@@ -128,7 +128,7 @@ class LoopServer:
     @property
     def worker(self) -> InferenceWorker:
         """What drives the engine."""
-        return self.server.embedder.worker
+        return self.server.models.models[0].worker
 
     def channel(self) -> grpc.Channel:
         channel = grpc.insecure_channel(self.target, options=[("grpc.max_receive_message_length", 20 * 2**20)])

@@ -25,7 +25,7 @@ from bilm_server.embedding.conversions import Conversions
 from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits
 from bilm_server.errors import Code, RefusalError
 from bilm_server.inference.types import Call, Outcome, Result, Sentence
-from bilm_server.inference.worker import InferenceWorker
+from bilm_server.inference.worker import Worker
 from bilm_server.observability.call_record import current_call
 from bilm_server.served_model import EmbeddingModel
 
@@ -58,7 +58,7 @@ class Embedder:
         self,
         *,
         model: EmbeddingModel,
-        worker: InferenceWorker,
+        worker: Worker,
         limits: RequestLimits,
         conversions: Conversions,
         admission: Admission,

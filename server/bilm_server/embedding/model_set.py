@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bilm_model.device import resolve_device
@@ -13,11 +13,12 @@ from bilm_system.control_groups import memory_limit_bytes
 
 from bilm_server.config import ServerConfig
 from bilm_server.embedding.embedder import Embedder
+from bilm_server.embedding.ensemble import Ensemble, Member
 from bilm_server.embedding.registry import Registry
 from bilm_server.errors import ConfigurationError
 from bilm_server.inference.worker import InferenceWorker
 from bilm_server.own_thread import in_own_thread
-from bilm_server.preflight import ModelPlan, ServingPlan
+from bilm_server.preflight import EnsemblePlan, ModelPlan, ServingPlan
 from bilm_server.security.reloading import Stamp, stamp_of
 from bilm_server.served_model import MODEL_SETTINGS, ServedModel, host_bytes
 
@@ -83,6 +84,21 @@ class ServingModel:
     worker: InferenceWorker
 
 
+@dataclass(frozen=True, eq=False)
+class ServingEnsemble:
+    """An ensemble that serves.
+
+    Attributes:
+        plan: that it follows.
+        members: what embeds by its models.
+        embedder: what embeds by it.
+    """
+
+    plan: EnsemblePlan
+    members: Sequence[Embedder]
+    embedder: Embedder
+
+
 class ModelSet:
     """Used from the event loop only, save `load`.
 
@@ -95,6 +111,7 @@ class ModelSet:
         registry: Registry,
         load: Callable[[ServerConfig], ServedModel],
         serve: Callable[[ServedModel, float], tuple[Embedder, InferenceWorker]],
+        serve_ensemble: Callable[[Ensemble, Sequence[Member]], Embedder],
         on_names: Callable[[Sequence[str]], None],
     ) -> None:
         """Keep the parts; call `load` and `start` for the first models.
@@ -103,11 +120,14 @@ class ModelSet:
             registry: has none yet.
             load: loads a model.
             serve: makes what serves it, with its weight; nothing of that has started.
+            serve_ensemble: makes what serves an ensemble.
             on_names: takes the names of all that will be served, before calls find them.
         """
         self.registry = registry
-        self._load_model, self._serve, self._on_names = load, serve, on_names
+        self._load_model, self._serve, self._serve_ensemble, self._on_names = load, serve, serve_ensemble, on_names
         self._running: dict[str, ServingModel] = {}
+        self._ensembles: dict[str, ServingEnsemble] = {}
+        self._left: list[ServingModel] = []
         self._draining: set[asyncio.Task[None]] = set()
         self._reloading = asyncio.Lock()
         self._loading: threading.Thread | None = None
@@ -150,10 +170,7 @@ class ModelSet:
         Raises:
             Exception: what an engine raised, if it failed.
         """
-        started = await self._started(loaded)
-        self._on_names(plan.names)
-        self._running = started
-        self.registry.replace([self._running[name].embedder for name in plan.names])
+        self._switch(plan, await self._started(loaded))
 
     async def reload(self, plan: ServingPlan) -> Changes:
         """Serve what a plan says from now on; calls under way end on what they began with.
@@ -164,26 +181,24 @@ class ModelSet:
             Exception: what an engine raised. Whatever it is, nothing has changed.
         """
         async with self._reloading:
-            kept = {name for name, each in plan.models.items() if self._follows(name, each)}
-            fresh = await self._loaded([each for name, each in plan.models.items() if name not in kept])
-            same = {each.plan.name for each in fresh if self._computes_the_same(each)}  # touched, or moved
-            kept |= same
-            started = await self._started([each for each in fresh if each.plan.name not in same])
-            before, self._running = (
-                self._running,
-                {name: started[name] if name in started else self._running[name] for name in plan.models},
-            )
-            self._on_names(plan.names)
-            self.registry.replace([self._running[name].embedder for name in plan.names])
-            left = [each for name, each in before.items() if self._running.get(name) is not each]
-            task = asyncio.create_task(_drain(left))
-            self._draining.add(task)
-            task.add_done_callback(self._draining.discard)
+            running = {name: self._running[name] for name, each in plan.models.items() if self._follows(name, each)}
+            fresh = await self._loaded([each for name, each in plan.models.items() if name not in running])
+            for each in fresh:
+                if self._computes_the_same(each):  # its file was touched, or written again
+                    present = self._running[each.plan.name]
+                    running[each.plan.name] = replace(present, loaded=replace(present.loaded, stamps=each.stamps))
+            started = await self._started([each for each in fresh if each.plan.name not in running])
+            before = {embedder.model.name: embedder for embedder in self.registry}
+            models = self._running
+            self._switch(plan, running | started)
+            after = {embedder.model.name: embedder for embedder in self.registry}
+            workers = [each for name, each in models.items() if after.get(name) is not each.embedder]
+            self._begin_to_drain([each for name, each in before.items() if after.get(name) is not each], workers)
             return Changes(
-                added=[name for name in plan.names if name not in before],
-                replaced=[name for name in plan.names if name in before and name not in kept],
-                removed=[name for name in before if name not in self._running],
-                kept=[name for name in plan.names if name in kept],
+                added=[name for name in after if name not in before],
+                replaced=[name for name in after if name in before and after[name] is not before[name]],
+                removed=[name for name in before if name not in after],
+                kept=[name for name in after if after[name] is before.get(name)],
             )
 
     async def stop(self) -> None:
@@ -193,6 +208,46 @@ class ModelSet:
         await asyncio.gather(*self._draining, return_exceptions=True)
         for each in self.models:
             await each.worker.stop()
+
+    def _switch(self, plan: ServingPlan, running: Mapping[str, ServingModel]) -> None:
+        """Let calls find these models, and the ensembles of them."""
+        ensembles = {name: self._ensemble(each, running) for name, each in plan.ensembles.items()}
+        embedders = {name: each.embedder for name, each in running.items()}
+        embedders |= {name: each.embedder for name, each in ensembles.items()}
+        self._running = {name: running[name] for name in plan.models}
+        self._ensembles = ensembles
+        self._on_names(plan.names)
+        self.registry.replace([embedders[name] for name in plan.names])
+
+    def _ensemble(self, plan: EnsemblePlan, running: Mapping[str, ServingModel]) -> ServingEnsemble:
+        """Return an ensemble: the present one, unless it or one of its members is another one now."""
+        embedders = [running[name].embedder for name in plan.members]
+        present = self._ensembles.get(plan.name)
+        if present is not None and present.plan == plan and present.members == embedders:
+            return present
+        members = [
+            Member(embedder.model, embedder.worker, layers)
+            for embedder, layers in zip(embedders, plan.layers, strict=True)
+        ]
+        return ServingEnsemble(plan, embedders, self._serve_ensemble(Ensemble(plan.name, members), members))
+
+    def _begin_to_drain(self, embedders: Sequence[Embedder], models: Sequence[ServingModel]) -> None:
+        self._left += models
+
+        async def drain() -> None:
+            """Stop models when no call uses them any more, or when cancelled."""
+            try:
+                for embedder in embedders:
+                    await embedder.given_back()
+            finally:
+                for each in models:
+                    await each.worker.stop()
+                    self._left.remove(each)
+                    _log.info("model %s, version %s: drained", each.loaded.model.name, each.loaded.model.version)
+
+        task = asyncio.create_task(drain())
+        self._draining.add(task)
+        task.add_done_callback(self._draining.discard)
 
     def _follows(self, name: str, plan: ModelPlan) -> bool:
         return name in self._running and self._running[name].loaded.follows(plan)
@@ -205,7 +260,7 @@ class ModelSet:
 
     async def _loaded(self, plans: Sequence[ModelPlan]) -> list[Loaded]:
         """Load models beside those that serve, and warm them up, so that the thread that all share needn't."""
-        beside = [each.loaded.plan for each in self.models]
+        beside = [each.loaded.plan for each in (*self.models, *self._left)]
 
         def load() -> list[Loaded]:
             found = self.load(plans, beside)
@@ -230,17 +285,6 @@ class ModelSet:
                 await embedding.worker.stop()
             raise
         return started
-
-
-async def _drain(left: Sequence[ServingModel]) -> None:
-    """Stop models when no call uses them any more, or when cancelled."""
-    try:
-        for each in left:
-            await each.embedder.given_back()
-    finally:
-        for each in left:
-            await each.worker.stop()
-            _log.info("model %s, version %s: drained", each.loaded.model.name, each.loaded.model.version)
 
 
 def _settings(plan: ModelPlan) -> tuple[object, ...]:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from bilm_api.constants import Priority
 from bilm_model.engine.types import Capacity, Engine
@@ -34,8 +35,31 @@ class WorkerTiming:
     stop_s: float = STOP_S
 
 
+class Worker(Protocol):
+    """Computes prepared sentences; used from the event loop."""
+
+    @property
+    def steps_per_s(self) -> float:
+        """Recent speed while computing: tokens and boundaries a second; never 0."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last thing that was computed succeeded."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left of any sentence."""
+
+    def submit(self, sentences: Sequence[Sentence]) -> "asyncio.Future[Outcomes]":
+        """Queue sentences of one call, one at least.
+
+        The future ends in the outcome of each of them, in their order: a `Result`, or an INTERNAL refusal that is the
+        sentence's own. Or it ends in the first other RefusalError. Then, and if it is cancelled, all are taken out.
+        """
+
+
 class InferenceWorker:
-    """Run an engine: a waiting sentence joins the running batch as soon as capacity allows.
+    """Run an engine (`Worker`): a waiting sentence joins the running batch as soon as capacity allows.
 
     A sentence is in the scheduler, in the engine, among the suspects of a failed round, or has ended. Each way to end
     takes it out of all of them and ends its future.

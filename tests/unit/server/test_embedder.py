@@ -17,7 +17,7 @@ from bilm_server.errors import Code, RefusalError
 from bilm_server.inference.types import Call, Result, Sentence
 from bilm_server.observability.call_record import CallRecord
 
-from tests.support.embedders import embedding, entered, until
+from tests.support.embedders import embedding, entered, until, worker_of
 from tests.support.fake_engine import FakeEngine, fake_model
 from tests.support.sentences import PLAIN
 
@@ -218,7 +218,7 @@ async def test_a_cancelled_call_leaves_nothing(moment: str, held: Callable[[], A
         engine.go_on.clear()
         with a_call():
             task = begin(embedder, new("a b", "c d", "e f"))
-            await until(lambda: embedder.worker.in_flight == 1 and embedder.worker.waiting == 2)
+            await until(lambda: worker_of(embedder).in_flight == 1 and worker_of(embedder).waiting == 2)
             if moment == "computing":
                 engine.go_on.set()
                 engine.go_on.clear()
@@ -226,7 +226,7 @@ async def test_a_cancelled_call_leaves_nothing(moment: str, held: Callable[[], A
             await asyncio.wait([task])
             assert task.cancelled()
             assert embedder.admission.used == Cost(0, 0)
-            assert embedder.worker.pending == embedder.worker.waiting == 0
+            assert worker_of(embedder).pending == worker_of(embedder).waiting == 0
         engine.go_on.set()
         await until(lambda: embedder.idle)
     assert engine.stats.steps <= 2

@@ -16,7 +16,7 @@ from bilm_server.protocols.kserve.outputs import TensorFormat
 from google.protobuf import descriptor_pool
 from google.rpc import error_details_pb2, status_pb2
 
-from tests.support.embedders import until
+from tests.support.embedders import until, worker_of
 from tests.support.fake_engine import FakeEngine, fake_model
 from tests.support.served import RunningService, serving
 from tests.support.tensors import arrays, parameters, raw_bytes, raw_numbers, tensor, texts, tokens
@@ -394,7 +394,7 @@ async def test_a_timeout_in_microseconds_is_a_deadline() -> None:
         first = asyncio.ensure_future(served.kserve.ModelInfer(tokens(["a"])))
         await until(computing.computing.is_set)
         late = asyncio.ensure_future(refusal(served.kserve.ModelInfer(tokens(["b"], timeout=1))))
-        await until(lambda: served.embedder.worker.waiting > 0 or late.done())
+        await until(lambda: worker_of(served.embedder).waiting > 0 or late.done())
         computing.go_on.set()
         assert (await late)[:2] == ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
         assert arrays(await first)["lengths"].tolist() == [1]

@@ -27,6 +27,7 @@ from bilm_server.observability.metrics import Metrics
 from bilm_server.security.auth import Authenticator
 from bilm_server.security.callers import CallerRights
 
+from tests.support.embedders import worker_of
 from tests.support.engines import SumEngine, WholeEngine, token_value
 from tests.support.fake_engine import fake_model
 
@@ -112,12 +113,12 @@ async def opened(engine: Engine[Any], folder: Path) -> AsyncIterator[Door]:
     token_file.write_text(f"team-a {TOKEN}\n", encoding="utf-8")
     token_file.chmod(0o600)
     door = Door(engine, token_file)
-    await door.embedder.worker.start()
+    await worker_of(door.embedder).start()
     try:
         yield door
         assert door.embedder.idle
     finally:
-        await door.embedder.worker.stop()
+        await worker_of(door.embedder).stop()
         door.embedder.conversions.stop()
 
 

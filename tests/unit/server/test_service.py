@@ -16,7 +16,7 @@ from bilm_server.errors import Code
 from bilm_server.inference.types import Sentence
 from google.rpc import error_details_pb2, status_pb2
 
-from tests.support.embedders import LIMITS, until
+from tests.support.embedders import LIMITS, until, worker_of
 from tests.support.fake_engine import FakeEngine
 from tests.support.served import serving, text, tokens
 
@@ -161,16 +161,16 @@ async def test_what_nothing_waits_for_is_not_computed(how: str) -> None:
     async with serving(slow) as served:
         slow.go_on.clear()
         first = served.stub.Embed(Request(sentences=[tokens("a")]))
-        await until(lambda: served.embedder.worker.in_flight == 1)
+        await until(lambda: worker_of(served.embedder).in_flight == 1)
         doomed = served.stub.Embed(
             Request(sentences=[tokens("b"), tokens("c")]), timeout=0.05 if how == "deadline" else None
         )
         if how == "cancel":
-            await until(lambda: served.embedder.worker.waiting == 2)
+            await until(lambda: worker_of(served.embedder).waiting == 2)
             doomed.cancel()
         with pytest.raises((asyncio.CancelledError, grpc.aio.AioRpcError)):
             await doomed
-        await until(lambda: served.embedder.worker.pending == 1)
+        await until(lambda: worker_of(served.embedder).pending == 1)
         slow.go_on.set()
         await first
         assert slow.stats.steps == 1
@@ -207,7 +207,7 @@ async def test_sentences_have_the_priority_of_their_call_within_its_callers_ceil
             call = served.stub.EmbedStream(messages(tokens("a"), priority=asked))
         else:
             call = served.stub.Embed(Request(sentences=[tokens("a")], priority=asked))
-        worker, embedder = served.embedder.worker, served.embedder
+        worker, embedder = worker_of(served.embedder), served.embedder
         await until(lambda: worker.in_flight == 1)
         assert [worker.rows_of(priority) for priority in Priority] == [
             int(priority is expected) for priority in Priority
@@ -257,9 +257,9 @@ async def test_a_stream_that_is_cancelled_leaves_nothing() -> None:
     async with serving(slow) as served:
         slow.go_on.clear()
         call = served.stub.EmbedStream(messages(*[tokens("a", "b")] * 10))
-        await until(lambda: served.embedder.worker.pending == LIMITS.stream_items)
+        await until(lambda: worker_of(served.embedder).pending == LIMITS.stream_items)
         call.cancel()
-        await until(lambda: served.embedder.worker.pending == 0)
+        await until(lambda: worker_of(served.embedder).pending == 0)
         await until(lambda: served.embedder.stream_admission.used == Cost(0, 0))
 
 

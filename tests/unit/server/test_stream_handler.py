@@ -18,7 +18,7 @@ from bilm_server.inference.types import Call, Sentence
 from bilm_server.observability.call_record import CallRecord
 from bilm_server.protocols.embed_v1.stream import StreamHandler
 
-from tests.support.embedders import LIMITS, embedding, entered, until
+from tests.support.embedders import LIMITS, embedding, entered, until, worker_of
 from tests.support.fake_engine import FakeEngine
 from tests.support.served import tokens
 
@@ -119,7 +119,7 @@ async def test_no_more_items_are_read_than_may_be_in_flight() -> None:
         found.client.start()
         for number in range(3 * LIMITS.stream_items):
             found.client.send(number, "a")
-        await until(lambda: found.embedder.worker.pending == LIMITS.stream_items)
+        await until(lambda: worker_of(found.embedder).pending == LIMITS.stream_items)
         assert found.client.read == 1 + LIMITS.stream_items
         slow.go_on.set()
         found.client.finish()
@@ -133,7 +133,7 @@ async def test_items_hold_their_room_until_they_are_sent() -> None:
         found.client.start()
         for number in range(LIMITS.stream_items):
             found.client.send(number, "a", "b")
-        await until(lambda: found.embedder.worker.pending == 0 and found.client.read == 1 + LIMITS.stream_items)
+        await until(lambda: worker_of(found.embedder).pending == 0 and found.client.read == 1 + LIMITS.stream_items)
         assert found.embedder.stream_admission.used.tokens == 2 * LIMITS.stream_items
         found.client.reads.set()
         await until(lambda: found.embedder.stream_admission.used == Cost(0, 0))
@@ -229,12 +229,12 @@ async def test_a_stream_that_is_cancelled_leaves_nothing(carry: bool) -> None:
         for number in range(LIMITS.stream_items):
             found.client.send(number, "a", "b")
         n_pending = 1 if carry else LIMITS.stream_items
-        await until(lambda: found.embedder.worker.pending == n_pending)
+        await until(lambda: worker_of(found.embedder).pending == n_pending)
         found.task.cancel()
         await asyncio.wait([found.task])
         await asyncio.sleep(0)
         assert found.embedder.stream_admission.used == Cost(0, 0)
-        assert found.embedder.worker.pending == 0
+        assert worker_of(found.embedder).pending == 0
 
 
 async def test_carried_items_are_answered_in_order_and_continue_from_one_another() -> None:
