@@ -95,7 +95,7 @@ proto-baseline: $(PROTO_VENV)/.installed
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.bench $(ARGS)
 
-# the original size: about six minutes
+# the original size, and the protocols: about seven minutes
 bench-original: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.bench --original $(ARGS)
 

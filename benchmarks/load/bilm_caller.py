@@ -17,22 +17,25 @@ _POOLING = {"none": pb.POOLING_NONE, "mean": pb.POOLING_MEAN}
 _DATA_TYPES = {"float32": pb.DATA_TYPE_FLOAT32, "float16": pb.DATA_TYPE_FLOAT16}
 
 
-def new_request(sentences: Sentences, layers: str, pool: str, dtype: str) -> pb.EmbedRequest:
-    """Return the request for some sentences."""
+def new_request(sentences: Sentences, layers: str, pool: str, dtype: str, content: str = "tokens") -> pb.EmbedRequest:
+    """Return the request for some sentences, as tokens or as texts with white space between them."""
     options = pb.EmbedOptions(
         layers=_LAYERS[layers], pooling=_POOLING[pool], data_type=_DATA_TYPES[dtype], omit_tokens=True
     )
-    messages = [pb.Sentence(tokens=pb.Tokens(tokens=tokens)) for tokens in sentences]
+    if content == "texts":
+        messages = [pb.Sentence(text=" ".join(tokens)) for tokens in sentences]
+    else:
+        messages = [pb.Sentence(tokens=pb.Tokens(tokens=tokens)) for tokens in sentences]
     return pb.EmbedRequest(options=options, sentences=messages)
 
 
 class BilmCaller:
     """A `LoadCaller` of bilm-serve."""
 
-    def __init__(self, target: str, layers: str, pool: str, dtype: str) -> None:
+    def __init__(self, target: str, layers: str, pool: str, dtype: str, content: str = "tokens") -> None:
         self._channels = [grpc.aio.insecure_channel(target, CHANNEL_OPTIONS) for _ in range(CONNECTIONS)]
         self._stubs: Iterator[Any] = cycle([embed_pb2_grpc.EmbedServiceStub(channel) for channel in self._channels])
-        self._options = layers, pool, dtype
+        self._options = layers, pool, dtype, content
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
     def prepare(self, sentences: Sentences) -> pb.EmbedRequest:

@@ -21,6 +21,8 @@ from benchmarks.load.sentences import read_sentences
 _LAST_ANSWERS_S = 5.0
 _FAILED_MS = 1e6  # a call that gave nothing took as good as for ever
 
+PROTOCOLS = ("bilm", "kserve", "triton", "http-base64", "http-float", "http-octets")
+
 Reply = dict[str, Any]
 
 
@@ -156,9 +158,13 @@ def _caller(arguments: argparse.Namespace) -> LoadCaller:
         from benchmarks.load.kserve_caller import KserveCaller  # noqa: PLC0415
 
         return KserveCaller(arguments.target, *options)
+    if arguments.protocol.startswith("http-"):
+        from benchmarks.load.http_caller import HttpCaller  # noqa: PLC0415
+
+        return HttpCaller(arguments.target, arguments.protocol.removeprefix("http-"), *options)
     from benchmarks.load.bilm_caller import BilmCaller  # noqa: PLC0415
 
-    return BilmCaller(arguments.target, *options)
+    return BilmCaller(arguments.target, *options, arguments.content)
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
@@ -184,12 +190,13 @@ async def _serve(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run until the standard input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--protocol", choices=("bilm", "kserve", "triton"), required=True)
+    parser.add_argument("--protocol", choices=PROTOCOLS, required=True)
     parser.add_argument("--target", required=True)
     parser.add_argument("--sentences", type=int, required=True, help="of WikiText-2's test part, the first")
     parser.add_argument("--layers", default="all")
     parser.add_argument("--pool", default="mean")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--content", choices=("tokens", "texts"), default="tokens", help="of bilm (%(default)s)")
     asyncio.run(_serve(parser.parse_args()))
 
 

@@ -14,9 +14,9 @@ class LoadGenerator(PipedProcess):
     Args:
         target: of the server.
         sentences: how many it has.
-        protocol: "bilm", "kserve" or "triton".
+        protocol: see `generator`.
         python: whose packages it uses.
-        options: further flags: layers, pool, dtype.
+        options: further flags: layers, pool, dtype, content.
     """
 
     def __init__(
