@@ -11,7 +11,7 @@ from random import Random
 
 from bilm_api.constants import Feature
 from bilm_api.v1 import embed_pb2 as pb
-from bilm_client._core.inputs import Sentence
+from bilm_client._core.inputs import WholeSentence
 from bilm_client._core.options import Options, PriorityName
 from bilm_client._core.settings import Settings
 from bilm_client.errors import BilmError
@@ -78,7 +78,7 @@ class Measured:
 OnStep = Callable[[Step, StepCounters], None]
 
 
-async def measure(settings: BenchSettings, sentences: Sequence[Sentence], on_step: OnStep) -> Measured:
+async def measure(settings: BenchSettings, sentences: Sequence[WholeSentence], on_step: OnStep) -> Measured:
     """Run the load. Ctrl-C (a cancelled task) ends its load early.
 
     Args:

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bilm_client._core.chosen import Chosen
     from bilm_client._core.inputs import Sentence
     from bilm_client._core.options import ScalarMix
     from bilm_client.aio import AsyncClient
@@ -26,6 +27,7 @@ __all__ = [
     "AsyncClient",
     "Balance",
     "BilmError",
+    "Chosen",
     "Client",
     "ClientClosedError",
     "Embedding",
@@ -42,6 +44,7 @@ __all__ = [
 
 # Names load with their first use: `bilm-health`, which a probe starts every few seconds, needs no numpy.
 _HOMES = {
+    "_core.chosen": ("Chosen",),
     "_core.inputs": ("Sentence",),
     "_core.options": ("ScalarMix",),
     "aio": ("AsyncClient",),

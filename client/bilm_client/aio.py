@@ -2,7 +2,16 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from contextlib import aclosing
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -10,6 +19,7 @@ import grpc
 from bilm_api.v1 import embed_pb2 as pb
 
 from bilm_client._core.balancing import as_target
+from bilm_client._core.chosen import Chosen
 from bilm_client._core.inputs import Input, Sentence
 from bilm_client._core.job import EmbedJob, Outcome, at_index, embed_job
 from bilm_client._core.keywords import (
@@ -75,18 +85,22 @@ class AsyncTransportClient:
     @overload
     async def embed(
         self,
-        sentences: str | Iterable[Sentence],
+        sentences: str | Chosen | Iterable[Sentence],
         *,
         on_error: Literal["raise"] = "raise",
         **options: Unpack[EmbedKeywords],
     ) -> list[Embedding]: ...
     @overload
     async def embed(
-        self, sentences: str | Iterable[Sentence], *, on_error: Literal["return"], **options: Unpack[EmbedKeywords]
+        self,
+        sentences: str | Chosen | Iterable[Sentence],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[EmbedKeywords],
     ) -> list[Embedding | SentenceError]: ...
     @keywords_of(EmbedArguments)
     async def embed(
-        self, sentences: str | Iterable[Sentence], **keywords: Any
+        self, sentences: str | Chosen | Iterable[Sentence], **keywords: Any
     ) -> list[Embedding] | list[Embedding | SentenceError]:
         """Embed sentences, a few requests at a time, all by one version of the model.
 
@@ -235,8 +249,13 @@ class AsyncTransportClient:
             open_stream=self._transport.open_stream,
             wait=self._transport.wait,
             timeout=timeout,
+            learn=self._features,
             failed=self._note_failure,
         ).run()
+
+    async def _features(self) -> Collection[str]:
+        info = self._model_info or await self._fetch_model_info(self._settings.deadline(None))
+        return info.features
 
     async def _fetch_model_info(self, deadline: Deadline) -> ModelInfo:
         request = pb.GetModelRequest(

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -10,6 +10,7 @@ import grpc
 from bilm_api.v1 import embed_pb2 as pb
 
 from bilm_client._core.balancing import as_target
+from bilm_client._core.chosen import Chosen
 from bilm_client._core.inputs import Input, Sentence
 from bilm_client._core.job import EmbedJob, Outcome, at_index, embed_job
 from bilm_client._core.keywords import (
@@ -82,27 +83,32 @@ class TransportClient:
     @overload
     def embed(
         self,
-        sentences: str | Iterable[Sentence],
+        sentences: str | Chosen | Iterable[Sentence],
         *,
         on_error: Literal["raise"] = "raise",
         **options: Unpack[EmbedKeywords],
     ) -> list[Embedding]: ...
     @overload
     def embed(
-        self, sentences: str | Iterable[Sentence], *, on_error: Literal["return"], **options: Unpack[EmbedKeywords]
+        self,
+        sentences: str | Chosen | Iterable[Sentence],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[EmbedKeywords],
     ) -> list[Embedding | SentenceError]: ...
     @keywords_of(EmbedArguments)
     def embed(  # noqa: D417 - the keywords are described one by one
-        self, sentences: str | Iterable[Sentence], **keywords: Any
+        self, sentences: str | Chosen | Iterable[Sentence], **keywords: Any
     ) -> list[Embedding] | list[Embedding | SentenceError]:
         """Embed sentences, in as many requests as the limits need, all by one version of the model.
 
         Args:
-            sentences: Sentences, each a str (text, which the server tokenises) or a sequence of str (its tokens); a
-                single str is one sentence. A flat list of str is a list of texts: one tokenised sentence is
-                `[["its", "tokens"]]`.
+            sentences: Sentences, each a str (text, which the server tokenises), a sequence of str (its tokens), or a
+                `Chosen`, of which chosen tokens come back; a single str or `Chosen` is one sentence. A flat list of str
+                is a list of texts: one tokenised sentence is `[["its", "tokens"]]`.
             layers: "all" layers, the "top" one, their "average", or a "mix" as `mix` says.
-            pool: "none": a vector for each token; "mean" or "max" over the tokens: one for the sentence.
+            pool: "none": a vector for each token; "mean" or "max" over the tokens: one for the sentence, or for each
+                span of a `Chosen`.
             dtype: Number format on the wire. "bfloat16" arrives as float32 with bfloat16's precision.
             mix: The scalar mix, with layers="mix" only.
             l2_normalize: Scale each vector to length 1.
@@ -190,6 +196,7 @@ class TransportClient:
         Raises:
             SentenceError: A sentence failed, with on_error="raise".
             ServiceError: The stream failed and could not be resumed.
+            UnsupportedError: A `Chosen` came behind other sentences that are pooled, and the server can't choose.
             ClientClosedError: The client is closed.
             TypeError: An argument has the wrong type; the message names it.
             ValueError: An argument has a value that can't be; the message names it.
@@ -309,8 +316,13 @@ class TransportClient:
             open_stream=self._transport.open_stream,
             wait=self._transport.wait,
             timeout=timeout,
+            learn=self._features,
             failed=self._note_failure,
         ).run()
+
+    def _features(self) -> Collection[str]:
+        info = self._model_info or self._fetch_model_info(self._settings.deadline(None))
+        return info.features
 
     def _fetch_model_info(self, deadline: Deadline) -> ModelInfo:
         request = pb.GetModelRequest(

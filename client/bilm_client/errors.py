@@ -4,6 +4,7 @@ BilmError
 ├── ClientClosedError            the client was closed
 ├── ForkedError                  a forked process can't use what its parent opened
 ├── MalformedResponseError       the server broke the contract
+├── UnsupportedError             the server is too old for what is asked for
 ├── SentenceError                one sentence failed, the others didn't
 │   └── RequestTooLargeError     no request can carry this sentence
 └── ServiceError                 a call failed
@@ -44,6 +45,10 @@ class ForkedError(BilmError):
 
 class MalformedResponseError(BilmError):
     """The server's response breaks the contract: a shape, a count or an order is wrong."""
+
+
+class UnsupportedError(BilmError):
+    """The server lacks a feature that the call needs, and the client can't do without."""
 
 
 class SentenceError(BilmError):

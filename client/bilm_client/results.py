@@ -13,12 +13,13 @@ Vectors = NDArray[np.float32] | NDArray[np.float16]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Embedding:
-    """The vectors of one sentence of T tokens.
+    """The vectors of one sentence of T tokens; of a `Chosen` that isn't pooled, of the T chosen ones.
 
     Attributes:
         tokens: The T tokens as they were embedded.
         vectors: (layers, T, width) for layers="all", (T, width) for one layer or a mix; without the T axis where
-            pooled. float16 where that was asked for, else float32. Read-only.
+            pooled, with one of spans in its place where spans are chosen. float16 where that was asked for, else
+            float32. Read-only.
         truncated: Whether a token had more bytes than the model reads.
         offsets: (first byte, byte after the last) of each token in the UTF-8 of the text; None where the input was
             tokens.

@@ -7,6 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from bilm_api.v1 import embed_pb2
+from bilm_client import Chosen, Client, ScalarMix
+from bilm_client._core.settings import Deadline, Settings
+from bilm_client._transport.grpc_sync import GrpcSyncTransport
+from bilm_client.client import TransportClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -240,3 +244,46 @@ def test_only_what_comes_back_counts_for_the_size_of_a_response(start: Callable[
     assert {tuple(result.embedding.tensor.shape) for result in found.results} == {(3, 1, 256)}
     with pytest.raises(Exception, match="the response would have about"):
         embed(server, tokens("a", "b", rows=rows(*[0] * 6_000)))
+
+
+# ---- by the client ----
+
+
+class EarlierTransport(GrpcSyncTransport):
+    """Reaches a server as if it were one that can't choose."""
+
+    def get_model(self, request: embed_pb2.GetModelRequest, deadline: Deadline) -> embed_pb2.GetModelResponse:
+        found = super().get_model(request, deadline)
+        found.ClearField("features")
+        return found
+
+
+CHOSEN: list[Any] = [
+    Chosen(TEXT, rows=[8, 0, 8]),
+    Chosen(TEXT, spans=[(0, 5), (14, 24)], span_unit="characters"),
+    Chosen(["a", "b", "c"], spans=[(0, 3), (1, 2)]),
+    ["plain", "sentence"],
+]
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_the_client_chooses_with_the_servers_bits(server: LoopServer, pool: str) -> None:
+    asked = Settings(target=server.target)
+    mixes: list[dict[str, Any]] = [
+        {"layers": "mix", "mix": ScalarMix([0.3, -1, 0.5], 1.5, each)} for each in (True, False)
+    ]
+    with Client(server.target) as client, TransportClient(asked, EarlierTransport) as earlier:
+        for layers in ({"layers": "all"}, {"layers": "top"}, {"layers": "average"}, *mixes):
+            for dtype in ("float32", "float16", "bfloat16"):
+                options = {**layers, "dtype": dtype, "pool": pool}
+                here, there = (each.embed(CHOSEN, **options) for each in (earlier, client))
+                streamed = earlier.embed_stream(CHOSEN, **options)
+                for one, two, three in zip(here, there, streamed, strict=True):
+                    assert one.tokens == two.tokens == three.tokens
+                    assert np.array_equal(one.vectors, two.vectors)
+                    assert np.array_equal(three.vectors, two.vectors)
+                unit = (each.embed(CHOSEN, **options, l2_normalize=True) for each in (earlier, client))
+                for one, two in zip(*unit, strict=True):
+                    assert np.allclose(one.vectors, two.vectors, rtol=1e-2, atol=1e-6)
+        assert "selection" in client.model_info().features
+        assert not earlier.model_info().features

@@ -15,7 +15,7 @@ from bilm_bench.reporting.report import is_violated, make_report
 from bilm_bench.reporting.summary import summary
 from bilm_bench.run import measure
 from bilm_bench.settings import load_settings
-from bilm_client import Sentence
+from bilm_client._core.inputs import WholeSentence
 
 from tests.support.server_processes import ProcessServer
 from tests.support.servers import LoopServer, serving
@@ -118,7 +118,7 @@ def test_a_server_that_dies_in_mid_run_is_counted(text: Path) -> None:
 
         flags = ("--ramp", "40,40", "--step-s", "1.5", "--server-pid", str(server.pid), "--connections", "2")
         settings = load_settings(["--target", server.target, "--text", str(text), "--warm-up-s", "0.2", *flags])
-        sentences: list[Sentence] = [line.split() for line in LINES]
+        sentences: list[WholeSentence] = [line.split() for line in LINES]
         measured = asyncio.run(measure(settings, sentences, kill_once))  # after the first step
     report = make_report(settings, sentences, measured)
     assert not is_violated(report)

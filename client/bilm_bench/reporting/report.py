@@ -3,7 +3,7 @@
 from datetime import timedelta
 from typing import Any
 
-from bilm_client._core.inputs import Sentence
+from bilm_client._core.inputs import WholeSentence
 
 from bilm_bench.conditions import flat
 from bilm_bench.run import Measured
@@ -17,7 +17,7 @@ FORMAT = 1
 Report = dict[str, Any]
 
 
-def make_report(settings: BenchSettings, sentences: list[Sentence], measured: Measured) -> Report:
+def make_report(settings: BenchSettings, sentences: list[WholeSentence], measured: Measured) -> Report:
     """Return the report of a run; docs/load.md lists the names."""
     figures = run_metrics(measured.total, measured.health, measured.samples, measured.cores, soak=bool(settings.soak))
     length_s = measured.samples[-1].at_s if measured.samples else 0.0

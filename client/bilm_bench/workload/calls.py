@@ -13,7 +13,7 @@ import grpc
 from bilm_api.constants import Reason
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
-from bilm_client._core.inputs import Sentence, parse_sentence
+from bilm_client._core.inputs import WholeSentence, parse_sentence
 from bilm_client._core.settings import Settings
 from bilm_client._transport.channels import async_channel
 from bilm_client.errors import MalformedResponseError, ServiceError, sentence_error, service_error
@@ -83,7 +83,7 @@ class CallResult:
     wrong: int = 0
 
 
-def make_requests(sentences: Sequence[Sentence], per_call: int, common: pb.EmbedRequest) -> list[Request]:
+def make_requests(sentences: Sequence[WholeSentence], per_call: int, common: pb.EmbedRequest) -> list[Request]:
     """Return calls with so many sentences each, neighbours in the text; every sentence is in one, some in more.
 
     Args:

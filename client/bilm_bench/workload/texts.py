@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bilm_client._core.inputs import Sentence
+from bilm_client._core.inputs import WholeSentence
 from bilm_client.cli.settings_sources import UsageError
 from bilm_system.files import check_readable, reason, text_start
 
@@ -14,7 +14,7 @@ _ENDS = (".", "?", "!")
 _HEADING = "="
 
 
-def read_sentences(path: Path, *, running: bool, raw: bool, at_most: int) -> list[Sentence]:
+def read_sentences(path: Path, *, running: bool, raw: bool, at_most: int) -> list[WholeSentence]:
     """Return the first sentences of a UTF-8 text, as text if `raw`, otherwise as what stands between white space.
 
     Args:
@@ -35,7 +35,7 @@ def read_sentences(path: Path, *, running: bool, raw: bool, at_most: int) -> lis
             lines = (line.decode("utf-8").strip() for line in file)
             words = (line.split() for line in lines if line and not (running and line.startswith(_HEADING)))
             cut = (sentence for line in words for sentence in (_cut(line, raw) if running else [line]))
-            sentences: list[Sentence] = [" ".join(words) if raw else words for words in islice(cut, at_most)]
+            sentences: list[WholeSentence] = [" ".join(words) if raw else words for words in islice(cut, at_most)]
     except (OSError, ValueError) as error:
         raise UsageError(f"text: {path}: {reason(error)}") from error
     if not sentences:
@@ -43,12 +43,12 @@ def read_sentences(path: Path, *, running: bool, raw: bool, at_most: int) -> lis
     return sentences
 
 
-def n_words(sentence: Sentence) -> int:
+def n_words(sentence: WholeSentence) -> int:
     """Return the tokens of a sentence; of text an estimate, the words."""
     return len(sentence.split()) if isinstance(sentence, str) else len(sentence)
 
 
-def describe(sentences: list[Sentence]) -> dict[str, Any]:
+def describe(sentences: list[WholeSentence]) -> dict[str, Any]:
     """Return what a report has of the text."""
     lengths = [n_words(sentence) for sentence in sentences]
     return {

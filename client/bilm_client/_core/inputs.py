@@ -1,12 +1,17 @@
 """The caller's sentences, checked and counted."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bilm_api.v1 import embed_pb2 as pb
 
-Sentence = str | Sequence[str]
+from bilm_client._core.chosen import Choice, Chosen
+from bilm_client._core.options import Options
+
+WholeSentence = str | Sequence[str]
 """Raw text, which the server tokenises, or the tokens themselves."""
+Sentence = WholeSentence | Chosen
+"""All of a sentence, or chosen tokens of one."""
 
 # Bytes that a sentence, and each of its tokens, takes on the wire besides its text (tags and lengths, at most).
 _SENTENCE_OVERHEAD_BYTES = 32
@@ -26,6 +31,7 @@ class Input:
         text_bytes: UTF-8 bytes of either.
         state: The state to continue from, or b"".
         return_state: Whether the caller wants the state after the sentence.
+        choice: Which tokens come back; None: all.
     """
 
     text: str | None
@@ -33,6 +39,7 @@ class Input:
     text_bytes: int
     state: bytes = b""
     return_state: bool = False
+    choice: Choice | None = None
 
     @property
     def token_estimate(self) -> int:
@@ -45,7 +52,36 @@ class Input:
     def request_bytes(self) -> int:
         """Bytes that the sentence takes in a request, at most."""
         tokens = _TOKEN_OVERHEAD_BYTES * len(self.tokens or ())
-        return self.text_bytes + tokens + len(self.state) + _SENTENCE_OVERHEAD_BYTES
+        choice = 0 if self.choice is None else self.choice.request_bytes
+        return self.text_bytes + tokens + len(self.state) + choice + _SENTENCE_OVERHEAD_BYTES
+
+    @property
+    def chosen_estimate(self) -> int:
+        """Tokens that are read, or that are chosen, if those are more; a guess where the sentence is text."""
+        choice = self.choice
+        if choice is None:
+            return self.token_estimate
+        return max(self.token_estimate, choice.token_estimate)
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether its vectors are those of spans."""
+        return self.choice is not None and self.choice.rows is None
+
+    def rows_chosen(self, options: Options) -> int | None:
+        """Return how many rows, or spans, its vectors have; None: nothing is chosen, or rows are pooled to one."""
+        if self.choice is None:
+            return None
+        if self.choice.rows is None:
+            return len(self.choice.spans)
+        return None if options.pooled else len(self.choice.rows)
+
+    def tokens_expected(self, options: Options) -> tuple[str, ...] | None:
+        """Return the tokens that belong to its vectors, in their order; None: the server says."""
+        choice = self.choice
+        if self.tokens is None or options.pooled or choice is None or choice.rows is None:
+            return self.tokens
+        return tuple(self.tokens[row] for row in choice.rows if row < len(self.tokens))
 
     def write(self, message: pb.Sentence, *, state: bytes | None = None, return_state: bool | None = None) -> None:
         """Write the sentence into an empty message; `state` and `return_state`, where given, replace the input's."""
@@ -56,20 +92,24 @@ class Input:
         else:
             message.tokens.SetInParent()  # of a sentence without tokens, too
             message.tokens.tokens.extend(self.tokens)
+        if self.choice is not None:
+            self.choice.write(message)
 
 
 def parse_sentences(
-    sentences: str | Iterable[Sentence], states: Sequence[bytes | None] | None, return_states: bool
+    sentences: str | Chosen | Iterable[Sentence], states: Sequence[bytes | None] | None, return_states: bool
 ) -> list[Input]:
-    """Check the arguments of `embed`; a single str is one sentence.
+    """Check the arguments of `embed`; a single str or `Chosen` is one sentence.
 
     Raises:
         TypeError: A sentence is neither a str nor a sequence of str, or a state isn't bytes.
         ValueError: A string can't be written as UTF-8, or `states` has another length than `sentences`.
     """
+    if isinstance(sentences, str | Chosen):
+        sentences = [sentences]
     if not isinstance(sentences, Iterable) or _is_bytes(sentences):
         raise TypeError(f"sentences must be a str or a list of sentences, got {type(sentences).__name__}")
-    listed = [sentences] if isinstance(sentences, str) else list(sentences)
+    listed = list(sentences)
     if states is not None and len(states) != len(listed):
         raise ValueError(f"states must have one entry for each of the {len(listed)} sentences, got {len(states)}")
     given = states if states is not None else [None] * len(listed)
@@ -84,9 +124,12 @@ def parse_sentence(sentence: Sentence, name: str, state: bytes = b"", return_sta
     """Check one sentence; `name` is what messages call it.
 
     Raises:
-        TypeError: It is neither a str nor a sequence of str.
+        TypeError: It is neither a str, nor a sequence of str, nor `Chosen`.
         ValueError: A string can't be written as UTF-8.
     """
+    if isinstance(sentence, Chosen):
+        found = parse_sentence(sentence.sentence, name, state, return_state)
+        return replace(found, choice=sentence.choice())
     if isinstance(sentence, str):
         return Input(sentence, None, _utf8_bytes(sentence, name), state, return_state)
     if not isinstance(sentence, Sequence) or _is_bytes(sentence):

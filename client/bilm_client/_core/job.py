@@ -2,13 +2,16 @@
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import grpc
-from bilm_api.constants import Reason
+from bilm_api.constants import Feature, Reason
 from bilm_api.v1 import embed_pb2 as pb
 
+from bilm_client._core.chosen import Chosen
 from bilm_client._core.inputs import Input, Sentence, parse_sentences
 from bilm_client._core.keywords import EmbedArguments
+from bilm_client._core.local_choices import choose_here, whole_options
 from bilm_client._core.options import Options
 from bilm_client._core.plan import NO_COST, RequestCost, plan, shared_limit
 from bilm_client._core.settings import Settings
@@ -34,13 +37,15 @@ _TOO_MUCH = frozenset({Reason.RESPONSE_TOO_LARGE, Reason.TOO_MANY_TOKENS, Reason
 class EmbedJob:
     """The sentences of one call on their way.
 
+    Where some of them are `Chosen` and the server can't choose, all are asked for whole and cut when they are settled.
+
     A driver takes parts with `take()`, sends `request(part)`, and hands back what came by `succeed` or `fail`, until
     `take()` gives None with nothing under way; then it sends what `by_stream` names by stream.
     """
 
     def __init__(self, inputs: list[Input], options: Options, settings: Settings) -> None:
-        self.inputs = inputs
-        self.options = options
+        self.inputs = self._wanted = inputs
+        self.options = self._wanted_options = options
         self.by_stream: list[int] = []
         self._model = settings.model
         self._expected = settings.expected_model_version
@@ -51,6 +56,7 @@ class EmbedJob:
         self._outcomes: dict[int, Outcome] = {}
         self._total = self._shared_limit = NO_COST
         self._priority: pb.Priority = pb.PRIORITY_UNSPECIFIED
+        self.features: tuple[str, ...] = ()
 
     @property
     def version(self) -> str:
@@ -84,7 +90,10 @@ class EmbedJob:
             RequestTooLargeError: A sentence is larger than a request, with on_error="raise".
         """
         self.options.check_layer_count(info.layer_count)
-        self._priority = priority
+        self._priority, self.features = priority, info.features
+        if Feature.SELECTION not in info.features and any(source.choice is not None for source in self.inputs):
+            self.inputs = [replace(source, choice=None) for source in self.inputs]
+            self.options = whole_options(self.options)
         planned = plan(self.inputs, self.options, info)
         self._total, self._shared_limit = planned.total, shared_limit(info.limits)
         self._parts.extend(planned.parts)
@@ -172,6 +181,8 @@ class EmbedJob:
         Raises:
             SentenceError: `outcome`, with on_error="raise".
         """
+        if isinstance(outcome, Embedding) and self.inputs is not self._wanted:
+            outcome = choose_here(outcome, self._wanted[index], self._wanted_options, index)
         if isinstance(outcome, SentenceError) and self.options.raises:
             raise outcome
         self._outcomes[index] = outcome
@@ -197,14 +208,18 @@ class EmbedJob:
                 raise MalformedResponseError(f"sentence {index} has no outcome")
 
 
-def embed_job(settings: Settings, sentences: str | Iterable[Sentence], arguments: EmbedArguments) -> EmbedJob:
+def embed_job(settings: Settings, sentences: str | Chosen | Iterable[Sentence], arguments: EmbedArguments) -> EmbedJob:
     """Check the sentences of an `embed`, and return the job that embeds them.
 
     Raises:
         TypeError: A sentence or a state has the wrong type; the message names it.
         ValueError: A sentence has a value that can't be; the message names it.
     """
-    return EmbedJob(parse_sentences(sentences, arguments.states, arguments.return_states), arguments, settings)
+    inputs = parse_sentences(sentences, arguments.states, arguments.return_states)
+    for index, source in enumerate(inputs):
+        if source.choice is not None:
+            source.choice.check_pool(f"sentences[{index}]", arguments)
+    return EmbedJob(inputs, arguments, settings)
 
 
 def agreed_version(expected: str, found: str) -> str:

@@ -106,17 +106,17 @@ class Options:
 
     @property
     def pooled(self) -> bool:
-        """Whether the token axis is gone."""
+        """Whether tokens are pooled."""
         return self.pool != "none"
 
     @property
     def token_axis(self) -> int:
-        """The axis of the tokens where not pooled; as a shape: [L] T D."""
+        """The axis of the tokens, or spans, where there is one; as a shape: [L] T D."""
         return 1 if self.layers == "all" else 0
 
     @property
     def axes(self) -> int:
-        """Axes of a tensor: [L] [T] D."""
+        """Axes of a tensor without spans: [L] [T] D."""
         return 1 + (self.layers == "all") + (not self.pooled)
 
     @property

@@ -86,8 +86,10 @@ def shared_limit(limits: Limits) -> RequestCost:
 
 def cost_of(source: Input, options: Options, info: ModelInfo) -> RequestCost:
     """Return what one sentence takes; for text, from the estimate of its tokens."""
-    tokens = source.token_estimate
-    rows = 1 if options.pooled else tokens
+    tokens = source.chosen_estimate
+    rows = source.rows_chosen(options)
+    if rows is None:
+        rows = 1 if options.pooled else source.token_estimate
     tensor_bytes = rows * options.layers_returned(info.layer_count) * info.width * options.item_bytes
     text_bytes = source.text_bytes + tokens * _TOKEN_OVERHEAD_BYTES
     state_bytes = info.state_bytes if source.return_state else 0

@@ -5,14 +5,17 @@ on a new connection, all that `opening` gives), hands every message to `receive`
 `broken` what to do when a connection ends.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 
+from bilm_api.constants import Feature
 from bilm_api.v1 import embed_pb2 as pb
 
+from bilm_client._core.chosen import Chosen
 from bilm_client._core.inputs import Input, Sentence, parse_sentence
 from bilm_client._core.job import EmbedJob, Outcome, agreed_version
 from bilm_client._core.keywords import StreamArguments
+from bilm_client._core.local_choices import choose_here, whole_options
 from bilm_client._core.options import Options
 from bilm_client._core.settings import Settings
 from bilm_client._core.tensors import Rows
@@ -21,6 +24,7 @@ from bilm_client.errors import (
     ModelVersionError,
     SentenceError,
     ServiceError,
+    UnsupportedError,
     sentence_error,
     version_changed,
 )
@@ -30,9 +34,15 @@ from bilm_client.results import Embedding
 
 @dataclass(slots=True)
 class _Item:
-    """A sentence between its reading and the moment when nothing can need it any more."""
+    """A sentence between its reading and the moment when nothing can need it any more.
+
+    Attributes:
+        wanted: As the caller gave it.
+        source: As it is sent.
+    """
 
     index: int
+    wanted: Input
     source: Input
     asks_state: bool
     rows: Rows | None = None
@@ -50,12 +60,14 @@ class ResumableSession:
     Attributes:
         ended: Whether there is no more input.
         priority: What each stream states, see `StatedPriority`; set before the first one opens.
+        features: What the server can do; None: it wasn't asked yet.
     """
 
     def __init__(
         self, arguments: StreamArguments, settings: Settings, *, uniform: Callable[[], float], version: str = ""
     ) -> None:
         self._options: Options = arguments
+        self._asked: Options = arguments  # of the server
         self._model = settings.model
         self._retry: RetryPolicy = settings.retry
         self._window = arguments.window
@@ -76,6 +88,7 @@ class ResumableSession:
         self._failures = 0
         self.ended = False
         self.priority: pb.Priority = pb.PRIORITY_UNSPECIFIED
+        self.features: Collection[str] | None = None
 
     @property
     def accepts_input(self) -> bool:
@@ -100,14 +113,28 @@ class ResumableSession:
         """Whether every result has left."""
         return self.ended and self._next == self._added
 
+    def must_learn(self, source: Input) -> bool:
+        """Return whether `features` must be set before a sentence is added."""
+        return source.choice is not None and self.features is None
+
     def add(self, source: Input) -> pb.EmbedStreamRequest:
-        """Take a sentence in; the message for a stream that is open already."""
-        index = self._added
+        """Take a sentence in; the message for a stream that is open already.
+
+        Raises:
+            ValueError: The sentence has spans, and nothing is pooled.
+            UnsupportedError: Neither the server nor the client can choose what the sentence asks for.
+        """
+        index, sent = self._added, source
+        if source.choice is not None:
+            source.choice.check_pool(f"sentence {index}", self._options)
+            if Feature.SELECTION not in (self.features or ()):
+                sent = replace(source, choice=None)
+                self._ask_whole()
         asks = source.return_state or self._at_interval(index) or self._owes_state
         self._owes_state = False
-        self._items[index] = item = _Item(index, source, asks)
+        self._items[index] = item = _Item(index, source, sent, asks)
         self._added += 1
-        self._tokens += source.token_estimate
+        self._tokens += source.chosen_estimate
         return _item_message(item)
 
     def opening(self) -> list[pb.EmbedStreamRequest]:
@@ -115,7 +142,7 @@ class ResumableSession:
         start = pb.StreamStart(
             model=self._model,
             expected_model_version=self._version,
-            options=self._options.to_proto(),
+            options=self._asked.to_proto(),
             carry_state=self._carry,
             priority=self.priority,
         )
@@ -154,7 +181,7 @@ class ResumableSession:
             return None
         outcome, item.outcome = item.outcome, None
         self._next += 1
-        self._tokens -= item.source.token_estimate
+        self._tokens -= item.wanted.chosen_estimate
         if not self._carry or item.failed or item.index < self._checkpoint:
             del self._items[item.index]
         if isinstance(outcome, SentenceError) and self._options.raises:
@@ -176,6 +203,17 @@ class ResumableSession:
             return error.pushback_ms / 1000
         return self._retry.backoff_s(self._failures, self._uniform())
 
+    def _ask_whole(self) -> None:
+        """Ask for what choosing on this side needs, from the first sentence on."""
+        whole = whole_options(self._options)
+        if whole is not self._options and self._asked is self._options:
+            if self._added:
+                raise UnsupportedError(
+                    "the server can't choose rows or spans, and the stream pools whole sentences already: "
+                    "begin it with a Chosen, or use embed"
+                )
+            self._asked = whole
+
     def _at_interval(self, index: int) -> bool:
         return self._carry and (index + 1) % self._every == 0
 
@@ -189,10 +227,16 @@ class ResumableSession:
             case "error":
                 return sentence_error(response.error, item.index)
             case "rows":
-                item.rows = item.rows or Rows(item.source, self._options)
-                return item.rows.embedding(self._version) if item.rows.add(response.rows) else None
+                item.rows = item.rows or Rows(item.source, self._asked)
+                return self._finished(item, item.rows) if item.rows.add(response.rows) else None
             case _:
                 raise MalformedResponseError(f"a message for {item.index} without an outcome")
+
+    def _finished(self, item: _Item, rows: Rows) -> Outcome:
+        found = rows.embedding(self._version)
+        if item.source is item.wanted and self._asked is self._options:
+            return found
+        return choose_here(found, item.wanted, self._options, item.index)
 
     def _settle(self, item: _Item, outcome: Outcome) -> None:
         item.rows = None
@@ -224,7 +268,7 @@ def stream_by_job(settings: Settings, job: EmbedJob, uniform: Callable[[], float
     options = {each.name: getattr(job.options, each.name) for each in fields(Options)}
     options["on_error"] = "return"  # the job settles, by the sentence's number in the call
     session = ResumableSession(StreamArguments(**options), settings, uniform=uniform, version=job.version)
-    session.priority = job.priority
+    session.priority, session.features = job.priority, job.features
     return session
 
 
@@ -232,7 +276,7 @@ def stream_input(sentence: Sentence, index: int, return_state: bool) -> Input:
     """Check one sentence of a stream.
 
     Raises:
-        TypeError: It is neither a str nor a sequence of str.
+        TypeError: It is neither a str, nor a sequence of str, nor `Chosen`.
         ValueError: A string can't be written as UTF-8.
     """
     return parse_sentence(sentence, f"sentence {index}", return_state=return_state)
@@ -242,9 +286,9 @@ def check_iterable(sentences: object) -> None:
     """Check the input of `embed_stream`: a lone str would be taken for a sequence of letters.
 
     Raises:
-        TypeError: It is a str or bytes.
+        TypeError: It is a str, bytes or `Chosen`.
     """
-    if isinstance(sentences, str | bytes | bytearray):
+    if isinstance(sentences, str | bytes | bytearray | Chosen):
         raise TypeError(f"sentences must be an iterable of sentences, got one {type(sentences).__name__}")
 
 

@@ -1,6 +1,6 @@
 """Messages to value objects: tensors, embeddings, and results that come in ranges of rows.
 
-Shapes: L layers, T tokens of the sentence, D width.
+Shapes: L layers, T tokens that come back, or spans, D width.
 """
 
 import math
@@ -23,16 +23,16 @@ _NUMPY: dict[pb.DataType, np.dtype[Any]] = {
 }
 
 
-def to_array(tensor: pb.Tensor, options: Options) -> Vectors:
+def to_array(tensor: pb.Tensor, options: Options, *, spans: bool = False) -> Vectors:
     """Return the numbers of a tensor, as a read-only view where numpy knows the format; bfloat16 widened to float32.
 
     Raises:
         MalformedResponseError: Format, number of axes or number of bytes aren't as asked for and announced.
     """
-    shape = tuple(tensor.shape)
-    if tensor.data_type != options.data_type or len(shape) != options.axes:
+    shape, axes = tuple(tensor.shape), options.axes + spans
+    if tensor.data_type != options.data_type or len(shape) != axes:
         raise MalformedResponseError(
-            f"expected a tensor of {options.dtype} with {options.axes} axes, got data type {tensor.data_type}, {shape}"
+            f"expected a tensor of {options.dtype} with {axes} axes, got data type {tensor.data_type}, {shape}"
         )
     data, dtype = tensor.data, _NUMPY[tensor.data_type]
     if len(data) != math.prod(shape) * dtype.itemsize:
@@ -51,9 +51,11 @@ def to_embedding(message: pb.Embedding, source: Input, options: Options, model_v
     Raises:
         MalformedResponseError: The message isn't what was asked for.
     """
-    vectors, found = to_array(message.tensor, options), tuple(_offsets(message))
-    tokens, offsets = (source.tokens, None) if source.tokens is not None else (tuple(message.tokens), found)
-    _check_counts(options, _row_count(message, options), tokens, offsets)
+    vectors, found = to_array(message.tensor, options, spans=source.has_spans), tuple(_offsets(message))
+    tokens, offsets = source.tokens_expected(options), None
+    if tokens is None:
+        tokens, offsets = tuple(message.tokens), found
+    _check_counts(source, options, _row_count(message, source, options), tokens, offsets)
     return Embedding(tokens, vectors, message.truncated, offsets, message.state or None, model_version)
 
 
@@ -77,7 +79,7 @@ class Rows:
             MalformedResponseError: The range doesn't continue where the one before it ended, or has another shape.
         """
         embedding = message.embedding
-        rows = _row_count(embedding, self.options)
+        rows = _row_count(embedding, self.source, self.options)
         end = self._row_count + rows
         # An empty range is legal for a sentence without tokens only: it would be no progress anywhere else.
         if (
@@ -89,7 +91,7 @@ class Rows:
                 f"expected rows from {self._row_count} of {message.total_rows}, got {rows} from "
                 f"{message.first_row}, last={message.last}"
             )
-        self._store(to_array(embedding.tensor, self.options), message)
+        self._store(to_array(embedding.tensor, self.options, spans=self.source.has_spans), message)
         self._row_count = end
         self._tokens += embedding.tokens
         self._offsets += _offsets(embedding)
@@ -106,9 +108,10 @@ class Rows:
         if self._vectors is None:
             raise MalformedResponseError("a result without rows")
         self._vectors.flags.writeable = False
-        tokens = self.source.tokens if self.source.tokens is not None else tuple(self._tokens)
-        offsets = None if self.source.tokens is not None else tuple(self._offsets)
-        _check_counts(self.options, self._row_count, tokens, offsets)
+        tokens, offsets = self.source.tokens_expected(self.options), None
+        if tokens is None:
+            tokens, offsets = tuple(self._tokens), tuple(self._offsets)
+        _check_counts(self.source, self.options, self._row_count, tokens, offsets)
         return Embedding(tokens, self._vectors, self._truncated, offsets, self._state or None, model_version)
 
     def _store(self, part: Vectors, message: pb.EmbeddingRows) -> None:
@@ -128,20 +131,23 @@ class Rows:
 
 
 def _check_counts(
-    options: Options, row_count: int, tokens: Sequence[str], offsets: Sequence[tuple[int, int]] | None = None
+    source: Input, options: Options, row_count: int, tokens: Sequence[str], offsets: Sequence[tuple[int, int]] | None
 ) -> None:
+    chosen = source.rows_chosen(options)
+    if chosen is not None and row_count != chosen:
+        raise MalformedResponseError(f"expected {chosen} chosen rows, got {row_count}")
     if not options.pooled and len(tokens) != row_count:
         raise MalformedResponseError(f"expected {len(tokens)} rows, one for each token, got {row_count}")
     if offsets is not None and len(offsets) != len(tokens):
         raise MalformedResponseError(f"expected {len(tokens)} offsets, got {len(offsets)}")
 
 
-def _row_count(message: pb.Embedding, options: Options) -> int:
-    if options.pooled:
+def _row_count(message: pb.Embedding, source: Input, options: Options) -> int:
+    if options.pooled and not source.has_spans:
         return 1
-    shape = message.tensor.shape
-    if len(shape) != options.axes:
-        raise MalformedResponseError(f"expected {options.axes} axes, got {tuple(shape)}")
+    shape, axes = message.tensor.shape, options.axes + source.has_spans
+    if len(shape) != axes:
+        raise MalformedResponseError(f"expected {axes} axes, got {tuple(shape)}")
     return shape[options.token_axis]
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import suppress
 
 from bilm_client._core.inputs import Input
@@ -31,6 +31,7 @@ class AsyncStream:
         open_stream: StreamOpener,
         wait: Callable[[float], Awaitable[object]],
         timeout: ResultTimeout,
+        learn: Callable[[], Awaitable[Collection[str]]],
         failed: Callable[[ServiceError], None] = lambda _error: None,
     ) -> None:
         self._session = session
@@ -38,6 +39,7 @@ class AsyncStream:
         self._open_stream = open_stream
         self._wait = wait
         self._timeout = timeout
+        self._learn = learn
         self._failed = failed
         self._connection: StreamConnection | None = None
         self._mailbox: _Mailbox | None = None
@@ -50,7 +52,7 @@ class AsyncStream:
             while not self._session.finished:
                 owner.check()
                 await self._receive()
-                self._pull()
+                await self._pull()
                 outcome = self._session.take()
                 if outcome is not None:
                     self._timeout.reset()
@@ -64,27 +66,33 @@ class AsyncStream:
     def __del__(self) -> None:
         self._disconnect()  # of a generator that was dropped after its loop's end, no `finally` runs
 
-    def _pull(self) -> None:
+    async def _pull(self) -> None:
         """Take a sentence in, if there is one and the session accepts it."""
         if isinstance(self._inputs, AsyncIterator):
-            self._pull_asynchronously(self._inputs)
+            await self._pull_asynchronously(self._inputs)
         elif self._session.accepts_input:
             try:
-                self._add(next(self._inputs))
+                source = next(self._inputs)
             except StopIteration:
                 self._end_input()
+            else:
+                await self._add(source)
 
-    def _pull_asynchronously(self, inputs: AsyncIterator[Input]) -> None:
+    async def _pull_asynchronously(self, inputs: AsyncIterator[Input]) -> None:
         if self._pulling is not None and self._pulling.done():
             task, self._pulling = self._pulling, None
             try:
-                self._add(task.result())
+                source = task.result()
             except StopAsyncIteration:
                 self._end_input()
+            else:
+                await self._add(source)
         if self._pulling is None and self._session.accepts_input:
             self._pulling = asyncio.ensure_future(_next(inputs))
 
-    def _add(self, source: Input) -> None:
+    async def _add(self, source: Input) -> None:
+        if self._session.must_learn(source):
+            self._session.features = await self._learn()
         message = self._session.add(source)
         if self._connection is None:
             self._open()

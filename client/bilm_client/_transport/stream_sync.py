@@ -1,6 +1,6 @@
 """Drives a stream session in the caller's thread, in which alone the caller's iterable is read."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from queue import Empty, SimpleQueue
 
 from bilm_api.v1 import embed_pb2 as pb
@@ -23,6 +23,7 @@ class SyncStream:
         open_stream: Opens a connection.
         wait: Waits for so many seconds before another attempt.
         timeout: The longest wait for a result.
+        learn: Asks the server what it can do.
         failed: Takes each error that ended a connection.
     """
 
@@ -34,6 +35,7 @@ class SyncStream:
         open_stream: StreamOpener,
         wait: Callable[[float], object],
         timeout: ResultTimeout,
+        learn: Callable[[], Collection[str]],
         failed: Callable[[ServiceError], None] = lambda _error: None,
     ) -> None:
         self._session = session
@@ -41,6 +43,7 @@ class SyncStream:
         self._open_stream = open_stream
         self._wait = wait
         self._timeout = timeout
+        self._learn = learn
         self._failed = failed
         self._connection: StreamConnection | None = None
         self._deliveries: SimpleQueue[Delivery] = SimpleQueue()
@@ -71,6 +74,8 @@ class SyncStream:
             except StopIteration:
                 self._end_input()
                 return
+            if self._session.must_learn(source):
+                self._session.features = self._learn()
             message = self._session.add(source)
             if self._connection is None:
                 self._open()

@@ -30,6 +30,7 @@ class FakeModel:
         layer_count: Layers, the token layer included.
         width: Components of a vector.
         version: Its version; "": the name with "-1" behind it.
+        features: What its server can do that earlier ones can't; without "selection" it ignores chosen rows and spans.
 
     Raises:
         ValueError: There is no layer or no component.
@@ -39,6 +40,7 @@ class FakeModel:
     layer_count: int = 3
     width: int = 16
     version: str = ""
+    features: tuple[str, ...] = tuple(Feature)
 
     def __post_init__(self) -> None:
         if self.layer_count < 1 or self.width < 1:
@@ -70,7 +72,7 @@ class FakeModel:
                 max_stream_items_in_flight=64,
             ),
             server_version="fake",
-            features=[Feature.PRIORITY],
+            features=self.features,
         )
 
     def accepts_state(self, state: bytes) -> bool:

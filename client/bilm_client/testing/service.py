@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import grpc
 import numpy as np
-from bilm_api.constants import ERROR_DOMAIN, STATUS_DETAILS_KEY, Reason
+from bilm_api.constants import ERROR_DOMAIN, STATUS_DETAILS_KEY, Feature, Reason
 from bilm_api.v1 import embed_pb2 as pb
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 from numpy.typing import NDArray
 
+from bilm_client.testing.choices import FakeChoice, choice_of
 from bilm_client.testing.models import MAX_TOKEN_BYTES, FakeModel, FloatArray
 
 _INVALID_ARGUMENT = 3
@@ -124,15 +125,22 @@ class FakeService:
     def _embedding(self, model: FakeModel, sentence: pb.Sentence, options: pb.EmbedOptions) -> pb.Embedding:
         tokens, starts, ends = _split(sentence)
         self._check(model, sentence, tokens, options)
-        vectors = _reduced(model.layers(tokens, sentence.state), options)
+        choice = _checked_choice(model, sentence, options, len(tokens), list(zip(starts, ends, strict=True)))
+        truncated = any(len(token.encode()) > MAX_TOKEN_BYTES for token in tokens)
+        state = model.state_after(tokens, sentence.state) if sentence.return_state else b""
+        vectors = _reduced(model.layers(tokens, sentence.state), options, choice)
+        if choice is not None and options.pooling == pb.POOLING_NONE:
+            (rows,) = choice.parts
+            tokens = [tokens[row] for row in rows]
+            starts, ends = ([each[row] for row in rows] if each else [] for each in (starts, ends))
         tensor = pb.Tensor(data=_encoded(vectors, options), shape=vectors.shape, data_type=options.data_type)
         return pb.Embedding(
             tokens=[] if options.omit_tokens else tokens,
             token_starts=starts,
             token_ends=ends,
-            truncated=any(len(token.encode()) > MAX_TOKEN_BYTES for token in tokens),
+            truncated=truncated,
             tensor=tensor,
-            state=model.state_after(tokens, sentence.state) if sentence.return_state else b"",
+            state=state,
         )
 
     def _check(self, model: FakeModel, sentence: pb.Sentence, tokens: Sequence[str], options: pb.EmbedOptions) -> None:
@@ -189,9 +197,21 @@ def _with_defaults(options: pb.EmbedOptions) -> pb.EmbedOptions:
 
 
 def _row_count(embedding: pb.Embedding, options: pb.EmbedOptions) -> int:
-    if options.pooling != pb.POOLING_NONE:
-        return 1
-    return embedding.tensor.shape[1 if options.layers == pb.LAYERS_ALL else 0]
+    with_layers, shape = options.layers == pb.LAYERS_ALL, embedding.tensor.shape
+    return shape[-2] if len(shape) == 2 + with_layers else 1
+
+
+def _checked_choice(
+    model: FakeModel,
+    sentence: pb.Sentence,
+    options: pb.EmbedOptions,
+    n_tokens: int,
+    bounds: Sequence[tuple[int, int]],
+) -> FakeChoice | None:
+    choice = choice_of(sentence, n_tokens, bounds) if Feature.SELECTION in model.features else None
+    if choice is not None and not (choice.possible and (options.pooling != pb.POOLING_NONE or not choice.spans)):
+        raise SentenceFailure(Reason.SELECTION_INVALID, "rows or spans: none, empty, out of range or not pooled")
+    return choice
 
 
 def error_status(reason: str, message: str, code: int = _INVALID_ARGUMENT) -> status_pb2.Status:
@@ -214,7 +234,7 @@ def _split(sentence: pb.Sentence) -> tuple[list[str], list[int], list[int]]:
     return tokens, starts, ends
 
 
-def _reduced(layers: FloatArray, options: pb.EmbedOptions) -> FloatArray:
+def _reduced(layers: FloatArray, options: pb.EmbedOptions, choice: FakeChoice | None) -> FloatArray:
     """(L, T, D) to what the options ask for."""
     match options.layers:
         case pb.LAYERS_TOP:
@@ -223,11 +243,13 @@ def _reduced(layers: FloatArray, options: pb.EmbedOptions) -> FloatArray:
             layers = layers.mean(0)
         case pb.LAYERS_MIX:
             layers = _mixed(layers, options.mix)
+    parts = [layers] if choice is None else [layers[..., rows, :] for rows in choice.parts]
     match options.pooling:
         case pb.POOLING_MEAN:
-            layers = layers.mean(-2)
+            parts = [part.mean(-2) for part in parts]
         case pb.POOLING_MAX:
-            layers = layers.max(-2)
+            parts = [part.max(-2) for part in parts]
+    layers = np.stack(parts, axis=-2) if choice is not None and choice.spans else parts[0]
     if options.l2_normalize:
         norms = np.linalg.norm(layers, axis=-1, keepdims=True)
         layers = (layers / np.where(norms == 0, 1, norms)).astype(np.float32)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 import pytest
-from bilm_client import RetryPolicy, SentenceError, errors
+from bilm_client import Chosen, RetryPolicy, SentenceError, errors
 from bilm_client._core.settings import Settings
+from bilm_client.testing.models import FakeModel
 
 if TYPE_CHECKING:
     from tests.support.scripted import Hold, Scripted
@@ -90,6 +91,24 @@ def test_calls_share_a_request_and_get_what_they_would_alone(
                 expected.offsets,
                 expected.model_version,
             )
+            np.testing.assert_array_equal(result.vectors, expected.vectors)
+
+
+@pytest.mark.parametrize("can_choose", [True, False])
+def test_calls_that_choose_share_requests(
+    connect: Connect, scripted: Scripted, together: Together, can_choose: bool
+) -> None:
+    if not can_choose:
+        scripted.service.serve(FakeModel(features=()))
+    calls: list[Any] = [[Chosen(f"a{n} b c", rows=[2, 0]) for n in range(31)], [["c", f"d{n}"] for n in range(32)]]
+    calls.append(Chosen(["c", "d", "e"], spans=[(0, 2), (1, 3)]))
+    found = together(connect(coalesce_ms=NEVER_MS), *calls, layers="top", pool="max")
+    if can_choose:
+        assert requests_of(scripted) == [64]
+    plain = connect()
+    for call, results in zip(calls, found, strict=True):
+        for expected, result in zip(plain.embed(call, layers="top", pool="max"), results, strict=True):
+            assert (result.tokens, result.vectors.shape) == (expected.tokens, expected.vectors.shape)
             np.testing.assert_array_equal(result.vectors, expected.vectors)
 
 

@@ -188,7 +188,7 @@ def open_stream(opening, deliver, deadline):
 arguments = StreamArguments(return_state_every=1, window=1, window_tokens=1)
 session = ResumableSession(arguments, Settings(target="unused:1"), uniform=float)
 inputs = iter([stream_input("a", 0, False), stream_input("b", 1, False)])
-source = SyncStream(session, inputs, open_stream=open_stream, wait=time.sleep, timeout=ResultTimeout(None))
+source = SyncStream(session, inputs, open_stream=open_stream, wait=time.sleep, timeout=ResultTimeout(None), learn=tuple)
 stream = source.run()
 next(stream)
 """
