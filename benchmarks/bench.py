@@ -12,15 +12,14 @@ import torch
 from bilm_bench.reporting.experiment_page import write_page
 from bilm_system.terminal import run_command
 
+from benchmarks.experiments.beside import Company, beside_batch_run
 from benchmarks.experiments.coalescing import coalesced_calls
 from benchmarks.experiments.doors import other_protocols
 from benchmarks.experiments.in_process import Effort, in_flight, throughput
 from benchmarks.experiments.latency import (
-    Company,
     Crowd,
     Pace,
     added_latency,
-    beside_batch_run,
     paced,
     short_among_long,
 )
@@ -42,7 +41,7 @@ _SMOKE_CASES = (
 )
 _SMOKE_CROWD = Crowd(size="tiny", rows=4, long_tokens=200, calls=10, full_s=0.3)
 _SMOKE_PACE = Pace(tokens=5, pause_s=0.05, calls=3, more=2)
-_SMOKE_COMPANY = Company(callers=2, per_call=8, seconds=0.5)
+_SMOKE_COMPANY = Company(callers=2, per_call=8, warm_s=0.2, seconds=0.5)
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
-"""What a caller waits for: the service's own share, pauses, other callers' batches and long sentences."""
+"""What a caller waits for: the service's own share, pauses, and other callers' long sentences."""
 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from bilm_model.config import SIZES
 from bilm_model.engine.options import EngineOptions
 
 from benchmarks.experiments.in_process import Effort
-from benchmarks.experiments.served import SERVER_ARGUMENTS, response_of
+from benchmarks.experiments.served import response_of
 from benchmarks.load.engine_process import EngineProcess
 from benchmarks.load.engines import POOLED_TOP, engine_of, new_batch, show_all_words
 from benchmarks.load.load import LoadGenerator
@@ -30,7 +29,6 @@ from benchmarks.references.bare_server import BareServer
 ADDED_LATENCY_TARGET_MS = 1.0
 ADDED_ROUND_TRIPS_TARGET = 1.6
 PACED_TARGET = 1.4
-BESIDE_TARGET = 8.0
 SHORT_AMONG_LONG_TARGET = 1.2
 PERCENTS = (1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
 _QUIET = ("--log-level", "warning")
@@ -38,8 +36,6 @@ _SPARE_TICKS = 3
 _BOUNDARIES = 2
 _SERVER_STREAM_TOKENS = 65536  # its default
 _CROWD_GATHERS_S = 2.0
-_SEED, _MOST_IN_FLIGHT = 0, 4096
-_LAST_CALLS_S = 2.0
 
 Sentences = Sequence[Sequence[str]]
 
@@ -114,59 +110,6 @@ class Pace:
     pause_s: float = 0.25
     calls: int = 15
     more: int = 5
-
-
-@dataclass(frozen=True)
-class Company:
-    """Single sentences beside a batch run.
-
-    Attributes:
-        rate: of single sentences a second (Poisson).
-        callers: of the batch run.
-        per_call: sentences of each of its calls.
-        seconds: of a round, alone and beside it.
-    """
-
-    rate: float = 20.0
-    callers: int = 4
-    per_call: int = 64
-    seconds: float = 6.0
-
-
-def beside_batch_run(report: Findings, source: str, sentences: Sentences, rounds: int, company: Company) -> None:
-    """Measure single sentences alone and beside a batch run on the same server, in turns."""
-    n = len(sentences)
-    with ServerProcess(source, SERVER_ARGUMENTS) as server, ExitStack() as stack:
-        singles, batch = (stack.enter_context(LoadGenerator(server.target, n)) for _ in range(2))
-
-        def alone() -> float:
-            return _open_p99_ms(singles, company)
-
-        def beside() -> float:
-            with ThreadPoolExecutor(1) as running:
-                run_s = company.seconds + _LAST_CALLS_S
-                batch_run = running.submit(batch.closed, company.callers, company.per_call, 0.0, run_s)
-                p99 = _open_p99_ms(singles, company)
-                batch_run.result()
-            return p99
-
-        contestants = {"alone": alone, "beside": beside}
-        interleave(contestants, 1)
-        found = interleave(contestants, rounds)
-    report.detail("beside a batch run", {f"{name} p99_ms": values for name, values in found.items()})
-    what = f"{company.rate:g} single sentences/s beside a batch run of {company.callers} × {company.per_call}"
-    report.add(
-        Finding("beside/alone", f"{what}: alone, p99", Spread.of(found["alone"]), "ms"),
-        Finding("beside/beside", "  beside it, p99", Spread.of(found["beside"]), "ms"),
-        Finding(
-            "beside", "  against alone", ratio(found["beside"], found["alone"]), "×", BESIDE_TARGET, at_least=False
-        ),
-    )
-
-
-def _open_p99_ms(generator: LoadGenerator, company: Company) -> float:
-    answer = generator.open(company.rate, company.seconds, _SEED, _MOST_IN_FLIGHT)
-    return float(answer["p99_ms"])
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from benchmarks.load.callers import CHANNEL_OPTIONS, CONNECTIONS, CallFailedErro
 _LAYERS = {"all": pb.LAYERS_ALL, "top": pb.LAYERS_TOP, "average": pb.LAYERS_AVERAGE}
 _POOLING = {"none": pb.POOLING_NONE, "mean": pb.POOLING_MEAN}
 _DATA_TYPES = {"float32": pb.DATA_TYPE_FLOAT32, "float16": pb.DATA_TYPE_FLOAT16}
+_PRIORITIES = {"interactive": pb.PRIORITY_UNSPECIFIED, "batch": pb.PRIORITY_BATCH}
 
 
 def new_request(sentences: Sentences, layers: str, pool: str, dtype: str, content: str = "tokens") -> pb.EmbedRequest:
@@ -32,15 +33,26 @@ def new_request(sentences: Sentences, layers: str, pool: str, dtype: str, conten
 class BilmCaller:
     """A `LoadCaller` of bilm-serve."""
 
-    def __init__(self, target: str, layers: str, pool: str, dtype: str, content: str = "tokens") -> None:
+    def __init__(
+        self,
+        target: str,
+        layers: str,
+        pool: str,
+        dtype: str,
+        content: str = "tokens",
+        *,
+        priority: str = "interactive",
+    ) -> None:
         self._channels = [grpc.aio.insecure_channel(target, CHANNEL_OPTIONS) for _ in range(CONNECTIONS)]
         self._stubs: Iterator[Any] = cycle([embed_pb2_grpc.EmbedServiceStub(channel) for channel in self._channels])
-        self._options = layers, pool, dtype, content
+        self._options, self._priority = (layers, pool, dtype, content), _PRIORITIES[priority]
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
     def prepare(self, sentences: Sentences) -> pb.EmbedRequest:
         """See LoadCaller."""
-        return new_request(sentences, *self._options)
+        request = new_request(sentences, *self._options)
+        request.priority = self._priority
+        return request
 
     async def call(self, request: pb.EmbedRequest) -> NDArray[np.float32]:
         """See LoadCaller."""

@@ -85,12 +85,15 @@ class Generator:
         late_ms: list[float] = []
         errors: dict[str, int] = {}
         in_flight: set[asyncio.Task[None]] = set()
+        answered_tokens = 0
 
-        async def one(request: Any, meant_s: float) -> None:
+        async def one(request: Any, tokens: int, meant_s: float) -> None:
+            nonlocal answered_tokens
             late_ms.append(1e3 * (time.perf_counter() - meant_s))
             try:
                 await self._caller.call(request)
                 latencies_ms.append(1e3 * (time.perf_counter() - meant_s))
+                answered_tokens += tokens
             except CallFailedError as error:
                 latencies_ms.append(_FAILED_MS)
                 errors[str(error)[:120]] = errors.get(str(error)[:120], 0) + 1
@@ -103,8 +106,7 @@ class Generator:
             meant_s = begun_s + at_s
             if (ahead_s := meant_s - time.perf_counter()) > 0:
                 await asyncio.sleep(ahead_s)
-            request, _ = self._request(draw.randrange(len(self._sentences)), 1)
-            task = asyncio.create_task(one(request, meant_s))
+            task = asyncio.create_task(one(*self._request(draw.randrange(len(self._sentences)), 1), meant_s))
             in_flight.add(task)
             task.add_done_callback(in_flight.discard)
             sent += 1
@@ -120,6 +122,7 @@ class Generator:
             **found,
             "offered_per_s": rate,
             "completed_per_s": answered / took_s,
+            "tokens_per_s": answered_tokens / took_s,
             "sent": sent,
             "failed": sent - answered,
             "gave_up": gave_up,
@@ -164,7 +167,7 @@ def _caller(arguments: argparse.Namespace) -> LoadCaller:
         return HttpCaller(arguments.target, arguments.protocol.removeprefix("http-"), *options)
     from benchmarks.load.bilm_caller import BilmCaller  # noqa: PLC0415
 
-    return BilmCaller(arguments.target, *options, arguments.content)
+    return BilmCaller(arguments.target, *options, arguments.content, priority=arguments.priority)
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
@@ -197,6 +200,7 @@ def main() -> None:
     parser.add_argument("--pool", default="mean")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--content", choices=("tokens", "texts"), default="tokens", help="of bilm (%(default)s)")
+    parser.add_argument("--priority", choices=("interactive", "batch"), default="interactive", help="of bilm")
     asyncio.run(_serve(parser.parse_args()))
 
 
