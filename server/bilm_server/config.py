@@ -175,7 +175,7 @@ class ServerConfig(BaseSettings):
         "small cells in bfloat16 by AMX have none",
     )
     batch_share: float = Field(
-        0.125, gt=0, le=0.5, description="share of the rounds that batch sentences get while interactive ones run"
+        0.125, gt=0, le=0.5, description="share of the rounds that batch sentences get while a few interactive ones run"
     )
     max_sentences_per_request: int = Field(1024, ge=1, description="sentences in one Embed")
     max_tokens_per_request: int = Field(16384, ge=1, description="tokens in one Embed")

@@ -164,8 +164,8 @@ class _Share:
     def due(self) -> bool:
         return self._credit >= 1 - self._share - _ROUNDING
 
-    def passed(self) -> None:
-        self._credit = min(1.0, self._credit + self._share)
+    def passed(self, weight: float = 1.0) -> None:
+        self._credit = min(1.0, self._credit + self._share * weight)
 
     def taken(self) -> None:
         self._credit = max(0.0, self._credit - (1 - self._share))
@@ -178,6 +178,11 @@ _ROUNDING = 1e-9
 
 EIGHTH = 0.125
 """Batch's share where nothing else is set."""
+
+_FEW_PARTS = 32
+"""So many times fewer interactive rows than the engine has are few: rounds of them leave most of it unused."""
+_LEAST_WEIGHT = 0.5
+"""What a round of many interactive rows adds to what is due to batch, a round of few adding 1."""
 
 
 class Scheduler(Generic[T]):
@@ -192,6 +197,10 @@ class Scheduler(Generic[T]):
     doesn't fit, capacity is kept, and interactive ones join beside it. Long interactive ones leave an eighth of what
     batch leaves to short ones. One that waits for what batch holds, and has waited longer, keeps batch from joining.
 
+    Batch has its share of the rounds while few interactive rows run, a thirty-second of all. Rounds of fewer leave more
+    of the machine unused, and fewer sentences wait for them, so batch has more then, inversely to the square of their
+    number, one round in two at most. While many run it has less, half of its share at least.
+
     An engine may take some sentences ahead, so that a row that ends one can begin the next at once. Long ones never run
     ahead: those that join have rows, as many as long ones may have, and so do short ones.
     """
@@ -202,7 +211,7 @@ class Scheduler(Generic[T]):
         Args:
             capacity: What it computes at a time.
             ahead: Sentences that may join beyond that.
-            batch_share: Of turns and rounds that go to batch sentences while there are interactive ones; above 0.
+            batch_share: Of turns, and of rounds of few interactive rows, that go to batch sentences; above 0.
         """
         self._capacity, self._with_ahead = capacity, capacity + Capacity(ahead, 0)
         self._long_limit = limit = _for_long_ones(capacity)
@@ -211,6 +220,7 @@ class Scheduler(Generic[T]):
         self._batch: _Class[T] = _Class(limit, Capacity(for_long_sentences(limit.rows), limit.steps))
         self._classes = {Priority.INTERACTIVE: self._interactive, Priority.BATCH: self._batch}
         self._turn_share, self._round_share = _Share(batch_share), _Share(batch_share)
+        self._few = max(1, capacity.rows // _FEW_PARTS)
         self._turns = 0
 
     def __bool__(self) -> bool:
@@ -279,14 +289,14 @@ class Scheduler(Generic[T]):
 
     def leaves_batch_out(self) -> bool:
         """Return whether the round that begins now is to leave batch sentences out; once for each round."""
-        share = self._round_share
-        if not (self._interactive.rows and self._batch.rows):
+        share, rows = self._round_share, self._interactive.rows
+        if not (rows and self._batch.rows):
             share.forget()  # so that an interactive sentence that joins runs at once
             return False
         if share.due:
             share.taken()
             return False
-        share.passed()
+        share.passed(max(_LEAST_WEIGHT, (self._few / rows) ** 2))
         return True
 
     def drain(self) -> tuple[T, ...]:

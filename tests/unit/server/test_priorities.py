@@ -232,20 +232,25 @@ def test_a_long_sentence_waits_for_no_later_batch_and_leaves_short_ones_some_of_
     assert scheduler.ever_fits(need(1400), BATCH)
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.125, 10), (0.3, 24), (0.5, 40)])
+@pytest.mark.parametrize(
+    ("share", "n_interactive", "expected"),
+    [(0.125, 4, 10), (0.3, 4, 24), (0.5, 4, 40), (0.125, 1, 40), (0.125, 2, 26), (0.125, 100, 5), (0.01, 4, 0)],
+)
 def test_batch_takes_part_in_its_share_of_the_rounds_while_interactive_sentences_run(
-    share: float, expected: int
+    share: float, n_interactive: int, expected: int
 ) -> None:
-    scheduler: Scheduler[str] = Scheduler(Capacity(8, 1000), batch_share=share)
+    scheduler: Scheduler[str] = Scheduler(Capacity(128, 10_000), batch_share=share)
     scheduler.add("batch", 1, need(20), NEVER, BATCH)
     scheduler.decide(0.0)
     assert not any(scheduler.leaves_batch_out() for _ in range(5))
-    scheduler.add("app", 2, need(20), NEVER)
+    for number in range(n_interactive):
+        scheduler.add(f"app {number}", 2, need(20), NEVER)
     scheduler.decide(0.0)
     rounds = [scheduler.leaves_batch_out() for _ in range(80)]
     assert rounds[0], "an interactive sentence that joins runs at once"
     assert rounds.count(False) == expected
-    scheduler.release(need(20), INTERACTIVE)
+    for _ in range(n_interactive):
+        scheduler.release(need(20), INTERACTIVE)
     assert not any(scheduler.leaves_batch_out() for _ in range(5))
 
 
@@ -279,7 +284,7 @@ def patient(deadline_s: float = NEVER) -> Call:
 
 async def test_batch_sentences_are_left_out_of_seven_rounds_in_eight() -> None:
     reports: list[RoundReport] = []
-    found = DrivenWorker(FakeEngine(rounds=4), on_round=reports.append)
+    found = DrivenWorker(FakeEngine(Capacity(32, 10_000), rounds=4), on_round=reports.append)
     late, soon = found.submit(patient(), "a"), [found.submit(urgent(), "b")]
     for _ in range(20):  # as soon as one ends, another one comes
         await found.step()
