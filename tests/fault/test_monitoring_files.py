@@ -19,6 +19,8 @@ from bilm_server.observability.call_record import CallRecord
 from bilm_server.observability.metrics import Metrics
 from bilm_server.observability.resources import Gpu
 from bilm_server.observability.server_metrics import NO_DROPS, EngineView, ServerCollector, ServerView, Taken
+from bilm_server.protocols.http import names as http
+from bilm_server.protocols.kserve import methods as kserve
 from bilm_server.protocols.ops.metrics_endpoint import MetricsExporter
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +120,13 @@ def test_every_metric_and_label_of_the_dashboard_is_exported(exported: dict[str,
         for grouping in re.findall(r"by \(([^)]*)\)", expression):
             labels = {label.strip() for label in grouping.split(",")} - {"instance"}
             assert all(labels <= exported[name] for name, _ in found)
+
+
+def test_the_panels_of_embedding_calls_have_those_of_all_protocols() -> None:
+    asked = {found for panel in PANELS.values() for text in panel for found in re.findall(r'method=~?"([^"]*)"', text)}
+    assert {tuple(sorted(each.split("|"))) for each in asked} == {
+        tuple(sorted(("Embed", kserve.INFER_METHOD, *http.INFER_METHODS)))
+    }
 
 
 def test_panels_have_titles_of_their_own() -> None:
