@@ -8,6 +8,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from bilm_server.addresses import split_address
@@ -146,7 +147,7 @@ class HttpDoor:
             self._open_connections.add(connection)
             task = asyncio.create_task(self._open(connection, accepted))
             self._opening.add(task)
-            task.add_done_callback(self._opening.discard)
+            task.add_done_callback(partial(self._opened, connection, accepted))
 
     async def _open(self, connection: Connection, accepted: socket.socket) -> None:
         """Give a connection its socket, after the handshake where there is TLS."""
@@ -158,10 +159,13 @@ class HttpDoor:
             await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, accepted, **tls)
         except OSError as error:  # TLS's errors among them
             _log.debug("a connection failed in its handshake: %s", type(error).__name__)
-        finally:
-            if not connection.made:
-                accepted.close()
-                self._lost(connection)
+
+    def _opened(self, connection: Connection, accepted: socket.socket, task: "asyncio.Task[None]") -> None:
+        """Close what no connection was made of; a task that was cancelled before it began has closed nothing."""
+        self._opening.discard(task)
+        if not connection.made:
+            accepted.close()
+            self._lost(connection)
 
     def _lost(self, connection: Connection) -> None:
         self._open_connections.discard(connection)
