@@ -5,7 +5,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,16 @@ from bilm_client.errors import OverloadedError, service_error
 from bilm_server.addresses import split_address
 from bilm_server.embedding.admission import Admission, Cost
 from bilm_server.observability.log_setup import is_no_client_error
+from google.protobuf.message import Message
 
 from tests.fault.known_answers import PLAIN, bare_options, endless_items, sentence
 from tests.security.fuzz_http2 import INITIAL_WINDOW, call, opening, settings
-from tests.security.security_support import EMBED_PATH
+from tests.security.security_support import EMBED_PATH, INFER_PATH
+from tests.support.http_calls import deaf_client, embeddings, raw_request
 from tests.support.processes import ROOT, descriptors, module_command, resident_bytes, started, wait_until
 from tests.support.server_processes import ProcessServer
 from tests.support.servers import LoopServer, serving
+from tests.support.tensors import tokens
 
 STALL_S = 1.0
 ITEM_TOKENS = 1000
@@ -116,11 +119,34 @@ def test_who_reads_slowly_is_not_ended(server: LoopServer) -> None:
     assert time.monotonic() - begun_s > 2 * STALL_S
 
 
-def test_an_answer_that_nobody_reads_counts_until_its_caller_leaves() -> None:
-    """A call by hand: gRPC's clients read an answer whether anybody wants it or not."""
+def deaf_grpc_call(server: LoopServer, path: str, request: Message) -> socket.socket:
+    """Return a connection with a call by hand: gRPC's clients read an answer whether anybody wants it or not."""
+    connection = socket.create_connection(split_address(server.target))
+    head = opening() + settings((INITIAL_WINDOW, 0))
+    connection.sendall(head + call(1, path.encode(), request.SerializeToString()))
+    return connection
+
+
+def deaf_embed(server: LoopServer) -> socket.socket:
     request = pb.EmbedRequest(options=bare_options(PLAIN), sentences=[sentence(ITEM_TOKENS)] * 4)
-    deaf_call = opening() + settings((INITIAL_WINDOW, 0)) + call(1, EMBED_PATH.encode(), request.SerializeToString())
-    with serving(*LIMITS, "--max-waiting-mib=16") as server, ExitStack() as stack:
+    return deaf_grpc_call(server, EMBED_PATH, request)
+
+
+def deaf_infer(server: LoopServer) -> socket.socket:
+    return deaf_grpc_call(server, INFER_PATH, tokens(*[["w"] * ITEM_TOKENS] * 4))
+
+
+def deaf_http(server: LoopServer) -> socket.socket:
+    body = {"sentences": [{"tokens": ["w"] * ITEM_TOKENS}] * 4}
+    return deaf_client(server.http.address, raw_request("/v1/embed", body, accept="application/octet-stream"))
+
+
+@pytest.mark.parametrize("deaf", [deaf_embed, deaf_infer, deaf_http])
+def test_an_answer_that_nobody_reads_counts_until_its_caller_leaves(
+    deaf: Callable[[LoopServer], socket.socket],
+) -> None:
+    flags = (*LIMITS, "--stream-stall-s=60", "--max-waiting-mib=16", "--http-listen=127.0.0.1:0")
+    with serving(*flags) as server, ExitStack() as stack:
         admission = server.admission
         client = stack.enter_context(Client(server.target, retry=RetryPolicy(max_attempts=1)))
         client.embed([["w"] * ITEM_TOKENS] * 4)
@@ -128,8 +154,7 @@ def test_an_answer_that_nobody_reads_counts_until_its_caller_leaves() -> None:
         response_bytes = 0
         while 2 * response_bytes + admission.used.response_bytes <= admission.capacity.response_bytes:
             held_bytes = admission.used.response_bytes
-            connection = stack.enter_context(socket.create_connection(split_address(server.target)))
-            connection.sendall(deaf_call)
+            stack.enter_context(deaf(server))
             wait_until(partial(_holds_more_than, admission, held_bytes), "the call is admitted")
             response_bytes = admission.used.response_bytes - held_bytes
             wait_until(lambda: admission.used.tokens == 0, "its answer is computed")
@@ -157,6 +182,22 @@ def test_a_caller_that_is_killed_leaves_nothing(server: LoopServer) -> None:
     wait_until(lambda: used_tokens(server) == 0, "the work is given up")
     with Client(server.target) as client:  # all the room there is
         assert len(list(client.embed_stream([["w"] * ITEM_TOKENS] * 4, pool="mean", timeout_s=30.0))) == 4
+
+
+def test_memory_does_not_grow_with_http_clients_that_do_not_read() -> None:
+    """Wave after wave, each of which is let go by the stall."""
+    request = raw_request("/v1/embed", {"sentences": [{"tokens": ["w"] * ITEM_TOKENS}] * 4})
+    with ProcessServer(*LIMITS, "--http-listen=127.0.0.1:0") as server:
+        before, idle = 0, descriptors(server.pid)
+        for number in range(3):
+            with ExitStack() as stack:
+                for _ in range(6):
+                    stack.enter_context(deaf_client(server.http_address, request))
+                wait_until(lambda: descriptors(server.pid) > idle, "they are connected")
+                wait_until(lambda: descriptors(server.pid) <= idle, "they are let go", 4 * STALL_S + SLACK_S)
+            before = before or resident_bytes(server.pid)
+            assert resident_bytes(server.pid) < before + 32 * MIB, number
+        assert embeddings(server.http_address, {"input": "a"}).status == 200
 
 
 def test_memory_does_not_grow_with_those_who_do_not_read(tmp_path: Path) -> None:

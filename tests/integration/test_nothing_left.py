@@ -1,19 +1,25 @@
 """Whatever becomes of calls, the server holds nothing for them afterwards."""
 
 import random
+import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from bilm_api.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from bilm_api.v1 import embed_pb2
 from bilm_server.inference.worker import WorkerTiming
 
 from tests.integration.integration_support import PLAIN, tokens
 from tests.integration.test_embed import refusal
 from tests.integration.test_stream import item, start_message
+from tests.support.http_calls import connected, embeddings, raw_request
 from tests.support.processes import wait_until
-from tests.support.servers import LoopServer
+from tests.support.servers import LoopServer, wait_for_nothing
+from tests.support.tensors import texts as infer_texts
+from tests.support.tensors import tokens as infer_tokens
 
 SIX = embed_pb2.EmbedRequest(options=PLAIN, sentences=[tokens("one", "of", "six")] * 6)
 
@@ -52,6 +58,39 @@ def test_calls_and_streams_that_are_cancelled_at_any_moment(
         call.cancel()
     server.check_nothing_is_left()
     assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
+
+
+def test_calls_of_the_open_inference_protocol_that_are_cancelled_at_any_moment(server: LoopServer) -> None:
+    chance = random.Random(11)
+    stub: Any = GRPCInferenceServiceStub(server.channel())
+    requests = [infer_texts(*["Some words, and more. " * 40] * 6), infer_tokens(*[["one", "of", "six"]] * 6)]
+    for _ in range(120):
+        call = stub.ModelInfer.future(chance.choice(requests), timeout=chance.choice((None, 0.001, 0.01, 0.03)))
+        if chance.random() < 0.5:
+            time.sleep(chance.random() * 0.01)
+        call.cancel()
+    server.check_nothing_is_left()
+
+
+def test_http_clients_that_leave_at_any_moment(
+    start: Callable[..., LoopServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    server, chance = start("--http-listen", "127.0.0.1:0"), random.Random(13)
+    texts = ["Some words, and more. " * 40] * 6
+    requests = [raw_request("/v1/embeddings", {"input": texts})]
+    requests.append(raw_request("/v1/embed", {"sentences": [{"text": text} for text in texts]}))
+    for number in range(120):
+        request = chance.choice(requests) * chance.choice((1, 1, 3))
+        with connected(server.http.address) as connection:
+            connection.sendall(request if number % 3 else request[: chance.randrange(len(request))])
+            if chance.random() < 0.5:
+                time.sleep(chance.random() * 0.01)
+            if chance.random() < 0.5:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+    server.check_nothing_is_left()
+    wait_for_nothing("connections", lambda: server.http.n_connections)
+    assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
+    assert embeddings(server.http.address, {"input": "a"}).status == 200
 
 
 def test_an_engine_that_fails_now_and_then(start: Callable[..., LoopServer]) -> None:

@@ -100,10 +100,10 @@ def connected(address: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
 
 
-def raw_request(path: str, body: object) -> bytes:
+def raw_request(path: str, body: object, accept: str = "*/*") -> bytes:
     """Return the bytes of a POST with JSON."""
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\naccept: {accept}\r\n"
     return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
 
 

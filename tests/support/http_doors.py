@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bilm_server.embedding.call_gate import CallGate
+from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.embedding.registry import Registry
 from bilm_server.inference.types import Sentence
 from bilm_server.protocols.http.bodies import Bodies
@@ -77,6 +78,7 @@ async def opened(
     loaded: bool = True,
     stall_s: float = 60.0,
     bodies: Bodies | None = None,
+    caller_limits: CallerLimits = NO_LIMITS,
     **settings: Any,
 ) -> AsyncIterator[Opened]:
     """Yield a door that listens; nothing of a call may be left when it ends.
@@ -87,11 +89,12 @@ async def opened(
         loaded: whether the model is.
         stall_s: that a client may take to read.
         bodies: receives them.
+        caller_limits: of each caller.
         settings: of the door.
     """
     ended = EndedCalls()
     async with embedding(engine or FakeEngine()) as embedder:
-        gate = CallGate(Authenticator(None), CallerRights((), authenticated=False), NO_LIMITS, [ended])
+        gate = CallGate(Authenticator(None), CallerRights((), authenticated=False), caller_limits, [ended])
         app = HttpApp(gate, lambda: loaded, (), stall_s, page=page_files(), bodies=bodies)
         settings = {"tls": lambda: None, **settings}
         door = HttpDoor("127.0.0.1:0", app, lambda: max_connections, **settings)

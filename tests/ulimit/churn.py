@@ -18,6 +18,7 @@ from bilm_client.aio import AsyncClient
 from bilm_client.errors import UnavailableError
 from bilm_client.policy import RetryPolicy
 
+from tests.support.http_calls import embeddings
 from tests.support.processes import descriptors, resident_bytes, wait_until
 from tests.ulimit.ulimit_support import OWN_CONNECTION, Holding, channel, check
 
@@ -66,6 +67,16 @@ def sync_streams(target: str) -> Cycles:
     return run
 
 
+def http_calls(target: str) -> Cycles:
+    """To /v1/embeddings, a connection each."""
+
+    def run(cycles: int) -> None:
+        for _ in range(cycles):
+            assert embeddings(target, {"input": "one sentence"}).status == 200
+
+    return run
+
+
 def sync_retries(target: str) -> Cycles:
     """Of one client, which stays, by turns a call and a stream; the server is dead."""
     client = Client(target, retry=_FAST_RETRY, channel_options=OWN_CONNECTION)
@@ -103,7 +114,16 @@ def leak(target: str) -> Cycles:
 
 KINDS = {
     each.__name__: each
-    for each in (one_shot_checks, sync_clients, async_clients, sync_streams, sync_retries, async_retries, leak)
+    for each in (
+        one_shot_checks,
+        sync_clients,
+        async_clients,
+        sync_streams,
+        http_calls,
+        sync_retries,
+        async_retries,
+        leak,
+    )
 }
 
 

@@ -73,6 +73,13 @@ def test_clients_that_open_and_close(server: ProcessServer, kind: str, cycles: i
     check_flat(kind.replace("_", " "), churn(kind, server.target, server.pid, cycles))
 
 
+@pytest.mark.parametrize("cycles", [200, slow(MANY)])
+def test_http_connections_that_open_and_close(cycles: int) -> None:
+    with limited_server("--http-listen", "127.0.0.1:0") as server:
+        churn("http_calls", server.http_address, server.pid, 50)
+        check_flat("HTTP calls, a connection each", churn("http_calls", server.http_address, server.pid, cycles))
+
+
 @pytest.mark.parametrize(
     ("kind", "cycles"),
     [("sync_retries", 60), *(slow(kind, MANY_RETRIES) for kind in ("sync_retries", "async_retries"))],

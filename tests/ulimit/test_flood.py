@@ -1,8 +1,9 @@
 """Connections that nobody uses, up to the limit and beyond: who was there is served, health answers, the flood ends."""
 
+import http.client
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import grpc
 import pytest
@@ -11,6 +12,7 @@ from bilm_client.errors import UnavailableError
 from bilm_client.policy import RetryPolicy
 from grpc_health.v1 import health_pb2
 
+from tests.support.http_calls import call, call_on
 from tests.support.processes import descriptors, wait_until
 from tests.support.server_processes import ProcessServer
 from tests.ulimit.ulimit_support import (
@@ -122,6 +124,41 @@ def test_a_flood_of_the_health_listener_ends_soon_and_leaves_callers_alone(serve
             wait_until(lambda: flood.alive() == 0, "the flood has ended")
             assert one_shot_check(server.health_target) == SERVING
         assert len(caller.embed([["after"]])) == 1
+
+
+@pytest.mark.parametrize(
+    "says", [b"", b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{"]
+)
+def test_a_flood_of_http_connections_fills_their_own_share(says: bytes) -> None:
+    """Half of all connections is HTTP's: gRPC and health have theirs, and so has who was there before."""
+    with limited_server("--http-listen", "127.0.0.1:0") as server, http_connection(server) as kept:
+        before = descriptors(server.pid)
+        with (
+            Client(server.target, channel_options=OWN_CONNECTION) as caller,
+            Flood(int(server.http_address.rpartition(":")[2])) as flood,
+        ):
+            flood.open(LIMIT, says)
+            wait_until(lambda: flood.alive() < LIMIT // 2, "those beyond the share are closed")
+            assert descriptors(server.pid) < LIMIT
+            assert call_on(kept, "POST", "/v1/embeddings", {"input": "during"}).status == 200
+            assert len(caller.embed([["during"]])) == 1
+            assert one_shot_check(server.target) == one_shot_check(server.health_target) == SERVING
+            with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
+                call(server.http_address, "GET", "/readyz")
+        wait_until(lambda: descriptors(server.pid) <= before + 2, "all connections are closed")
+        assert call(server.http_address, "GET", "/readyz").status == 200
+
+
+@contextmanager
+def http_connection(server: ProcessServer) -> Iterator[http.client.HTTPConnection]:
+    """A connection that has been used."""
+    host, _, port = server.http_address.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    try:
+        assert call_on(connection, "GET", "/readyz").status == 200
+        yield connection
+    finally:
+        connection.close()
 
 
 def test_the_health_listener_serves_nothing_else(server: ProcessServer) -> None:

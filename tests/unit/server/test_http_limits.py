@@ -1,11 +1,16 @@
 """What the HTTP door lets a connection have: time, bytes, and others beside it; and the order of what it sends."""
 
 import asyncio
+import os
+import resource
 import socket
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from bilm_api.constants import MAX_REQUEST_BYTES
+from bilm_server.embedding.caller_limits import CallerLimits
 from bilm_server.errors import Code
 from bilm_server.inference.types import Sentence
 from bilm_server.protocols.http.bodies import Bodies
@@ -114,6 +119,19 @@ async def test_a_client_that_leaves_within_its_body_is_cancelled() -> None:
         assert [record.code for record in it.ended.records] == [Code.CANCELLED]
 
 
+@pytest.mark.parametrize("sent", [HEAD + b"content-length: 9\r\n\r\n{", whole(b'{"input":"stuck"}')])
+async def test_a_client_that_leaves_gives_back_its_place_among_its_callers_calls(sent: bytes) -> None:
+    """In the middle of its body, or of its call."""
+    async with opened(caller_limits=CallerLimits(0, 1, 1)) as it:
+        for number in range(3):
+            with await it.connect() as connection:
+                connection.sendall(sent)
+                await until(lambda: it.door.n_connections == 1)
+            await until(lambda number=number: len(it.ended.records) == number + 1)  # type: ignore[misc]
+        assert {record.reason for record in it.ended.records} == {""}
+        assert (await it.embeddings()).status == 200
+
+
 async def test_a_body_that_is_announced_as_too_large_is_not_waited_for() -> None:
     async with opened() as it:
         with await it.connect() as connection:
@@ -160,6 +178,30 @@ async def test_a_client_that_resets_its_connection_at_once_is_no_error(caplog: p
         assert (await it.embeddings()).status == 200
         assert [record.peer.partition(":")[0] for record in it.ended.records] == ["ipv4"]
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_without_descriptors_it_waits_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    async with opened() as it:
+        host, _, port = it.door.address.rpartition(":")
+        with socket.socket() as connection:
+            with no_more_descriptors():
+                connection.connect((host, int(port)))
+                await until(lambda: "can't accept a connection: Too many open files" in caplog.text)
+            connection.sendall(whole(b'{"input":"a"}', b"connection: close\r\n"))
+            assert statuses(await asyncio.to_thread(read_to_end, connection)) == [b"200"]
+
+
+@contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """Let this process open none in the context."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_one = os.dup(0)  # the lowest that is free
+    os.close(next_one)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_one, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_two_lengths_of_one_body_are_refused_and_end_the_connection() -> None:

@@ -28,6 +28,7 @@ _HANDSHAKE_TIMEOUT_S = 20.0
 _CLOSE_TIMEOUT_S = 2.0
 _ACCEPT_PAUSE_S = 1.0
 _BACKLOG = 1024
+_MAX_UNSENT_BYTES = 128 * 1024
 
 _log = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ class HttpDoor:
             if self.n_connections >= max_connections:
                 accepted.close()
                 continue
+            _bound_unsent(accepted)
             connection = Connection(self._config, self._state, peer, self._lost, self._request_timeout_s)
             self._open_connections.add(connection)
             task = asyncio.create_task(self._open(connection, accepted))
@@ -170,3 +172,13 @@ class HttpDoor:
     def _lost(self, connection: Connection) -> None:
         self._open_connections.discard(connection)
         self._empty.set()
+
+
+def _bound_unsent(accepted: socket.socket) -> None:
+    """Have the kernel take no more than it may soon send: else a client that reads nothing has it hold 4 MiB.
+
+    Windows has no such option; there the kernel's own buffer is the bound.
+    """
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if option is not None:
+        accepted.setsockopt(socket.IPPROTO_TCP, option, _MAX_UNSENT_BYTES)

@@ -161,14 +161,14 @@ class HttpApp:
         name = UNKNOWN_METHOD if exchange.route is None else exchange.route.name
         call = CallRecord(name, connection.peer, metadata, caller_request_id(metadata))
         try:
-            with self._gate.call(call, connection.auth_context, keeps_held=True):
-                response = await self._run(call, self._answer(exchange))
+            try:
+                with self._gate.call(call, connection.auth_context, keeps_held=True):
+                    response = await self._run(call, self._answer(exchange))
+            except RefusalError as refusal:
+                response = refused(refusal)
+            await self._send(connection, response, send, call.request_id)
         except CallerGoneError:
             return
-        except RefusalError as refusal:
-            response = refused(refusal)
-        try:
-            await self._send(connection, response, send, call.request_id)
         finally:
             call.held.close()
 
