@@ -67,6 +67,20 @@ def shares_of(selection: Selection, n_layers: int) -> NDArray[np.float32] | None
     return np.full(n_layers, 1 / n_layers, dtype=np.float32) if selection.layers == "average" else None
 
 
+def runs_of(steps: SentenceSteps, choices: Choices, max_rows: int) -> list[range]:
+    """Return runs of a round's sentences that choose at most so many rows together, but for a run of one."""
+    rows = (steps.counts - 2).tolist()
+    for number, choice in choices.items():
+        rows[number] = max(rows[number], len(choice.rows))
+    runs, first, total = list[range](), 0, 0
+    for number, count in enumerate(rows):
+        if number > first and total + count > max_rows:
+            runs.append(range(first, number))
+            first, total = number, 0
+        total += count
+    return [*runs, range(first, len(rows))]
+
+
 class ResultKind(NamedTuple):
     """What decides by which operators a result is made.
 

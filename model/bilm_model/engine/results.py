@@ -11,6 +11,7 @@ Legend: L layers with the token layer, N steps of all sentences, n sentences, D 
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.host_ring import FIRST_BYTES, Arrival, HostRing
 from bilm_model.engine.planner import SentenceSteps
-from bilm_model.engine.result_groups import Choices, ResultGroup, ResultKind, Vectors, groups_of
+from bilm_model.engine.result_groups import Choices, ResultGroup, ResultKind, Vectors, groups_of, runs_of
 from bilm_model.engine.transfer import Sender, Transfers, transfers_of
 from bilm_model.engine.types import DataType, OutputSpec
 from bilm_model.scalar_mix import LAYER_NORM_EPSILON
@@ -121,6 +122,22 @@ class TorchCollected:
         return [found[number] for number in range(len(found))]
 
 
+class CollectedRuns:
+    """`Collected`, of one run of sentences behind the other."""
+
+    def __init__(self, runs: Sequence[Collected]) -> None:
+        """Set the runs."""
+        self._runs = runs
+
+    def done(self) -> bool:
+        """See `Collected`."""
+        return all(run.done() for run in self._runs)
+
+    def vectors(self) -> list[Vectors]:
+        """See `Collected`; once."""
+        return [vectors for run in self._runs for vectors in run.vectors()]
+
+
 class TorchCollector:
     """`Collector` by torch's operators."""
 
@@ -132,12 +149,30 @@ class TorchCollector:
         transfers = transfers or transfers_of(self._device)
         self._reader = LayerReader(memory)
         self._sender = Sender(self._device, transfers)
-        all_bytes = self._reader.n_layers * self._reader.width * memory.outputs.shape[2] * 4
+        self._max_rows = memory.outputs.shape[2]
+        all_bytes = self._reader.n_layers * self._reader.width * self._max_rows * 4
         self._ring = ring or HostRing(transfers, min(FIRST_BYTES, all_bytes))
 
     @torch.inference_mode()
-    def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec], choices: Choices) -> TorchCollected:
-        """See `Collector`."""
+    def collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec], choices: Choices) -> Collected:
+        """See `Collector`.
+
+        A token may be chosen again and again, so chosen rows can be more than the memory's places. Then they come in
+        runs, each of which needs no more memory than all places do.
+        """
+        runs = runs_of(steps, choices, self._max_rows) if choices else ()
+        if len(runs) <= 1:
+            return self._collect(steps, outputs, choices)
+        ends = np.cumsum(steps.counts)
+        found = []
+        for run in runs:
+            its = slice(ends[run.start] - steps.counts[run.start], ends[run.stop - 1])
+            part = SentenceSteps(steps.counts[run.start : run.stop], steps.places[its], steps.entries[its])
+            chosen = {number - run.start: choices[number] for number in run if number in choices}
+            found.append(self._collect(part, outputs[run.start : run.stop], chosen))
+        return CollectedRuns(found)
+
+    def _collect(self, steps: SentenceSteps, outputs: Sequence[OutputSpec], choices: Choices) -> TorchCollected:
         groups = groups_of(steps, outputs, choices, self._reader.n_layers, self._reader.width)
         sent = iter(self._sender.send([array for group in groups for array in group.arrays.values()]))
         data = torch.empty(groups[-1].end, dtype=torch.uint8, device=self._device)

@@ -4,6 +4,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from bilm_model.engine.backend import Memory
 from bilm_model.engine.cpu.fastest import fastest_collector
 from bilm_model.engine.cpu.fused_results import FusedCollector
 from bilm_model.engine.planner import SentenceSteps
-from bilm_model.engine.result_groups import SHARED_BYTES, Vectors
+from bilm_model.engine.result_groups import SHARED_BYTES, Vectors, runs_of
 from bilm_model.engine.results import Collector, TorchCollector
 from bilm_model.engine.transfer import Event, HostTransfers
 from bilm_model.engine.types import DataType, OutputSpec, TokenChoice
 from bilm_model.scalar_mix import LayerMix, Pooling, Selection
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.slow_transfers import Counting
 
@@ -282,6 +284,53 @@ def test_each_span_is_pooled_by_itself(kind: type[Collector]) -> None:
             for i, rows in enumerate(its):
                 alone = collector.collect(steps, asked, {number: rows_of(*rows)}).vectors()[number]
                 assert np.array_equal(found[number][..., i, :], alone)
+
+
+@WAYS
+def test_more_chosen_rows_than_the_memory_has_places(kind: type[Collector]) -> None:
+    memory, chance = memory_of(), np.random.default_rng(4)
+    collector, steps = kind(memory), steps_of(COUNTS)  # type: ignore[call-arg]
+    many = chance.integers(0, 2, 3 * PLACES).tolist()
+    for output in outputs_of("float32"):
+        asked = [output] * len(COUNTS)
+        choices = {1: rows_of(0, 2), 2: rows_of(*many), 3: rows_of(*many), 4: rows_of(0)}
+        if output.pooled:
+            choices[3] = spans_of(many[:PLACES], many[PLACES:])
+        found = collector.collect(steps, asked, choices).vectors()
+        for number, vectors in enumerate(found):
+            its = {number: choices[number]} if number in choices else {}
+            assert np.array_equal(vectors, collector.collect(steps, asked, its).vectors()[number])
+
+
+def test_runs_have_no_more_rows_than_they_may() -> None:
+    steps, choices = steps_of([5, 4, 12, 3, 3, 3]), {3: rows_of(*[0] * 9), 4: rows_of(0)}
+    assert [list(run) for run in runs_of(steps, choices, 10)] == [[0, 1], [2], [3, 4], [5]]
+    assert runs_of(steps, choices, 100) == [range(6)]
+    assert runs_of(steps, {0: rows_of(*[1] * 50)}, 20) == [range(1), range(1, 6)]
+
+
+def test_memory_is_bounded_by_the_places() -> None:
+    """Of what is read at a time, whatever is chosen."""
+    memory, steps = memory_of(), steps_of([4] * 20)
+    asked = [OutputSpec(Selection("all", "mean"))] * 20
+    choices = {number: rows_of(*[0] * PLACES) for number in range(20)}
+    with Largest() as largest:
+        TorchCollector(memory).collect(steps, asked, choices).vectors()
+    assert largest.n_numbers <= 3 * PLACES * 2 * P
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it untyped
+    """Notes the size of the largest tensor that an operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # likewise
+        self.n_numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.dtype.is_floating_point:
+            self.n_numbers = max(self.n_numbers, found.numel())
+        return found
 
 
 @WAYS
