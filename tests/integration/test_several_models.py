@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bilm_api.v1 import embed_pb2, embed_pb2_grpc
-from bilm_client import AsyncClient, ScalarMix, SentenceError, ServiceError
+from bilm_client import AsyncClient, Chosen, ScalarMix, SentenceError, ServiceError
 from bilm_model.bilm import random_bilm
 from bilm_model.config import SIZES
 from bilm_model.engine.cellular import CellularBatch
@@ -309,6 +309,14 @@ async def test_an_ensembles_vectors_are_those_of_its_members(tmp_path: Path, opt
         found, a, b = [await it.ask(name, SENTENCES, **options) for name in ("both", "a", "b")]
         for each, *parts in zip(found, a, b, strict=True):
             assert np.array_equal(each.vectors, np.concatenate([part.vectors for part in parts], axis=-1))
+
+
+async def test_an_ensemble_chooses_as_its_members_do(tmp_path: Path) -> None:
+    async with with_ensemble(tmp_path) as it:
+        for chosen, options in (({"rows": [4, 1]}, {}), ({"spans": [(1, 2), (3, 5)]}, {"pool": "mean"})):
+            asked = [Chosen(SENTENCES[0], **chosen)]
+            (found,), *parts = [await it.ask(name, asked, **options) for name in ("both", "a", "b")]
+            assert np.array_equal(found.vectors, np.concatenate([part.vectors for (part,) in parts], axis=-1))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
