@@ -11,6 +11,7 @@ from bilm_server.protocols.http import names
 from bilm_server.protocols.http.messages import HttpRequest, HttpResponse
 
 from tests.support.chromium import Tab, chromium
+from tests.support.server_processes import ProcessServer
 from tests.support.servers import LoopServer, serving
 
 pytestmark = pytest.mark.slow
@@ -79,6 +80,12 @@ def click(tab: Tab, selector: str) -> None:
     tab.evaluate(f"document.querySelector({selector!r}).click()")
 
 
+def choose(tab: Tab, select: str, value: str) -> None:
+    """Choose one of a list, by the list's id."""
+    change = f"at.value = {value!r}; at.dispatchEvent(new Event('change'))"
+    tab.evaluate(f"{{ const at = document.getElementById({select!r}); {change} }}")
+
+
 def example(tab: Tab, label: str) -> None:
     tab.when(DONE)
     tab.evaluate(f"{STATUS[: -len('.textContent')]}.textContent = ''")
@@ -114,6 +121,21 @@ def test_the_first_look(server: LoopServer, tab: Tab) -> None:
     assert tab.evaluate("document.querySelectorAll('.map tbody td').length") == 55 * 55
     assert tab.evaluate(NAMELESS) == []
     assert tab.problems == []
+
+
+@pytest.mark.parametrize(
+    ("attempt", "directive"),
+    [
+        ("document.body.setAttribute('style', 'color: red')", "style-src-attr"),
+        ("fetch('http://127.0.0.1:1/').catch(() => {})", "connect-src"),
+        ("try { document.body.innerHTML = '<b>bold</b>'; } catch {}", "require-trusted-types-for"),
+        ("new Image().src = 'http://127.0.0.1:1/'", "img-src"),
+    ],
+)
+def test_the_policy_is_in_force(server: LoopServer, tab: Tab, attempt: str, directive: str) -> None:
+    show(tab, server)
+    violated = "document.addEventListener('securitypolicyviolation', (event) => resolve(event.effectiveDirective))"
+    assert tab.evaluate(f"new Promise((resolve) => {{ {violated}; {attempt}; }})") == directive
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -159,8 +181,7 @@ def test_choosing_layers_words_and_sentences(server: LoopServer, tab: Tab) -> No
     tab.evaluate("document.querySelectorAll('.map tbody tr')[2].cells[1].click()")  # the first sentence's third word
     assert tab.evaluate(NEAREST)[0][0] == tab.evaluate(ROW_LABELS)[2] == "the"
     assert tab.evaluate("document.querySelector('input[name=word]:checked').value") == "0:2"
-    select = "const at = document.querySelector('#second'); at.value = '0'; at.dispatchEvent(new Event('change'))"
-    tab.evaluate(f"{{ {select} }}")
+    choose(tab, "second", "0")
     assert {cosine for row in tab.evaluate(PAIRS) for cosine in row[2:]} == {"1.00"}  # a sentence beside itself
     assert tab.problems == []
 
@@ -248,6 +269,17 @@ def test_a_token_is_asked_for_and_kept_in_memory_only(tab: Tab, tmp_path: Path) 
         tab.when(f"{PROBLEM}.includes('UNAUTHENTICATED')")
 
 
+def test_a_model_is_chosen(tab: Tab) -> None:
+    models = ("--model", "one=random:tiny", "--model", "other=random:small")
+    with ProcessServer(*models, *HTTP) as server:
+        tab.navigate(f"http://{server.http_address}/")
+        tab.when(f"{STATUS}.includes('Model one, version')")
+        choose(tab, "model", "other")
+        tab.when(f"{STATUS}.includes('Model other, version')")
+        assert tab.evaluate("document.querySelector('#facts dd').textContent") == "other"
+        assert tab.problems == []
+
+
 def test_several_models_one_of_which_is_gone(tab: Tab) -> None:
     async def models(_: HttpRequest) -> HttpResponse:
         return HttpResponse(b'{"object": "list", "data": [{"id": "random-tiny"}, {"id": "gone", "version": "7"}]}')
@@ -257,8 +289,7 @@ def test_several_models_one_of_which_is_gone(tab: Tab) -> None:
         show(tab, server)
         tab.when(DONE)
         assert tab.evaluate("document.querySelector('#model-choice').checkVisibility()")
-        choose = "const at = document.querySelector('#model'); at.value = 'gone'; at.dispatchEvent(new Event('change'))"
-        tab.evaluate(f"{{ {choose} }}")
+        choose(tab, "model", "gone")
         tab.when(PROBLEM)
         assert "(MODEL_NOT_FOUND)" in tab.evaluate(PROBLEM)
         assert tab.evaluate("document.querySelector('#facts').textContent") == "NamegoneVersion7"

@@ -38,7 +38,8 @@ _LOOK_INTERVAL_S = 0.002
 
 def with_defaults(flags: Sequence[str], listen: str = "127.0.0.1:0") -> list[str]:
     """Return flags of `bilm-serve` for a server on a tiny model, unless they name another one."""
-    return ["--model", TINY, "--listen", listen, *_NO_DELAY, *flags]
+    model = () if "--model" in flags else ("--model", TINY)
+    return [*model, "--listen", listen, *_NO_DELAY, *flags]
 
 
 def new_server(config: ServerConfig, model: ServedModel) -> Server:
