@@ -46,14 +46,17 @@ class _Lane(Generic[T]):
 
     Attributes:
         limit: what its items may take together.
+        is_batch: whether they are batch.
         rows: that they take.
         steps: that they take.
         n_waiting: items that wait.
         queues: by caller; the first one's turn is next.
     """
 
-    def __init__(self, limit: Capacity) -> None:
-        self.limit = limit
+    __slots__ = ("is_batch", "limit", "n_waiting", "queues", "rows", "steps")
+
+    def __init__(self, limit: Capacity, is_batch: bool) -> None:
+        self.limit, self.is_batch = limit, is_batch
         self.rows = self.steps = self.n_waiting = 0
         self.queues: OrderedDict[Hashable, _Queue[T]] = OrderedDict()
 
@@ -100,8 +103,8 @@ class _Turn(NamedTuple, Generic[T]):
     rows: int
     steps: int
     since: int
-    expired: bool
     fits: bool
+    expired: bool
 
 
 class _Class(Generic[T]):
@@ -112,9 +115,11 @@ class _Class(Generic[T]):
     waits for capacity that short ones take doesn't.
     """
 
-    def __init__(self, limit: Capacity, long_limit: Capacity) -> None:
-        self.short: _Lane[T] = _Lane(limit)
-        self.long: _Lane[T] = _Lane(long_limit)
+    __slots__ = ("long", "short")
+
+    def __init__(self, limit: Capacity, long_limit: Capacity, *, is_batch: bool) -> None:
+        self.short: _Lane[T] = _Lane(limit, is_batch)
+        self.long: _Lane[T] = _Lane(long_limit, is_batch)
 
     def __bool__(self) -> bool:
         """Whether any sentence waits."""
@@ -140,10 +145,9 @@ class _Class(Generic[T]):
         for lane, queue in self.by_turn():
             rows, steps, deadline_s = next(iter(queue.entries.values()))
             if deadline_s <= now_s:
-                return _Turn(lane, rows, steps, queue.since, expired=True, fits=True)
+                return _Turn(lane, rows, steps, queue.since, True, True)
             if lane.fits(rows, steps, lane.limit):
-                fits = rows <= free_rows and steps <= free_steps
-                return _Turn(lane, rows, steps, queue.since, expired=False, fits=fits)
+                return _Turn(lane, rows, steps, queue.since, rows <= free_rows and steps <= free_steps, False)
         return None
 
     def by_turn(self) -> Sequence[tuple[_Lane[T], _Queue[T]]]:
@@ -215,13 +219,14 @@ class Scheduler(Generic[T]):
         """
         self._capacity, self._with_ahead = capacity, capacity + Capacity(ahead, 0)
         self._long_limit = limit = _for_long_ones(capacity)
-        self._interactive: _Class[T] = _Class(self._with_ahead, limit)
+        self._interactive: _Class[T] = _Class(self._with_ahead, limit, is_batch=False)
         # Batch's long ones may take all of its steps: whatever length is served is served as batch, too
-        self._batch: _Class[T] = _Class(limit, Capacity(for_long_sentences(limit.rows), limit.steps))
+        long_limit = Capacity(for_long_sentences(limit.rows), limit.steps)
+        self._batch: _Class[T] = _Class(limit, long_limit, is_batch=True)
         self._classes = {Priority.INTERACTIVE: self._interactive, Priority.BATCH: self._batch}
         self._turn_share, self._round_share = _Share(batch_share), _Share(batch_share)
         self._few = max(1, capacity.rows // _FEW_PARTS)
-        self._turns = 0
+        self._rows = self._steps = self._turns = 0
 
     def __bool__(self) -> bool:
         """Whether any sentence waits."""
@@ -242,8 +247,7 @@ class Scheduler(Generic[T]):
     @property
     def used(self) -> Capacity:
         """What is taken."""
-        interactive, batch = self._interactive, self._batch
-        return Capacity(interactive.rows + batch.rows, interactive.steps + batch.steps)
+        return Capacity(self._rows, self._steps)
 
     def ever_fits(self, need: Capacity, priority: Priority = Priority.INTERACTIVE) -> bool:
         """Return whether a sentence that needs so much could join if nothing else had."""
@@ -309,10 +313,9 @@ class Scheduler(Generic[T]):
 
     def _next_turn(self, now_s: float) -> _Turn[T] | None:
         """Return the head that is to be taken out; None if all must wait."""
-        rows, steps = self._interactive.rows + self._batch.rows, self._interactive.steps + self._batch.steps
         whole = self._with_ahead
-        free_rows, free_steps = whole.rows - rows, whole.steps - steps
-        if self._batch:
+        free_rows, free_steps = whole.rows - self._rows, whole.steps - self._steps
+        if self._batch.short.queues or self._batch.long.queues:
             turn = self._batch_turn(now_s, free_rows, free_steps)
             if turn is not None and turn.fits:
                 return turn
@@ -349,14 +352,16 @@ class Scheduler(Generic[T]):
     def _take(self, lane: _Lane[T], rows: int, steps: int) -> None:
         lane.rows += rows
         lane.steps += steps
-        if lane is self._batch.short or lane is self._batch.long:
+        self._rows += rows
+        self._steps += steps
+        if lane.is_batch:
             used = Capacity(self._batch.rows, self._batch.steps)
             self._interactive.long.limit = _for_long_ones(self._capacity - used)
 
     def _count_turn(self, lane: _Lane[T]) -> None:
-        if lane is self._batch.short or lane is self._batch.long:
+        if lane.is_batch:
             self._turn_share.taken()
-        elif self._batch:
+        elif self._batch.short.queues or self._batch.long.queues:
             self._turn_share.passed()
         else:
             self._turn_share.forget()
