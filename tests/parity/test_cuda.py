@@ -219,6 +219,27 @@ def test_those_who_are_not_in_flight_are_left_alone() -> None:
     assert (memory.h[:, :, free] == 7.0).all()
 
 
+@pytest.mark.parametrize("kind", ["torch", "triton"])
+def test_lanes_that_a_round_leaves_out_keep_their_states(kind: str) -> None:
+    """Three rows of eight run, computed as four, behind a round in which the others ran."""
+    steps = TorchSteps() if kind == "torch" else interpreted_steps("off")
+    engine = engine_of(CONFIGS["as published"], options=EngineOptions(max_rows=8), steps=steps)
+    memory = BACKENDS[engine].memory
+    engine.join([PlainSentence(["a"] * n, deferrable=True) for n in (2, 3, 4, 5)])
+    engine.advance(max_steps=1)
+    left_out = [memory.h[:, :, :4].clone(), memory.c[:, :, :4].clone()]
+    assert all(state.any() for state in left_out)
+    engine.join([PlainSentence(["b"] * n) for n in (1, 1, 1)])
+    n_ended = 0
+    while n_ended < 3:
+        ended = engine.advance(leave_out=True)
+        n_ended += len(ended)
+        assert torch.equal(memory.h[:, :, :4], left_out[0])
+        assert torch.equal(memory.c[:, :, :4], left_out[1])
+    engine.advance(leave_out=True, max_steps=1)  # there is nothing else
+    assert not torch.equal(memory.h[:, :, :4], left_out[0])
+
+
 def test_a_stretch_of_ticks_is_put_together_from_graphs() -> None:
     config, sentences = CONFIGS["as published"], random_sentences(30, CONFIGS["as published"])
     engine = engine_of(config, options=EngineOptions(max_rows=7))
