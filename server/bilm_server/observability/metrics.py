@@ -7,6 +7,7 @@ from contextlib import suppress
 from functools import cache
 from typing import TypeVar
 
+from bilm_api.constants import Priority
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -52,8 +53,11 @@ class Metrics:
         self._methods = (*METHODS, *infer_methods)
         self._requests = self._counter("requests", "Calls ended.", "method", "code", "model")
         self._refusals = self._counter("refusals", "Calls refused as a whole, by reason.", "method", "reason", "model")
+        refused = "Batch calls refused as a whole, by reason."
+        self._batch_refusals = self._counter("batch_refusals", refused, "method", "reason", "model")
         self._durations = self._seconds("request_duration_seconds", "From begin to end of a call.")
         self._queue = self._seconds("queue_seconds", "Longest wait of a call's sentences for the engine.")
+        self._batch_queue = self._seconds("batch_queue_seconds", "The same, of batch calls alone.")
         self._inference = self._seconds("inference_seconds", "Longest time of a call's sentences in it.")
         answered = "Sentences answered, with a result or an error."
         self._sentences = self._counter("sentences", answered, "result", "model")
@@ -89,12 +93,14 @@ class Metrics:
                     self._requests(method, code, model)
             for method in self._embedding:
                 self._refusals(method, "OVERLOADED", model)
+                self._batch_refusals(method, "OVERLOADED", model)
         self._open.show(models)
         for model in models:
             if model == NO_MODEL:
                 continue
             for method in self._embedding:
                 self._queue(method, model)
+                self._batch_queue(method, model)
                 self._inference(method, model)
             for result in ("ok", "failed"):
                 self._sentences(result, model)
@@ -135,14 +141,18 @@ class Metrics:
                 self._rows(model).observe(rows)
 
     def _count_call(self, call: CallRecord) -> None:
-        method, model = call.method, call.model
+        method, model, is_batch = call.method, call.model, call.priority is Priority.BATCH
         self._requests(method, call.code or Code.UNKNOWN, model).inc()
         self._durations(method, model).observe(call.duration_s)
         if call.reason:
             self._refusals(method, call.reason, model).inc()
+            if is_batch:
+                self._batch_refusals(method, call.reason, model).inc()
         n_computed = call.sentences - call.failed_sentences
         if n_computed:
             self._queue(method, model).observe(call.queue_s)
+            if is_batch:
+                self._batch_queue(method, model).observe(call.queue_s)
             self._inference(method, model).observe(call.inference_s)
             self._sentences("ok", model).inc(n_computed)
             self._tokens(model).inc(call.tokens)

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from bilm_api.constants import Priority
 from bilm_server.errors import Code
 from bilm_server.observability.call_record import CallRecord
 from bilm_server.observability.metrics import METHODS, NO_MODEL, Metrics
@@ -91,6 +92,19 @@ def test_a_call_is_counted_with_what_it_did() -> None:
     assert found["bilm_sentences_total{model=tiny,result=ok}"] == 1
     assert found["bilm_sentences_total{model=tiny,result=failed}"] == 1
     assert found["bilm_tokens_total{model=tiny}"] == 7
+
+
+def test_batch_calls_count_among_all_and_by_themselves() -> None:
+    metrics = new_metrics()
+    for priority in (Priority.INTERACTIVE, Priority.BATCH, Priority.BATCH):
+        call = a_call("Embed", model="tiny", priority=priority)
+        call.computed(tokens=7, queue_s=0.004, inference_s=0.03)
+        metrics.end(call)
+        metrics.end(a_call("Embed", Code.RESOURCE_EXHAUSTED, model="tiny", reason="OVERLOADED", priority=priority))
+    found = values(metrics.registry)
+    for name, expected in (("", 3), ("batch_", 2)):
+        assert found[f"bilm_{name}queue_seconds_count{{method=Embed,model=tiny}}"] == expected
+        assert found[f"bilm_{name}refusals_total{{method=Embed,model=tiny,reason=OVERLOADED}}"] == expected
 
 
 def test_what_is_not_scraped_is_counted_all_the_same_and_not_kept() -> None:
