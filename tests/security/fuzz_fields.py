@@ -50,7 +50,14 @@ with _measuring():
     from bilm_server.protocols.kserve.parameters import parse_parameters
     from bilm_server.served_model import ServedModel, load_served_model
 
-    from tests.security.fuzz_json import almost_json, damaged_json, embed_body, mutated_json, to_json_bytes
+    from tests.security.fuzz_json import (
+        almost_json,
+        chosen_body,
+        damaged_json,
+        embed_body,
+        mutated_json,
+        to_json_bytes,
+    )
     from tests.security.fuzz_messages import (
         almost,
         damage,
@@ -76,7 +83,7 @@ _REQUESTS: tuple[tuple[type[Message], Callable[[], Message]], ...] = (
     (open_inference_pb2.ModelInferRequest, infer_texts_request),
     (embed_pb2.EmbedRequest, selecting_request),
 )
-_JSON = len(_REQUESTS)
+JSON_KIND = len(_REQUESTS)
 """The kind of input that is JSON."""
 
 
@@ -96,7 +103,7 @@ class FieldCheck:
         """
         try:
             with entered(CallRecord("Embed", "a peer")):
-                if _kind(data) == _JSON:
+                if _kind(data) == JSON_KIND:
                     self._check_json(data[1:])
                 else:
                     self._check(_parsed(data))
@@ -174,12 +181,14 @@ def new_check(preprocessing: type[Preprocessing] = Preprocessing) -> FieldCheck:
 
 def input_of(rng: random.Random) -> bytes:
     """An input without coverage to guide it."""
-    kind = rng.randrange(_JSON + 1)
-    return bytes([kind]) + (almost_json(rng, embed_body) if kind == _JSON else almost(rng, _REQUESTS[kind][1]))
+    kind = rng.randrange(JSON_KIND + 1)
+    if kind == JSON_KIND:
+        return bytes([kind]) + almost_json(rng, rng.choice((embed_body, chosen_body)))
+    return bytes([kind]) + almost(rng, _REQUESTS[kind][1])
 
 
 def _kind(data: bytes) -> int:
-    return data[0] % (_JSON + 1) if data else 0
+    return data[0] % (JSON_KIND + 1) if data else 0
 
 
 def _parsed(data: bytes) -> Message:
@@ -199,7 +208,7 @@ def _mutate(data: bytes, max_size: int, seed: int) -> bytes:
     if not data or rng.random() < 0.05:
         return input_of(rng)[:max_size]
     try:
-        if _kind(data) == _JSON:
+        if _kind(data) == JSON_KIND:
             changed = damaged_json(rng, to_json_bytes(rng, mutated_json(rng, json.loads(data[1:]))))
         else:
             request = _parsed(data)

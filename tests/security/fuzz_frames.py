@@ -53,7 +53,16 @@ from tests.security.fuzz_messages import (
     model_request,
     ready_request,
 )
-from tests.security.security_support import EMBED_PATH, HEALTH_PATH, INFER_PATH, MODEL_PATH, READY_PATH, STREAM_PATH
+from tests.security.security_support import (
+    EMBED_PATH,
+    HEALTH_PATH,
+    INFER_PATH,
+    MODEL_PATH,
+    MODELS_PATH,
+    READY_PATH,
+    RELOAD_PATH,
+    STREAM_PATH,
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,13 @@ class Case:
     answers: tuple[tuple[int, type[Message]], ...] = ()
 
 
-PATHS = tuple(path.encode() for path in (EMBED_PATH, STREAM_PATH, MODEL_PATH, HEALTH_PATH, INFER_PATH, READY_PATH))
-_EMBED, _STREAM, _MODEL, _HEALTH, _INFER, _READY = PATHS
+PATHS = tuple(
+    path.encode()
+    for path in (
+        EMBED_PATH, STREAM_PATH, MODEL_PATH, HEALTH_PATH, INFER_PATH, READY_PATH, MODELS_PATH, RELOAD_PATH
+    )
+)  # fmt: skip
+_EMBED, _STREAM, _MODEL, _HEALTH, _INFER, _READY, _MODELS, _RELOAD = PATHS
 _BODIES = {_EMBED: embed_request().SerializeToString(), _INFER: infer_request().SerializeToString()}
 _ZEROS = bytes(40 * 2**20)
 
@@ -273,12 +287,13 @@ def fields(rng: random.Random) -> Case:
     data += header_frames(5, header_block(call_headers(_STREAM))) + data_frames(5, stream)
     data += call(7, _HEALTH, almost(rng, health_request)) + call(9, _READY, almost(rng, ready_request))
     data += call(11, _INFER, almost(rng, rng.choice((infer_request, infer_texts_request))))
+    data += call(13, _MODELS, rng.randbytes(rng.choice((0, 9)))) + call(15, _RELOAD, rng.randbytes(rng.choice((0, 9))))
     answers = (
         (1, embed_pb2.EmbedResponse),
         (5, embed_pb2.EmbedStreamResponse),
         (11, open_inference_pb2.ModelInferResponse),
     )
-    return Case(opening() + data, (1, 3, 5, 7, 9, 11), answers=answers)
+    return Case(opening() + data, (1, 3, 5, 7, 9, 11, 13, 15), answers=answers)
 
 
 FRAME_KINDS: tuple[Callable[[random.Random], Case], ...] = (

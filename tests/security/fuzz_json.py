@@ -10,11 +10,11 @@ from tests.security.fuzz_messages import damage, text
 _NAMES = (
     "input", "model", "encoding_format", "dimensions", "user", "layers", "pooling", "l2_normalize", "sentences", "text",
     "tokens", "state", "return_state", "options", "mix", "weights", "gamma", "layer_norm", "data_type", "omit_tokens",
-    "expected_model_version", "rows", "", "__proto__",
+    "expected_model_version", "rows", "spans", "span_unit", "start", "end", "priority", "", "__proto__",
 )  # fmt: skip
 _WORDS = (
     "mean", "max", "none", "top", "all", "average", "mix", "float", "base64", "float16", "bfloat16", "random-tiny",
-    "AAAA", "AA==", "A", "=",
+    "AAAA", "AA==", "A", "=", "tokens", "bytes", "batch", "interactive",
 )  # fmt: skip
 _NUMBERS = (0, 1, -1, 2, 3, 7, 128, 0.5, -0.0, 1e39, 1e308, 2**31, 2**63, 2**64, 10**400, 1e-46)
 _ODD: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], [{}], [1, 2], [[1], [2]], [True], {"": 0})
@@ -51,6 +51,17 @@ def embed_body() -> dict[str, Any]:
         "options": {"layers": "mix", "mix": {"weights": [1, 0.5, 2], "gamma": 2, "layer_norm": True}},
         "sentences": [{"text": "The cat sat.", "return_state": True}, {"tokens": ["The", "play"]}, {"text": ""}],
         "encoding_format": "float",
+    }
+
+
+def chosen_body() -> dict[str, Any]:
+    return {
+        "options": {"layers": "top", "pooling": "mean", "data_type": "float16"},
+        "sentences": [
+            {"text": "The cat sat.", "spans": [[0, 7], [8, 11]], "span_unit": "bytes"},
+            {"tokens": ["The", "play"], "rows": [1, 0, 1]},
+        ],
+        "priority": "batch",
     }
 
 

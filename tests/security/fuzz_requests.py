@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tests.security.fuzz_http1 import HttpCase
-from tests.security.fuzz_json import almost_json, embed_body, embeddings_body, to_json_bytes
+from tests.security.fuzz_json import almost_json, chosen_body, embed_body, embeddings_body, to_json_bytes
 from tests.security.fuzz_messages import damage
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -180,7 +180,8 @@ def http_fields(rng: random.Random) -> HttpCase:
     for _ in range(rng.choice((1, 3, 6))):
         target = rng.choice(tuple(_BODIES))
         more = [(b"accept", b"application/octet-stream")] if rng.random() < 0.3 else []
-        requests.append(post(target, almost_json(rng, _BODIES[target]), *more))
+        new_body = chosen_body if target == b"/v1/embed" and rng.random() < 0.5 else _BODIES[target]
+        requests.append(post(target, almost_json(rng, new_body), *more))
     return HttpCase(b"".join(requests), len(requests))
 
 

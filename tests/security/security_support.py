@@ -11,7 +11,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.support.processes import descriptors, resident_bytes
 from tests.support.server_processes import ProcessServer
 
-EMBED_PATH, STREAM_PATH, MODEL_PATH = (f"/bilm_api.v1.EmbedService/{m}" for m in ("Embed", "EmbedStream", "GetModel"))
+EMBED_PATH, STREAM_PATH, MODEL_PATH, MODELS_PATH = (
+    f"/bilm_api.v1.EmbedService/{method}" for method in ("Embed", "EmbedStream", "GetModel", "ListModels")
+)
+RELOAD_PATH = "/bilm_api.v1.AdminService/Reload"
 HEALTH_PATH = "/grpc.health.v1.Health/Check"
 INFER_PATH, READY_PATH = (f"/inference.GRPCInferenceService/{m}" for m in ("ModelInfer", "ModelReady"))
 PLAIN = embed_pb2.EmbedOptions(

@@ -1,10 +1,12 @@
 """A short run of the fuzzers, the same each time; `make fuzz` is the long one. And: that they see what is wrong."""
 
+import json
 import random
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bilm_api.constants import Reason
@@ -12,10 +14,11 @@ from bilm_server.embedding.preprocessing import Preprocessing
 from bilm_server.errors import RefusalError
 from bilm_server.inference.types import Sentence
 
-from tests.security.fuzz_fields import input_of, new_check
+from tests.security.fuzz_fields import JSON_KIND, input_of, new_check
 from tests.security.fuzz_frames import Case
 from tests.security.fuzz_http1 import HttpCase, HttpReply, MalformedResponseError, Response, read_responses
 from tests.security.fuzz_http2 import Reply
+from tests.security.fuzz_json import chosen_body, embed_body
 from tests.security.fuzz_run import KINDS, AnyCase, Report, complaints, fuzz_server, new_case
 
 _ROUNDS, _INPUTS_IN_PROCESS = 6, 400
@@ -42,6 +45,11 @@ def test_requests_that_are_almost_right() -> None:
     outcomes = Counter(check(input_of(rng)) for _ in range(_INPUTS_IN_PROCESS))
     assert outcomes["prepared"] > _INPUTS_IN_PROCESS // 10
     assert len(outcomes) > 8, outcomes
+
+
+@pytest.mark.parametrize("new_body", [embed_body, chosen_body])
+def test_what_is_mutated_is_right_itself(new_body: Callable[[], dict[str, Any]]) -> None:
+    assert new_check()(bytes([JSON_KIND]) + json.dumps(new_body()).encode()) == "prepared"
 
 
 class CarelessPreprocessing(Preprocessing):
