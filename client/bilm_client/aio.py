@@ -7,12 +7,12 @@ from collections.abc import (
     AsyncIterable,
     AsyncIterator,
     Callable,
-    Collection,
     Iterable,
     Iterator,
     Sequence,
 )
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
@@ -154,10 +154,7 @@ class AsyncTransportClient:
         arguments = parse_keywords(StreamArguments, "embed_stream", keywords)
         session = ResumableSession(arguments, self._settings, uniform=self._uniform)
         inputs = _parsed(sentences, arguments.return_states)
-        timeout = self._settings.result_timeout(arguments.timeout_s)
-        if arguments.needs_features:
-            return self._stream_by_features(session, inputs, timeout, arguments)
-        return self._stream(session, inputs, timeout)
+        return self._stream(session, inputs, self._settings.result_timeout(arguments.timeout_s))
 
     async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """Ask the server about the client's model; as `Client.model_info`."""
@@ -227,19 +224,6 @@ class AsyncTransportClient:
                 index = next(indices)
                 job.settle(index, at_index(outcome, index))
 
-    async def _stream_by_features(
-        self,
-        session: ResumableSession,
-        inputs: Iterator[Input] | AsyncIterator[Input],
-        timeout: ResultTimeout,
-        arguments: StreamArguments,
-    ) -> AsyncGenerator[Outcome, None]:
-        info = self._model_info or await self._fetch_model_info(self._settings.deadline(arguments.timeout_s))
-        session.priority = self._priority.of(arguments, info.features)
-        async with aclosing(self._stream(session, inputs, timeout)) as outcomes:
-            async for outcome in outcomes:
-                yield outcome
-
     def _stream(
         self, session: ResumableSession, inputs: Iterator[Input] | AsyncIterator[Input], timeout: ResultTimeout
     ) -> AsyncGenerator[Outcome, None]:
@@ -249,13 +233,13 @@ class AsyncTransportClient:
             open_stream=self._transport.open_stream,
             wait=self._transport.wait,
             timeout=timeout,
-            learn=self._features,
+            learn=partial(self._learn, session, timeout),
             failed=self._note_failure,
         ).run()
 
-    async def _features(self) -> Collection[str]:
-        info = self._model_info or await self._fetch_model_info(self._settings.deadline(None))
-        return info.features
+    async def _learn(self, session: ResumableSession, timeout: ResultTimeout) -> None:
+        info = self._model_info or await self._fetch_model_info(timeout.call_deadline())
+        session.learn(info.features, self._priority.of(session.options, info.features))
 
     async def _fetch_model_info(self, deadline: Deadline) -> ModelInfo:
         request = pb.GetModelRequest(
@@ -269,7 +253,7 @@ class AsyncTransportClient:
         return info
 
     def _note_failure(self, error: ServiceError) -> None:
-        if isinstance(error, ModelVersionError):
+        if isinstance(error, ModelVersionError) or self._settings.may_lack_model(error):
             self._model_info = None
 
 

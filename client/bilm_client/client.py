@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -209,10 +209,7 @@ class TransportClient:
         sentences = iter(sentences)
         states = arguments.return_states
         inputs = (stream_input(sentence, index, states) for index, sentence in enumerate(sentences))
-        timeout = self._settings.result_timeout(arguments.timeout_s)
-        if arguments.needs_features:
-            return self._stream_by_features(session, inputs, timeout, arguments)
-        return self._stream(session, inputs, timeout)
+        return self._stream(session, inputs, self._settings.result_timeout(arguments.timeout_s))
 
     def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """Ask the server about the client's model.
@@ -300,13 +297,6 @@ class TransportClient:
         for index, outcome in zip(job.by_stream, outcomes, strict=True):
             job.settle(index, at_index(outcome, index))
 
-    def _stream_by_features(
-        self, session: ResumableSession, inputs: Iterator[Input], timeout: ResultTimeout, arguments: StreamArguments
-    ) -> Generator[Outcome, None, None]:
-        info = self._model_info or self._fetch_model_info(self._settings.deadline(arguments.timeout_s))
-        session.priority = self._priority.of(arguments, info.features)
-        yield from self._stream(session, inputs, timeout)
-
     def _stream(
         self, session: ResumableSession, inputs: Iterator[Input], timeout: ResultTimeout
     ) -> Generator[Outcome, None, None]:
@@ -316,13 +306,13 @@ class TransportClient:
             open_stream=self._transport.open_stream,
             wait=self._transport.wait,
             timeout=timeout,
-            learn=self._features,
+            learn=partial(self._learn, session, timeout),
             failed=self._note_failure,
         ).run()
 
-    def _features(self) -> Collection[str]:
-        info = self._model_info or self._fetch_model_info(self._settings.deadline(None))
-        return info.features
+    def _learn(self, session: ResumableSession, timeout: ResultTimeout) -> None:
+        info = self._model_info or self._fetch_model_info(timeout.call_deadline())
+        session.learn(info.features, self._priority.of(session.options, info.features))
 
     def _fetch_model_info(self, deadline: Deadline) -> ModelInfo:
         request = pb.GetModelRequest(
@@ -336,7 +326,7 @@ class TransportClient:
         return info
 
     def _note_failure(self, error: ServiceError) -> None:
-        if isinstance(error, ModelVersionError):
+        if isinstance(error, ModelVersionError) or self._settings.may_lack_model(error):
             self._model_info = None
 
 
@@ -353,7 +343,7 @@ class Client(TransportClient):
             addresses of several servers, IP:PORT each, as a sequence or separated by commas.
         balance: How calls are spread over several addresses, given or found by DNS: all to the "first" that accepts a
             connection, in turns ("round_robin"), or in turns by the servers' load reports ("weighted"). The latter two
-            leave out servers whose health isn't SERVING. See "Several servers" in docs/client.md.
+            leave out servers on which the model isn't SERVING. See "Several servers" in docs/client.md.
         model: Name of the model that embeds; "": the server's default one. See "Several models" in docs/client.md.
         expected_model_version: Version that the caller relies on; another one raises ModelVersionError. "": any.
         timeout_s: Seconds that a call may take, where the call itself names none; `math.inf`: no deadline.

@@ -17,8 +17,8 @@ SERVICE_NAME = "bilm_api.v1.EmbedService"
 RETRIED_METHODS = ("Embed", "GetModel", "ListModels")
 # A wait that gRPC rounds to 0 ms hangs the call until its deadline (grpcio 1.85.1: half of the retries at 1 ms).
 _MIN_BACKOFF_S = 0.01
-# gRPC's words for a server that can't be reached at all; its own retries were for that.
-_NO_CONNECTION = "failed to connect"
+# gRPC's words where no server can be reached, or none is SERVING; its own retries were for that.
+_NO_SERVER = ("failed to connect", "backend unhealthy")
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -135,4 +135,4 @@ def is_resumable(error: ServiceError) -> bool:
 
 def broke_off(error: ServiceError) -> bool:
     """Return whether a unary call lost its connection on the way, after gRPC's own retries; not if there was none."""
-    return not error.reason and is_resumable(error) and _NO_CONNECTION not in error.message
+    return not error.reason and is_resumable(error) and not any(words in error.message for words in _NO_SERVER)

@@ -74,13 +74,14 @@ def check_server_name(target: str, channel_options: Iterable[tuple[str, Any]] = 
         )
 
 
-def service_config(retry: RetryPolicy, balance: Balance, given: str | None = None) -> str:
+def service_config(retry: RetryPolicy, balance: Balance, given: str | None = None, health_service: str = "") -> str:
     """Return the service config of a channel, as JSON: retry, balancing, and health checks where calls are spread.
 
     Args:
         retry: Of unary calls.
         balance: How calls are spread.
         given: Another service config, whose fields replace those of the client one by one; None: none.
+        health_service: Name of what has to be SERVING, at the health service of each server.
 
     Raises:
         ValueError: `given` is no JSON object.
@@ -88,7 +89,7 @@ def service_config(retry: RetryPolicy, balance: Balance, given: str | None = Non
     config: dict[str, object] = json.loads(retry.service_config())
     if balance in _POLICIES:  # gRPC's default is the first server, whose health it doesn't watch
         config["loadBalancingConfig"] = [_POLICIES[balance]]
-        config["healthCheckConfig"] = {"serviceName": ""}
+        config["healthCheckConfig"] = {"serviceName": health_service}
     return json.dumps({**config, **_parsed(given)})
 
 

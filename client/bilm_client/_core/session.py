@@ -59,16 +59,16 @@ class ResumableSession:
 
     Attributes:
         ended: Whether there is no more input.
-        priority: What each stream states, see `StatedPriority`; set before the first one opens.
-        features: What the server can do; None: it wasn't asked yet.
+        options: What is returned.
     """
 
     def __init__(
         self, arguments: StreamArguments, settings: Settings, *, uniform: Callable[[], float], version: str = ""
     ) -> None:
-        self._options: Options = arguments
+        self.options: Options = arguments
         self._asked: Options = arguments  # of the server
         self._model = settings.model
+        self._asks_first = arguments.needs_features or settings.watches_model
         self._retry: RetryPolicy = settings.retry
         self._window = arguments.window
         self._window_tokens = arguments.window_tokens
@@ -87,8 +87,8 @@ class ResumableSession:
         self._owes_state = False
         self._failures = 0
         self.ended = False
-        self.priority: pb.Priority = pb.PRIORITY_UNSPECIFIED
-        self.features: Collection[str] | None = None
+        self._priority: pb.Priority = pb.PRIORITY_UNSPECIFIED
+        self._features: Collection[str] | None = None  # None: the server wasn't asked
 
     @property
     def accepts_input(self) -> bool:
@@ -114,8 +114,12 @@ class ResumableSession:
         return self.ended and self._next == self._added
 
     def must_learn(self, source: Input) -> bool:
-        """Return whether `features` must be set before a sentence is added."""
-        return source.choice is not None and self.features is None
+        """Return whether the server must be asked for its model, and `learn` be called, before a sentence is added."""
+        return self._features is None and (self._asks_first or source.choice is not None)
+
+    def learn(self, features: Collection[str], priority: pb.Priority) -> None:
+        """Take what the server can do, and what each stream states, see `StatedPriority`."""
+        self._features, self._priority = features, priority
 
     def add(self, source: Input) -> pb.EmbedStreamRequest:
         """Take a sentence in; the message for a stream that is open already.
@@ -126,8 +130,8 @@ class ResumableSession:
         """
         index, sent = self._added, source
         if source.choice is not None:
-            source.choice.check_pool(f"sentence {index}", self._options)
-            if Feature.SELECTION not in (self.features or ()):
+            source.choice.check_pool(f"sentence {index}", self.options)
+            if Feature.SELECTION not in (self._features or ()):
                 sent = replace(source, choice=None)
                 self._ask_whole()
         asks = source.return_state or self._at_interval(index) or self._owes_state
@@ -144,7 +148,7 @@ class ResumableSession:
             expected_model_version=self._version,
             options=self._asked.to_proto(),
             carry_state=self._carry,
-            priority=self.priority,
+            priority=self._priority,
         )
         again = [item for item in self._items.values() if self._is_needed(item)]
         for item in again:
@@ -184,7 +188,7 @@ class ResumableSession:
         self._tokens -= item.wanted.chosen_estimate
         if not self._carry or item.failed or item.index < self._checkpoint:
             del self._items[item.index]
-        if isinstance(outcome, SentenceError) and self._options.raises:
+        if isinstance(outcome, SentenceError) and self.options.raises:
             raise outcome
         return outcome
 
@@ -205,8 +209,8 @@ class ResumableSession:
 
     def _ask_whole(self) -> None:
         """Ask for what choosing on this side needs, from the first sentence on."""
-        whole = whole_options(self._options)
-        if whole is not self._options and self._asked is self._options:
+        whole = whole_options(self.options)
+        if whole is not self.options and self._asked is self.options:
             if self._added:
                 raise UnsupportedError(
                     "the server can't choose rows or spans, and the stream pools whole sentences already: "
@@ -234,9 +238,9 @@ class ResumableSession:
 
     def _finished(self, item: _Item, rows: Rows) -> Outcome:
         found = rows.embedding(self._version)
-        if item.source is item.wanted and self._asked is self._options:
+        if item.source is item.wanted and self._asked is self.options:
             return found
-        return choose_here(found, item.wanted, self._options, item.index)
+        return choose_here(found, item.wanted, self.options, item.index)
 
     def _settle(self, item: _Item, outcome: Outcome) -> None:
         item.rows = None
@@ -268,7 +272,7 @@ def stream_by_job(settings: Settings, job: EmbedJob, uniform: Callable[[], float
     options = {each.name: getattr(job.options, each.name) for each in fields(Options)}
     options["on_error"] = "return"  # the job settles, by the sentence's number in the call
     session = ResumableSession(StreamArguments(**options), settings, uniform=uniform, version=job.version)
-    session.priority, session.features = job.priority, job.features
+    session.learn(job.features, job.priority)
     return session
 
 

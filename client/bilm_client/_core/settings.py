@@ -3,14 +3,14 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import grpc
 from bilm_api.constants import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, MODEL_HEALTH
 
 from bilm_client._core.balancing import check_balance, check_server_name, service_config
-from bilm_client.errors import DeadlineError, ServiceError
+from bilm_client.errors import DeadlineError, ServiceError, UnavailableError
 from bilm_client.policy import DEFAULT_KEEPALIVE, DEFAULT_RETRY, Balance, Keepalive, RetryPolicy
 
 _MIB = 1024 * 1024
@@ -88,6 +88,15 @@ class ResultTimeout:
             raise DeadlineError(f"no result for {self._timeout_s} s", code=grpc.StatusCode.DEADLINE_EXCEEDED)
         return wait_s if left_s is None else min(left_s, wait_s)
 
+    def call_deadline(self) -> Deadline:
+        """Return the deadline of a call that must end before the next message can come.
+
+        Raises:
+            DeadlineError: No time is left.
+        """
+        left_s = self.remaining_s()
+        return NO_DEADLINE if left_s is None else Deadline.after(left_s)
+
     def pause_s(self, wait_s: float, error: ServiceError) -> float:
         """Return the wait before another attempt.
 
@@ -117,6 +126,8 @@ class Settings:
     channel_options: Sequence[tuple[str, Any]] = ()
     proxy: bool = True
     coalesce_ms: float | None = None
+    watch_model: bool = True
+    """Whether servers are chosen by the health of the model; else by their own."""
 
     def __post_init__(self) -> None:
         for name in ("target", "model", "expected_model_version"):
@@ -139,6 +150,19 @@ class Settings:
     def health_service(self) -> str:
         """Name of what embeds for the client, at the health service: its model, or the server as a whole."""
         return MODEL_HEALTH + self.model if self.model else ""
+
+    @property
+    def watches_model(self) -> bool:
+        """Whether calls go only to servers on which the client's model is SERVING."""
+        return self.watch_model and bool(self.model) and self.balance != "first"
+
+    def may_lack_model(self, error: ServiceError) -> bool:
+        """Return whether a call may have failed because no server knows the model's health, let alone the model."""
+        return self.watches_model and isinstance(error, UnavailableError) and not error.reason
+
+    def watching_servers(self) -> Self:
+        """Return these settings for the health of servers as a whole."""
+        return replace(self, watch_model=False)
 
     @property
     def coalesce_s(self) -> float:
@@ -195,7 +219,8 @@ class Settings:
         return list({**arguments, **dict(self.channel_options), _SERVICE_CONFIG: self._service_config()}.items())
 
     def _service_config(self) -> str:
-        return service_config(self.retry, self.balance, dict(self.channel_options).get(_SERVICE_CONFIG))
+        watched = self.health_service if self.watch_model else ""
+        return service_config(self.retry, self.balance, dict(self.channel_options).get(_SERVICE_CONFIG), watched)
 
 
 def _check_coalesce_ms(coalesce_ms: float | None) -> None:

@@ -23,6 +23,9 @@ from bilm_client.results import HealthStatus
 class GrpcAsyncTransport:
     """An `AsyncTransport`. The channel opens with the first call and belongs to that call's loop.
 
+    Where servers are chosen by the health of the model and none reports it, a second channel, for which any server will
+    do, says why: see `get_model`.
+
     Args:
         settings: The client's.
     """
@@ -31,8 +34,8 @@ class GrpcAsyncTransport:
         self._settings = settings
         self._process_id = 0  # that opened the channel; 0: none has
         self._closed = False
-        self._channel: grpc.aio.Channel | None = None
-        self._stream_channel: grpc.Channel | None = None
+        self._channels: dict[bool, grpc.aio.Channel] = {}  # by whether it watches the model; of streams, too
+        self._stream_channels: dict[bool, grpc.Channel] = {}
         self._embed_stub: embed_pb2_grpc.EmbedServiceAsyncStub | None = None
 
     def check_open(self) -> None:
@@ -51,19 +54,39 @@ class GrpcAsyncTransport:
         return response
 
     async def get_model(self, request: pb.GetModelRequest, deadline: Deadline) -> pb.GetModelResponse:
-        """Call GetModel."""
-        response: pb.GetModelResponse = await self._unary(self._stub().GetModel, request, deadline)
+        """Call GetModel. Where no server reports the model, ask any of them.
+
+        One that has the model and names no features is of an earlier version, without a health for models: from then
+        on, the health of servers as a whole decides. On any other the model isn't SERVING, which is the error.
+        """
+        try:
+            response: pb.GetModelResponse = await self._unary(self._stub().GetModel, request, deadline)
+        except ServiceError as error:
+            if not self._settings.may_lack_model(error):
+                raise
+            any_server = self._settings.watching_servers()
+            stub = embed_pb2_grpc.EmbedServiceStub(self._open_channel(any_server))
+            response = await self._unary(stub.GetModel, request, deadline)
+            if response.features:
+                raise
+            self._settings, self._embed_stub = any_server, None
         return response
 
     async def list_models(self, deadline: Deadline) -> pb.ListModelsResponse:
-        """Call ListModels."""
+        """Call ListModels, of any server where none reports the client's own model."""
         request = pb.ListModelsRequest()
-        response: pb.ListModelsResponse = await self._unary(self._stub().ListModels, request, deadline)
+        try:
+            response: pb.ListModelsResponse = await self._unary(self._stub().ListModels, request, deadline)
+        except ServiceError as error:
+            if not self._settings.may_lack_model(error):
+                raise
+            stub = embed_pb2_grpc.EmbedServiceStub(self._open_channel(self._settings.watching_servers()))
+            response = await self._unary(stub.ListModels, request, deadline)
         return response
 
     async def check_health(self, service: str, deadline: Deadline) -> HealthStatus:
         """Call the health service."""
-        stub: Any = health_pb2_grpc.HealthStub(self._open_channel())
+        stub: Any = health_pb2_grpc.HealthStub(self._open_channel(self._settings))
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             return health_status(await self._unary(stub.Check, request, deadline))
@@ -90,11 +113,11 @@ class GrpcAsyncTransport:
         if self._process_id not in (0, os.getpid()):
             return  # the channel is the parent's
         self._closed = True
-        stream_channel, self._stream_channel = self._stream_channel, None
-        if stream_channel is not None:
+        stream_channels, self._stream_channels = self._stream_channels, {}
+        for stream_channel in stream_channels.values():
             stream_channel.close()
-        channel, self._channel, self._embed_stub = self._channel, None, None
-        if channel is not None:
+        channels, self._channels, self._embed_stub = self._channels, {}, None
+        for channel in channels.values():
             await channel.close()
 
     async def _unary(self, method: Any, request: Any, deadline: Deadline) -> Any:
@@ -112,24 +135,26 @@ class GrpcAsyncTransport:
     def _stub(self) -> "embed_pb2_grpc.EmbedServiceAsyncStub":
         self.check_open()
         if self._embed_stub is None:
-            self._embed_stub = embed_pb2_grpc.EmbedServiceStub(self._open_channel())
+            self._embed_stub = embed_pb2_grpc.EmbedServiceStub(self._open_channel(self._settings))
         return self._embed_stub
 
     def _stream_stub(self) -> embed_pb2_grpc.EmbedServiceStub:
         # gRPC lets this channel share the other one's connection.
         self.check_open()
-        if self._stream_channel is None:
+        channel = self._stream_channels.get(self._settings.watches_model)
+        if channel is None:
             self._process_id = os.getpid()
-            self._stream_channel = sync_channel(self._settings)
-        return embed_pb2_grpc.EmbedServiceStub(self._stream_channel)
+            channel = self._stream_channels[self._settings.watches_model] = sync_channel(self._settings)
+        return embed_pb2_grpc.EmbedServiceStub(channel)
 
-    def _open_channel(self) -> grpc.aio.Channel:
+    def _open_channel(self, settings: Settings) -> grpc.aio.Channel:
         self.check_open()
-        if self._channel is None:
+        channel = self._channels.get(settings.watches_model)
+        if channel is None:
             self._process_id = os.getpid()
-            self._channel = async_channel(self._settings)
-            _CHANNELS.add(self._channel)
-        return self._channel
+            channel = self._channels[settings.watches_model] = async_channel(settings)
+            _CHANNELS.add(channel)
+        return channel
 
     def _translated(self, error: Any) -> BilmError:
         """Return the package's error for gRPC's, which is UsageError or ValueError where the channel is closed."""

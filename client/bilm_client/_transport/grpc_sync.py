@@ -23,13 +23,16 @@ from bilm_client.results import HealthStatus
 class GrpcSyncTransport:
     """A `SyncTransport`. The channel opens with the first call; a forked process opens its own.
 
+    Where servers are chosen by the health of the model and none reports it, a second channel, for which any server will
+    do, says why: see `get_model`.
+
     Args:
         settings: The client's.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._links: dict[int, Link] = {}  # by process
+        self._links: dict[tuple[int, bool], Link] = {}  # by process, and by whether it watches the model
 
     def check_open(self) -> None:
         """Raise ClientClosedError if the client is closed."""
@@ -54,16 +57,35 @@ class GrpcSyncTransport:
         return FutureEmbed(call, self._translated)
 
     def get_model(self, request: pb.GetModelRequest, deadline: Deadline) -> pb.GetModelResponse:
-        """Call GetModel."""
+        """Call GetModel. Where no server reports the model, ask any of them.
+
+        One that has the model and names no features is of an earlier version, without a health for models: from then
+        on, the health of servers as a whole decides. On any other the model isn't SERVING, which is the error.
+        """
         with FORK_GATE.call():
-            response: pb.GetModelResponse = self._unary(self._link.stub().GetModel, request, deadline)
+            try:
+                response: pb.GetModelResponse = self._unary(self._link.stub().GetModel, request, deadline)
+            except ServiceError as error:
+                if not self._settings.may_lack_model(error):
+                    raise
+                any_server = self._settings.watching_servers()
+                response = self._unary(self._link_of(any_server).stub().GetModel, request, deadline)
+                if response.features:
+                    raise
+                self._settings = any_server
         return response
 
     def list_models(self, deadline: Deadline) -> pb.ListModelsResponse:
-        """Call ListModels."""
+        """Call ListModels, of any server where none reports the client's own model."""
+        request = pb.ListModelsRequest()
         with FORK_GATE.call():
-            request = pb.ListModelsRequest()
-            response: pb.ListModelsResponse = self._unary(self._link.stub().ListModels, request, deadline)
+            try:
+                response: pb.ListModelsResponse = self._unary(self._link.stub().ListModels, request, deadline)
+            except ServiceError as error:
+                if not self._settings.may_lack_model(error):
+                    raise
+                link = self._link_of(self._settings.watching_servers())
+                response = self._unary(link.stub().ListModels, request, deadline)
         return response
 
     def check_health(self, service: str, deadline: Deadline) -> HealthStatus:
@@ -93,6 +115,9 @@ class GrpcSyncTransport:
     def close(self) -> None:
         """Close the channel and end the calls under way."""
         self._link.close()
+        for (process_id, _), link in tuple(self._links.items()):
+            if process_id == os.getpid():
+                link.close()
 
     def _unary(self, method: Any, request: Any, deadline: Deadline) -> Any:
         try:
@@ -103,12 +128,14 @@ class GrpcSyncTransport:
     @property
     def _link(self) -> Link:
         """The link of the calling process; a fork takes its own and leaves its parent's locks and calls alone."""
-        process_id = os.getpid()
-        link = self._links.get(process_id)
+        return self._link_of(self._settings)
+
+    def _link_of(self, settings: Settings) -> Link:
+        key = os.getpid(), settings.watches_model
+        link = self._links.get(key)
         if link is None:
             closed = any(other.is_closed for other in tuple(self._links.values()))
-            new = Link(lambda: sync_channel(self._settings), closed)
-            link = self._links.setdefault(process_id, new)  # atomic: threads agree on one
+            link = self._links.setdefault(key, Link(lambda: sync_channel(settings), closed))  # atomic: threads agree
         return link
 
     def _translated(self, error: Any) -> BilmError:

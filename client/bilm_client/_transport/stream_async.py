@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 
 from bilm_client._core.inputs import Input
@@ -31,7 +31,7 @@ class AsyncStream:
         open_stream: StreamOpener,
         wait: Callable[[float], Awaitable[object]],
         timeout: ResultTimeout,
-        learn: Callable[[], Awaitable[Collection[str]]],
+        learn: Callable[[], Awaitable[object]],
         failed: Callable[[ServiceError], None] = lambda _error: None,
     ) -> None:
         self._session = session
@@ -92,7 +92,7 @@ class AsyncStream:
 
     async def _add(self, source: Input) -> None:
         if self._session.must_learn(source):
-            self._session.features = await self._learn()
+            await self._learn()
         message = self._session.add(source)
         if self._connection is None:
             self._open()
@@ -130,9 +130,9 @@ class AsyncStream:
                 self._session.receive(delivery)
                 self._timeout.reset()
         except ServiceError as error:
-            self._failed(error)
             self._disconnect()
             if self._session.awaiting:  # else all that was due is here, and the stream's end may have come right behind
+                self._failed(error)
                 await self._wait(self._timeout.pause_s(self._session.broken(error), error))
         if self._session.awaiting and self._connection is None:
             self._open()

@@ -1,6 +1,6 @@
 """Drives a stream session in the caller's thread, in which alone the caller's iterable is read."""
 
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from queue import Empty, SimpleQueue
 
 from bilm_api.v1 import embed_pb2 as pb
@@ -23,8 +23,8 @@ class SyncStream:
         open_stream: Opens a connection.
         wait: Waits for so many seconds before another attempt.
         timeout: The longest wait for a result.
-        learn: Asks the server what it can do.
-        failed: Takes each error that ended a connection.
+        learn: Asks the server for its model, for a session that must know of it.
+        failed: Takes each error that ended a connection before all that was due had come.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class SyncStream:
         open_stream: StreamOpener,
         wait: Callable[[float], object],
         timeout: ResultTimeout,
-        learn: Callable[[], Collection[str]],
+        learn: Callable[[], object],
         failed: Callable[[ServiceError], None] = lambda _error: None,
     ) -> None:
         self._session = session
@@ -75,7 +75,7 @@ class SyncStream:
                 self._end_input()
                 return
             if self._session.must_learn(source):
-                self._session.features = self._learn()
+                self._learn()
             message = self._session.add(source)
             if self._connection is None:
                 self._open()
@@ -108,9 +108,9 @@ class SyncStream:
                 self._timeout.reset()
                 timeout_s = 0.0
         except ServiceError as error:
-            self._failed(error)
             self._disconnect()
             if self._session.awaiting:  # else all that was due is here, and the stream's end may have come right behind
+                self._failed(error)
                 self._wait(self._timeout.pause_s(self._session.broken(error), error))
 
     def _poll(self, timeout_s: float | None) -> pb.EmbedStreamResponse | None:

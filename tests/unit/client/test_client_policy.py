@@ -82,6 +82,12 @@ def test_what_a_stream_resumes_after(
     [
         (grpc.StatusCode.UNAVAILABLE, "", "recvmsg:Connection reset by peer", True),
         (grpc.StatusCode.UNAVAILABLE, "", "failed to connect to all addresses; last error: …", False),
+        (
+            grpc.StatusCode.UNAVAILABLE,
+            "",
+            "connections to all backends failing; last error: …: backend unhealthy",
+            False,
+        ),
         (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN", "the server is shutting down", False),
         (grpc.StatusCode.INTERNAL, "", "Received RST_STREAM with error code 2", True),
         (grpc.StatusCode.INTERNAL, "INTERNAL", "internal error", False),
