@@ -42,16 +42,17 @@ class BilmCaller:
         content: str = "tokens",
         *,
         priority: str = "interactive",
+        model: str = "",
     ) -> None:
         self._channels = [grpc.aio.insecure_channel(target, CHANNEL_OPTIONS) for _ in range(CONNECTIONS)]
         self._stubs: Iterator[Any] = cycle([embed_pb2_grpc.EmbedServiceStub(channel) for channel in self._channels])
-        self._options, self._priority = (layers, pool, dtype, content), _PRIORITIES[priority]
+        self._options, self._priority, self._model = (layers, pool, dtype, content), _PRIORITIES[priority], model
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
     def prepare(self, sentences: Sentences) -> pb.EmbedRequest:
         """See LoadCaller."""
         request = new_request(sentences, *self._options)
-        request.priority = self._priority
+        request.priority, request.model = self._priority, self._model
         return request
 
     async def call(self, request: pb.EmbedRequest) -> NDArray[np.float32]:

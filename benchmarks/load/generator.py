@@ -167,7 +167,7 @@ def _caller(arguments: argparse.Namespace) -> LoadCaller:
         return HttpCaller(arguments.target, arguments.protocol.removeprefix("http-"), *options)
     from benchmarks.load.bilm_caller import BilmCaller  # noqa: PLC0415
 
-    return BilmCaller(arguments.target, *options, arguments.content, priority=arguments.priority)
+    return BilmCaller(arguments.target, *options, arguments.content, priority=arguments.priority, model=arguments.model)
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--content", choices=("tokens", "texts"), default="tokens", help="of bilm (%(default)s)")
     parser.add_argument("--priority", choices=("interactive", "batch"), default="interactive", help="of bilm")
+    parser.add_argument("--model", default="", help="name of bilm's (the default one)")
     asyncio.run(_serve(parser.parse_args()))
 
 

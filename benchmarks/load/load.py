@@ -16,7 +16,7 @@ class LoadGenerator(PipedProcess):
         sentences: how many it has.
         protocol: see `generator`.
         python: whose packages it uses.
-        options: further flags: layers, pool, dtype, content, priority.
+        options: further flags: layers, pool, dtype, content, priority, model.
     """
 
     def __init__(
