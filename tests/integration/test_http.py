@@ -214,7 +214,7 @@ def test_integers_are_refused_with_what_helps(address: str) -> None:
     ("method", "path", "headers", "expected"),
     [
         ("POST", "/v1/nothing", {}, (404, "METHOD_NOT_FOUND")),
-        ("GET", "/", {}, (404, "METHOD_NOT_FOUND")),
+        ("POST", "/", {}, (405, "METHOD_NOT_FOUND")),
         ("GET", "/v1/models/", {}, (404, "METHOD_NOT_FOUND")),
         ("GET", "/v1/models/a/b", {}, (404, "METHOD_NOT_FOUND")),
         ("GET", "/v1/embeddings", {}, (405, "METHOD_NOT_FOUND")),
@@ -238,7 +238,7 @@ def test_refusals(address: str, method: str, path: str, headers: dict[str, str],
     answer = call(address, method, path, body, headers=headers)
     assert (answer.status, answer.code) == expected
     assert "access-control-allow-origin" not in answer.headers
-    allowed = {"/v1/embeddings": "POST", "/v1/models": "GET"}[path] if answer.status == 405 else None
+    allowed = {"/": "GET", "/v1/embeddings": "POST", "/v1/models": "GET"}[path] if answer.status == 405 else None
     assert answer.headers.get("allow") == allowed
 
 
