@@ -56,14 +56,19 @@ class BadRequests:
             grpc.RpcError: The call failed.
         """
         good = self._known.message(0)
-        bad = (pb.Sentence(tokens=pb.Tokens(tokens=["a", ""])), pb.Sentence(), pb.Sentence(text="a", state=b"bad"))
+        bad = (
+            pb.Sentence(tokens=pb.Tokens(tokens=["a", ""])),
+            pb.Sentence(),
+            pb.Sentence(text="a", state=b"bad"),
+            pb.Sentence(text="a b", rows=pb.Rows(rows=[0, 2])),
+        )
         request = pb.EmbedRequest(options=bare_options(PLAIN), sentences=[good, *bad, good])
         response = pb.EmbedResponse.FromString(self._send(request.SerializeToString()))
         first, *failed, last = response.results
         for result in (first, last):
             self._known.check_message(result.embedding, PLAIN, 0)
         reasons = [sentence_error(result.error, 0).reason for result in failed]
-        if reasons != ["TOKEN_EMPTY", "SENTENCE_MISSING", "STATE_INVALID"]:
+        if reasons != ["TOKEN_EMPTY", "SENTENCE_MISSING", "STATE_INVALID", "SELECTION_INVALID"]:
             raise WrongAnswerError(f"bad sentences were answered with {reasons}")
 
     def _send(self, data: bytes) -> bytes:

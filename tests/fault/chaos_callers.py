@@ -50,7 +50,9 @@ class Callers:
         self._channel.close()
 
     def unary(self, chance: random.Random) -> bool:
-        """`Client.embed`."""
+        """`Client.embed`; one time in four of some tokens of each sentence."""
+        if chance.random() < 0.25:
+            return self._chosen(chance)
         options, indices = chance.randrange(len(OPTIONS)), some(self._known, chance, 6)
         with self._recorder.call("client", self.path, LIMIT_S) as attempt:
             found = self._client.embed(sentences(self._known, indices), **OPTIONS[options], timeout_s=LIMIT_S)
@@ -71,6 +73,15 @@ class Callers:
                 if not attempt.succeeded:
                     return False
         return True
+
+    def _chosen(self, chance: random.Random) -> bool:
+        indices = some(self._known, chance, 6)
+        asked = [self._known.choose(chance, index) for index in indices]
+        with self._recorder.call("client chosen", self.path, LIMIT_S) as attempt:
+            found = self._client.embed(asked, timeout_s=LIMIT_S)
+            for embedding, chosen, index in zip(found, asked, indices, strict=True):
+                self._known.check_chosen(embedding, chosen, index)
+        return attempt.succeeded
 
     def document(self, chance: random.Random) -> bool:
         """`Client.embed_stream` with a carried state; each result counts."""

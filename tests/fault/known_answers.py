@@ -3,11 +3,12 @@
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from bilm_api.v1 import embed_pb2 as pb
-from bilm_client import Client, Embedding, ScalarMix
+from bilm_client import Chosen, Client, Embedding, ScalarMix
 from bilm_client.results import Vectors
 
 Sentence = str | tuple[str, ...]
@@ -97,6 +98,26 @@ class KnownAnswers:
             WrongAnswerError: It differs.
         """
         self._compare(found, self._alone[options][index], f"options {options}, sentence {index}", options)
+
+    def choose(self, chance: random.Random, index: int) -> Chosen:
+        """Some tokens of a sentence."""
+        n_tokens = len(self._alone[PLAIN][index].tokens)
+        return Chosen(self.corpus[index], rows=chance.choices(range(n_tokens), k=chance.randint(1, 2 * n_tokens)))
+
+    def check_chosen(self, found: Embedding, chosen: Chosen, index: int) -> None:
+        """Compares the answer for some tokens of a sentence, by the first of `OPTIONS`.
+
+        Raises:
+            WrongAnswerError: It differs.
+        """
+        known, rows = self._alone[PLAIN][index], list(chosen.rows or ())
+        expected = replace(
+            known,
+            tokens=tuple(known.tokens[row] for row in rows),
+            offsets=None if known.offsets is None else tuple(known.offsets[row] for row in rows),
+            vectors=known.vectors[..., rows, :],
+        )
+        self._compare(found, expected, f"rows {rows} of sentence {index}", PLAIN)
 
     def check_in_document(self, found: Embedding, document: int, position: int) -> None:
         """Compares the answer to a document's sentence.
