@@ -43,7 +43,7 @@ with _measuring():
     from bilm_server.observability.call_record import CallRecord
     from bilm_server.protocols.embed_v1.requests import new_sentence, parse_options
     from bilm_server.protocols.embed_v1.responses import WireFormat
-    from bilm_server.protocols.http.embed import EmbedQuery, parse_query
+    from bilm_server.protocols.http.embed import parse_query
     from bilm_server.protocols.http.embed_responses import JsonFormat, RawTensors
     from bilm_server.protocols.kserve.inputs import parse_inputs
     from bilm_server.protocols.kserve.outputs import TensorFormat, parse_outputs
@@ -147,14 +147,12 @@ class FieldCheck:
     def _check_json(self, body: bytes) -> None:
         query = parse_query(body, Call(), _LIMITS)
         self._models.find(query.model, query.version)
-        for wire in (JsonFormat(self._model, query.omit_tokens, query.encoding), RawTensors(self._model, False)):
-            self._prepare_query(query, wire)
-
-    def _prepare_query(self, query: EmbedQuery, wire: JsonFormat | RawTensors) -> None:
+        formats = JsonFormat(self._model, query.omit_tokens, query.encoding), RawTensors(self._model, False)
         for sentence in query.sentences:
             self._preprocessing.prepare(sentence)
             assert all(sentence.tokens)
-            assert self._preprocessing.computed_bytes(sentence) + wire.overhead_bytes(sentence) > 0
+            n_bytes = self._preprocessing.computed_bytes(sentence)
+            assert all(n_bytes + wire.overhead_bytes(sentence) > 0 for wire in formats)
 
     def _prepare(self, message: embed_pb2.Sentence, output: OutputSpec) -> None:
         prepared = new_sentence(message, output, Call())
