@@ -14,6 +14,8 @@ from bilm_api.v1 import embed_pb2 as pb
 from bilm_client._core.inputs import WholeSentence
 from bilm_client._core.options import Options, PriorityName
 from bilm_client._core.settings import Settings
+from bilm_client._transport.grpc_async import GrpcAsyncTransport
+from bilm_client.aio import AsyncTransportClient
 from bilm_client.errors import BilmError
 from bilm_client.policy import DEFAULT_RETRY
 from bilm_client.results import ModelInfo
@@ -103,6 +105,9 @@ async def measure(settings: BenchSettings, sentences: Sequence[WholeSentence], o
         metadata=settings.call_metadata(),
         proxy=settings.proxy,
     )
+    if connection.watches_model:
+        async with AsyncTransportClient(connection, GrpcAsyncTransport) as client:
+            await client.model_info()  # where no server has the model, this says so
     async with Connections(connection, settings.connections) as connections:
         model = await connections.open(min(settings.timeout_s, _CONNECT_TIMEOUT_S))
         expected = ExpectedResults(options, settings.tolerance) if settings.verify else None

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import grpc
@@ -27,6 +27,7 @@ DONE, REFUSED, UNUSABLE = 0, 1, 2
 
 _HEADINGS = ("NAME", "VERSION", "LAYERS", "WIDTH", "PARAMS", "PRECISION", "TOKENIZER")
 _NUMBERS = frozenset({"LAYERS", "WIDTH", "PARAMS"})
+_NO_LIST = "its version is earlier than this command's, and it serves one model, which Client.model_info() describes"
 _NO_RELOAD = (
     "only a server that authenticates its callers (--token-file, --tls-client-ca) can be asked to reload; send SIGHUP "
     "to the process of any other"
@@ -36,10 +37,7 @@ _ADVICE_BY_REASON = {
     Reason.RELOAD_FAILED: "nothing has changed, the server serves what it served before",
     Reason.UNAUTHENTICATED: "name the file with this caller's token by --token-file",
 }
-_ADVICE_BY_CODE = {
-    grpc.StatusCode.UNIMPLEMENTED: _NO_RELOAD,
-    grpc.StatusCode.DEADLINE_EXCEEDED: "it may still be loading; bilm-models list shows what is served",
-}
+_STILL_LOADING = "it may still be loading; bilm-models list shows what is served"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(args: argparse.Namespace, servers: Sequence[Settings]) -> None:
     with TransportClient(servers[0], GrpcSyncTransport) as client:
-        models = client.list_models()
+        try:
+            models = client.list_models()
+        except ServiceError as error:
+            raise _advised(error, servers[0], {grpc.StatusCode.UNIMPLEMENTED: _NO_LIST}) from error
     if args.json:
         described = [{"default": number == 0, **dataclasses.asdict(model)} for number, model in enumerate(models)]
         print(json.dumps(described, indent=2))
@@ -168,20 +169,24 @@ def _reload_one(settings: Settings) -> pb.ReloadResponse:
         try:
             return stub.Reload(pb.ReloadRequest(), timeout=settings.timeout_s, metadata=settings.call_metadata())
         except grpc.RpcError as error:
-            raise _advised(service_error(error), settings.target) from error
-
-
-def _advised(error: ServiceError, target: str) -> BilmError:
-    """Return an error that says what was refused, and below it what to do."""
-    by_reason = {reason.value: advice for reason, advice in _ADVICE_BY_REASON.items()}
-    advice = by_reason.get(error.reason) or _ADVICE_BY_CODE.get(error.code)
-    return BilmError("\n".join(filter(None, (f"{target}: {error}", advice))))
+            by_code = {
+                grpc.StatusCode.UNIMPLEMENTED: _NO_RELOAD,
+                grpc.StatusCode.DEADLINE_EXCEEDED: _STILL_LOADING,
+            }
+            raise _advised(service_error(error), settings, by_code) from error
 
 
 def _changes(response: pb.ReloadResponse) -> Iterable[str]:
     for label in ("added", "replaced", "removed", "kept"):
         if names := getattr(response, label):
             yield f"{label}: {', '.join(names)}"
+
+
+def _advised(error: ServiceError, settings: Settings, by_code: Mapping[grpc.StatusCode, str]) -> BilmError:
+    """Return an error that says what was refused, and below it what to do."""
+    by_reason = {reason.value: advice for reason, advice in _ADVICE_BY_REASON.items()}
+    advice = by_reason.get(error.reason) or by_code.get(error.code)
+    return BilmError("\n".join(filter(None, (f"{settings.target}: {error}", advice))))
 
 
 def _fail(code: int, message: str) -> int:

@@ -134,8 +134,10 @@ def test_a_model_is_asked_for_by_its_name(scripted: Scripted, bench: Bench, caps
     assert bench.figures["health"]["checks"] > 0
     assert bench.figures["health"]["not_serving"] == bench.figures["health"]["unanswered"] == 0
     capsys.readouterr()
-    assert bench(scripted.target, "--model", "fr") == STOPPED
-    assert "MODEL_NOT_FOUND" in capsys.readouterr().err
+    scripted.set_health(health_pb2.HealthCheckResponse.SERVING)
+    for balance in ("first", "round_robin"):
+        assert bench(scripted.target, "--model", "fr", "--balance", balance) == STOPPED
+        assert "MODEL_NOT_FOUND" in capsys.readouterr().err
 
 
 def test_a_priority_needs_a_server_that_knows_it(

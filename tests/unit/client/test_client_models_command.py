@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,19 @@ def test_a_server_that_can_not_be_reached(run: Run, tmp_path: Path) -> None:
         code, lines, errors = run(command, "--target", f"unix:{tmp_path}/nobody", "--timeout-s", "5")
         assert (code, lines) == (1, [])
         assert "UNAVAILABLE" in errors[0]
+
+
+def test_a_server_without_a_list_is_of_an_earlier_version(run: Run) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        code, lines, errors = run("list", "--target", f"127.0.0.1:{port}")
+    finally:
+        server.stop(None).wait()
+    assert (code, lines) == (1, [])
+    assert "UNIMPLEMENTED" in errors[0]
+    assert "Client.model_info()" in errors[1]
 
 
 def test_what_can_not_be_used_is_named(run: Run, tmp_path: Path) -> None:
