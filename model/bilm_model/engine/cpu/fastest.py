@@ -20,13 +20,16 @@ from bilm_model.kernels.product_paths import ProductPath
 from bilm_model.scalar_mix import LayerMix, Selection
 
 if TYPE_CHECKING:
-    from bilm_model.engine.cpu.recurrence import Recurrence
+    from bilm_model.engine.cpu.recurrence import PanelRecurrence, Recurrence
 
 _TYPICAL_CACHE_BYTES = 16 * 2**20
 
 _MAX_TILED_BYTES = 8 * 2**20
 """Of the cells that tiles compute: on a Xeon with AMX they took 1.5 times products' rate at 2.6 MB (`small`), 1.03 at
 10.5 (`medium`), 0.9 to 0.98 at 42 (`original`)."""
+
+_SURELY_FASTER_BYTES = 6 * 2**20
+"""Of both directions' float32 cells of a layer: up to that (`small`: 5 MiB) panels need no trial."""
 
 NewRecurrence = Callable[[ClippedProjectedLstm, BilmConfig], "Recurrence | None"]
 """Makes a layer's kernel for all ticks; None where products are faster."""
@@ -56,7 +59,39 @@ def stands_in_for(products: ProductPath, dtype: torch.dtype) -> bool:
     return products in (steady if dtype == torch.bfloat16 else steady[:1])
 
 
-def new_recurrence(lstm: ClippedProjectedLstm, config: BilmConfig) -> "Recurrence | None":
+def time_cell(recurrence: "PanelRecurrence", lstm: ClippedProjectedLstm, config: BilmConfig) -> bool:
+    """Return whether the kernel computes a layer's cell sooner than products do, by trying both."""
+    from bilm_model.engine.cpu.recurrence_trial import CellTrial, is_faster  # noqa: PLC0415 - as above
+
+    trial = CellTrial(recurrence, lstm, config, fastest_elementwise(torch.float32))
+    return is_faster(trial.run_kernel, trial.run_products)
+
+
+class PanelTrials:
+    """Trials of cells, one for each structure and number of threads.
+
+    The choice depends on time, which is allowed in float32 alone: both ways give the same bits there.
+    """
+
+    def __init__(self, trial: "Callable[[PanelRecurrence, ClippedProjectedLstm, BilmConfig], bool]") -> None:
+        self._trial = trial
+        self._outcomes: dict[tuple[int, int, bool, int], bool] = {}
+
+    def favour(self, recurrence: "PanelRecurrence", lstm: ClippedProjectedLstm, config: BilmConfig) -> bool:
+        """Return whether a trial of such a cell in this process found the kernel faster."""
+        key = (config.cell_dim, config.projection_dim, config.has_lstm_projection, torch.get_num_threads())
+        if key not in self._outcomes:
+            self._outcomes[key] = self._trial(recurrence, lstm, config)
+        return self._outcomes[key]
+
+
+PANEL_TRIALS = PanelTrials(time_cell)
+"""Of this process."""
+
+
+def new_recurrence(
+    lstm: ClippedProjectedLstm, config: BilmConfig, trials: PanelTrials = PANEL_TRIALS
+) -> "Recurrence | None":
     """Return a layer's kernel for all ticks; None where products are faster.
 
     Raises:
@@ -74,7 +109,10 @@ def new_recurrence(lstm: ClippedProjectedLstm, config: BilmConfig) -> "Recurrenc
         return None
     from bilm_model.engine.cpu.recurrence import PanelRecurrence  # noqa: PLC0415 - as above
 
-    return PanelRecurrence.of(lstm, config)
+    recurrence = PanelRecurrence.of(lstm, config)
+    if recurrence is None or fits_cache(config, _SURELY_FASTER_BYTES):
+        return recurrence
+    return recurrence if trials.favour(recurrence, lstm, config) else None
 
 
 def recurrences_or_none(
@@ -100,7 +138,8 @@ def fits_cache(config: BilmConfig, cache_bytes: int, weight_bytes: int = 4) -> b
     """Return whether both directions' cells of a layer, so many bytes a weight, fit a last-level cache.
 
     Larger ones are read from memory for each group of rows: products, for which a weight is read once for all rows and
-    threads, are faster then, and the weights would be in memory twice for a few rows' sake.
+    threads, are faster then, and the weights would be in memory twice for a few rows' sake. Of those that fit, small
+    ones are computed faster by the kernel; for others `PanelTrials` finds out, because the cache may be shared.
     """
     multiplies = config.projection_dim * config.cell_dim * (5 if config.has_lstm_projection else 4)
     return 2 * weight_bytes * multiplies <= cache_bytes
