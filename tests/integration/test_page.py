@@ -203,6 +203,7 @@ def test_what_people_type(server: LoopServer, tab: Tab) -> None:
         assert (width, tab.evaluate(OVERFLOW)) == (width, 0)
     embed(tab, "alone")
     assert "There is no other sentence." in tab.evaluate("document.querySelector('#nearest').textContent")
+    assert tab.evaluate("document.querySelector('#pairs').textContent") == "There are no two sentences."
     embed(tab, "\n".join(f"number {i}" for i in range(60)))
     assert tab.evaluate(STATUS).endswith("Only the first 50 of 60 sentences were sent.")
     embed(tab, " ", PROBLEM)
@@ -217,7 +218,7 @@ def test_refusals_in_the_servers_words(server: LoopServer, tab: Tab) -> None:
     assert "1 refused" in tab.evaluate(STATUS)
     assert "(SENTENCE_TOO_LONG)" in tab.evaluate("document.querySelector('#tokens .problem').textContent")
     embed(tab, "\n".join(["w " * 1000] * 40), PROBLEM)
-    assert "(TOO_MANY_TOKENS)" in tab.evaluate(PROBLEM)
+    assert tab.evaluate(PROBLEM).startswith("Refused (TOO_MANY_TOKENS): 17000 tokens and more are more than 16384.")
     assert tab.evaluate("document.querySelector('#results').getAttribute('aria-busy')") is None
     embed(tab, "fine again")
     assert tab.evaluate(PROBLEM) == ""
@@ -259,6 +260,7 @@ def test_a_token_is_asked_for_and_kept_in_memory_only(tab: Tab, tmp_path: Path) 
         show(tab, server)
         tab.when(f"{PROBLEM}.includes('UNAUTHENTICATED')")
         assert tab.evaluate("document.querySelector('#access').open")
+        assert not tab.evaluate("document.querySelector('#results').checkVisibility()")  # there is nothing to see
         tab.evaluate("document.querySelector('#token').focus()")
         tab.type(TOKEN)
         tab.press("Enter", "\r")

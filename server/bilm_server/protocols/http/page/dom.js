@@ -32,6 +32,11 @@ export function byId(id) {
   return document.getElementById(id);
 }
 
+/** Return why the server refuses something, as a sentence. */
+export function refusalText(message, code) {
+  return code ? `Refused (${code}): ${message}.` : message;
+}
+
 /** Return a number of things in words: the singular for 1. */
 export function counted(count, one, many = `${one}s`) {
   return `${count.toLocaleString('en')} ${count === 1 ? one : many}`;

@@ -1,6 +1,6 @@
 // The page: reads what is typed, calls the server, and shows what came back.
 
-import { byId, counted, element } from './dom.js';
+import { byId, counted, element, refusalText } from './dom.js';
 import { EXAMPLES } from './examples.js';
 import { Server } from './server.js';
 import { wordsOf } from './vectors.js';
@@ -61,6 +61,7 @@ async function loadModels() {
 function showModel() {
   const model = state.models.find(({ id }) => id === byId('model').value);
   byId('facts').replaceChildren(...(model ? modelFacts(model) : []));
+  byId('about').hidden = !model;
 }
 
 /** Return the lines that have more than white space, as many as may be sent, and a sentence about those that may not. */
@@ -85,14 +86,13 @@ function answered({ sentences, usage }, elapsedMs) {
 }
 
 function failed(error) {
-  const reason = error.code ? ` (${error.code})` : '';
   const hints = {
-    UNAUTHENTICATED: ' Enter a token below "Access token".',
+    UNAUTHENTICATED: ' Enter a token under "Access token".',
     MODEL_NOT_FOUND: ' The list of models is read again with the next call.',
   };
   const again = error.retryMs ? ` It may be tried again in ${(error.retryMs / 1000).toFixed(1)} s.` : '';
   const before = state.sentences.length ? ' What is shown is the response before.' : '';
-  report(`${error.message}${reason}${hints[error.code] ?? ''}${again}${before}`, '');
+  report(`${refusalText(error.message, error.code)}${hints[error.code] ?? ''}${again}${before}`, '');
   if (error.code === 'UNAUTHENTICATED') byId('access').open = true;
   if (error.code === 'MODEL_NOT_FOUND') state.models = [];
   if (error.code === 'MODEL_LOADING') retryAfter(error.retryMs || 1000);
@@ -117,6 +117,7 @@ function report(problem, status) {
 /** Show a response; choose the wanted word, or the one that was chosen before, if it is still there. */
 function take(sentences, wanted) {
   state.sentences = sentences;
+  byId('results').hidden = false;
   const layerCount = sentences.find(({ shape }) => shape)?.shape[0];
   if (layerCount) showLayers(layerCount);
   const before = state.chosen;
@@ -142,8 +143,9 @@ function showPairChoice() {
   for (const [number, id] of ['first', 'second'].entries()) {
     const select = byId(id);
     select.replaceChildren(...places.map((place) => element('option', { value: place }, String(Number(place) + 1))));
-    select.value = places[Math.min(number, places.length - 1)] ?? '';
+    select.value = places[number] ?? '';
   }
+  byId('pair-choice').hidden = places.length < 2;
   showPairs();
 }
 
@@ -183,7 +185,7 @@ function listen() {
     embed();
   });
   byId('text').addEventListener('keydown', (event) => {
-    if (event.key === 'Enter' && event.ctrlKey) {
+    if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       embed();
     }

@@ -1,7 +1,7 @@
 // What the page shows of a response: tokens, neighbours, two sentences side by side, the map.
 
 import { align } from './alignment.js';
-import { counted, element, spoken, word } from './dom.js';
+import { counted, element, refusalText, spoken, word } from './dom.js';
 import { cosine, isSame, layerChoices, nearest, unitVector } from './vectors.js';
 
 const MAX_TOKENS_SHOWN = 400;
@@ -87,7 +87,7 @@ function chip(token, value, checked) {
 
 function refused({ text, error }) {
   const shown = [...text].length > MAX_TEXT ? `${[...text].slice(0, MAX_TEXT).join('')}…` : text;
-  const reason = element('span', { class: 'problem' }, `${error.message} (${error.code})`);
+  const reason = element('span', { class: 'problem' }, refusalText(error.message, error.code));
   return element('p', {}, word(shown, { class: 'refused' }), ' ', reason);
 }
 
@@ -120,11 +120,11 @@ function card(sentences, words, chosen) {
 function excerpt(sentences, { sentence, index }) {
   const { tokens } = sentences[sentence];
   const [begin, end] = [Math.max(0, index - REACH), Math.min(tokens.length, index + REACH + 1)];
-  const parts = begin > 0 ? ['… '] : [];
+  const parts = begin > 0 ? ['…'] : [];
   for (let each = begin; each < end; each += 1) {
-    parts.push(each === index ? element('mark', {}, tokens[each]) : word(tokens[each]), ' ');
+    parts.push(' ', each === index ? element('mark', {}, tokens[each]) : word(tokens[each]));
   }
-  return element('span', { class: 'excerpt', dir: 'auto' }, ...parts, ...(end < tokens.length ? ['…'] : []));
+  return element('span', { dir: 'auto' }, ...parts, ...(end < tokens.length ? ['\u00a0…'] : []));
 }
 
 /** Return two sentences, word for word, with the cosine of each pair in every layer. */
