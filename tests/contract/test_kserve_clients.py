@@ -22,7 +22,7 @@ PYTHON = ROOT / ".venv-kserve" / "bin" / "python"
 MODEL = "random-tiny"
 REFUSED = {
     "parameter": ["StatusCode.INVALID_ARGUMENT", "layers: unsupported value 'last'"],
-    "model": ["StatusCode.NOT_FOUND", f"the model served here is {MODEL}"],
+    "model": ["StatusCode.NOT_FOUND", f"no such model is served here (expected one of {MODEL})"],
     "output": ["StatusCode.INVALID_ARGUMENT", "outputs: unknown name 'OUTPUT0'"],
     "batch": ["StatusCode.INVALID_ARGUMENT", "sentences: found 0"],
 }

@@ -29,7 +29,7 @@ TOKEN = "a-token-of-sixteen"
 ERRORS = {
     "empty": ["BadRequestError", "POOLING_EMPTY", "input[1]: an empty string has no vector"],
     "integers": ["BadRequestError", "MALFORMED_REQUEST", "check_embedding_ctx_length=False"],
-    "model": ["NotFoundError", "MODEL_NOT_FOUND", f"the model served here is {MODEL}"],
+    "model": ["NotFoundError", "MODEL_NOT_FOUND", f"no such model is served here (expected one of {MODEL})"],
     "dimensions": ["BadRequestError", "MALFORMED_REQUEST", "dimensions: this model's vectors have 16"],
     "key": ["AuthenticationError", "UNAUTHENTICATED", "the token isn't known"],
 }
