@@ -87,7 +87,7 @@ def end_of(stream: Any) -> tuple[grpc.StatusCode, str]:
 def _no_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """A caller's behaviour is no error of the server's."""
     yield
-    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    errors = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
     assert [record.getMessage() for record in filter(is_no_client_error, errors)] == []
 
 

@@ -119,9 +119,7 @@ class Connection(H11Protocol):
         """Refuse bytes that aren't a request; a refusal that comes amid a response only closes."""
         with suppress(h11.LocalProtocolError):
             super().send_400_response(msg)
-            if self.cycle is not None:  # its body was cut: it is answered, and must not be again
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
+            self._leave_call()  # its body was cut: it is answered, and must not be again
         self.loop.call_later(_ABORT_DELAY_S, self.abort)
 
     def shutdown(self) -> None:
@@ -143,7 +141,14 @@ class Connection(H11Protocol):
 
     def abort(self) -> None:
         """End it at once, whatever is unsent."""
+        self._leave_call()
         self.transport.abort()
+
+    def _leave_call(self) -> None:
+        """Have the running call send nothing more, and uvicorn expect nothing."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def _time_request(self, *, begins: bool) -> None:
         """Have the timer run exactly while a request is partial.
