@@ -8,6 +8,10 @@ MAX_REQUEST_BYTES: Final = 4 * 2**20
 MAX_RESPONSE_BYTES: Final = 16 * 2**20
 """Size of the largest response message. Not a setting: serialising holds the server's event loop."""
 
+MAX_CHOSEN_PER_TOKEN: Final = 64
+"""How often each token of a sentence may be chosen, on average. Not a setting: to read it so often takes as long as to
+compute it, and bounds a round of the engine."""
+
 ERROR_DOMAIN: Final = "bilm-serve"
 """`domain` of every ErrorInfo that the server makes."""
 ERROR_INFO_REQUEST_ID: Final = "request_id"

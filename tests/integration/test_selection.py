@@ -243,7 +243,7 @@ def test_only_what_comes_back_counts_for_the_size_of_a_response(start: Callable[
     found = embed(server, *[tokens(*sentence, rows=rows(59))] * 100)
     assert {tuple(result.embedding.tensor.shape) for result in found.results} == {(3, 1, 256)}
     with pytest.raises(Exception, match="the response would have about"):
-        embed(server, tokens("a", "b", rows=rows(*[0] * 6_000)))
+        embed(server, *[tokens(*sentence, rows=rows(*[0] * 60 * 64))] * 2)
 
 
 # ---- by the client ----

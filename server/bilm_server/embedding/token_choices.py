@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from bilm_api.constants import Reason
+from bilm_api.constants import MAX_CHOSEN_PER_TOKEN, Reason
 from bilm_model.engine.types import TokenChoice
 from numpy.typing import NDArray
 
@@ -24,11 +24,12 @@ def choose(asked: AskedTokens, sentence: Sentence, text_bytes: int | None, max_t
         asked: what it asks for.
         sentence: tokenised.
         text_bytes: length of the text that it was; None: it came as tokens.
-        max_tokens: that may be chosen, each counted as often as it is; bounds the time that pooling takes.
+        max_tokens: that may be chosen, each counted as often as it is, if that isn't more than `MAX_CHOSEN_PER_TOKEN` of each.
 
     Raises:
         RefusalError: SELECTION_INVALID.
     """
+    max_tokens = min(max_tokens, MAX_CHOSEN_PER_TOKEN * len(sentence.tokens))
     if asked.rows is not None:
         return TokenChoice(_rows(asked.rows, sentence.tokens, max_tokens))
     if not sentence.output.pooled:
@@ -51,6 +52,8 @@ def choose(asked: AskedTokens, sentence: Sentence, text_bytes: int | None, max_t
 
 
 def _rows(asked: Sequence[int], tokens: Sequence[str], max_tokens: int) -> Indices:
+    if not tokens:
+        raise _invalid("rows: the sentence has no tokens")
     _check_count("rows", len(asked), max_tokens)
     rows = np.fromiter(asked, np.int64, len(asked))
     if (highest := int(rows.max())) >= len(tokens):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import pytest
-from bilm_api.constants import Reason
+from bilm_api.constants import MAX_CHOSEN_PER_TOKEN, Reason
 from bilm_model.engine.types import OutputSpec
 from bilm_model.scalar_mix import Selection
 from bilm_server.embedding.preprocessing import Preprocessing, RequestLimits
@@ -130,7 +130,7 @@ def test_spans_of_bytes_are_what_a_look_at_each_byte_finds(text: str, data: st.D
         (WORDS, rows(), PLAIN, "rows: none (expected at least one)"),
         (WORDS, rows(1, 4), PLAIN, "rows: 4 is out of range (the sentence has 4 tokens)"),
         (WORDS, rows(2**32 - 1), PLAIN, "rows: 4294967295 is out of range (the sentence has 4 tokens)"),
-        ([], rows(0), PLAIN, "rows: 0 is out of range (the sentence has 0 tokens)"),
+        ([], rows(0), PLAIN, "rows: the sentence has no tokens"),
         (WORDS, rows(*[0] * 21), PLAIN, "rows: 21 are more than 20"),
         (["a", "w" * 2**17], rows(*[1] * 9), PLAIN, f"rows: {9 * 2**17} characters together are more than {2**20}"),
         (WORDS, spans((0, 1)), PLAIN, "spans: they need a pooling"),
@@ -154,6 +154,19 @@ def test_a_selection_that_cannot_be(
         prepared(content, asked, output)
     assert refusal.value.reason is Reason.SELECTION_INVALID
     assert str(refusal.value).startswith(words)
+
+
+def test_each_token_may_be_chosen_so_often_on_average() -> None:
+    wide = Preprocessing(fake_model(), replace(LIMITS, tokens=1000, sentence_tokens=1000))
+
+    def refused(asked: AskedTokens) -> bool:
+        sentence = Sentence(Call(), ["a", "b"], POOLED, asked=asked)
+        return wide.prepare_all([sentence])[0] is not None
+
+    assert not refused(rows(*[0] * 2 * MAX_CHOSEN_PER_TOKEN))
+    assert refused(rows(*[0] * (2 * MAX_CHOSEN_PER_TOKEN + 1)))
+    assert not refused(spans(*[(0, 2)] * MAX_CHOSEN_PER_TOKEN))
+    assert refused(spans(*[(0, 2)] * MAX_CHOSEN_PER_TOKEN, (0, 1)))
 
 
 def test_a_long_token_may_come_back_once() -> None:
