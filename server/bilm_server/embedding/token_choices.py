@@ -24,7 +24,7 @@ def choose(asked: AskedTokens, sentence: Sentence, text_bytes: int | None, max_t
         asked: what it asks for.
         sentence: tokenised.
         text_bytes: length of the text that it was; None: it came as tokens.
-        max_tokens: that may be chosen, each counted as often as it is, if that isn't more than `MAX_CHOSEN_PER_TOKEN` of each.
+        max_tokens: that may be chosen, each counted as often as it is; `MAX_CHOSEN_PER_TOKEN` of each may be fewer.
 
     Raises:
         RefusalError: SELECTION_INVALID.
