@@ -14,7 +14,7 @@ from bilm_api.constants import Reason
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.1 ([0-9]{3}) [ -~]*")
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+): ?([ -~]*)")
-_STATUSES = {200, 400, 401, 404, 405, 408, 413, 415, 417, 421, 429, 431, 503, 504}
+_STATUSES = {200, 304, 400, 401, 404, 405, 408, 413, 415, 417, 421, 429, 431, 503, 504}
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER: the connection ends with a reset."""
 
@@ -149,7 +149,9 @@ def read_responses(data: bytes, *, closed: bool) -> Iterator[Response]:
         if status[1] == b"100":
             data = rest
             continue
-        if "content-length" in headers:
+        if status[1] == b"304":
+            length = 0  # what `content-length` says is that of the response with status 200
+        elif "content-length" in headers:
             length = 0 if rest.startswith(b"HTTP/1.1 ") else int(headers["content-length"])  # that of HEAD has no body
         elif not closed:
             return

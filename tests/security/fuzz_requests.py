@@ -15,7 +15,12 @@ _BODIES: dict[bytes, Callable[[], dict[str, Any]]] = {
     b"/embeddings": embeddings_body,
     b"/v1/embed": embed_body,
 }
-_PATHS = (b"/v1/models", b"/v1/models/random-tiny", b"/healthz", b"/readyz", b"/metrics", b"/openapi.json", b"/nothing")
+_PAGE = (b"/", b"/page/page.js")
+_PATHS = (
+    *(b"/v1/models", b"/v1/models/random-tiny", b"/healthz", b"/readyz", b"/metrics", b"/openapi.json", b"/nothing"),
+    *_PAGE,
+)
+_TAGS = (b"*", b'"a"', b'W/"', b",,", b"\xff", b'"' + b"0" * 9000)
 _JSON = (b"content-type", b"application/json")
 _HOST = (b"host", b"localhost")
 _HUGE = b"%d" % 2**64
@@ -39,7 +44,7 @@ def good_request(rng: random.Random) -> bytes:
     target = rng.choice((*_BODIES, *_PATHS))
     if target in _BODIES:
         return post(target, to_json_bytes(rng, _BODIES[target]()))
-    return get(target)
+    return get(target, *([(b"if-none-match", rng.choice(_TAGS))] if target in _PAGE else []))
 
 
 def conversation(rng: random.Random) -> bytes:
