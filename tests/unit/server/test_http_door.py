@@ -116,6 +116,31 @@ async def test_damaged_files_leave_the_certificate_in_use(
         assert caplog.text.count("what was loaded before stays in use") == 2
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET /v1/mo", b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"])
+async def test_tls_clients_that_stop_are_let_go(authority: Authority, tmp_path: Path, sent: bytes) -> None:
+    """In their handshake, in their request, and without reading."""
+    certificate, key = authority.issue("server").write(tmp_path, "server")
+    trusting = client_context(tmp_path, authority)
+    contexts = server_contexts(certificate, key)
+
+    async def answer(_: HttpRequest) -> HttpResponse:
+        return HttpResponse(b"x" * 2**24)
+
+    async with opened(tls=lambda: contexts, stall_s=0.05, request_timeout_s=0.05, loaded=False) as it:
+        it.app.open({"http/models": answer})
+        with await it.connect() as plain:
+            if sent:
+                connection = await asyncio.to_thread(trusting.wrap_socket, plain, server_hostname="localhost")
+                connection.sendall(sent)
+                await until(lambda: it.door.n_connections == 0)
+                connection.close()
+            else:
+                plain.sendall(b"\x16\x03\x01")  # of a hello, and no more of it
+                await until(lambda: it.door.n_connections == 1)
+                await it.door.drain(60.0)
+        assert it.door.n_connections == 0
+
+
 async def test_callers_certificates_name_them(authority: Authority, tmp_path: Path) -> None:
     certificate, key = authority.issue("server").write(tmp_path, "server")
     contexts = server_contexts(certificate, key, authority.write(tmp_path))
