@@ -76,7 +76,7 @@ def build_parts(
 ) -> LoadedParts:
     """Load models, and return what serves them; nothing of it has started."""
     limits = RequestLimits.of(config)
-    registry, thread = Registry(limits, shared.conversions), EngineThread()
+    registry, thread = Registry(limits, shared.conversions), EngineThread(batch_share=config.batch_share)
 
     def embedder_of(model: EmbeddingModel, worker: Worker) -> Embedder:
         return Embedder(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from bilm_server.inference.turns import Turns
+from bilm_server.inference.turns import EIGHTH, BatchShare, Turns
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +25,10 @@ class Driven(Protocol):
     @property
     def has_work(self) -> bool:
         """Whether a step would compute something for a caller."""
+
+    @property
+    def urgent(self) -> bool:
+        """Whether any of that is interactive."""
 
     @property
     def lost(self) -> bool:
@@ -58,11 +62,17 @@ class EngineThread:
         lock: of everything that the thread shares with the event loop; notify it of new work.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Set the clock, which says when an engine without work is to be checked."""
+    def __init__(self, clock: Callable[[], float] = time.monotonic, batch_share: float = EIGHTH) -> None:
+        """Set what turns go by.
+
+        Args:
+            clock: says when an engine without work is to be checked.
+            batch_share: of the turns, for engines with nothing but batch work while others have interactive work.
+        """
         self.lock = threading.Condition()
         self._clock = clock
         self._turns: Turns[Driven] = Turns()
+        self._batch_share = BatchShare(batch_share)
         self._due_s: dict[Driven, float] = {}  # of all that take turns, in the order in which they came
         self._coming: list[Driven] = []
         self._leaving: dict[Driven, threading.Event] = {}
@@ -161,7 +171,19 @@ class EngineThread:
             if due_s <= now_s:
                 return driven
         ready = [driven for driven in self._due_s if driven.has_work]
-        return self._turns.next(ready) if ready else None
+        return self._turns.next(self._before_batch(ready)) if ready else None
+
+    def _before_batch(self, ready: list[Driven]) -> list[Driven]:
+        """Leave out those that have nothing but batch work while others have more, unless it is batch's turn."""
+        urgent = [driven for driven in ready if driven.urgent] if len(ready) > 1 else ready
+        if not urgent or len(urgent) == len(ready):
+            self._batch_share.forget()
+            return ready
+        if self._batch_share.due:
+            self._batch_share.taken()
+            return [driven for driven in ready if driven not in urgent]
+        self._batch_share.passed()
+        return urgent
 
     def _step(self, driven: Driven) -> None:
         begun_s = self._clock()

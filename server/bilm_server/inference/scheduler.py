@@ -7,6 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 from bilm_api.constants import Priority
 from bilm_model.engine.types import Capacity
 
+from bilm_server.inference.turns import EIGHTH, BatchShare
 from bilm_server.limits import for_long_sentences
 
 T = TypeVar("T", bound=Hashable)
@@ -158,31 +159,6 @@ class _Class(Generic[T]):
         return turns
 
 
-class _Share:
-    """What batch gets of something that comes in units: each one that passes it adds to what is due."""
-
-    def __init__(self, share: float) -> None:
-        self._share, self._credit = share, 0.0
-
-    @property
-    def due(self) -> bool:
-        return self._credit >= 1 - self._share - _ROUNDING
-
-    def passed(self, weight: float = 1.0) -> None:
-        self._credit = min(1.0, self._credit + self._share * weight)
-
-    def taken(self) -> None:
-        self._credit = max(0.0, self._credit - (1 - self._share))
-
-    def forget(self) -> None:
-        self._credit = 0.0
-
-
-_ROUNDING = 1e-9
-
-EIGHTH = 0.125
-"""Batch's share where nothing else is set."""
-
 _FEW_PARTS = 32
 """So many times fewer interactive rows than the engine has are few: rounds of them leave most of it unused."""
 _LEAST_WEIGHT = 0.5
@@ -224,7 +200,7 @@ class Scheduler(Generic[T]):
         long_limit = Capacity(for_long_sentences(limit.rows), limit.steps)
         self._batch: _Class[T] = _Class(limit, long_limit, is_batch=True)
         self._classes = {Priority.INTERACTIVE: self._interactive, Priority.BATCH: self._batch}
-        self._turn_share, self._round_share = _Share(batch_share), _Share(batch_share)
+        self._turn_share, self._round_share = BatchShare(batch_share), BatchShare(batch_share)
         self._few = max(1, capacity.rows // _FEW_PARTS)
         self._rows = self._steps = self._turns = 0
 

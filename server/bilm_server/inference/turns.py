@@ -1,9 +1,39 @@
-"""Whose round is next where several engines share a device. Pure: no clock of its own."""
+"""Whose round is next where several engines share a device, and when it is batch's turn. Pure: no clock of its own."""
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
+
+EIGHTH: Final = 0.125
+"""Batch's share where nothing else is set."""
+
+_ROUNDING: Final = 1e-9
+
+
+class BatchShare:
+    """What batch gets of something that comes in units, as turns and rounds: what passes it adds to what is due."""
+
+    def __init__(self, share: float) -> None:
+        """Set the share, above 0 and at most 1."""
+        self._share, self._credit = share, 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether the next unit is batch's."""
+        return self._credit >= 1 - self._share - _ROUNDING
+
+    def passed(self, weight: float = 1.0) -> None:
+        """Count a unit that batch didn't get."""
+        self._credit = min(1.0, self._credit + self._share * weight)
+
+    def taken(self) -> None:
+        """Count a unit that it got."""
+        self._credit = max(0.0, self._credit - (1 - self._share))
+
+    def forget(self) -> None:
+        """Owe it nothing."""
+        self._credit = 0.0
 
 
 class Turns(Generic[T]):

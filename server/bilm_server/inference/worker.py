@@ -14,7 +14,8 @@ from bilm_server.errors import RefusalError
 from bilm_server.inference.batch import RunningBatch
 from bilm_server.inference.engine_thread import STOP_S, EngineThread
 from bilm_server.inference.exits import PendingSentences, Refusal, failing, shutting_down, too_large
-from bilm_server.inference.scheduler import EIGHTH, Scheduler
+from bilm_server.inference.scheduler import Scheduler
+from bilm_server.inference.turns import EIGHTH
 from bilm_server.inference.types import Outcomes, RoundReport, Sentence, Status
 
 _log = logging.getLogger(__name__)
@@ -131,6 +132,12 @@ class InferenceWorker:
     def waiting(self) -> int:
         """Sentences that have not ended and are not being computed."""
         return len(self._scheduler) + self._batch.n_suspects
+
+    @property
+    def urgent(self) -> bool:
+        """Whether any interactive sentence is among them."""
+        scheduler, interactive = self._scheduler, Priority.INTERACTIVE
+        return bool(scheduler.rows(interactive) or scheduler.waiting(interactive))
 
     def waiting_of(self, priority: Priority) -> int:
         """Return how many sentences of a priority have not joined the engine."""

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from bilm_api.constants import Reason
-from bilm_model.engine.types import Capacity
+from bilm_api.constants import Priority, Reason
+from bilm_model.engine.types import Capacity, EngineResult
 from bilm_server.inference.engine_thread import EngineThread
 from bilm_server.inference.types import Call, Outcomes, Sentence
 from bilm_server.inference.worker import InferenceWorker, WorkerTiming
@@ -20,16 +20,31 @@ PATIENT = WorkerTiming()
 QUICK = WorkerTiming(probe_s=0.001, idle_check_s=0.001)
 
 
+class OrderedEngine(FakeEngine[Sentence]):
+    """Notes its number where all engines note theirs, for each round."""
+
+    def __init__(self, number: int, order: list[int]) -> None:
+        super().__init__(Capacity(2, 100))
+        self._number, self._order = number, order
+
+    def advance(self, *, leave_out: bool = False, max_steps: int | None = None) -> list[EngineResult[Sentence]]:
+        self._order.append(self._number)
+        return super().advance(leave_out=leave_out, max_steps=max_steps)
+
+
 class Shared:
-    """Two workers in one thread."""
+    """Two workers in one thread; `order` has a number for each round."""
 
     def __init__(self, timing: WorkerTiming) -> None:
         self.thread = EngineThread()
-        self.engines: list[FakeEngine[Sentence]] = [FakeEngine(Capacity(2, 100)), FakeEngine(Capacity(2, 100))]
+        self.order: list[int] = []
+        self.engines: list[FakeEngine[Sentence]] = [OrderedEngine(number, self.order) for number in (0, 1)]
         self.workers = [InferenceWorker(engine, timing=timing, thread=self.thread) for engine in self.engines]
 
-    def submit(self, number: int, *tokens: str) -> "asyncio.Future[Outcomes]":
-        return self.workers[number].submit([new_sentence(Call(), *tokens)])
+    def submit(
+        self, number: int, *tokens: str, priority: Priority = Priority.INTERACTIVE
+    ) -> "asyncio.Future[Outcomes]":
+        return self.workers[number].submit([new_sentence(Call(priority=priority), *tokens)])
 
 
 @asynccontextmanager
@@ -85,6 +100,18 @@ async def test_one_that_is_busy_is_left_for_the_other_and_for_its_checks() -> No
         await until(lambda: it.engines[1].checks > checks)
         await asyncio.wait(busy, timeout=60)
         assert reasons(busy) == {None}
+
+
+async def test_one_with_nothing_but_batch_work_leaves_seven_turns_in_eight_to_others() -> None:
+    async with shared() as it:
+        it.engines[0].go_on.clear()
+        batch = it.submit(0, *["a"] * 80, priority=Priority.BATCH)
+        await until(it.engines[0].computing.is_set)
+        other = it.submit(1, *["b"] * 56)
+        it.engines[0].go_on.set()
+        await asyncio.wait([batch, other], timeout=60)
+        assert reasons([batch, other]) == {None}
+        assert it.order[1:65] == 8 * [*7 * [1], 0]
 
 
 async def test_one_leaves_while_the_other_goes_on() -> None:
