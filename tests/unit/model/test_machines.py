@@ -1,6 +1,5 @@
 """Machines without bfloat16 products, which no product of such factors may reach."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,7 @@ from bilm_model.contexts.lstm import ClippedProjectedLstm
 from bilm_model.engine.backend import Memory
 from bilm_model.engine.cellular import CellularBatch
 from bilm_model.engine.cpu.backend import CpuBackend
-from bilm_model.engine.cpu.fastest import (
-    PanelTrials,
-    fastest_elementwise,
-    fits_cache,
-    last_level_cache_bytes,
-    new_recurrence,
-)
-from bilm_model.engine.cpu.recurrence import PanelRecurrence
-from bilm_model.engine.cpu.recurrence_trial import CellTrial, is_faster
+from bilm_model.engine.cpu.fastest import last_level_cache_bytes, suits_panels
 from bilm_model.engine.options import EngineOptions
 from bilm_model.engine.sentences import PlainSentence
 from bilm_model.kernels.product_paths import ProductPath
@@ -29,8 +20,6 @@ from torch import Tensor
 from tests.unit.model.machine_support import NoBfloat16Products, NoFloat32Products, needs_bfloat16
 
 CPU = torch.device("cpu")
-BETWEEN = replace(SIZES["small"], cell_dim=1216, projection_dim=160)
-"""A structure whose float32 cells, 7.4 MiB, are tried; they fit the last-level cache of most machines."""
 ROUNDED = [ProductPath.ROUNDED_PREPACKED, ProductPath.ROUNDED_PLAIN]
 TOKENS = ["a", "sentence", "of", "words"]
 
@@ -113,68 +102,10 @@ def test_known_words_are_computed_by_the_kernel_for_all_ticks_alone(input_cache_
 
 @pytest.mark.parametrize(
     ("size", "cache_mib", "fits"),
-    [("small", 16, True), ("medium", 16, False), ("medium", 32, True), ("original", 32, False), ("original", 96, True)],
+    [("small", 16, True), ("medium", 16, False), ("medium", 32, True), ("medium", 300, True), ("original", 300, False)],
 )
 def test_cells_run_in_one_kernel_where_they_fit_the_cache(size: str, cache_mib: int, fits: bool) -> None:
-    assert fits_cache(SIZES[size], cache_mib * 2**20) == fits
-
-
-def lstm_and_kernel(config: BilmConfig) -> tuple[ClippedProjectedLstm, PanelRecurrence]:
-    generator = torch.Generator().manual_seed(1)
-    lstm = ClippedProjectedLstm(config)
-    for parameter in lstm.parameters():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    recurrence = PanelRecurrence.of(lstm, config)
-    if recurrence is None:
-        pytest.skip("oneDNN's order of sums isn't known here")
-    return lstm, recurrence
-
-
-@pytest.mark.parametrize("favours_kernel", [True, False])
-def test_a_trial_decides_for_larger_cells_once_a_structure(favours_kernel: bool) -> None:
-    lstm, _ = lstm_and_kernel(BETWEEN)
-    if not fits_cache(BETWEEN, last_level_cache_bytes()):
-        pytest.skip("needs a last-level cache of 8 MiB")
-    tried: list[BilmConfig] = []
-
-    def trial(recurrence: PanelRecurrence, lstm: ClippedProjectedLstm, config: BilmConfig) -> bool:
-        tried.append(config)
-        return favours_kernel
-
-    trials = PanelTrials(trial)
-    found = [new_recurrence(lstm, BETWEEN, trials) for _ in range(2)]
-    assert [isinstance(each, PanelRecurrence) for each in found] == [favours_kernel] * 2
-    assert tried == [BETWEEN]
-
-
-def test_small_cells_need_no_trial() -> None:
-    def trial(recurrence: PanelRecurrence, lstm: ClippedProjectedLstm, config: BilmConfig) -> bool:
-        raise AssertionError("expected no trial")
-
-    lstm, _ = lstm_and_kernel(SIZES["tiny"])
-    assert isinstance(new_recurrence(lstm, SIZES["tiny"], PanelTrials(trial)), PanelRecurrence)
-
-
-def test_both_ways_of_a_trial_compute_the_same() -> None:
-    config = SIZES["tiny"]
-    lstm, recurrence = lstm_and_kernel(config)
-    by_kernel, by_products = (CellTrial(recurrence, lstm, config, fastest_elementwise(torch.float32)) for _ in range(2))
-    found = by_kernel.run_kernel()
-    assert found.abs().sum() > 0
-    assert torch.equal(found, by_products.run_products())
-
-
-@pytest.mark.parametrize(("kernel_s", "products_s", "faster"), [((9, 2, 5, 5), 3, True), ((1, 4, 5, 5), 3, False)])
-def test_the_best_turn_after_the_first_decides(kernel_s: tuple[int, ...], products_s: int, faster: bool) -> None:
-    now, turns = [0.0], iter(kernel_s)
-
-    def run_kernel() -> None:
-        now[0] += next(turns)
-
-    def run_products() -> None:
-        now[0] += products_s
-
-    assert is_faster(run_kernel, run_products, lambda: now[0]) == faster
+    assert suits_panels(SIZES[size], cache_mib * 2**20) == fits
 
 
 def test_the_last_level_cache_is_found(tmp_path: Path) -> None:

@@ -20,16 +20,18 @@ from bilm_model.kernels.product_paths import ProductPath
 from bilm_model.scalar_mix import LayerMix, Selection
 
 if TYPE_CHECKING:
-    from bilm_model.engine.cpu.recurrence import PanelRecurrence, Recurrence
+    from bilm_model.engine.cpu.recurrence import Recurrence
 
 _TYPICAL_CACHE_BYTES = 16 * 2**20
+
+_MAX_PANEL_BYTES = 32 * 2**20
+"""Of the cells that panels compute, whatever the processor says of its cache: in a virtual machine that is the host's,
+shared with others. On a Xeon that shows 300 MiB, panels against products took 1.14 times the time for tokens at full
+rows and 0.57 times for a lone sentence at 21 MB (`medium`), 1.36 and 0.80 times at 84 MB (`original`)."""
 
 _MAX_TILED_BYTES = 8 * 2**20
 """Of the cells that tiles compute: on a Xeon with AMX they took 1.5 times products' rate at 2.6 MB (`small`), 1.03 at
 10.5 (`medium`), 0.9 to 0.98 at 42 (`original`)."""
-
-_SURELY_FASTER_BYTES = 6 * 2**20
-"""Of both directions' float32 cells of a layer: up to that (`small`: 5 MiB) panels need no trial."""
 
 NewRecurrence = Callable[[ClippedProjectedLstm, BilmConfig], "Recurrence | None"]
 """Makes a layer's kernel for all ticks; None where products are faster."""
@@ -59,39 +61,7 @@ def stands_in_for(products: ProductPath, dtype: torch.dtype) -> bool:
     return products in (steady if dtype == torch.bfloat16 else steady[:1])
 
 
-def time_cell(recurrence: "PanelRecurrence", lstm: ClippedProjectedLstm, config: BilmConfig) -> bool:
-    """Return whether the kernel computes a layer's cell sooner than products do, by trying both."""
-    from bilm_model.engine.cpu.recurrence_trial import CellTrial, is_faster  # noqa: PLC0415 - as above
-
-    trial = CellTrial(recurrence, lstm, config, fastest_elementwise(torch.float32))
-    return is_faster(trial.run_kernel, trial.run_products)
-
-
-class PanelTrials:
-    """Trials of cells, one for each structure and number of threads.
-
-    The choice depends on time, which is allowed in float32 alone: both ways give the same bits there.
-    """
-
-    def __init__(self, trial: "Callable[[PanelRecurrence, ClippedProjectedLstm, BilmConfig], bool]") -> None:
-        self._trial = trial
-        self._outcomes: dict[tuple[int, int, bool, int], bool] = {}
-
-    def favour(self, recurrence: "PanelRecurrence", lstm: ClippedProjectedLstm, config: BilmConfig) -> bool:
-        """Return whether a trial of such a cell in this process found the kernel faster."""
-        key = (config.cell_dim, config.projection_dim, config.has_lstm_projection, torch.get_num_threads())
-        if key not in self._outcomes:
-            self._outcomes[key] = self._trial(recurrence, lstm, config)
-        return self._outcomes[key]
-
-
-PANEL_TRIALS = PanelTrials(time_cell)
-"""Of this process."""
-
-
-def new_recurrence(
-    lstm: ClippedProjectedLstm, config: BilmConfig, trials: PanelTrials = PANEL_TRIALS
-) -> "Recurrence | None":
+def new_recurrence(lstm: ClippedProjectedLstm, config: BilmConfig) -> "Recurrence | None":
     """Return a layer's kernel for all ticks; None where products are faster.
 
     Raises:
@@ -105,14 +75,11 @@ def new_recurrence(
         from bilm_model.engine.cpu.tile_recurrence import TileRecurrence  # noqa: PLC0415 - compiled for tiles when imported
 
         return TileRecurrence(lstm, config)
-    if not fits_cache(config, last_level_cache_bytes()):
+    if not suits_panels(config, last_level_cache_bytes()):
         return None
     from bilm_model.engine.cpu.recurrence import PanelRecurrence  # noqa: PLC0415 - as above
 
-    recurrence = PanelRecurrence.of(lstm, config)
-    if recurrence is None or fits_cache(config, _SURELY_FASTER_BYTES):
-        return recurrence
-    return recurrence if trials.favour(recurrence, lstm, config) else None
+    return PanelRecurrence.of(lstm, config)
 
 
 def recurrences_or_none(
@@ -138,11 +105,15 @@ def fits_cache(config: BilmConfig, cache_bytes: int, weight_bytes: int = 4) -> b
     """Return whether both directions' cells of a layer, so many bytes a weight, fit a last-level cache.
 
     Larger ones are read from memory for each group of rows: products, for which a weight is read once for all rows and
-    threads, are faster then, and the weights would be in memory twice for a few rows' sake. Of those that fit, small
-    ones are computed faster by the kernel; for others `PanelTrials` finds out, because the cache may be shared.
+    threads, are faster then, and the weights would be in memory twice for a few rows' sake.
     """
     multiplies = config.projection_dim * config.cell_dim * (5 if config.has_lstm_projection else 4)
     return 2 * weight_bytes * multiplies <= cache_bytes
+
+
+def suits_panels(config: BilmConfig, cache_bytes: int) -> bool:
+    """Return whether float32 cells are computed in panels, given a last-level cache."""
+    return fits_cache(config, min(cache_bytes, _MAX_PANEL_BYTES))
 
 
 def suits_tiles(config: BilmConfig, cache_bytes: int) -> bool:

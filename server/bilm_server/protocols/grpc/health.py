@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import grpc
+from bilm_api.constants import MODEL_HEALTH
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 LIVENESS = "liveness"
@@ -13,9 +14,6 @@ LIVENESS = "liveness"
 
 INFERENCE = "inference"
 """The name to ask for whether a call would be computed; unlike readiness it stays SERVING while the server drains."""
-
-MODEL = "model:"
-"""Begins the name to ask for the readiness of one model."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +84,7 @@ class HealthReporter(health_pb2_grpc.HealthServicer):
         readiness = _SERVING if self.serving else _NOT_SERVING
         return {
             **dict.fromkeys(self._readiness, readiness),
-            **{MODEL + model: _SERVING if self.is_ready(model) else _NOT_SERVING for model in self._works},
+            **{MODEL_HEALTH + model: _SERVING if self.is_ready(model) else _NOT_SERVING for model in self._works},
             INFERENCE: _SERVING if any(self._works.values()) else _NOT_SERVING,
             LIVENESS: _SERVING,
         }
