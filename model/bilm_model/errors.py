@@ -27,3 +27,7 @@ class AlignmentError(ModelError, ValueError):
 
 class StateError(ModelError, ValueError):
     """A state that didn't come from this model, or not whole."""
+
+
+class ChoiceError(ModelError, ValueError):
+    """Rows or spans that can't be chosen of a sentence; the message names the field."""

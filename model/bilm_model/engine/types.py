@@ -76,6 +76,18 @@ class TokenChoice:
     span_lengths: "NDArray[np.int64] | None" = None
 
 
+class Span(Protocol):
+    """A range of a sentence's tokens or bytes, half-open."""
+
+    @property
+    def start(self) -> int:
+        """The first one."""
+
+    @property
+    def end(self) -> int:
+        """After the last one."""
+
+
 def row_count(n_tokens: int, output: OutputSpec, choice: TokenChoice | None) -> int | None:
     """Return the length of the token axis of a sentence's vectors; None: they have none."""
     if choice is not None and choice.span_lengths is not None:

@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from bilm_api.constants import Priority
-from bilm_model.engine.types import Capacity, OutputSpec, State, TokenChoice, row_count
+from bilm_model.engine.types import Capacity, OutputSpec, Span, State, TokenChoice, row_count
 
 from bilm_server.errors import RefusalError
 
@@ -33,18 +33,6 @@ class Call:
 
     deadline_s: float = NO_DEADLINE_S
     priority: Priority = Priority.INTERACTIVE
-
-
-class Span(Protocol):
-    """A range of a sentence's tokens or bytes, half-open."""
-
-    @property
-    def start(self) -> int:
-        """The first one."""
-
-    @property
-    def end(self) -> int:
-        """After the last one."""
 
 
 @dataclass(frozen=True, slots=True)
