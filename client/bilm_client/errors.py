@@ -24,10 +24,12 @@ from typing import Any, Protocol
 
 import grpc
 from bilm_api.constants import ERROR_DOMAIN, PUSHBACK_KEY, Reason
+from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+_INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT.value[0]
 _CODE_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -188,6 +190,13 @@ def sentence_error(status: status_pb2.Status, index: int) -> SentenceError:
     reason, _ = _error_info(status)
     code = _CODE_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
     return SentenceError(status.message, index=index, reason=reason, code=code)
+
+
+def error_status(reason: str, message: str, code: int = _INVALID_ARGUMENT) -> status_pb2.Status:
+    """Return a status as the server makes it, with the reason among the details."""
+    detail = AnyMessage()
+    detail.Pack(error_details_pb2.ErrorInfo(domain=ERROR_DOMAIN, reason=reason))
+    return status_pb2.Status(code=code, message=message, details=[detail])
 
 
 def version_changed(expected: str, found: str) -> ModelVersionChangedError:

@@ -13,8 +13,9 @@ import pytest
 from bilm_api.constants import PUSHBACK_KEY
 from bilm_api.v1 import embed_pb2 as pb
 from bilm_api.v1 import embed_pb2_grpc
+from bilm_client.errors import error_status
 from bilm_client.testing.models import FakeModel
-from bilm_client.testing.service import CallFailure, FakeService, FakeStream, error_status
+from bilm_client.testing.service import CallFailure, FakeService, FakeStream
 from grpc_health.v1 import health, health_pb2_grpc
 
 EmbedAct = Callable[[pb.EmbedRequest, Any], pb.EmbedResponse]

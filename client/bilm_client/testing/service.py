@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import grpc
 import numpy as np
-from bilm_api.constants import ERROR_DOMAIN, STATUS_DETAILS_KEY, Feature, Reason
+from bilm_api.constants import STATUS_DETAILS_KEY, Feature, Reason
 from bilm_api.v1 import embed_pb2 as pb
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc import error_details_pb2, status_pb2
 from numpy.typing import NDArray
 
+from bilm_client.errors import error_status
 from bilm_client.testing.choices import FakeChoice, choice_of
 from bilm_client.testing.models import MAX_TOKEN_BYTES, FakeModel, FloatArray
-
-_INVALID_ARGUMENT = 3
 
 
 class SentenceFailure(Exception):  # noqa: N818 - not an error of the caller's: it becomes the sentence's result
@@ -212,13 +209,6 @@ def _checked_choice(
     if choice is not None and not (choice.possible and (options.pooling != pb.POOLING_NONE or not choice.spans)):
         raise SentenceFailure(Reason.SELECTION_INVALID, "rows or spans: none, empty, out of range or not pooled")
     return choice
-
-
-def error_status(reason: str, message: str, code: int = _INVALID_ARGUMENT) -> status_pb2.Status:
-    """Return a status as the server makes it, with the reason among the details."""
-    detail = AnyMessage()
-    detail.Pack(error_details_pb2.ErrorInfo(domain=ERROR_DOMAIN, reason=reason))
-    return status_pb2.Status(code=code, message=message, details=[detail])
 
 
 def _split(sentence: pb.Sentence) -> tuple[list[str], list[int], list[int]]:

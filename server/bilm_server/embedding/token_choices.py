@@ -36,9 +36,9 @@ def _choose_spans(asked: AskedTokens, sentence: Sentence, text_bytes: int | None
     match asked.unit:
         case "tokens":
             return choose_spans(asked.spans, len(sentence.tokens), max_tokens)
-        case "bytes" if text_bytes is None:
-            raise ChoiceError("spans.unit: bytes need a text, and the sentence came as tokens")
         case "bytes":
+            if text_bytes is None:
+                raise ChoiceError("spans.unit: bytes need a text, and the sentence came as tokens")
             return choose_byte_spans(asked.spans, text_bytes, sentence.starts, sentence.ends, max_tokens)
         case unit:
             raise ChoiceError(f"spans.unit: unsupported value {unit} (expected tokens or bytes)")

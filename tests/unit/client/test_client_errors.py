@@ -7,7 +7,7 @@ import grpc
 import pytest
 from bilm_api.constants import PUSHBACK_KEY
 from bilm_client import errors
-from bilm_client.testing.service import error_status
+from bilm_client.errors import error_status
 from google.rpc import status_pb2
 
 
