@@ -33,7 +33,12 @@ class LocalTransport:
         load: Loads it.
     """
 
-    def __init__(self, chosen: LocalSettings, load: Callable[[LocalSettings], LocalModel], _settings: Settings) -> None:
+    def __init__(
+        self,
+        chosen: LocalSettings,
+        load: Callable[[LocalSettings], LocalModel],
+        _settings: Settings | None = None,
+    ) -> None:
         self._chosen = chosen
         self._load = load
         self._lock = threading.Lock()
@@ -190,7 +195,7 @@ class LocalEmbed:
         ]
         return embed_response(self._model, results, omit_tokens=self._omit_tokens)
 
-    def when_done(self, callback: Callable[[], None]) -> None:
+    def when_done(self, callback: Callable[[], object]) -> None:
         """Call back when `result` has no longer to wait."""
         self._call.done.add_done_callback(lambda _: callback())
 

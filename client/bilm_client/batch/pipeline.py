@@ -4,16 +4,15 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-import grpc
 from bilm_system.files import naming
 from tqdm import tqdm
 
-from bilm_client.aio import AsyncClient
+from bilm_client.aio import AsyncClient, AsyncTransportClient
 from bilm_client.batch.backoff import PASSING, Backoff, print_line
 from bilm_client.batch.identity import check_same_run, run_identity
 from bilm_client.batch.journal import Journal, JournalRecord
@@ -51,7 +50,41 @@ class Summary:
     seconds: float
 
 
-async def embed_file(settings: RunSettings, text: InputText, open_output: OpenOutput = new_output) -> Summary | None:
+NewClient = Callable[[str, str], AsyncTransportClient]
+"""Makes a client of a model's name and expected version."""
+OpenClients = Callable[[RunSettings], contextlib.AbstractContextManager[NewClient]]
+
+
+@contextlib.contextmanager
+def remote_clients(settings: RunSettings) -> Iterator[NewClient]:
+    """Return what makes clients of the server that the settings name.
+
+    Raises:
+        UsageError: A file of credentials can't be used.
+    """
+    credentials, token = settings.credentials()
+
+    def new(model: str, model_version: str) -> AsyncClient:
+        return AsyncClient(
+            settings.target,
+            balance=settings.balance,
+            model=model,
+            expected_model_version=model_version,
+            timeout_s=settings.timeout_s,
+            credentials=credentials,
+            token=token,
+            proxy=settings.proxy,
+        )
+
+    yield new
+
+
+async def embed_file(
+    settings: RunSettings,
+    text: InputText,
+    open_output: OpenOutput = new_output,
+    open_clients: OpenClients = remote_clients,
+) -> Summary | None:
     """Embed a file; return None if the output was there already, made by the same run.
 
     Raises:
@@ -60,41 +93,22 @@ async def embed_file(settings: RunSettings, text: InputText, open_output: OpenOu
         BilmError: The server refuses, or can't be reached for longer than `patience_s`.
     """
     _check_not_there(settings)
-    credentials, token = settings.credentials()
-    async with _client(settings, credentials, token, settings.model) as client:
-        info = await _model_info(client, settings.patience_s)
-        identity = run_identity(settings, text, info)
-        if settings.resume and settings.output.exists() and not _journal_path(settings).exists():
-            check_same_run(settings.output, read_run(settings.output), identity)
-            return None
-    # From here on, a server with another model must refuse rather than mix its vectors in; by its name, since which one
-    # is the default may change
-    async with _client(settings, credentials, token, info.name, info.version) as client:
-        with _BatchRun(settings, text, identity, open_output) as run:
-            await (run.embed_in_order(client) if settings.carry_state else run.embed_in_batches(client))
-            return run.finish()
+    with open_clients(settings) as new_client:
+        async with new_client(settings.model, "") as client:
+            info = await _model_info(client, settings.patience_s)
+            identity = run_identity(settings, text, info)
+            if settings.resume and settings.output.exists() and not _journal_path(settings).exists():
+                check_same_run(settings.output, read_run(settings.output), identity)
+                return None
+        # From here on, a server with another model must refuse rather than mix its vectors in; by its name, since which
+        # one is the default may change
+        async with new_client(info.name, info.version) as client:
+            with _BatchRun(settings, text, identity, open_output) as run:
+                await (run.embed_in_order(client) if settings.carry_state else run.embed_in_batches(client))
+                return run.finish()
 
 
-def _client(
-    settings: RunSettings,
-    credentials: grpc.ChannelCredentials | None,
-    token: str | None,
-    model: str,
-    model_version: str = "",
-) -> AsyncClient:
-    return AsyncClient(
-        settings.target,
-        balance=settings.balance,
-        model=model,
-        expected_model_version=model_version,
-        timeout_s=settings.timeout_s,
-        credentials=credentials,
-        token=token,
-        proxy=settings.proxy,
-    )
-
-
-async def _model_info(client: AsyncClient, patience_s: float) -> ModelInfo:
+async def _model_info(client: AsyncTransportClient, patience_s: float) -> ModelInfo:
     backoff = Backoff(patience_s)
     while True:
         try:
@@ -148,7 +162,7 @@ class _BatchRun:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    async def embed_in_batches(self, client: AsyncClient) -> None:
+    async def embed_in_batches(self, client: AsyncTransportClient) -> None:
         """Send several requests at a time, whose responses come in any order."""
         batches = self._batches()  # shared: each worker takes the next one
 
@@ -163,7 +177,7 @@ class _BatchRun:
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
 
-    async def embed_in_order(self, client: AsyncClient) -> None:
+    async def embed_in_order(self, client: AsyncTransportClient) -> None:
         """Send one line after another, each starting from the state of the one before."""
         while True:
             try:
@@ -258,7 +272,7 @@ class _BatchRun:
         if batch:
             yield batch
 
-    async def _embed_batch(self, client: AsyncClient, batch: list[Line]) -> None:
+    async def _embed_batch(self, client: AsyncTransportClient, batch: list[Line]) -> None:
         good = [line for line in batch if not line.error]
         for line in batch:
             if line.error:
@@ -282,7 +296,7 @@ class _BatchRun:
                 break
         self._journal.flush()
 
-    async def _stream_remaining(self, client: AsyncClient) -> None:
+    async def _stream_remaining(self, client: AsyncTransportClient) -> None:
         lines: list[Line] = []  # sent, without a result
         last: list[Line] = []  # the bad line at which the run stops
 

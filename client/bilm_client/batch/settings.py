@@ -38,14 +38,26 @@ class RunSettings(BaseSettings):
         description="HOST:PORT or unix:PATH of the server, or IP:PORT,IP:PORT,… of several",
     )
     balance: Balance = Field("first", description="of several addresses: which server gets a call")
-    model: str = Field("", description="name of the server's model; by default its default one")
+    model: str = Field(
+        "",
+        description="name of the server's model, by default its default one; or a model to compute with in this "
+        "process: a name that ends in .safetensors or .hdf5, or has a / in it",
+    )
+    in_process: bool = Field(False, description="compute in this process, without --model by the model that ships")
+    options: Path | None = Field(None, description="in process: published options of a published weight file")
+    device: str = Field("auto", min_length=1, description="in process: cpu, cuda, cuda:N or auto (a GPU if any)")
+    precision: Literal["float32", "bfloat16", "auto"] = Field("float32", description="in process: of the products")
+    tokenizer: Literal["moses", "whitespace"] = Field("moses", description="in process: for --raw")
+    tokenizer_language: str = Field("en", min_length=2, description="in process: whose rules Moses follows")
     tls: bool = Field(False, description="connect by TLS; a file of certificates or a key implies it")
     ca_file: Path | None = Field(None, description="PEM file of certificates to trust; by default those of gRPC")
     cert_file: Path | None = Field(None, description="PEM file of the own certificate, for mutual TLS")
     key_file: Path | None = Field(None, description="PEM file of its key")
     token_file: Path | None = Field(None, description="file with the bearer token for the server")
     proxy: bool = Field(True, description="use the proxy that http_proxy and the like name")
-    raw: bool = Field(False, description="the server tokenises; otherwise white space separates the tokens")
+    raw: bool = Field(
+        False, description="tokenise, by the server or by --tokenizer; otherwise white space separates tokens"
+    )
     layers: Literal["all", "top", "average"] = Field("all", description="which layers")
     pool: Literal["none", "mean", "max"] = Field("none", description="over the tokens of a sentence")
     dtype: Literal["float32", "float16"] = Field("float32", description="number format of the datasets")
@@ -116,6 +128,11 @@ class RunSettings(BaseSettings):
             key_file=self.key_file,
             token_file=self.token_file,
         )
+
+    @property
+    def computes(self) -> bool:
+        """Whether the model is this process's own."""
+        return self.in_process or "/" in self.model or self.model.endswith((".safetensors", ".hdf5"))
 
     def recorded(self) -> dict[str, Any]:
         """Return the settings that decide what a result looks like; a run can only be resumed with the same ones."""
