@@ -3,7 +3,7 @@
 Legend: N rows (tokens and boundaries of all sentences), B sentences, L LSTM layers, C cells, P projection.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -64,18 +64,7 @@ class Bilm(nn.Module):
         Returns:
             The layers, (L + 1, N, 2·P), boundaries included; and the state after each sentence.
         """
-        tokens = self.encoder(ids)
-        packing = Packing.of(lengths, tokens.device)
-        state = state or self.zero_state(len(lengths))
-        h, c = state.h[:, :, packing.order], state.c[:, :, packing.order]
-        columns, ends = [], []
-        for d, (direction, places) in enumerate(zip(self.directions, packing.directions(), strict=True)):
-            outputs, *end = direction(tokens[places], packing, h[:, d], c[:, d])
-            inverse = torch.argsort(places)
-            columns.append(torch.stack([tokens, *(output[inverse] for output in outputs)]))
-            ends.append(end)
-        h, c = (torch.stack(parts, dim=1)[:, :, packing.inverse_order] for parts in zip(*ends, strict=True))
-        return torch.cat(columns, dim=-1), BilmState(h, c)
+        return run_directions(self.directions, self.encoder(ids), lengths, state or self.zero_state(len(lengths)))
 
     def zero_state(self, n_sentences: int) -> BilmState:
         """Return the state before any text."""
@@ -104,6 +93,35 @@ class Bilm(nn.Module):
                 if parameter.dim() > 1 and not name.endswith("embedding"):
                     parameter.data = parameter.data.to(torch.bfloat16)
         return self
+
+
+def run_directions(
+    directions: Iterable[Callable[..., tuple[list[Tensor], Tensor, Tensor]]],
+    tokens: Tensor,
+    lengths: list[int],
+    state: BilmState,
+) -> tuple[Tensor, BilmState]:
+    """Run both directions over sentences laid end to end.
+
+    Args:
+        directions: forward and backward, each a `Direction` or called like one.
+        tokens: (N, P) token vectors, boundaries included, sentence after sentence.
+        lengths: rows of each sentence, N together.
+        state: before these sentences.
+
+    Returns:
+        As `Bilm.forward`.
+    """
+    packing = Packing.of(lengths, tokens.device)
+    h, c = state.h[:, :, packing.order], state.c[:, :, packing.order]
+    columns, ends = [], []
+    for d, (direction, places) in enumerate(zip(directions, packing.directions(), strict=True)):
+        outputs, *end = direction(tokens[places], packing, h[:, d], c[:, d])
+        inverse = torch.argsort(places)
+        columns.append(torch.stack([tokens, *(output[inverse] for output in outputs)]))
+        ends.append(end)
+    h, c = (torch.stack(parts, dim=1)[:, :, packing.inverse_order] for parts in zip(*ends, strict=True))
+    return torch.cat(columns, dim=-1), BilmState(h, c)
 
 
 @torch.no_grad()
