@@ -17,6 +17,8 @@ OLD_TRITON := .venv-triton-3.6
 KSERVE_VENV := .venv-kserve
 # Clients of OpenAI's API are no dependency of ours; the one for JavaScript is there where npm is
 OPENAI_VENV := .venv-openai
+# AllenNLP's `Elmo` cut out of it, what ours is held against: its package says nothing of what it needs
+ELMO_VENV := .venv-elmo
 # The oldest tools whose output we support: their versions set the floors of grpcio and protobuf in pyproject.toml.
 PROTO_TOOLS := grpcio-tools==1.74.0 protobuf==6.33.6 googleapis-common-protos==1.76.0 mypy-protobuf==5.1.0
 # What released clients were built with
@@ -54,7 +56,7 @@ test-triton: $(VENV)/.dev $(OLD_TRITON)/.installed
 	PYTHONPATH=$(OLD_TRITON) $(LIMITED) 60m $(BIN)/pytest tests/unit/model/test_triton_steps.py \
 	  tests/unit/model/test_compile_kernels.py tests/parity/test_cuda.py $(ARGS)
 
-test-slow: $(VENV)/.dev $(KSERVE_VENV)/.installed $(OPENAI_VENV)/.installed
+test-slow: $(VENV)/.dev $(KSERVE_VENV)/.installed $(OPENAI_VENV)/.installed $(ELMO_VENV)/.installed
 	$(LIMITED) 4h $(BIN)/pytest -m slow
 
 # faults of all kinds under load, each answer compared with the known one; five minutes
@@ -126,7 +128,7 @@ train: $(VENV)/.dev
 	  --treebank $(DATA)/UD_English-EWT --treebank $(DATA)/UD_Korean-GSD --neighbours $(DATA)/wikitext-2/test.txt
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) $(TRITON_VENV) $(OLD_TRITON) $(KSERVE_VENV) $(OPENAI_VENV) $(AUDIT_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_VENV) $(TRITON_VENV) $(OLD_TRITON) $(KSERVE_VENV) $(OPENAI_VENV) $(ELMO_VENV) $(AUDIT_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or later; PYTHON=… names one")'
@@ -166,6 +168,11 @@ $(OPENAI_VENV)/.installed: Makefile
 	$(OPENAI_VENV)/bin/pip install --quiet openai==3.51.0 langchain-openai==1.7.4 haystack-ai==3.4.1 \
 	  llama-index-embeddings-openai==0.7.0
 	if command -v npm > /dev/null; then npm install --silent --no-audit --no-fund --prefix $(OPENAI_VENV)/npm openai@6.49.0; fi
+	touch $@
+
+$(ELMO_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(ELMO_VENV)
+	$(ELMO_VENV)/bin/pip install --quiet simple-elmo-pytorch==0.2 torch==2.13.0 h5py numpy
 	touch $@
 
 $(OLD_TRITON)/.installed: $(VENV)/bin/python Makefile
