@@ -120,7 +120,8 @@ class _App:
         self._config, self._plan, self._load_model, self._drops = config, plan, load_model, drops
         self._read_config = read_config
         self._max_connections = cache(lambda: connection_limit(config.max_connections))
-        self._starting = asyncio.Lock()
+        self._starting, self._reloading = asyncio.Lock(), asyncio.Lock()
+        self._has_named_models = bool(config.models)
         self._open_calls = OpenCalls()
         self._metrics = Metrics(plan.names, _infer_methods(config))
         self._health = HealthReporter(SERVICE_NAME, plan.names)
@@ -188,20 +189,32 @@ class _App:
         """
         if self._models is None or not self._models.models:
             raise RefusalError(Reason.MODEL_LOADING, "the first models are being loaded; try again", RETRY_AFTER_MS)
-        try:
-            found = await asyncio.to_thread(self._read_config)
-            config = self._config.model_copy(update={name: getattr(found, name) for name in _RELOADED})
-            changes = await self._models.reload(await asyncio.to_thread(plan_serving, config))
-        except Exception as error:
-            _log.error("reload: nothing has changed: %s", error, exc_info=not isinstance(error, _EXPECTED))
-            raise RefusalError(Reason.RELOAD_FAILED, f"nothing has changed: {error}") from error
-        self._rights.replace(config.callers)
-        self._health.set(self._models.health())
-        _log.info(
-            "reloaded: %s",
-            ", ".join(f"{what} {' '.join(names) or 'none'}" for what, names in dataclasses.asdict(changes).items()),
-        )
-        return changes
+        async with self._reloading:  # from reading to the end: a later one has the later configuration
+            try:
+                config = await asyncio.to_thread(self._present_config)
+                changes = await self._models.reload(await asyncio.to_thread(plan_serving, config))
+            except Exception as error:
+                _log.error("reload: nothing has changed: %s", error, exc_info=not isinstance(error, _EXPECTED))
+                raise RefusalError(Reason.RELOAD_FAILED, f"nothing has changed: {error}") from error
+            self._has_named_models = bool(config.models)
+            self._rights.replace(config.callers)
+            self._health.set(self._models.health())
+            _log.info(
+                "reloaded: %s",
+                ", ".join(f"{what} {' '.join(names) or 'none'}" for what, names in dataclasses.asdict(changes).items()),
+            )
+            return changes
+
+    def _present_config(self) -> ServerConfig:
+        """Return the server's settings with what a reload reads again as it is now.
+
+        Raises:
+            ConfigurationError: if that can't be read, or has lost its models, as a file does that is being written.
+        """
+        found = self._read_config()
+        if self._has_named_models and not (found.models or found.model):
+            raise ConfigurationError("models: the configuration names none any more")
+        return self._config.model_copy(update={name: getattr(found, name) for name in _RELOADED})
 
     # ---- who observes ----
 

@@ -18,6 +18,7 @@ from bilm_system.files import message, reason
 
 from bilm_server.addresses import socket_path
 from bilm_server.config import ServerConfig
+from bilm_server.embedding.model_set import check_memory
 from bilm_server.errors import ConfigurationError
 from bilm_server.preflight import ModelPlan, ServingPlan, plan_serving
 from bilm_server.protocols.grpc.connections import connection_limit, http_share
@@ -92,6 +93,7 @@ def check(config: ServerConfig) -> tuple[list[str], list[str]]:
         return errors, []
     assert isinstance(n_connections, int)  # noqa: S101 - there was no error
     models = [*plan.models.values()]
+    checked(lambda: check_memory(models, (), memory_limit_bytes()))
     return errors, [*_model_lines(plan), *memory_sum(config, models, n_connections).lines()]
 
 

@@ -80,6 +80,8 @@ class ModelSettings(BaseModel):
         if len(value) == 1 or len(set(value)) < len(value):
             raise ValueError("expected two names or more, each once")
         own = [name for name in _OF_ONE_MODEL if info.data.get(name) is not None]
+        if value and info.data.get("weight", 1.0) != 1.0:
+            own.append("weight")
         if value and own:
             raise ValueError(f"an ensemble has no {', '.join(own)} of its own")
         if not value and info.data.get("path") is None:

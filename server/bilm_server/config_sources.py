@@ -71,7 +71,7 @@ def _with_named_models(argv: list[str]) -> list[str]:
     if not all(named):
         raise ConfigurationError("model: several models need names: --model NAME=MODEL")
     models = [{"name": match[1], "path": match[2]} for match in named if match]
-    return [*others, "--models", json.dumps(models)]
+    return [*others, "--model", "", "--models", json.dumps(models)]  # flags come before the environment's BILM_MODEL
 
 
 def _name(place: tuple[int | str, ...]) -> str:

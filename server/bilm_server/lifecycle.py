@@ -111,6 +111,7 @@ class Server:
         self._health, self._open_calls, self._load = health, open_calls, load
         self._acceptor, self._doors, self._listeners = acceptor, tuple(doors), (acceptor, *doors, *listeners)
         self._drain_times, self._prepare, self._close = drain_times, tuple(prepare), tuple(close)
+        self._reload_asked = False
         self._reload, self._reloads = reload, set[asyncio.Task[Any]]()
         self._stop_asked = asyncio.Event()
         self._loading: threading.Thread | None = None
@@ -174,6 +175,8 @@ class Server:
         parts.open()
         parts.watchdog.look()  # nothing but the watchdog reports to health
         self._watching = asyncio.create_task(parts.watchdog.run())
+        if self._reload_asked:
+            self.ask_to_reload()
         self._later = asyncio.create_task(_load_later(parts.later))
 
     async def serve(self) -> None:
@@ -212,6 +215,10 @@ class Server:
 
     def ask_to_reload(self) -> None:
         """Reload; may be called from a signal handler on the event loop. What comes of it is in the log."""
+        if self._parts is None or not self._parts.models.models:
+            _log.info("reload: when the models are loaded")
+            self._reload_asked = True
+            return
         task = asyncio.create_task(_quietly(self.reload()))
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)

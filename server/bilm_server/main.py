@@ -100,6 +100,8 @@ def _serve(config: ServerConfig, logs: Logs, load: "LoadModel", read_config: Cal
     alerts = _start_alerts(config)
     # Until the event loop takes over: process 1 of a container gets only those signals that it handles
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing is there yet that could be reloaded
     try:
         drops = DropCounts(lambda: logs.dropped, lambda: alerts.dropped if alerts else 0)
         still_loading = asyncio.run(_run(config, load, drops, read_config))

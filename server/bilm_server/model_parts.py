@@ -98,7 +98,7 @@ def build_parts(
     def serve_ensemble(ensemble: Ensemble, members: Sequence[Member]) -> Embedder:
         return embedder_of(ensemble, EnsembleWorker(members, shared.conversions))
 
-    models = ModelSet(registry, load, serve, serve_ensemble, shared.metrics.add_models)
+    models = ModelSet(registry, load, serve, serve_ensemble, shared.metrics.add_models, thread=thread)
     loaded = models.load([*plan.models.values()])
     return LoadedParts(
         models,

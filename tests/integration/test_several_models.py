@@ -199,12 +199,19 @@ def _remove(folder: Path) -> None:
     (folder / "a.safetensors").unlink()
 
 
+def _empty(folder: Path) -> None:
+    (folder / "bilm.toml").write_text("", encoding="utf-8")
+
+
 def _misspell(folder: Path) -> None:
     path = folder / "bilm.toml"
     path.write_text(path.read_text(encoding="utf-8").replace("path =", "paths ="), encoding="utf-8")
 
 
-@pytest.mark.parametrize(("damage", "says"), [(_cut, "a.safetensors"), (_remove, "no such file"), (_misspell, "paths")])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [(_cut, "a.safetensors"), (_remove, "no such file"), (_misspell, "paths"), (_empty, "names none")],
+)
 async def test_a_reload_that_fails_changes_nothing_and_says_why(
     tmp_path: Path, damage: Callable[[Path], None], says: str
 ) -> None:
@@ -378,6 +385,28 @@ async def test_a_reload_of_a_member_is_one_of_its_ensembles(tmp_path: Path) -> N
         assert (await it.reload()).kept == ["a", "b", "both"]
         it.configure("a", "b")
         assert (await it.reload()).removed == ["both"]
+
+
+async def test_members_outlive_ensembles_that_still_drain(tmp_path: Path) -> None:
+    """An ensemble that one reload has retired is used by a stream while later ones retire its members."""
+    async with with_ensemble(tmp_path) as it, grpc.aio.insecure_channel(it.server.target) as channel:
+        stub: Any = embed_pb2_grpc.EmbedServiceStub(channel)
+        stream = stub.EmbedStream(metadata=(("authorization", f"Bearer {TOKEN}"),))
+        await stream.write(embed_pb2.EmbedStreamRequest(start=embed_pb2.StreamStart(model="both")))
+        sentence = embed_pb2.Sentence(tokens=embed_pb2.Tokens(tokens=["a"]))
+        for number, changed in enumerate(["", "b", "a"]):
+            if changed:
+                await asyncio.to_thread(write, tmp_path / f"{changed}.safetensors", 20 + number)
+                assert (await it.reload()).replaced == [changed, "both"]
+            item = embed_pb2.StreamItem(id=number, sentence=sentence)
+            await stream.write(embed_pb2.EmbedStreamRequest(item=item))
+            assert (await stream.read()).HasField("rows")
+        it.configure("a")
+        await it.reload()
+        await stream.write(embed_pb2.EmbedStreamRequest(item=embed_pb2.StreamItem(id=9, sentence=sentence)))
+        assert (await stream.read()).HasField("rows")
+        await stream.done_writing()
+        assert await stream.read() is grpc.aio.EOF
 
 
 @pytest.mark.parametrize(

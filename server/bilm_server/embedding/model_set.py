@@ -16,6 +16,7 @@ from bilm_server.embedding.embedder import Embedder
 from bilm_server.embedding.ensemble import Ensemble, Member
 from bilm_server.embedding.registry import Registry
 from bilm_server.errors import ConfigurationError
+from bilm_server.inference.engine_thread import EngineThread
 from bilm_server.inference.worker import InferenceWorker
 from bilm_server.own_thread import in_own_thread
 from bilm_server.preflight import EnsemblePlan, ModelPlan, ServingPlan
@@ -92,11 +93,13 @@ class ServingEnsemble:
         plan: that it follows.
         members: what embeds by its models.
         embedder: what embeds by it.
+        releases: give its members back, which it keeps as long as a call uses it.
     """
 
     plan: EnsemblePlan
     members: Sequence[Embedder]
     embedder: Embedder
+    releases: Sequence[Callable[[], None]]
 
 
 class ModelSet:
@@ -113,6 +116,8 @@ class ModelSet:
         serve: Callable[[ServedModel, float], tuple[Embedder, InferenceWorker]],
         serve_ensemble: Callable[[Ensemble, Sequence[Member]], Embedder],
         on_names: Callable[[Sequence[str]], None],
+        *,
+        thread: EngineThread,
     ) -> None:
         """Keep the parts; call `load` and `start` for the first models.
 
@@ -122,14 +127,14 @@ class ModelSet:
             serve: makes what serves it, with its weight; nothing of that has started.
             serve_ensemble: makes what serves an ensemble.
             on_names: takes the names of all that will be served, before calls find them.
+            thread: in which their engines compute.
         """
-        self.registry = registry
+        self.registry, self._thread = registry, thread
         self._load_model, self._serve, self._serve_ensemble, self._on_names = load, serve, serve_ensemble, on_names
         self._running: dict[str, ServingModel] = {}
         self._ensembles: dict[str, ServingEnsemble] = {}
         self._left: list[ServingModel] = []
         self._draining: set[asyncio.Task[None]] = set()
-        self._reloading = asyncio.Lock()
         self._loading: threading.Thread | None = None
 
     @property
@@ -139,8 +144,8 @@ class ModelSet:
 
     @property
     def loading(self) -> bool:
-        """Whether a thread loads models beside those that serve."""
-        return self._loading is not None and self._loading.is_alive()
+        """Whether a thread loads or computes; after `stop`: one that couldn't be waited for."""
+        return self._thread.alive or (self._loading is not None and self._loading.is_alive())
 
     def health(self) -> Mapping[str, bool]:
         """Return by name, the default one first, whether the last thing that each computed succeeded."""
@@ -173,33 +178,33 @@ class ModelSet:
         self._switch(plan, await self._started(loaded))
 
     async def reload(self, plan: ServingPlan) -> Changes:
-        """Serve what a plan says from now on; calls under way end on what they began with.
+        """Serve what a plan says from now on; calls under way end on what they began with. One reload at a time.
 
         Raises:
             ConfigurationError: if the new models don't fit the memory beside the others.
             ModelError: if one can't be served.
             Exception: what an engine raised. Whatever it is, nothing has changed.
         """
-        async with self._reloading:
-            running = {name: self._running[name] for name, each in plan.models.items() if self._follows(name, each)}
-            fresh = await self._loaded([each for name, each in plan.models.items() if name not in running])
-            for each in fresh:
-                if self._computes_the_same(each):  # its file was touched, or written again
-                    present = self._running[each.plan.name]
-                    running[each.plan.name] = replace(present, loaded=replace(present.loaded, stamps=each.stamps))
-            started = await self._started([each for each in fresh if each.plan.name not in running])
-            before = {embedder.model.name: embedder for embedder in self.registry}
-            models = self._running
-            self._switch(plan, running | started)
-            after = {embedder.model.name: embedder for embedder in self.registry}
-            workers = [each for name, each in models.items() if after.get(name) is not each.embedder]
-            self._begin_to_drain([each for name, each in before.items() if after.get(name) is not each], workers)
-            return Changes(
-                added=[name for name in after if name not in before],
-                replaced=[name for name in after if name in before and after[name] is not before[name]],
-                removed=[name for name in before if name not in after],
-                kept=[name for name in after if after[name] is before.get(name)],
-            )
+        running = {name: self._running[name] for name, each in plan.models.items() if self._follows(name, each)}
+        fresh = await self._loaded([each for name, each in plan.models.items() if name not in running])
+        for each in fresh:
+            if self._computes_the_same(each):  # its file was touched, or written again
+                present = self._running[each.plan.name]
+                running[each.plan.name] = replace(present, loaded=replace(present.loaded, stamps=each.stamps))
+        started = await self._started([each for each in fresh if each.plan.name not in running])
+        before = {embedder.model.name: embedder for embedder in self.registry}
+        models, ensembles = self._running, self._ensembles
+        self._switch(plan, running | started)
+        after = {embedder.model.name: embedder for embedder in self.registry}
+        workers = [each for name, each in models.items() if after.get(name) is not each.embedder]
+        retired = [each for name, each in ensembles.items() if after.get(name) is not each.embedder]
+        self._begin_to_drain(retired, workers)
+        return Changes(
+            added=[name for name in after if name not in before],
+            replaced=[name for name in after if name in before and after[name] is not before[name]],
+            removed=[name for name in before if name not in after],
+            kept=[name for name in after if after[name] is before.get(name)],
+        )
 
     async def stop(self) -> None:
         """Stop what serves, and what drains."""
@@ -229,16 +234,21 @@ class ModelSet:
             Member(embedder.model, embedder.worker, layers)
             for embedder, layers in zip(embedders, plan.layers, strict=True)
         ]
-        return ServingEnsemble(plan, embedders, self._serve_ensemble(Ensemble(plan.name, members), members))
+        embedder = self._serve_ensemble(Ensemble(plan.name, members), members)
+        return ServingEnsemble(plan, embedders, embedder, [each.take() for each in embedders])
 
-    def _begin_to_drain(self, embedders: Sequence[Embedder], models: Sequence[ServingModel]) -> None:
+    def _begin_to_drain(self, ensembles: Sequence[ServingEnsemble], models: Sequence[ServingModel]) -> None:
+        """Stop models when no call uses them any more, or an ensemble of them, since whichever reload that drains."""
         self._left += models
 
         async def drain() -> None:
-            """Stop models when no call uses them any more, or when cancelled."""
             try:
-                for embedder in embedders:
-                    await embedder.given_back()
+                for ensemble in ensembles:
+                    await ensemble.embedder.given_back()
+                    for release in ensemble.releases:
+                        release()
+                for each in models:
+                    await each.embedder.given_back()
             finally:
                 for each in models:
                     await each.worker.stop()

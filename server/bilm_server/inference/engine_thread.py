@@ -77,7 +77,7 @@ class EngineThread:
         self._coming: list[Driven] = []
         self._leaving: dict[Driven, threading.Event] = {}
         self._heartbeats = 0
-        self._beginning = False
+        self._beginning: Driven | None = None
         self._thread: threading.Thread | None = None
 
     # ---- for any thread ----
@@ -100,7 +100,7 @@ class EngineThread:
     @property
     def has_work(self) -> bool:
         """Whether there is anything that should make `heartbeats` grow."""
-        return self._beginning or any(driven.has_work for driven in tuple(self._due_s))
+        return self._beginning is not None or any(driven.has_work for driven in tuple(self._due_s))
 
     # ---- on the event loop ----
 
@@ -121,7 +121,7 @@ class EngineThread:
             stop_s: how long to wait for that.
         """
         with self.lock:
-            if driven not in self._due_s and driven not in self._coming:
+            if driven not in (*self._due_s, *self._coming, self._beginning):
                 return True
             gone = self._leaving.setdefault(driven, threading.Event())
             self.lock.notify()
@@ -152,7 +152,7 @@ class EngineThread:
             self._let_leave()
             with self.lock:
                 if self._coming:
-                    coming = self._coming.pop(0)
+                    coming = self._beginning = self._coming.pop(0)
                 elif not self._due_s:
                     self._thread = None  # under the lock: who comes now begins another one
                     return None
@@ -194,11 +194,10 @@ class EngineThread:
         self._heartbeats += 1
 
     def _let_in(self, driven: Driven) -> None:
-        self._beginning = True
         begun = driven.begin()
-        self._beginning = False
         self._heartbeats += 1
         with self.lock:
+            self._beginning = None
             if begun:
                 self._turns.add(driven, driven.weight)
                 self._due_s[driven] = self._clock() + driven.check_after_s

@@ -167,3 +167,20 @@ async def test_an_error_of_its_own_ends_the_thread_for_all() -> None:
         assert reasons([worker.submit([new_sentence(Call(), "a")])]) == {Reason.MODEL_FAILING}
         await worker.stop()
         await until(lambda worker=worker: worker.idle)  # type: ignore[misc]
+
+
+async def test_one_that_leaves_while_it_begins_is_waited_for() -> None:
+    engine: FakeEngine[Sentence] = FakeEngine()
+    engine.go_on.clear()
+    thread = EngineThread()
+    worker = InferenceWorker(engine, thread=thread)
+    starting = asyncio.create_task(worker.start())
+    await until(lambda: thread.has_work)
+    stopping = asyncio.create_task(worker.stop())
+    await asyncio.sleep(0)
+    assert not stopping.done()
+    engine.go_on.set()
+    await stopping
+    await starting
+    await until(lambda: not thread.alive)
+    assert worker.idle

@@ -67,7 +67,7 @@ class HealthReporter(health_pb2_grpc.HealthServicer):
         if works == self._works and [*works][:1] == [*self._works][:1]:
             return
         for number, (model, now) in enumerate(works.items()):
-            if now != self._works.get(model, False):
+            if now != self._works.get(model, False) and not self._draining:
                 of_model = f" of {model}" if number else ""  # the default one's is the server's
                 level = logging.INFO if now else logging.WARNING
                 _log.log(level, "health%s: %sSERVING", of_model, "" if now else "NOT_")
