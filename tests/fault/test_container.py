@@ -86,7 +86,7 @@ def store() -> Iterator[Store]:
     yield store
     mounted = folder / "root" / store.driver  # on itself, which Path.is_mount() doesn't see
     if f" {mounted} " in Path("/proc/mounts").read_text():
-        run("umount", mounted)
+        run("umount", "--recursive", mounted)  # a container that was killed leaves its own mount below
     shutil.rmtree(folder)
 
 
