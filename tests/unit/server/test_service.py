@@ -223,12 +223,12 @@ async def test_sentences_have_the_priority_of_their_call_within_its_callers_ceil
 
 async def test_a_priority_that_is_not_listed_is_refused() -> None:
     async with serving(engine()) as served:
-        for call in (
-            served.stub.Embed(Request(sentences=[tokens("a")], priority=cast("embed_pb2.Priority", 3))),
-            anext(aiter(served.stub.EmbedStream(messages(tokens("a"), priority=3)))),
-        ):
-            code, reason, _ = await refusal(call)
-            assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.PRIORITY_INVALID)
+        request = Request(sentences=[tokens("a")], priority=cast("embed_pb2.Priority", 3))
+        code, reason, _ = await refusal(served.stub.Embed(request))
+        assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.PRIORITY_INVALID)
+        # No item behind the start: grpc.aio forgets the status of a call that ends while it writes
+        code, reason, _ = await refusal(anext(aiter(served.stub.EmbedStream(messages(priority=3)))))
+        assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.PRIORITY_INVALID)
 
 
 # ---- EmbedStream and GetModel ----

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _STATUS_TIMEOUT_S = 1.0
+_DEADLINE_SLACK_S = 0.02
+"""A client ends a call by its own clock, which has counted since before the call was sent."""
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]]
 
@@ -239,7 +241,7 @@ def _code_of(context: "Context") -> Code:
 def _code_of_cancelled(context: "Context") -> Code:
     """Return what the client saw: grpc cancels a method at its deadline, too."""
     remaining_s = context.time_remaining()
-    late = remaining_s is not None and remaining_s <= 0
+    late = remaining_s is not None and remaining_s <= _DEADLINE_SLACK_S
     return Code.DEADLINE_EXCEEDED if late else Code.CANCELLED
 
 
