@@ -208,7 +208,7 @@ class ModelSet:
 
     async def stop(self) -> None:
         """Stop what serves, and what drains."""
-        for task in (*self._draining,):
+        for task in self._draining:
             task.cancel()
         await asyncio.gather(*self._draining, return_exceptions=True)
         for each in self.models:
